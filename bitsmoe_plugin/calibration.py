@@ -1,0 +1,258 @@
+"""Calibration text -> blocks of tokens -> what each MoE layer sees of them.
+
+The model is walked one decoder layer at a time: the hidden states of all blocks go through layer
+n, then through layer n + 1. Only one layer's inputs are alive at any moment, and a layer that has
+been quantized meanwhile passes its real outputs on.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bitsmoe_plugin.errors import QuantizationError
+from bitsmoe_plugin.statistics import LayerActivations
+
+Tokenizer = Callable[..., Any]
+
+
+def load_documents(dataset: Any) -> list[str] | list[list[int]]:
+    """Documents of any accepted dataset.
+
+    Args:
+        dataset: list of strings, list of token id lists, a ``datasets`` dataset with a column
+            ``text`` (or ``input_ids``), or a path to a .txt (one document) or .jsonl file (one
+            object with a field ``text`` per line).
+
+    Raises:
+        QuantizationError: of another type, unreadable, or empty.
+    """
+    if isinstance(dataset, (str, Path)):
+        documents = _read_file(Path(dataset))
+    elif hasattr(dataset, "column_names"):
+        columns = dataset.column_names
+        column = next((c for c in ("text", "input_ids") if c in columns), None)
+        if column is None:
+            raise QuantizationError(
+                f"dataset has the columns {columns}; one named 'text' or 'input_ids' is needed"
+            )
+        documents = list(dataset[column])
+    elif isinstance(dataset, Sequence):
+        documents = [d.tolist() if hasattr(d, "tolist") else d for d in dataset]
+    else:
+        raise QuantizationError(
+            f"dataset is a {type(dataset).__name__}; allowed: list of strings, list of token id "
+            "lists, a datasets.Dataset, or a path to a .txt or .jsonl file"
+        )
+    if not documents:
+        raise QuantizationError("dataset is empty; give at least some thousand tokens of text")
+    texts = all(isinstance(d, str) for d in documents)
+    ids = all(isinstance(d, (list, tuple)) and all(isinstance(i, int) for i in d) for d in documents)
+    if not texts and not ids:
+        raise QuantizationError(
+            "dataset mixes types or holds something else than strings or lists of token ids"
+        )
+    return documents
+
+
+def _read_file(path: Path) -> list[str]:
+    if not path.is_file():
+        raise QuantizationError(f"dataset file {path} does not exist")
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".txt":
+        return [text] if text.strip() else []
+    if path.suffix != ".jsonl":
+        raise QuantizationError(f"dataset file {path}: allowed are .txt and .jsonl files")
+    return [row["text"] for row in read_jsonl(path)]
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Rows of a .jsonl file, each an object with a string field ``text``.
+
+    Raises:
+        QuantizationError: naming the line that is not such an object.
+    """
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise QuantizationError(f"{path}, line {number}: not JSON ({error})") from error
+        if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+            raise QuantizationError(f"{path}, line {number}: an object with a string 'text' is needed")
+        rows.append(row)
+    return rows
+
+
+def token_stream(documents: Iterable[Any], tokenizer: Any, limit: int | None = None) -> list[int]:
+    """All documents as one list of token ids, joined with the end-of-text token.
+
+    Args:
+        documents: strings or token id lists.
+        tokenizer: of transformers; needed for strings, otherwise only for its ``eos_token_id``.
+        limit: stop after this many tokens.
+    """
+    stream: list[int] = []
+    eos = getattr(tokenizer, "eos_token_id", None)
+    for document in documents:
+        if isinstance(document, str):
+            if tokenizer is None:
+                raise QuantizationError("dataset holds text, but there is no tokenizer to read it with")
+            document = tokenizer(document, add_special_tokens=False)["input_ids"]
+        stream.extend(document)
+        if eos is not None:
+            stream.append(eos)
+        if limit is not None and len(stream) >= limit:
+            return stream[:limit]
+    return stream
+
+
+def token_blocks(
+    documents: Iterable[Any],
+    tokenizer: Any,
+    *,
+    sequence_length: int,
+    max_tokens: int,
+    vocab_size: int,
+) -> Tensor:
+    """Blocks of equal length cut from the joined documents; the remainder is dropped.
+
+    Returns:
+        ``[blocks, sequence_length]`` int64 with at most ``max_tokens`` tokens.
+
+    Raises:
+        QuantizationError: less than one block, or ids outside the vocabulary.
+    """
+    stream = token_stream(documents, tokenizer, limit=max(max_tokens, sequence_length))
+    blocks = len(stream) // sequence_length
+    if blocks == 0:
+        raise QuantizationError(
+            f"dataset has {len(stream)} tokens, fewer than one sequence of {sequence_length}; "
+            "give more text or a smaller sequence_length"
+        )
+    tokens = torch.tensor(stream[: blocks * sequence_length]).view(blocks, sequence_length)
+    if int(tokens.min()) < 0 or int(tokens.max()) >= vocab_size:
+        raise QuantizationError(
+            f"dataset holds token id {int(tokens.max())}, but the vocabulary ends at {vocab_size - 1}; "
+            "was it tokenized for another model?"
+        )
+    return tokens
+
+
+class _Recorder(nn.Module):
+    """Stands in for a decoder layer: keeps the arguments of each call and computes nothing."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        self.inputs: list[Tensor] = []
+        self._layer = [layer]
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["_layer"][0], name)
+
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        self.calls.append((args, kwargs))
+        self.inputs.append(hidden)
+        return hidden
+
+
+@contextmanager
+def _recording(layers: nn.ModuleList):  # type: ignore[no-untyped-def]
+    originals = list(layers)
+    try:
+        for index, layer in enumerate(originals):
+            layers[index] = _Recorder(layer)
+        yield list(layers)
+    finally:
+        for index, layer in enumerate(originals):
+            layers[index] = layer
+
+
+class LayerwiseForward:
+    """Runs calibration blocks through a decoder one layer at a time.
+
+    What each layer is called with besides the hidden states (masks, position embeddings) is taken
+    from the model itself, by one pass in which the layers are replaced by recorders.
+    """
+
+    def __init__(self, model: nn.Module, layers: nn.ModuleList, blocks: Tensor, batch_size: int):
+        """
+        Args:
+            model: a transformers causal language model (its ``base_model`` is called).
+            layers: its decoder layers.
+            blocks: ``[blocks, sequence_length]`` int64.
+            batch_size: blocks per forward pass.
+        """
+        self._layers = layers
+        base = getattr(model, "base_model", model)
+        with torch.no_grad(), _recording(layers) as recorders:
+            for batch in blocks.split(batch_size):
+                base(input_ids=batch.to(next(model.parameters()).device), use_cache=False)
+        self._embedded: list[Tensor] = recorders[0].inputs
+        self.hidden = self._embedded
+        self._calls = [recorder.calls for recorder in recorders]
+
+    @torch.no_grad()
+    def run(self, index: int) -> list[Tensor]:
+        """Outputs of layer ``index`` for every batch; its inputs stay as they are."""
+        layer = self._layers[index]
+        outputs = []
+        for hidden, (args, kwargs) in zip(self.hidden, self._calls[index], strict=True):
+            out = layer(hidden, *args, **kwargs)
+            outputs.append(out[0] if isinstance(out, tuple) else out)
+        return outputs
+
+    def restart(self) -> None:
+        """Back to the inputs of the first layer."""
+        self.hidden = self._embedded
+
+    def advance(self, outputs: list[Tensor]) -> None:
+        """Make ``outputs`` the inputs of the next layer."""
+        self.hidden = outputs
+
+
+def residual_weights(residual: Tensor) -> Tensor:
+    """``[T]`` float32: 1 / mean square of the residual stream ``[T, hidden_size]``."""
+    return residual.float().square().mean(-1).clamp_min(1e-12).reciprocal()
+
+
+def capture_layer(
+    forward: LayerwiseForward, index: int, experts: nn.Module, token_weighting: str
+) -> tuple[LayerActivations, list[Tensor]]:
+    """Run decoder layer ``index`` and record what its experts module is called with.
+
+    Args:
+        token_weighting: "residual" or "none".
+
+    Returns:
+        the activations, and the layer's outputs (for ``forward.advance``).
+    """
+    seen: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def record(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden, top_k_index, top_k_weights = [*args, *kwargs.values()][:3]
+        seen.append((hidden.detach().clone(), top_k_index.clone(), top_k_weights.float().clone()))
+
+    handle = experts.register_forward_pre_hook(record, with_kwargs=True)
+    try:
+        outputs = forward.run(index)
+    finally:
+        handle.remove()
+    residual = torch.cat([out.flatten(0, -2) for out in outputs])
+    weights = residual_weights(residual)
+    if token_weighting == "none":
+        weights = torch.full_like(weights, float(1 / residual.float().square().mean()))
+    hidden, top_k_index, top_k_weights = (torch.cat(parts) for parts in zip(*seen, strict=True))
+    return LayerActivations(hidden, top_k_index, top_k_weights, weights), outputs

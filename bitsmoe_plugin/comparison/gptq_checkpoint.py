@@ -1,0 +1,250 @@
+"""Read GPTQ checkpoints of MoE models without gptqmodel.
+
+A quantized linear layer ``y = x @ W.T``, ``W: [out_features, in_features]``, is stored as
+
+* ``qweight``: int32 ``[in_features * bits / 32, out_features]``, codes packed down the rows;
+* ``qzeros``: int32 ``[num_groups, out_features * bits / 32]``, zero points packed along the row;
+* ``scales``: float ``[num_groups, out_features]``;
+* ``g_idx``: int32 ``[in_features]``, the group of each input column.
+
+``W[o, i] = scales[g_idx[i], o] * (code[i, o] - zero[g_idx[i], o])``. Value k of a packed line
+occupies bits ``k * bits`` to ``(k + 1) * bits - 1`` of the line's words, lowest bit first, for
+every width: only 3-bit values ever straddle two words. In ``checkpoint_format`` "gptq" (AutoGPTQ)
+zero points are stored less one; in "gptq_v2" they are stored as they are.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from bitsmoe_plugin.errors import CheckpointError
+
+SUPPORTED_BITS = (2, 3, 4, 8)
+CHECKPOINT_FORMATS = ("gptq", "gptq_v2")
+WORD_BITS = 32
+ROUTED_EXPERT = re.compile(r"\.experts\.\d+\.")
+_PARTS = ("qweight", "qzeros", "scales", "g_idx")
+
+
+def unpack_words(words: torch.Tensor, bits: int) -> torch.Tensor:
+    """Unpack lines of packed unsigned values.
+
+    Args:
+        words: int32 (or int64 with values taken modulo 2**32) ``[lines, num_words]``.
+        bits: width of a value; ``num_words * 32`` must be a multiple of it.
+
+    Returns:
+        int64 ``[lines, num_words * 32 / bits]``, values in ``[0, 2**bits)``.
+    """
+    num_words = words.shape[1]
+    unsigned = words.to(torch.int64) & 0xFFFFFFFF
+    offset = torch.arange(0, num_words * WORD_BITS, bits, device=words.device)
+    first, shift = offset // WORD_BITS, offset % WORD_BITS
+    second = (first + 1).clamp(max=num_words - 1)
+    low = unsigned[:, first] >> shift
+    # For values inside one word this only adds bits above the mask (shift <= 32 - bits).
+    high = unsigned[:, second] << (WORD_BITS - shift)
+    return (low | high) & ((1 << bits) - 1)
+
+
+def unpack_zero_points(qzeros: torch.Tensor, bits: int, checkpoint_format: str) -> torch.Tensor:
+    """Unpack zero points and undo the "gptq" format's offset of one.
+
+    gptqmodel writes that offset for 2, 4 and 8 bits by subtracting 1 from every field in one
+    32-bit subtraction, so a zero point of 0 borrows from the field above it. Adding back whole
+    words undoes this exactly; 3-bit fields are shifted one by one, modulo 8.
+
+    Args:
+        qzeros: int32 ``[num_groups, out_features * bits / 32]``.
+
+    Returns:
+        int64 ``[num_groups, out_features]``, values in ``[0, 2**bits)``.
+    """
+    if checkpoint_format == "gptq_v2":
+        return unpack_words(qzeros, bits)
+    if WORD_BITS % bits:
+        return (unpack_words(qzeros, bits) + 1) & ((1 << bits) - 1)
+    one_in_every_field = sum(1 << position for position in range(0, WORD_BITS, bits))
+    return unpack_words(qzeros.to(torch.int64) + one_in_every_field, bits)
+
+
+def _check_parts(
+    qweight: torch.Tensor,
+    qzeros: torch.Tensor,
+    scales: torch.Tensor,
+    g_idx: torch.Tensor,
+    bits: int,
+    checkpoint_format: str,
+) -> None:
+    """Raise CheckpointError unless the four tensors describe one layer."""
+    if bits not in SUPPORTED_BITS:
+        raise CheckpointError(f"{bits}-bit GPTQ is not supported; known: {SUPPORTED_BITS}")
+    if checkpoint_format not in CHECKPOINT_FORMATS:
+        raise CheckpointError(
+            f"checkpoint_format {checkpoint_format!r} is not supported; known: {CHECKPOINT_FORMATS}"
+        )
+    if qweight.dtype != torch.int32 or qzeros.dtype != torch.int32:
+        raise CheckpointError(
+            f"qweight and qzeros must be int32, got {qweight.dtype} and {qzeros.dtype}"
+        )
+    (num_groups, out_features), in_features = scales.shape, g_idx.numel()
+    layer = f"{bits}-bit layer with {in_features} inputs, {out_features} outputs"
+    if not in_features or in_features * bits % WORD_BITS or out_features * bits % WORD_BITS:
+        raise CheckpointError(f"{layer}: inputs and outputs must fill {WORD_BITS}-bit words")
+    words_in, words_out = in_features * bits // WORD_BITS, out_features * bits // WORD_BITS
+    expected = {"qweight": (words_in, out_features), "qzeros": (num_groups, words_out)}
+    found = {"qweight": tuple(qweight.shape), "qzeros": tuple(qzeros.shape)}
+    if expected != found:
+        raise CheckpointError(f"{layer}, {num_groups} groups: expected {expected}, got {found}")
+    if not 0 <= int(g_idx.min()) <= int(g_idx.max()) < num_groups:
+        raise CheckpointError(
+            f"g_idx has groups {int(g_idx.min())} to {int(g_idx.max())}, scales have {num_groups}"
+        )
+
+
+def dequantize_gptq_linear(
+    qweight: torch.Tensor,
+    qzeros: torch.Tensor,
+    scales: torch.Tensor,
+    g_idx: torch.Tensor,
+    bits: int,
+    checkpoint_format: str,
+) -> torch.Tensor:
+    """Return the dense weight of one quantized linear layer.
+
+    Args:
+        qweight: int32 ``[in_features * bits / 32, out_features]``.
+        qzeros: int32 ``[num_groups, out_features * bits / 32]``.
+        scales: float16, bfloat16 or float32 ``[num_groups, out_features]``.
+        g_idx: int32 ``[in_features]``; any order (``desc_act``) is allowed.
+        bits: 2, 3, 4 or 8.
+        checkpoint_format: "gptq" or "gptq_v2".
+
+    Returns:
+        float32 ``[out_features, in_features]``; products are formed in float32.
+    """
+    _check_parts(qweight, qzeros, scales, g_idx, bits, checkpoint_format)
+    codes = unpack_words(qweight.T, bits)  # [out_features, in_features]
+    zeros = unpack_zero_points(qzeros, bits, checkpoint_format)  # [num_groups, out_features]
+    group = g_idx.to(torch.int64)
+    return scales.float()[group].T * (codes - zeros[group].T).float()
+
+
+def checkpoint_format_of(directory: Path) -> str:
+    """Return "gptq" or "gptq_v2"; checkpoints older than the field are "gptq"."""
+    found = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    found = found.get("quantization_config", {"quant_method": None})
+    method = found.get("quant_method", "gptq")
+    layout = found.get("checkpoint_format", "gptq")
+    if method != "gptq" or layout not in CHECKPOINT_FORMATS:
+        raise CheckpointError(
+            f"{directory}: quant_method {method!r} with checkpoint_format {layout!r} is not GPTQ"
+        )
+    return layout
+
+
+def _tensors(directory: Path) -> Iterator[tuple[str, Any]]:
+    """Yield every (name, lazily read safetensors file) of a checkpoint, shard by shard."""
+    index = directory / "model.safetensors.index.json"
+    files = [directory / "model.safetensors"]
+    if index.exists():
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        files = [directory / name for name in sorted(set(weight_map.values()))]
+    for file in files:
+        if not file.exists():
+            raise CheckpointError(f"{directory}: {file.name} is missing")
+        with safe_open(file, framework="pt") as handle:
+            yield from ((name, handle) for name in list(handle.keys()))
+
+
+def expert_bytes(directory: Path | str) -> int:
+    """Count the stored bytes of all tensors of routed experts (``.experts.<n>.`` in the name)."""
+    return sum(
+        handle.get_tensor(name).nbytes
+        for name, handle in _tensors(Path(directory))
+        if ROUTED_EXPERT.search(name)
+    )
+
+
+def count_quantized_experts(directory: Path | str) -> int:
+    """Return the number of quantized linear layers of routed experts.
+
+    Raises CheckpointError if an expert's layer was left dense (gptqmodel skips layers that saw
+    no token when its fallback is off) or a layer outside the routed experts was quantized.
+    """
+    count = 0
+    for name, _ in _tensors(Path(directory)):
+        is_expert = ROUTED_EXPERT.search(name) is not None
+        if is_expert and name.endswith(".weight"):
+            raise CheckpointError(f"{directory}: expert tensor {name!r} was not quantized")
+        if not is_expert and name.endswith(".qweight"):
+            raise CheckpointError(f"{directory}: {name!r} is quantized but is no routed expert")
+        count += name.endswith(".qweight")
+    return count
+
+
+def _dequantize(prefix: str, parts: dict[str, torch.Tensor], layout: str) -> torch.Tensor:
+    """Dequantize one layer; its width follows from the shapes of ``qzeros`` and ``scales``."""
+    bits = parts["qzeros"].shape[1] * WORD_BITS // parts["scales"].shape[1]
+    try:
+        return dequantize_gptq_linear(**parts, bits=bits, checkpoint_format=layout)
+    except CheckpointError as error:
+        raise CheckpointError(f"layer {prefix!r}: {error}") from error
+
+
+def dequantized_state_dict(
+    directory: Path | str, dtype: torch.dtype = torch.float32
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield (name, dense tensor) for a whole checkpoint, reading one tensor at a time.
+
+    The four tensors of a quantized linear become ``.weight`` ``[out_features, in_features]`` in
+    ``dtype``; all others pass unchanged. Widths may differ by layer.
+    """
+    directory = Path(directory)
+    layout = checkpoint_format_of(directory)
+    pending: dict[str, dict[str, torch.Tensor]] = {}
+    for name, handle in _tensors(directory):
+        prefix, _, part = name.rpartition(".")
+        if part not in _PARTS:
+            yield name, handle.get_tensor(name)
+            continue
+        parts = pending.setdefault(prefix, {})
+        parts[part] = handle.get_tensor(name)
+        if len(parts) == len(_PARTS):
+            weight = _dequantize(prefix, pending.pop(prefix), layout)
+            yield f"{prefix}.weight", weight.to(dtype)
+    if pending:
+        prefix, parts = next(iter(pending.items()))
+        raise CheckpointError(f"layer {prefix!r} lacks {sorted(set(_PARTS) - set(parts))}")
+
+
+def load_gptq_model(directory: Path | str, dtype: torch.dtype) -> torch.nn.Module:
+    """Build the plain transformers model of a GPTQ checkpoint, with dense weights in ``dtype``.
+
+    Raises CheckpointError if any parameter was missing, unexpected or of another shape: such
+    parameters would otherwise hold random numbers.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    directory = Path(directory)
+    config = AutoConfig.from_pretrained(directory)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with torch.device("meta"):  # the auto class itself accepts no state_dict
+        model_class = type(AutoModelForCausalLM.from_config(config))
+    weights = dict(dequantized_state_dict(directory, dtype))
+    try:
+        model, report = model_class.from_pretrained(
+            None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True
+        )
+    except RuntimeError as error:  # an expert that is missing in part cannot be fused
+        raise CheckpointError(f"{directory}: weights do not fit the model: {error}") from error
+    problems = {kind: sorted(map(str, names))[:3] for kind, names in report.items() if names}
+    if problems:
+        raise CheckpointError(f"{directory}: weights do not fit the model: {problems}")
+    return model

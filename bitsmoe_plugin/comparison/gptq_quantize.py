@@ -1,0 +1,234 @@
+"""GPTQ baseline: quantize the routed experts of a MoE checkpoint with gptqmodel, on CPU.
+
+Run as ``python -m bitsmoe_plugin.comparison.gptq_quantize``, always in a process of its own:
+gptqmodel changes transformers classes for the life of the process. Logs go to stderr; the last
+line of stdout is one JSON object ``{"quantize_seconds": ..., "settings": {...}}``.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import random
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from bitsmoe_plugin.comparison.gptq_checkpoint import count_quantized_experts
+
+# A negative rule: skip every module whose path does not run through ``.experts.<n>.``.
+# Attention, router, shared experts and dense MLPs all fall under it.
+SKIP_ALL_BUT_ROUTED_EXPERTS = r"-:^(?!.*\.experts\.\d+\.).*$"
+
+
+class GptqModelMissingError(ImportError):
+    """gptqmodel cannot be imported."""
+
+
+@dataclasses.dataclass(frozen=True)
+class GptqSettings:
+    """What decides the result of a GPTQ run, apart from model and calibration tokens.
+
+    ``mse`` is the exponent p of the clipping search min sum |q(w) - w|^p (0: plain min-max).
+    ``fallback_percent``: a linear layer that sees fewer than this share of the calibration
+    tokens is rounded to nearest instead (gptqmodel's default is 0.5; 0 switches it off).
+    ``experts_per_token`` overrides the router's top-k during calibration only (None: as trained).
+    """
+
+    bits: int = 2
+    group_size: int = 64
+    sym: bool = False
+    damp_percent: float = 0.05
+    desc_act: bool = False
+    group_aware: bool = True
+    static_groups: bool = False
+    mse: float = 2.0
+    fallback_percent: float = 0.5
+    experts_per_token: int | None = None
+    checkpoint_format: str = "gptq_v2"
+    seed: int = 0
+
+
+def read_calibration(path: Path) -> list[list[int]]:
+    """Read a JSON list of token-id lists, all of one length >= 2."""
+    sequences = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(sequences, list) or not sequences:
+        raise ValueError(f"{path}: expected a non-empty JSON list of token-id lists")
+    for index, sequence in enumerate(sequences):
+        if not isinstance(sequence, list) or not all(type(token) is int for token in sequence):
+            raise ValueError(f"{path}: sequence {index} is not a list of integers")
+    lengths = {len(sequence) for sequence in sequences}
+    if len(lengths) > 1 or min(lengths) < 2:
+        raise ValueError(f"{path}: sequences must share one length >= 2, got {sorted(lengths)}")
+    return sequences
+
+
+def _import_gptqmodel() -> Any:
+    """Import gptqmodel with a worker count that suits small machines."""
+    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
+    try:
+        import gptqmodel
+    except ImportError as error:
+        raise GptqModelMissingError(
+            f"the GPTQ baseline needs gptqmodel, which cannot be imported ({error}); "
+            "run `make install-gptq`"
+        ) from error
+    return gptqmodel
+
+
+def _quantize_config(settings: GptqSettings) -> Any:
+    """Translate our settings to a gptqmodel ``QuantizeConfig`` that only touches experts."""
+    from gptqmodel.quantization.config import (
+        ExpertsRoutingOverride,
+        Fallback,
+        MoEConfig,
+        QuantizeConfig,
+    )
+
+    moe = None
+    if settings.experts_per_token is not None:
+        moe = MoEConfig(routing=ExpertsRoutingOverride(settings.experts_per_token))
+    fallback = None
+    if settings.fallback_percent > 0:
+        fallback = Fallback(threshold=f"{settings.fallback_percent}%")
+    return QuantizeConfig(
+        bits=settings.bits,
+        group_size=settings.group_size,
+        sym=settings.sym,
+        desc_act=settings.desc_act,
+        act_group_aware=settings.group_aware,
+        damp_percent=settings.damp_percent,
+        static_groups=settings.static_groups,
+        mse=settings.mse,
+        fallback=fallback,
+        moe=moe,
+        dynamic={SKIP_ALL_BUT_ROUTED_EXPERTS: {}},
+        format=settings.checkpoint_format,
+        device="cpu",
+        offload_to_disk=False,
+    )
+
+
+def _seed_everything(seed: int) -> None:
+    import torch
+
+    random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def quantize_experts(
+    model_dir: Path,
+    out_dir: Path,
+    calibration: Sequence[Sequence[int]],
+    settings: GptqSettings,
+    batch_size: int = 4,
+) -> float:
+    """Quantize the routed experts of ``model_dir`` and save a GPTQ checkpoint in ``out_dir``.
+
+    Args:
+        model_dir: directory of an unquantized transformers checkpoint.
+        out_dir: directory that receives the checkpoint.
+        calibration: token ids, ``[num_sequences][sequence_length]``.
+        settings: the GPTQ settings.
+        batch_size: sequences per calibration forward pass; it does not change the result
+            beyond float rounding.
+
+    Returns:
+        Seconds spent in quantization, without loading and saving.
+    """
+    gptqmodel = _import_gptqmodel()
+    _seed_everything(settings.seed)
+    backend = gptqmodel.BACKEND.GPTQ_TORCH
+    model = gptqmodel.GPTQModel.load(str(model_dir), _quantize_config(settings), backend=backend)
+    examples = [
+        {"input_ids": list(tokens), "attention_mask": [1] * len(tokens)} for tokens in calibration
+    ]
+    start = time.perf_counter()
+    model.quantize(examples, batch_size=batch_size, backend=backend)
+    seconds = time.perf_counter() - start
+    model.save(str(out_dir))
+    if not count_quantized_experts(out_dir):
+        raise ValueError(f"{model_dir}: gptqmodel found no routed experts to quantize")
+    return seconds
+
+
+@contextlib.contextmanager
+def stdout_to_stderr() -> Iterator[int]:
+    """Send file descriptor 1 to stderr; yields a descriptor of the real stdout.
+
+    At descriptor level, because gptqmodel's logger and native code write there directly.
+    """
+    sys.stdout.flush()
+    real_stdout = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield real_stdout
+    finally:
+        sys.stdout.flush()
+        os.dup2(real_stdout, 1)
+        os.close(real_stdout)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Describe the command line; defaults come from ``GptqSettings``."""
+    defaults = GptqSettings()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--calibration", type=Path, required=True)
+    parser.add_argument("--bits", type=int, choices=(2, 3, 4, 8), default=defaults.bits)
+    parser.add_argument("--group-size", type=int, default=defaults.group_size)
+    parser.add_argument("--sym", action="store_true", help="symmetric grid (default: zero points)")
+    parser.add_argument("--damp-percent", type=float, default=defaults.damp_percent)
+    order = parser.add_mutually_exclusive_group()
+    order.add_argument("--desc-act", action="store_true", help="columns by activation size")
+    order.add_argument(
+        "--group-aware", action=argparse.BooleanOptionalAction, default=None,
+        help="columns by activation size within groups (default, unless --desc-act)",
+    )  # fmt: skip
+    parser.add_argument("--static-groups", action="store_true", help="fix all grids beforehand")
+    parser.add_argument("--mse", type=float, default=defaults.mse)
+    parser.add_argument("--fallback-percent", type=float, default=defaults.fallback_percent)
+    parser.add_argument("--experts-per-token", type=int, default=None)
+    parser.add_argument(
+        "--checkpoint-format", choices=("gptq", "gptq_v2"), default=defaults.checkpoint_format
+    )
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--seed", type=int, default=defaults.seed)
+    return parser
+
+
+def settings_from_arguments(arguments: argparse.Namespace) -> GptqSettings:
+    """Build the settings; group-aware ordering is on unless refused or replaced."""
+    values = vars(arguments)
+    names = [field.name for field in dataclasses.fields(GptqSettings)]
+    settings = {name: values[name] for name in names}
+    if settings["group_aware"] is None:
+        settings["group_aware"] = not arguments.desc_act
+    return GptqSettings(**settings)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command-line entry point."""
+    parser = build_parser()
+    arguments = parser.parse_args(argv)
+    settings = settings_from_arguments(arguments)
+    try:
+        calibration = read_calibration(arguments.calibration)
+        with stdout_to_stderr():
+            seconds = quantize_experts(
+                arguments.model, arguments.out, calibration, settings, arguments.batch_size
+            )
+    except (GptqModelMissingError, ValueError, OSError) as error:
+        print(f"gptq_quantize: {error}", file=sys.stderr)
+        return 1
+    record = {"quantize_seconds": round(seconds, 3), "settings": dataclasses.asdict(settings)}
+    print(json.dumps(record), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,162 @@
+"""BitsMoEConfig: every option of quantization, validated, and the manifest of a packed checkpoint."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from bitsmoe_plugin.errors import CheckpointError, ConfigError
+from bitsmoe_plugin.packing import FORMAT_VERSION
+
+QUANT_METHOD = "bitsmoe"
+ALL_WIDTHS = (0, 1, 2, 3, 4, 6, 8, 16)
+_RUNTIME_ONLY = ("dataset", "tokenizer")
+
+
+def _fail(option: str, value: Any, allowed: str) -> None:
+    raise ConfigError(f"BitsMoEConfig: {option}={value!r} is not allowed; allowed: {allowed}")
+
+
+def _check_number(option: str, value: Any, low: float, high: float, whole: bool = False) -> None:
+    kinds = (int,) if whole else (int, float)
+    what = "a whole number" if whole else "a number"
+    if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
+        _fail(option, value, f"{what} from {low:g} to {high:g}")
+
+
+def _check_choice(option: str, value: Any, choices: tuple[Any, ...]) -> None:
+    if value not in choices or isinstance(value, bool) != isinstance(choices[0], bool):
+        _fail(option, value, ", ".join(repr(choice) for choice in choices))
+
+
+class BitsMoEConfig(QuantizationConfigMixin):
+    """How to quantize the routed experts of an MoE model, and how a checkpoint was quantized.
+
+    Args:
+        bits: counted bits per expert weight: everything stored for the experts (payload, scales,
+            widths, bases) over the number of original expert weights. 0.1 to 16.
+        dataset: calibration text: list of strings, list of token id lists, ``datasets.Dataset``
+            with a column ``text`` or ``input_ids``, or a path to a .txt or .jsonl file. Needed to
+            quantize, not stored in the checkpoint (its token count and hash are).
+        tokenizer: name, path or tokenizer object; default: the one saved with the model.
+        calibration_tokens: use at most this many tokens of ``dataset``.
+        sequence_length: tokens per calibration sequence.
+        batch_size: sequences per forward pass.
+        widths: bits that a row may take; 0 drops it. A subset of 0, 1, 2, 3, 4, 6, 8, 16.
+        basis_bits: width of the two shared bases, 4, 8 or 16.
+        basis_group_size: basis values that share a scale; divides hidden_size.
+        whitening: bases in the metric of the inputs (True) or plain orthogonal ones (False).
+        token_weighting: "residual" weighs a token by 1 / mean square of its residual stream,
+            "none" weighs all alike.
+        feedback: pass rounding errors on to values not yet rounded (GPTQ).
+        refit: recompute each down factor for the rounded gate and up before rounding it.
+        sequential: calibrate a layer on the outputs of the quantized layers before it.
+        scope: "global" spends one budget over all layers, "layer" the same budget on each.
+        covariance_prior: weight of the layer's covariance in an expert's own, in tokens per
+            dimension; more for short calibration text.
+        damping: share of the mean diagonal added to second moments before they are inverted.
+        seed: of the few random choices (stand-in tokens for thin experts).
+        format_version, layers, calibration: written into checkpoints, not for users.
+
+    Raises:
+        ConfigError: naming the option, its value and what is allowed.
+        CheckpointError: a checkpoint of a newer format version.
+    """
+
+    def __init__(
+        self,
+        bits: float = 2.0,
+        dataset: Any = None,
+        tokenizer: Any = None,
+        calibration_tokens: int = 131_072,
+        sequence_length: int = 512,
+        batch_size: int = 8,
+        widths: tuple[int, ...] | list[int] = ALL_WIDTHS,
+        basis_bits: int = 4,
+        basis_group_size: int = 32,
+        whitening: bool = True,
+        token_weighting: str = "residual",
+        feedback: bool = True,
+        refit: bool = True,
+        sequential: bool = True,
+        scope: str = "global",
+        covariance_prior: float = 1.0,
+        damping: float = 0.01,
+        seed: int = 0,
+        format_version: int = FORMAT_VERSION,
+        layers: dict[str, dict[str, Any]] | None = None,
+        calibration: dict[str, Any] | None = None,
+        **unknown: Any,
+    ) -> None:
+        self.quant_method = QUANT_METHOD  # type: ignore[assignment]
+        unknown.pop("quant_method", None)
+        if isinstance(format_version, int) and format_version > FORMAT_VERSION:
+            raise CheckpointError(
+                f"checkpoint has BitsMoE format version {format_version}; this release reads up to "
+                f"{FORMAT_VERSION}. Upgrade bitsmoe-plugin."
+            )
+        if unknown:
+            known = [name for name in BitsMoEConfig.__init__.__annotations__ if name not in ("return", "unknown")]
+            raise ConfigError(
+                f"BitsMoEConfig: unknown option {', '.join(sorted(unknown))}; known: {', '.join(known)}"
+            )
+        self.bits = bits
+        self.dataset = dataset
+        self.tokenizer = tokenizer
+        self.calibration_tokens = calibration_tokens
+        self.sequence_length = sequence_length
+        self.batch_size = batch_size
+        self.widths = tuple(widths) if isinstance(widths, (list, tuple)) else widths
+        self.basis_bits = basis_bits
+        self.basis_group_size = basis_group_size
+        self.whitening = whitening
+        self.token_weighting = token_weighting
+        self.feedback = feedback
+        self.refit = refit
+        self.sequential = sequential
+        self.scope = scope
+        self.covariance_prior = covariance_prior
+        self.damping = damping
+        self.seed = seed
+        self.format_version = format_version
+        self.layers = layers or {}
+        self.calibration = calibration or {}
+        self.validate()
+
+    def validate(self) -> None:
+        """Check every option.
+
+        Raises:
+            ConfigError: naming the option, its value and what is allowed.
+        """
+        _check_number("bits", self.bits, 0.1, 16)
+        _check_number("calibration_tokens", self.calibration_tokens, 1, 10**12, whole=True)
+        _check_number("sequence_length", self.sequence_length, 8, 10**7, whole=True)
+        _check_number("batch_size", self.batch_size, 1, 10**6, whole=True)
+        widths_ok = isinstance(self.widths, tuple) and len(self.widths) > 0
+        if not widths_ok or any(w not in ALL_WIDTHS or isinstance(w, bool) for w in self.widths):
+            _fail("widths", self.widths, f"distinct members of {ALL_WIDTHS}")
+        if tuple(sorted(set(self.widths))) != self.widths:
+            _fail("widths", self.widths, f"rising, distinct members of {ALL_WIDTHS}")
+        _check_choice("basis_bits", self.basis_bits, (4, 8, 16))
+        _check_choice("basis_group_size", self.basis_group_size, (16, 32, 64, 128, 256))
+        for flag in ("whitening", "feedback", "refit", "sequential"):
+            _check_choice(flag, getattr(self, flag), (True, False))
+        _check_choice("token_weighting", self.token_weighting, ("residual", "none"))
+        _check_choice("scope", self.scope, ("global", "layer"))
+        _check_number("covariance_prior", self.covariance_prior, 0, 1e6)
+        _check_number("damping", self.damping, 1e-6, 1.0)
+        _check_number("seed", self.seed, 0, 2**63 - 1, whole=True)
+        _check_number("format_version", self.format_version, 1, FORMAT_VERSION, whole=True)
+        if not isinstance(self.layers, dict) or not isinstance(self.calibration, dict):
+            _fail("layers/calibration", type(self.layers).__name__, "objects written by this package")
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready options and manifest, without the calibration text."""
+        values = {k: v for k, v in self.__dict__.items() if k not in _RUNTIME_ONLY}
+        values["widths"] = list(self.widths)
+        return values
+
+    def __iter__(self):  # type: ignore[no-untyped-def]
+        yield from self.to_dict().items()

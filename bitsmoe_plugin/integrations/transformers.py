@@ -1,0 +1,107 @@
+"""BitsMoE as a quantizer of transformers: quantize on load, load packed, save packed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoTokenizer
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    AUTO_QUANTIZER_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
+
+from bitsmoe_plugin.calibration import load_documents, token_blocks
+from bitsmoe_plugin.checkpoint import check_shape, packed_spec, verify_experts
+from bitsmoe_plugin.config import QUANT_METHOD, BitsMoEConfig
+from bitsmoe_plugin.errors import CheckpointError, ConfigError
+from bitsmoe_plugin.experts import BitsMoEExperts, replace_module
+from bitsmoe_plugin.families import find_moe_layers
+from bitsmoe_plugin.pipeline import layer_shape, plan_budget, quantize_model
+
+
+class BitsMoEQuantizer(HfQuantizer):
+    """Hooks that ``from_pretrained`` and ``save_pretrained`` call."""
+
+    requires_calibration = False
+    quantization_config: BitsMoEConfig
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse to quantize without calibration text before any weight is read."""
+        if not self.pre_quantized and self.quantization_config.dataset is None:
+            raise ConfigError(
+                "BitsMoEConfig: dataset=None is not allowed when a model is quantized; give calibration "
+                "text as a list of strings, a list of token id lists, a datasets.Dataset, or a path to a "
+                ".txt or .jsonl file"
+            )
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        layers = find_moe_layers(model)
+        config = self.quantization_config
+        if not self.pre_quantized:
+            plan_budget([layer_shape(layer) for layer in layers], config)
+            return
+        surplus = set(config.layers) - {layer.name for layer in layers}
+        if surplus:
+            raise CheckpointError(
+                f"quantization_config describes {', '.join(sorted(surplus))}, which the model lacks"
+            )
+        for layer in layers:
+            spec = packed_spec(layer.name, config)
+            check_shape(layer.name, spec, layer.module)
+            module = BitsMoEExperts(layer.module, spec)
+            module.drop_original_weights()
+            replace_module(model, layer.name, module)
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        if self.pre_quantized:
+            for name, module in model.named_modules():
+                if isinstance(module, BitsMoEExperts):
+                    verify_experts(name, module, self.quantization_config)
+            return
+        config = self.quantization_config
+        documents = load_documents(config.dataset)
+        blocks = token_blocks(
+            documents,
+            self._tokenizer(model, needed=isinstance(documents[0], str)),
+            sequence_length=config.sequence_length,
+            max_tokens=config.calibration_tokens,
+            vocab_size=model.get_input_embeddings().num_embeddings,
+        )
+        quantize_model(model, blocks, config)
+
+    def _tokenizer(self, model: Any, needed: bool) -> Any:
+        given = self.quantization_config.tokenizer
+        if given is not None and not isinstance(given, str):
+            return given
+        try:
+            return AutoTokenizer.from_pretrained(given or model.config._name_or_path)
+        except (OSError, ValueError) as error:
+            if not needed:
+                return None
+            raise ConfigError(
+                f"BitsMoEConfig: dataset holds text, but no tokenizer was found at "
+                f"{given or model.config._name_or_path!r}; give tokenizer="
+            ) from error
+
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        return dtype
+
+    def is_serializable(self, **kwargs: Any) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+
+def register() -> None:
+    """Make transformers know ``quant_method: bitsmoe``. Safe to call more than once."""
+    if QUANT_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        register_quantization_config(QUANT_METHOD)(BitsMoEConfig)
+    if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
+        register_quantizer(QUANT_METHOD)(BitsMoEQuantizer)

@@ -1,0 +1,1 @@
+"""Forward passes over packed experts, from the reference to the fast ones."""

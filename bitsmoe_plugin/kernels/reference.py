@@ -1,0 +1,62 @@
+"""Reference forward pass of packed experts: pure torch, float32, one expert at a time.
+
+    z = input_basis x
+    h = gating(sum_k z_k gate_k, sum_k z_k up_k)
+    c = sum over the token's experts of p * (down h)
+    y = output_basis c
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bitsmoe_plugin.packing import RowIndex, unpack_rows
+from bitsmoe_plugin.statistics import Gating
+
+
+def moe_forward(
+    hidden: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    *,
+    payload: Tensor,
+    index: RowIndex,
+    scales: Tensor,
+    input_basis: Tensor,
+    output_basis: Tensor,
+    intermediate_size: int,
+    gating: Gating,
+) -> Tensor:
+    """Output of the routed experts.
+
+    Args:
+        hidden: ``[T, H]``.
+        top_k_index: ``[T, k]`` int64; ids outside 0..E-1 are skipped.
+        top_k_weights: ``[T, k]``.
+        input_basis: ``[r, H]`` float32.
+        output_basis: ``[H, r]`` float32.
+
+    Returns:
+        ``[T, H]`` in the dtype of ``hidden``; computed in float32.
+    """
+    z = hidden.float() @ input_basis.T
+    coordinates = torch.zeros_like(z)
+    for expert in torch.unique(top_k_index).tolist():
+        if not 0 <= expert < len(index.starts[0]):
+            continue
+        token, slot = torch.where(top_k_index == expert)
+        selected = z[token]
+        gate, up = (
+            selected[:, order] @ rows
+            for rows, order in (
+                unpack_rows(payload, index, scales, factor, expert, intermediate_size)
+                for factor in (0, 1)
+            )
+        )
+        rows, order = unpack_rows(payload, index, scales, 2, expert, intermediate_size)
+        out = gating(gate, up) @ rows.T * top_k_weights[token, slot, None].float()
+        update = torch.zeros_like(selected)
+        update[:, order] = out
+        coordinates.index_add_(0, token, update)
+    return (coordinates @ output_basis.T).to(hidden.dtype)

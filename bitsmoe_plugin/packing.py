@@ -1,0 +1,250 @@
+"""Packed layout of one MoE layer, format version 1.
+
+Symbols: E num_experts, I intermediate_size, H hidden_size, r rank (= H), B = ceil(I / 32).
+
+=====================  =======  ======================  =========================================
+tensor                 dtype    shape                   content
+=====================  =======  ======================  =========================================
+bitsmoe_row_codes      uint8    [3, E, r]               width index << 5 | scale code, per row
+bitsmoe_scale_grid     int16    [3, 2, r]               low and step of ``rounding.ScaleGrid``
+bitsmoe_payload        int32    [words]                 codes of all rows, see below
+bitsmoe_input_basis    int32    [r, H * bits / 32]      codes (int16 [r, H] if basis_bits is 16)
+bitsmoe_input_scales   int16    [r, H / group_size]     (empty if basis_bits is 16)
+bitsmoe_output_basis   int32    [H, r * bits / 32]      as the input basis
+bitsmoe_output_scales  int16    [H, r / group_size]
+=====================  =======  ======================  =========================================
+
+int16 tensors hold the bits of float16 values: an integer dtype is left alone by everything that
+casts a model (``model.to(dtype)``, loaders that convert floats to the model's dtype).
+
+The first axis of three is the factor: gate, up, down. ``payload`` holds factor after factor,
+expert after expert; the rows of one expert are ordered by falling width, then by rank index, and
+rows of width 0 are absent. So the offset of every row follows from ``row_codes`` alone. A row of
+b bits is B blocks of b words; a block holds 32 values, value i in bits i*b .. (i+1)*b of the
+block, least significant bit first. A tensor parallel shard is a range of blocks of every row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from bitsmoe_plugin import grids
+from bitsmoe_plugin.rounding import SCALE_LEVELS, ScaleGrid
+from bitsmoe_plugin.spectral import QuantizedBasis
+
+FORMAT_VERSION = 1
+BLOCK = 32
+FACTORS = ("gate", "up", "down")
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """Sizes of one layer that, with the row codes, fix the size of every packed tensor."""
+
+    num_experts: int
+    hidden_size: int
+    intermediate_size: int
+
+    @property
+    def rank(self) -> int:
+        return self.hidden_size
+
+    @property
+    def blocks(self) -> int:
+        return -(-self.intermediate_size // BLOCK)
+
+    @property
+    def weights(self) -> int:
+        """Expert weights of the unquantized layer."""
+        return 3 * self.num_experts * self.hidden_size * self.intermediate_size
+
+
+@dataclass(frozen=True)
+class PackedExperts:
+    """The packed tensors of one layer; names, dtypes and shapes as in the module text."""
+
+    row_codes: Tensor
+    scale_grid: Tensor
+    payload: Tensor
+    input_basis: Tensor
+    input_scales: Tensor
+    output_basis: Tensor
+    output_scales: Tensor
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """(buffer name, tensor) of every stored tensor."""
+        for field in fields(self):
+            yield f"bitsmoe_{field.name}", getattr(self, field.name)
+
+    def stored_bits(self) -> int:
+        """Everything that is stored for the experts of this layer."""
+        return sum(8 * t.numel() * t.element_size() for _, t in self.tensors())
+
+
+def pack_codes(codes: Tensor, bits: int) -> Tensor:
+    """Pack codes into 32-bit words.
+
+    Args:
+        codes: ``[rows, n]`` whole numbers in ``0 .. 2**bits - 1``; n is padded to blocks of 32.
+        bits: 1 to 16.
+
+    Returns:
+        ``[rows, ceil(n / 32) * bits]`` int32.
+    """
+    rows, n = codes.shape
+    padded = torch.nn.functional.pad(codes.to(torch.int64), (0, -n % BLOCK))
+    values = padded.view(rows, -1, BLOCK)
+    words = torch.zeros(rows, values.shape[1], bits + 1, dtype=torch.int64)
+    for i in range(BLOCK):
+        word, shift = divmod(i * bits, 32)
+        shifted = values[:, :, i] << shift
+        words[:, :, word] |= shifted & 0xFFFFFFFF
+        words[:, :, word + 1] |= shifted >> 32
+    words = words[:, :, :bits]
+    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32).reshape(rows, -1)
+
+
+def unpack_codes(words: Tensor, bits: int, n: int) -> Tensor:
+    """Inverse of ``pack_codes``: ``[rows, blocks * bits]`` int32 -> ``[rows, n]`` int32."""
+    rows = words.shape[0]
+    unsigned = words.view(rows, -1, bits).to(torch.int64) & 0xFFFFFFFF
+    start = torch.arange(BLOCK, device=words.device) * bits
+    word, shift = start // 32, start % 32
+    following = unsigned[:, :, (word + 1).clamp_max(bits - 1)] << 32
+    codes = ((unsigned[:, :, word] | following) >> shift) & (2**bits - 1)
+    return codes.view(rows, -1)[:, :n].to(torch.int32)
+
+
+@dataclass(frozen=True)
+class RowIndex:
+    """Where the rows of every (factor, expert) stand in the payload.
+
+    Attributes:
+        order: ``[3, E, r]`` int64, rank indices by falling width, then rising index.
+        counts: ``[3][E][widths]`` rows of each width, widths in the order given.
+        starts: ``[3][E]`` first payload word of the expert's factor.
+        widths: falling, without 0.
+        words: length of the payload.
+    """
+
+    order: Tensor
+    counts: list[list[list[int]]]
+    starts: list[list[int]]
+    widths: tuple[int, ...]
+    words: int
+
+
+def row_widths(row_codes: Tensor, widths: tuple[int, ...]) -> Tensor:
+    """Bits of every row, ``[3, E, r]`` int64."""
+    table = torch.tensor(widths, device=row_codes.device)
+    return table[(row_codes // SCALE_LEVELS).long()]
+
+
+def index_rows(row_codes: Tensor, widths: tuple[int, ...], shape: LayerShape) -> RowIndex:
+    """Derive order and offsets of all rows from the row codes ``[3, E, r]`` uint8."""
+    bits = row_widths(row_codes, widths)
+    falling = tuple(sorted((w for w in widths if w), reverse=True))
+    order = torch.argsort(-bits, dim=-1, stable=True)
+    counts = torch.stack([(bits == w).sum(-1) for w in falling], -1)
+    words = (counts * torch.tensor(falling, device=counts.device)).sum(-1) * shape.blocks
+    ends = words.flatten().cumsum(0)
+    starts = (ends - words.flatten()).view_as(words)
+    return RowIndex(order, counts.tolist(), starts.tolist(), falling, int(ends[-1]))
+
+
+def pack_expert(codes: Tensor, row_bits: Tensor, widths: tuple[int, ...]) -> Tensor:
+    """Payload words ``[words]`` int32 of one factor of one expert.
+
+    Args:
+        codes: ``[r, I]`` int32.
+        row_bits: ``[r]`` int64, members of ``widths``.
+    """
+    pieces = [
+        pack_codes(codes[row_bits == width], width).flatten()
+        for width in sorted(widths, reverse=True)
+        if width and bool((row_bits == width).any())
+    ]
+    return torch.cat(pieces) if pieces else torch.zeros(0, dtype=torch.int32)
+
+
+def pack_row_codes(row_bits: Tensor, scale_codes: Tensor, widths: tuple[int, ...]) -> Tensor:
+    """``[3, E, r]`` uint8 of widths (int64) and scale codes (uint8, below 32)."""
+    lookup = torch.zeros(17, dtype=torch.int64)
+    lookup[torch.tensor(widths)] = torch.arange(len(widths))
+    return (lookup[row_bits] * SCALE_LEVELS + scale_codes).to(torch.uint8)
+
+
+def pack_scale_grid(scale_grids: list[ScaleGrid]) -> Tensor:
+    """``[3, 2, r]`` int16 of the scale grids of gate, up and down."""
+    return torch.stack([torch.stack([g.low, g.step]) for g in scale_grids]).view(torch.int16)
+
+
+def pack_basis(basis: QuantizedBasis) -> tuple[Tensor, Tensor]:
+    """Stored codes and scales of a basis."""
+    scales = basis.scales.to(torch.float16).view(torch.int16)
+    if basis.bits == 16:
+        return basis.codes.contiguous().view(torch.int16), scales
+    return pack_codes(basis.codes, basis.bits), scales
+
+
+def unpack_basis(words: Tensor, scales: Tensor, bits: int, columns: int) -> Tensor:
+    """``[rows, columns]`` float32 of a stored basis."""
+    if bits == 16:
+        return words.view(torch.float16).float()
+    codes = unpack_codes(words, bits, columns).float()
+    group_size = columns // scales.shape[1]
+    return QuantizedBasis(codes, scales.view(torch.float16), bits, group_size).dequantize()
+
+
+def row_scales(row_codes: Tensor, scale_grid: Tensor) -> Tensor:
+    """Scales ``[3, E, r]`` float32 of all rows (of width-0 rows too; they are not used)."""
+    grid = scale_grid.view(torch.float16)
+    low, step = grid[:, None, 0], grid[:, None, 1]
+    return ScaleGrid(low, step).decode((row_codes % SCALE_LEVELS).float())
+
+
+def unpack_rows(
+    payload: Tensor, index: RowIndex, scales: Tensor, factor: int, expert: int, size: int
+) -> tuple[Tensor, Tensor]:
+    """The stored rows of one factor of one expert.
+
+    Args:
+        payload: ``[words]`` int32.
+        scales: ``[3, E, r]`` float32, from ``row_scales``.
+        size: intermediate_size.
+
+    Returns:
+        rows ``[n, I]`` float32 and their rank indices ``[n]`` int64, n = rows not dropped.
+    """
+    start = index.starts[factor][expert]
+    blocks = -(-size // BLOCK)
+    pieces, done = [], 0
+    order = index.order[factor, expert]
+    for width, count in zip(index.widths, index.counts[factor][expert], strict=True):
+        if count == 0:
+            continue
+        end = start + count * blocks * width
+        codes = unpack_codes(payload[start:end].view(count, -1), width, size).float()
+        scale = scales[factor, expert, order[done : done + count], None]
+        pieces.append(grids.decode(codes, scale, width))
+        start, done = end, done + count
+    if not pieces:
+        return payload.new_zeros((0, size), dtype=torch.float32), order[:0]
+    return torch.cat(pieces), order[:done]
+
+
+def fixed_bits(
+    shape: LayerShape, basis_bits: int, basis_group_size: int
+) -> dict[str, int]:
+    """Stored bits of one layer that no allocation changes, by part."""
+    h, r = shape.hidden_size, shape.rank
+    scales = 0 if basis_bits == 16 else 16 * h * r // basis_group_size
+    return {
+        "bases": 2 * (h * r * basis_bits + scales),
+        "row_codes": 8 * 3 * shape.num_experts * r,
+        "scale_grids": 16 * 3 * 2 * r,
+    }

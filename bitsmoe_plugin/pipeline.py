@@ -1,0 +1,263 @@
+"""Quantization of a whole model: calibrate and plan every layer, allocate, round and pack.
+
+Two passes over the layers. The first collects costs on the unquantized model; the allocation
+spends one budget over all of them; the second rounds, each layer on what the quantized layers
+before it put out (``sequential``).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers.utils import logging
+
+from bitsmoe_plugin import packing
+from bitsmoe_plugin.allocation import Allocation, allocate
+from bitsmoe_plugin.calibration import LayerwiseForward, capture_layer
+from bitsmoe_plugin.checkpoint import layer_manifest, packed_spec
+from bitsmoe_plugin.config import BitsMoEConfig
+from bitsmoe_plugin.errors import QuantizationError
+from bitsmoe_plugin.experts import BitsMoEExperts, replace_module
+from bitsmoe_plugin.families import MoELayer, apply_gating, find_moe_layers, read_experts
+from bitsmoe_plugin.layer import LayerPlan, build_problem, plan_layer, round_layer, row_sizes
+from bitsmoe_plugin.packing import LayerShape
+from bitsmoe_plugin.statistics import LayerActivations
+
+THIN_TOKENS_PER_DIMENSION = 0.25
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Attributes:
+    payload_bits: what the allocation may spend on rows, over all layers.
+    fixed: stored bits of the whole model that no allocation changes, by part.
+    weights: expert weights of the unquantized model.
+    """
+
+    payload_bits: int
+    fixed: dict[str, int]
+    weights: int
+
+
+def layer_shape(layer: MoELayer) -> LayerShape:
+    """Sizes of an unquantized experts module."""
+    experts, hidden, intermediate = layer.module.down_proj.shape
+    return LayerShape(experts, hidden, intermediate)
+
+
+def plan_budget(shapes: list[LayerShape], config: BitsMoEConfig) -> Budget:
+    """Split the counted budget into what is fixed and what rows may use.
+
+    Raises:
+        QuantizationError: the budget cannot be met, or the bases do not fit their groups.
+    """
+    weights = sum(shape.weights for shape in shapes)
+    fixed: dict[str, int] = {}
+    least = 0
+    for shape in shapes:
+        if config.basis_bits < 16 and shape.hidden_size % config.basis_group_size:
+            raise QuantizationError(
+                f"basis_group_size={config.basis_group_size} does not divide hidden_size="
+                f"{shape.hidden_size}; use 16, 32, 64, 128 or 256 such that it does"
+            )
+        for part, bits in packing.fixed_bits(shape, config.basis_bits, config.basis_group_size).items():
+            fixed[part] = fixed.get(part, 0) + bits
+        least += 3 * shape.num_experts * shape.rank * min(row_sizes(shape, config.widths))
+    total = sum(fixed.values())
+    payload = int(config.bits * weights) - total
+    if payload < least:
+        raise QuantizationError(
+            f"bits={config.bits:g} cannot be met: the smallest reachable is "
+            f"{(total + least) / weights:.4f} bits per weight, of which bases, row codes and scale "
+            f"grids take {total / weights:.4f} (smaller with basis_bits=4 and a larger "
+            "basis_group_size) and the narrowest rows the rest"
+        )
+    return Budget(payload, fixed, weights)
+
+
+def warn_about_thin_calibration(name: str, activations: LayerActivations, shape: LayerShape) -> Tensor:
+    """Tokens per expert ``[E]``; warns if an expert saw none, or most saw too few."""
+    index = activations.top_k_index.flatten()
+    counts = torch.bincount(index, minlength=shape.num_experts)[: shape.num_experts]
+    unrouted = torch.nonzero(counts == 0).flatten().tolist()
+    if unrouted:
+        warnings.warn(
+            f"{name}: no calibration token was routed to expert {', '.join(map(str, unrouted))}; "
+            "treated as typical experts of the layer. More or more varied calibration text helps.",
+            stacklevel=2,
+        )
+    if float(counts.float().median()) < THIN_TOKENS_PER_DIMENSION * shape.hidden_size:
+        warnings.warn(
+            f"{name}: the median expert saw {int(counts.float().median())} calibration tokens for "
+            f"hidden_size {shape.hidden_size}; use more calibration text (calibration_tokens).",
+            stacklevel=2,
+        )
+    return counts
+
+
+def allocate_rows(
+    plans: list[LayerPlan], shapes: list[LayerShape], budget: Budget, config: BitsMoEConfig
+) -> tuple[list[Tensor], list[Allocation]]:
+    """Widths ``[3, E, r]`` int64 per layer; one allocation for all layers, or one for each."""
+    costs = [plan.costs.reshape(-1, len(config.widths)).double().numpy() for plan in plans]
+    sizes = [
+        np.tile(np.array(row_sizes(shape, config.widths), dtype=np.int64), (len(cost), 1))
+        for shape, cost in zip(shapes, costs, strict=True)
+    ]
+    if config.scope == "global":
+        results = [allocate(np.concatenate(costs), np.concatenate(sizes), budget.payload_bits)]
+    else:
+        results = [
+            allocate(cost, size, budget.payload_bits * shape.weights // budget.weights)
+            for shape, cost, size in zip(shapes, costs, sizes, strict=True)
+        ]
+    choice = torch.from_numpy(np.concatenate([result.choice for result in results]))
+    pieces = choice.split([len(cost) for cost in costs])
+    table = torch.tensor(config.widths)
+    return [
+        table[piece].view(plan.costs.shape[:-1]) for piece, plan in zip(pieces, plans, strict=True)
+    ], results
+
+
+def _estimated_error(plan: LayerPlan, row_bits: Tensor, config: BitsMoEConfig) -> float:
+    index = torch.searchsorted(torch.tensor(config.widths), row_bits)
+    return float(plan.costs.gather(-1, index[..., None]).double().sum())
+
+
+def _measured_error(
+    activations: LayerActivations, exact: nn.Module, packed: nn.Module, batch: int = 8192
+) -> tuple[float, float]:
+    """Weighted output error of a layer's experts and energy of the exact output, per token."""
+    error = energy = 0.0
+    for start in range(0, len(activations.hidden), batch):
+        rows = slice(start, start + batch)
+        inputs = (
+            activations.hidden[rows].float(),
+            activations.top_k_index[rows],
+            activations.top_k_weights[rows],
+        )
+        weight = activations.token_weights[rows]
+        wanted = exact(*inputs)
+        error += float(((wanted - packed(*inputs)).square().mean(-1) * weight).sum())
+        energy += float((wanted.square().mean(-1) * weight).sum())
+    return error / len(activations.hidden), energy / len(activations.hidden)
+
+
+@dataclass(frozen=True)
+class _Decoder:
+    """The decoder layers of a model and the MoE layer of each, None for dense ones."""
+
+    layers: nn.ModuleList
+    moe: list[MoELayer | None]
+
+
+def _decoder(model: nn.Module, layers: list[MoELayer]) -> _Decoder:
+    path = {layer.layer_name.rpartition(".")[0] for layer in layers}
+    names = [layer.layer_name for layer in layers]
+    if len(path) != 1 or len(set(names)) != len(names):
+        raise QuantizationError(
+            f"MoE layers at {', '.join(layer.name for layer in layers)}: only one per decoder layer, in "
+            "one list of decoder layers, is supported"
+        )
+    modules = model.get_submodule(path.pop())
+    by_index = {int(layer.layer_name.rpartition(".")[2]): layer for layer in layers}
+    return _Decoder(modules, [by_index.get(i) for i in range(len(modules))])
+
+
+def _plan(
+    forward: LayerwiseForward, decoder: _Decoder, budget: Budget, config: BitsMoEConfig
+) -> list[LayerPlan]:
+    """First pass: costs of all rows of all layers, on the unquantized model."""
+    plans = []
+    for index in logging.tqdm(range(len(decoder.layers)), desc="Calibrating layers"):
+        layer = decoder.moe[index]
+        if layer is None:
+            forward.advance(forward.run(index))
+            continue
+        activations, outputs = capture_layer(forward, index, layer.module, config.token_weighting)
+        shape = layer_shape(layer)
+        gating = partial(apply_gating, layer.module)
+        weights = read_experts(layer.module)
+        problem = build_problem(layer.name, weights, activations, gating, config)
+        plans.append(plan_layer(problem, budget.payload_bits * shape.weights // budget.weights))
+        forward.advance(outputs)
+    return plans
+
+
+def _round(
+    model: nn.Module,
+    forward: LayerwiseForward,
+    decoder: _Decoder,
+    plans: list[LayerPlan],
+    widths: list[Tensor],
+    config: BitsMoEConfig,
+) -> None:
+    """Second pass: round and replace the experts of every layer, and write the manifest."""
+    pending = iter(zip(plans, widths, strict=True))
+    for index in logging.tqdm(range(len(decoder.layers)), desc="Rounding layers"):
+        layer = decoder.moe[index]
+        if layer is None:
+            forward.advance(forward.run(index))
+            continue
+        plan, row_bits = next(pending)
+        activations, outputs = capture_layer(forward, index, layer.module, config.token_weighting)
+        shape = layer_shape(layer)
+        counts = warn_about_thin_calibration(layer.name, activations, shape)
+        weights, gating = read_experts(layer.module), partial(apply_gating, layer.module)
+        problem = build_problem(layer.name, weights, activations, gating, config, plan.bases)
+        packed = round_layer(problem, row_bits)
+        config.layers[layer.name] = layer_manifest(shape, packed, {})
+        module = BitsMoEExperts(layer.module, packed_spec(layer.name, config))
+        module.load_packed(packed)
+        measured, energy = _measured_error(activations, layer.module, module)
+        config.layers[layer.name]["report"] = {
+            "estimated_error": _estimated_error(plan, row_bits, config),
+            "calibration_error": measured,
+            "output_energy": energy,
+            "tokens_per_expert": counts.tolist(),
+        }
+        module.drop_original_weights()
+        replace_module(model, layer.name, module)
+        forward.advance(forward.run(index) if config.sequential else outputs)
+
+
+def quantize_model(model: nn.Module, blocks: Tensor, config: BitsMoEConfig) -> BitsMoEConfig:
+    """Quantize the routed experts of a loaded model in place.
+
+    Args:
+        model: transformers causal language model, all weights loaded.
+        blocks: ``[blocks, sequence_length]`` int64 calibration tokens.
+        config: options; its manifest is replaced.
+
+    Returns:
+        the config with the manifest of the packed layers.
+
+    Raises:
+        QuantizationError: no MoE layers, unknown family, NaN weights, or budget out of reach.
+    """
+    moe = find_moe_layers(model)
+    shapes = [layer_shape(layer) for layer in moe]
+    budget = plan_budget(shapes, config)
+    decoder = _decoder(model, moe)
+    training = model.training
+    model.eval()
+    with torch.no_grad():
+        forward = LayerwiseForward(model, decoder.layers, blocks, config.batch_size)
+        plans = _plan(forward, decoder, budget, config)
+        widths, allocations = allocate_rows(plans, shapes, budget, config)
+        config.layers = {}
+        forward.restart()
+        _round(model, forward, decoder, plans, widths, config)
+    model.train(training)
+    config.calibration = {
+        "tokens": blocks.numel(),
+        "sha256": hashlib.sha256(blocks.contiguous().numpy().tobytes()).hexdigest(),
+        "allocation_relative_gap": max(result.relative_gap for result in allocations),
+    }
+    return config

@@ -1,0 +1,182 @@
+"""Rounding of factors with error feedback (GPTQ, arXiv 2210.17323, applied to spectral factors).
+
+Gate and up rows are visited along the rank: the error of a row is compensated in the rows after
+it through the covariance of z. Down rows are visited along the neurons, through E[h h^T].
+All functions are batched over experts; widths differ from row to row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bitsmoe_plugin import grids
+
+SCALE_LEVELS = 32
+"""A row's scale is one of 32 (5 bits), equally spaced in the logarithm; see ``ScaleGrid``."""
+_MAX_OCTAVES = 16.0
+_NEARBY = 2
+"""Scale codes tried on either side of the planned one when a row's turn comes."""
+
+
+@dataclass(frozen=True)
+class ScaleGrid:
+    """Row scales of one rank index over all experts: ``exp2(low + code * step)``.
+
+    Attributes:
+        low: ``[rank]`` float16, log2 of the smallest scale.
+        step: ``[rank]`` float16, octaves between neighbouring codes.
+    """
+
+    low: Tensor
+    step: Tensor
+
+    @staticmethod
+    def covering(scales: Tensor, used: Tensor) -> ScaleGrid:
+        """The grid that spans the used ones of ``scales`` ``[experts, rank]`` (bool mask alike)."""
+        log = scales.clamp_min(2.0**-60).log2()
+        high = torch.where(used, log, -60.0).amax(0)
+        low = torch.where(used, log, 60.0).amin(0).minimum(high)
+        low = torch.maximum(low, high - _MAX_OCTAVES).to(torch.float16)
+        step = ((high - low.float()) / (SCALE_LEVELS - 1)).clamp_min(0).to(torch.float16)
+        return ScaleGrid(low, step)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Scales ``[..., rank]`` float32 of codes ``[..., rank]``."""
+        return torch.exp2(self.low.float() + codes * self.step.float())
+
+    def encode(self, scales: Tensor) -> Tensor:
+        """Nearest codes ``[..., rank]``, float32 whole numbers."""
+        log = scales.clamp_min(2.0**-60).log2() - self.low.float()
+        return (log / self.step.float().clamp_min(1e-6)).round_().clamp_(0, SCALE_LEVELS - 1)
+
+
+def feedback_factor(moment: Tensor, damping: float) -> Tensor:
+    """Upper Cholesky factor U of the inverse of a damped second moment.
+
+    Args:
+        moment: ``[..., n, n]`` float32, symmetric, positive semidefinite.
+        damping: share of the mean diagonal that is added to the diagonal.
+
+    Returns:
+        ``[..., n, n]`` float32 with U^T U = inverse; 1 / U[k, k]^2 is the variance of coordinate
+        k that the later coordinates do not explain.
+    """
+    matrix = moment.double()
+    diagonal = matrix.diagonal(dim1=-2, dim2=-1)
+    floor = damping * diagonal.mean(-1, keepdim=True).clamp_min(1e-30)
+    matrix = matrix + torch.diag_embed(floor.expand_as(diagonal))
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(matrix))
+    return torch.linalg.cholesky(inverse, upper=True).float()
+
+
+def conditional_variance(feedback: Tensor) -> Tensor:
+    """``[..., n]``: what rounding coordinate k costs per squared error after feedback."""
+    return feedback.diagonal(dim1=-2, dim2=-1).square().reciprocal()
+
+
+def best_scales(rows: Tensor, weights: Tensor, bits: Tensor, widths: tuple[int, ...]) -> Tensor:
+    """Scale of least weighted squared error of every row at its width.
+
+    Args:
+        rows: ``[..., n]``.
+        weights: broadcast against ``rows``.
+        bits: ``[...]`` int64.
+
+    Returns:
+        ``[...]`` float32; 0 for rows of width 0.
+    """
+    scales = torch.zeros_like(rows[..., 0])
+    weights = weights.expand_as(rows)
+    for width in widths:
+        pick = bits == width
+        if width and bool(pick.any()):
+            scales[pick] = grids.best_scale(rows[pick], weights[pick], width)[0].squeeze(-1)
+    return scales
+
+
+def unbiased_scales(rows: Tensor, weights: Tensor, bits: Tensor, widths: tuple[int, ...]) -> Tensor:
+    """As ``best_scales``, then widened so that rounding does not shrink the row on average.
+
+    A rounded row of least squared error is shorter than the row it stands for, and its error
+    points along it. A neuron is excited by just the inputs that lie along its weights, so that
+    part of the error does more harm than its size says: trading it for more random error pays
+    for gate and up (perplexity of the bundled model at 2 bits: loss 7.0 % -> 5.5 %).
+    """
+    scales = best_scales(rows, weights, bits, widths)
+    values = grids.round_to_grid(rows, scales[..., None], bits[..., None])
+    energy, kept = rows.square().sum(-1), (values * rows).sum(-1)
+    ratio = (energy / kept.clamp_min(1e-30)).clamp(1.0, 2.0)
+    return torch.where(bits > 0, scales * ratio, scales)
+
+
+def _choose_codes(
+    rows: Tensor, weights: Tensor, bits: Tensor, start: Tensor, low: Tensor, step: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Scale code near ``start`` ``[..., 1]`` and the scale itself, for rows ``[..., n]``."""
+    offsets = torch.arange(-_NEARBY, _NEARBY + 1).view(-1, *[1] * start.dim())
+    codes = (start + offsets).clamp(0, SCALE_LEVELS - 1)
+    scales = torch.exp2(low + codes * step)
+    errors = [(grids.round_to_grid(rows, s, bits) - rows).square_().mul_(weights).sum(-1) for s in scales]
+    index = torch.stack(errors).argmin(0)[None, ..., None]
+    return codes.gather(0, index)[0], scales.gather(0, index)[0]
+
+
+def round_along_rank(
+    factor: Tensor,
+    bits: Tensor,
+    feedback: Tensor,
+    neuron_weights: Tensor,
+    grid: ScaleGrid,
+    scales: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Round gate or up factors, row after row, passing each row's error on to later rows.
+
+    Args:
+        factor: ``[experts, rank, I]`` float32.
+        bits: ``[experts, rank]`` int64.
+        feedback: ``[experts, rank, rank]``, from ``feedback_factor``.
+        neuron_weights: ``[experts, I]``.
+        grid: of this projection.
+        scales: ``[experts, rank]``, free scales to start from.
+
+    Returns:
+        codes ``[experts, rank, I]`` int32, scale codes ``[experts, rank]`` uint8.
+    """
+    work = factor.clone()
+    codes = torch.empty(factor.shape, dtype=torch.int32)
+    scale_codes = torch.empty(bits.shape, dtype=torch.uint8)
+    start = grid.encode(scales)
+    low, step = grid.low.float(), grid.step.float()
+    for k in range(factor.shape[1]):
+        row, width = work[:, k], bits[:, k, None]
+        code, scale = _choose_codes(row, neuron_weights, width, start[:, k, None], low[k], step[k])
+        value = grids.encode(row, scale, width)
+        codes[:, k], scale_codes[:, k] = value.to(torch.int32), code[:, 0].to(torch.uint8)
+        error = (row - grids.decode(value, scale, width)) / feedback[:, k, k, None]
+        work[:, k + 1 :] -= feedback[:, k, k + 1 :, None] * error[:, None]
+    return codes, scale_codes
+
+
+def round_along_neurons(
+    factor: Tensor, bits: Tensor, feedback: Tensor, grid: ScaleGrid, scales: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Round down factors, neuron after neuron, each row under a scale fixed in advance.
+
+    Args as for ``round_along_rank``, but feedback is ``[experts, I, I]``. Returns the same.
+    """
+    work = factor.clone()
+    width = bits[..., None]
+    weights = conditional_variance(feedback)[:, None]
+    low, step = grid.low.float()[:, None], grid.step.float()[:, None]
+    scale_code, scale = _choose_codes(factor, weights, width, grid.encode(scales)[..., None], low, step)
+    codes = torch.empty(factor.shape, dtype=torch.int32)
+    for i in range(factor.shape[2]):
+        column = work[:, :, i : i + 1]
+        value = grids.encode(column, scale, width)
+        codes[:, :, i] = value[..., 0].to(torch.int32)
+        error = (column - grids.decode(value, scale, width)) / feedback[:, None, i, i, None]
+        work[:, :, i + 1 :] -= error * feedback[:, None, i, i + 1 :]
+    return codes, scale_code[..., 0].to(torch.uint8)

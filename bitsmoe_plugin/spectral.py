@@ -1,0 +1,157 @@
+"""Shared bases of one MoE layer, and the experts' factors in them.
+
+With C the routing- and token-weighted second moment of the layer's inputs, the input basis
+consists of the principal directions of the experts' gate and up weights *in the metric of C*
+(activation whitening, as SVD-LLM, arXiv 2403.07378, does for truncation; BitsMoE, arXiv
+2606.00079, uses the plain SVD). The output basis consists of the principal directions of the
+experts' outputs. Both bases are quantized first and the factors are computed with the inverse
+of the *quantized* basis, so that the bases' rounding error does not reach the output.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bitsmoe_plugin import grids
+
+
+@dataclass(frozen=True)
+class ExpertWeights:
+    """The routed experts of one layer, in any float dtype.
+
+    Attributes:
+        gate: ``[num_experts, intermediate_size, hidden_size]``
+        up: ``[num_experts, intermediate_size, hidden_size]``
+        down: ``[num_experts, hidden_size, intermediate_size]``
+    """
+
+    gate: Tensor
+    up: Tensor
+    down: Tensor
+
+    @property
+    def num_experts(self) -> int:
+        return self.gate.shape[0]
+
+    @property
+    def intermediate_size(self) -> int:
+        return self.gate.shape[1]
+
+    @property
+    def hidden_size(self) -> int:
+        return self.gate.shape[2]
+
+    def numel(self) -> int:
+        """Number of expert weights, the denominator of bits_per_weight."""
+        return self.gate.numel() + self.up.numel() + self.down.numel()
+
+
+@dataclass(frozen=True)
+class QuantizedBasis:
+    """A basis as it is stored.
+
+    Attributes:
+        codes: ``[rows, columns]`` float32 whole numbers, or float16 values if ``bits`` is 16.
+        scales: ``[rows, columns / group_size]`` float16 (empty if ``bits`` is 16).
+        bits: 4, 8 or 16.
+        group_size: values along a row that share a scale.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    bits: int
+    group_size: int
+
+    def dequantize(self) -> Tensor:
+        """``[rows, columns]`` float32."""
+        if self.bits == 16:
+            return self.codes.float()
+        rows, columns = self.codes.shape
+        grouped = self.codes.view(rows, -1, self.group_size)
+        return grids.decode(grouped, self.scales.float().unsqueeze(-1), self.bits).view(
+            rows, columns
+        )
+
+
+@dataclass(frozen=True)
+class SharedBases:
+    """Attributes:
+    input_basis: ``[rank, hidden_size]``; z = input_basis x.
+    output_basis: ``[hidden_size, rank]``; y = output_basis c.
+    """
+
+    input_basis: QuantizedBasis
+    output_basis: QuantizedBasis
+
+
+def shrink(second_moment: Tensor, amount: float) -> Tensor:
+    """Blend ``[..., n, n]`` with its mean eigenvalue times the identity (Ledoit and Wolf, 2004)."""
+    n = second_moment.shape[-1]
+    mean = second_moment.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
+    eye = torch.eye(n, dtype=second_moment.dtype, device=second_moment.device)
+    return (1 - amount) * second_moment + amount * mean * eye
+
+
+def input_basis(gram: Tensor, second_moment: Tensor) -> Tensor:
+    """Principal directions of the gate and up weights in the metric of their inputs.
+
+    Args:
+        gram: ``[hidden_size, hidden_size]`` float64, the sum over experts and neurons of
+            weight * w w^T for the rows w of gate and up.
+        second_moment: ``[hidden_size, hidden_size]`` float64, C, positive definite. The identity
+            gives the plain orthogonal basis of the publication.
+
+    Returns:
+        ``[rank, hidden_size]`` float64, rank = hidden_size, rows V^T C^(-1/2) scaled to unit
+        length (V: eigenvectors of C^(1/2) gram C^(1/2)), by rising energy: rows are rounded in
+        this order, so what coarse rows lose can be made up for by the strong ones after them.
+    """
+    eigenvalues, vectors = torch.linalg.eigh(second_moment)
+    root = vectors * eigenvalues.clamp_min(eigenvalues[-1] * 1e-12).sqrt()
+    inverse_root = vectors / eigenvalues.clamp_min(eigenvalues[-1] * 1e-12).sqrt()
+    # C^(1/2) may be any root: (vectors sqrt(l)) (vectors sqrt(l))^T = C.
+    _, directions = torch.linalg.eigh(root.T @ gram @ root)
+    basis = directions.T @ inverse_root.T
+    return basis / basis.norm(dim=-1, keepdim=True)
+
+
+def output_basis(output_moment: Tensor) -> Tensor:
+    """``[hidden_size, rank]`` float64: eigenvectors of the experts' output second moment
+    ``[hidden_size, hidden_size]``, as columns by rising energy."""
+    return torch.linalg.eigh(output_moment)[1]
+
+
+def quantize_basis(basis: Tensor, bits: int, group_size: int) -> QuantizedBasis:
+    """Round a basis to groups of ``group_size`` values along its rows.
+
+    Args:
+        basis: ``[rows, columns]`` float64.
+        bits: 4, 8 or 16 (16 stores float16 values without scales).
+        group_size: divides ``columns``.
+    """
+    if bits == 16:
+        return QuantizedBasis(basis.to(torch.float16), basis.new_empty(0), bits, group_size)
+    rows = basis.shape[0]
+    grouped = basis.float().view(rows, -1, group_size)
+    scale, _ = grids.best_scale(grouped, torch.ones_like(grouped), bits)
+    scale = scale.to(torch.float16)
+    codes = grids.encode(grouped, scale.float(), bits).view_as(basis)
+    return QuantizedBasis(codes, scale.squeeze(-1), bits, group_size)
+
+
+def expert_factors(weights: ExpertWeights, bases: SharedBases) -> Tensor:
+    """Factors that reproduce the weights exactly in the quantized bases.
+
+    Returns:
+        ``[3, num_experts, rank, intermediate_size]`` float32 in the order gate, up, down:
+        gate = factor^T input_basis, down = output_basis factor.
+    """
+    input_inverse = torch.linalg.inv(bases.input_basis.dequantize().double()).float()
+    output_inverse = torch.linalg.inv(bases.output_basis.dequantize().double()).float()
+    gate = (weights.gate.float() @ input_inverse).transpose(1, 2)
+    up = (weights.up.float() @ input_inverse).transpose(1, 2)
+    down = output_inverse @ weights.down.float()
+    return torch.stack([gate, up, down])

@@ -1,0 +1,217 @@
+"""What calibration tells about one MoE layer: the second moments that the error model needs.
+
+The error of the layer is the mean over tokens t of ``omega_t * |y_t - y'_t|^2 / hidden_size``
+with ``omega_t = 1 / mean square of the residual stream after the layer at t`` (the next norm
+divides by it), so errors of different layers are commensurable and attention-sink tokens with
+enormous residuals do not rule. Expanding it to first order in the three factors of expert e,
+
+    gate:  sum_i  E[a q_ti (d_i . z_t)^2],   a = omega p^2,  q_ti = (dh_i/dg_i)^2 |W_down[:, i]|^2
+    up:    the same with dh_i/du_i
+    down:  sum_k  |output_basis[:, k]|^2  d_k^T E[a h h^T] d_k
+
+with d the rounding error of one neuron's (gate, up) or one rank's (down) factor. The expectation
+of the first two is factored as (neuron weight E[a q_i]) x (covariance of z weighted by a sum_i q_i).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bitsmoe_plugin.errors import QuantizationError
+from bitsmoe_plugin.spectral import ExpertWeights
+
+Gating = Callable[[Tensor, Tensor], Tensor]
+"""(gate ``[n, I]``, up ``[n, I]``) -> hidden ``[n, I]``, elementwise."""
+
+PRIOR_TOKENS = 64
+"""An expert with fewer routed tokens also sees this many tokens drawn from the whole layer."""
+
+
+@dataclass(frozen=True)
+class LayerActivations:
+    """Inputs and routing of one MoE layer over the calibration text (T tokens, k experts each).
+
+    Attributes:
+        hidden: ``[T, hidden_size]``, model dtype.
+        top_k_index: ``[T, k]`` int64; ids >= num_experts mean "nowhere".
+        top_k_weights: ``[T, k]`` float32.
+        token_weights: ``[T]`` float32, omega of the module text.
+    """
+
+    hidden: Tensor
+    top_k_index: Tensor
+    top_k_weights: Tensor
+    token_weights: Tensor
+
+
+@dataclass(frozen=True)
+class LayerStatistics:
+    """Attributes:
+    second_moment: ``[H, H]`` float64, sum_te a x x^T / sum_te a, the inputs as routed.
+    gram: ``[H, H]`` float64, sum over experts and neurons of neuron_weight * w w^T.
+    output_moment: ``[H, H]`` float64, E[sum_e a y_e y_e^T] of the experts' outputs.
+    hidden_moment: ``[E, I, I]`` float32, E[a h h^T] per expert.
+    neuron_weights: ``[2, E, I]`` float32, E[a q_i] for gate and up.
+    slot_weights: ``[2, T, k]`` float32, a sum_i q_ti of each routed (token, slot).
+    output_energy: E[omega |y|^2 / H] of the whole layer.
+    """
+
+    second_moment: Tensor
+    gram: Tensor
+    output_moment: Tensor
+    hidden_moment: Tensor
+    neuron_weights: Tensor
+    slot_weights: Tensor
+    output_energy: float
+
+
+def routed_slots(activations: LayerActivations, num_experts: int) -> list[tuple[Tensor, Tensor]]:
+    """For each expert the (token, slot) index pairs that are routed to it."""
+    flat = activations.top_k_index.flatten()
+    order = torch.argsort(flat, stable=True)
+    counts = torch.bincount(flat, minlength=num_experts)[:num_experts].tolist()
+    k = activations.top_k_index.shape[1]
+    pieces = order[: sum(counts)].split(counts)
+    return [(piece // k, piece % k) for piece in pieces]
+
+
+def _gating_with_slopes(gating: Gating, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """hidden, d hidden / d gate, d hidden / d up, each ``[n, I]``."""
+    with torch.enable_grad():
+        gate, up = gate.detach().requires_grad_(), up.detach().requires_grad_()
+        hidden = gating(gate, up)
+        slope_gate, slope_up = torch.autograd.grad(hidden.sum(), (gate, up))
+    return hidden.detach(), slope_gate, slope_up
+
+
+@dataclass(frozen=True)
+class ExpertRows:
+    """Calibration rows of one expert.
+
+    Attributes:
+        tokens: ``[n]`` int64, rows of ``LayerActivations.hidden``; the routed ones come first.
+        slots: ``[routed]`` int64, their column in ``top_k_index``.
+        weights: ``[n]`` float32, a = omega p^2 / T.
+    """
+
+    tokens: Tensor
+    slots: Tensor
+    weights: Tensor
+
+    @property
+    def routed(self) -> int:
+        return len(self.slots)
+
+
+def expert_rows(activations: LayerActivations, num_experts: int, seed: int) -> list[ExpertRows]:
+    """Routed tokens of every expert; thin experts are topped up with tokens of the whole layer.
+
+    The added tokens weigh together as much as the layer's median expert, less what the expert has
+    seen itself, so that an unrouted expert counts as a typical one instead of as worthless.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    total = activations.hidden.shape[0]
+    weight = activations.token_weights[:, None] * activations.top_k_weights.square() / total
+    slots = routed_slots(activations, num_experts)
+    mass = torch.stack([weight[token, slot].sum() for token, slot in slots])
+    typical = mass[mass > 0].median()
+    rows = []
+    for token, slot in slots:
+        a = weight[token, slot]
+        if len(token) < PRIOR_TOKENS:
+            extra = torch.randint(total, (PRIOR_TOKENS,), generator=generator).to(token.device)
+            share = (1 - len(token) / PRIOR_TOKENS) * typical / PRIOR_TOKENS
+            token, a = torch.cat([token, extra]), torch.cat([a, share.expand(PRIOR_TOKENS)])
+        rows.append(ExpertRows(token, slot, a))
+    return rows
+
+
+def check_finite(name: str, weights: ExpertWeights, activations: LayerActivations) -> None:
+    """Raises QuantizationError for NaN or infinity in what a layer is given."""
+    for part, tensor in (*vars(weights).items(), ("input activations", activations.hidden)):
+        if not bool(torch.isfinite(tensor).all()):
+            raise QuantizationError(
+                f"{name}: {part} holds NaN or infinity; quantization needs finite weights. "
+                "Check the checkpoint (a bad download or a diverged training run)."
+            )
+
+
+def collect(
+    weights: ExpertWeights,
+    activations: LayerActivations,
+    rows: list[ExpertRows],
+    gating: Gating,
+) -> LayerStatistics:
+    """Accumulate the statistics of one layer, one expert at a time."""
+    num_experts, size, h = weights.num_experts, weights.intermediate_size, weights.hidden_size
+    device = activations.hidden.device
+    second = torch.zeros(h, h, dtype=torch.float64, device=device)
+    gram, output_moment = torch.zeros_like(second), torch.zeros_like(second)
+    hidden_moment = torch.empty(num_experts, size, size, device=device)
+    neuron_weights = torch.empty(2, num_experts, size, device=device)
+    slot_weights = torch.zeros(2, *activations.top_k_index.shape, device=device)
+    output = torch.zeros(activations.hidden.shape[0], h, device=device)
+    mass = 0.0
+    for expert, picked in enumerate(rows):
+        gate, up = weights.gate[expert].float(), weights.up[expert].float()
+        down = weights.down[expert].float()
+        x, a, routed = activations.hidden[picked.tokens].float(), picked.weights, picked.routed
+        hidden, *slopes = _gating_with_slopes(gating, x @ gate.T, x @ up.T)
+        reach = down.square().sum(0) / h
+        for part, (slope, matrix) in enumerate(zip(slopes, (gate, up), strict=True)):
+            q = slope.square_().mul_(reach)
+            slot_weights[part, picked.tokens[:routed], picked.slots] = (a * q.sum(-1))[:routed]
+            neuron_weights[part, expert] = a @ q
+            gram += ((matrix.T * neuron_weights[part, expert]) @ matrix).double()
+        hidden_moment[expert] = (hidden.T * a) @ hidden / h
+        out = hidden @ down.T
+        output_moment += ((out.T * a) @ out).double()
+        second += ((x.T * a) @ x).double()
+        mass += float(a.sum())
+        p = activations.top_k_weights[picked.tokens[:routed], picked.slots, None]
+        output.index_add_(0, picked.tokens[:routed], out[:routed] * p)
+    return LayerStatistics(
+        second_moment=second / mass,
+        gram=gram,
+        output_moment=output_moment,
+        hidden_moment=hidden_moment,
+        neuron_weights=neuron_weights,
+        slot_weights=slot_weights,
+        output_energy=float((output.square().mean(-1) * activations.token_weights).mean()),
+    )
+
+
+def input_covariance(
+    input_basis: Tensor,
+    statistics: LayerStatistics,
+    activations: LayerActivations,
+    rows: ExpertRows,
+    prior_strength: float,
+) -> Tensor:
+    """Second moment of z = input_basis x as one expert's gate and up see it.
+
+    The estimate from few tokens is noisy, so it is blended with the layer's own second moment
+    as if ``prior_strength * rank`` tokens of it had been seen.
+
+    Args:
+        input_basis: ``[rank, H]`` float32, dequantized.
+
+    Returns:
+        ``[2, rank, rank]`` float32 (gate, up), normalised to unit total weight.
+    """
+    basis = input_basis.double()
+    pooled = (basis @ statistics.second_moment @ basis.T).float()
+    tokens = rows.tokens[: rows.routed]
+    prior = prior_strength * input_basis.shape[0]
+    share = rows.routed / max(rows.routed + prior, 1e-9)
+    z = activations.hidden[tokens].float() @ input_basis.T
+    moments = []
+    for part in range(2):
+        weight = statistics.slot_weights[part, tokens, rows.slots]
+        own = (z.T * (weight / weight.sum().clamp_min(1e-30))) @ z
+        moments.append(share * own + (1 - share) * pooled)
+    return torch.stack(moments)

@@ -1,0 +1,268 @@
+"""The GPTQ reader against an encoder written bit by bit from the format's description."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from bitsmoe_plugin.comparison.gptq_checkpoint import (
+    count_quantized_experts,
+    dequantize_gptq_linear,
+    dequantized_state_dict,
+    expert_bytes,
+    load_gptq_model,
+)
+from bitsmoe_plugin.errors import CheckpointError
+
+
+def _pack_bits(values: list[int], bits: int) -> list[int]:
+    """Write values one after another, lowest bit first, into signed 32-bit words."""
+    stream = [(value >> position) & 1 for value in values for position in range(bits)]
+    words = []
+    for start in range(0, len(stream), 32):
+        word = sum(bit << position for position, bit in enumerate(stream[start : start + 32]))
+        words.append(word - 2**32 if word >= 2**31 else word)
+    return words
+
+
+def _store_zero_row(zeros: list[int], bits: int, checkpoint_format: str) -> list[int]:
+    """Pack one group's zero points; "gptq" takes one from each field.
+
+    For 2, 4 and 8 bits it does so with one subtraction per word, borrows included.
+    """
+    if checkpoint_format == "gptq_v2":
+        return _pack_bits(zeros, bits)
+    if bits == 3:
+        return _pack_bits([(zero - 1) % 8 for zero in zeros], bits)
+    ones = int(("0" * (bits - 1) + "1") * (32 // bits), 2)
+    words = [(word - ones) % 2**32 for word in _pack_bits(zeros, bits)]
+    return [word - 2**32 if word >= 2**31 else word for word in words]
+
+
+def _encode(
+    codes: list[list[int]], zeros: list[list[int]], scales: torch.Tensor, g_idx: list[int],
+    bits: int, checkpoint_format: str,
+) -> dict[str, torch.Tensor]:  # fmt: skip
+    """Encode codes[in][out], zeros[group][out] to the four stored tensors."""
+    columns = [_pack_bits([row[out] for row in codes], bits) for out in range(len(codes[0]))]
+    rows = [_store_zero_row(row, bits, checkpoint_format) for row in zeros]
+    return {
+        "qweight": torch.tensor(columns, dtype=torch.int32).T.contiguous(),
+        "qzeros": torch.tensor(rows, dtype=torch.int32),
+        "scales": scales,
+        "g_idx": torch.tensor(g_idx, dtype=torch.int32),
+    }
+
+
+def _random_layer(
+    seed: int, bits: int, inputs: int, outputs: int, groups: int, ordered: bool = False
+) -> dict[str, Any]:
+    """Random codes, zero points (0 included), exact binary scales and group indices."""
+    random = torch.Generator().manual_seed(seed)
+
+    def draw(low: int, high: int, *shape: int) -> torch.Tensor:
+        return torch.randint(low, high, shape, generator=random)
+
+    g_idx = draw(0, groups, inputs)
+    if ordered:
+        g_idx = torch.arange(inputs) * groups // inputs
+    return {
+        "codes": draw(0, 2**bits, inputs, outputs).tolist(),
+        "zeros": draw(0, 2**bits, groups, outputs).tolist(),
+        "scales": (draw(1, 2048, groups, outputs) / 1024).half(),
+        "g_idx": g_idx.tolist(),
+    }
+
+
+def _dense(layer: dict[str, Any]) -> torch.Tensor:
+    """Return W[out][in] = scale * (code - zero), element by element, in Python floats.
+
+    Every scale has 11 significant bits and every difference at most 9: float32 is exact.
+    """
+    codes, zeros, g_idx = layer["codes"], layer["zeros"], layer["g_idx"]
+    scales = layer["scales"].tolist()
+    return torch.tensor(
+        [
+            [
+                scales[g_idx[i]][o] * (codes[i][o] - zeros[g_idx[i]][o])
+                for i in range(len(codes))
+            ]
+            for o in range(len(codes[0]))
+        ]
+    )  # fmt: skip
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    bits=st.sampled_from([2, 3, 4, 8]),
+    input_words=st.integers(1, 3),
+    output_words=st.integers(1, 3),
+    groups=st.integers(1, 5),
+    checkpoint_format=st.sampled_from(["gptq", "gptq_v2"]),
+)
+def test_reader_inverts_the_encoder_exactly(
+    seed: int, bits: int, input_words: int, output_words: int, groups: int, checkpoint_format: str
+) -> None:
+    """Guards: bit order, 3-bit straddling, zero-point offset with borrows, desc_act groups."""
+    layer = _random_layer(seed, bits, 32 * input_words, 32 * output_words, groups)
+    stored = _encode(**layer, bits=bits, checkpoint_format=checkpoint_format)
+    weight = dequantize_gptq_linear(**stored, bits=bits, checkpoint_format=checkpoint_format)
+    assert weight.dtype == torch.float32
+    assert torch.equal(weight, _dense(layer))
+
+
+def test_known_three_bit_words() -> None:
+    """Guards the encoder itself: the word values are worked out by hand.
+
+    Only value 10 (bits 30..32) is 7: two bits in word 0, one in word 1.
+    """
+    assert _pack_bits([0] * 10 + [7] + [0] * 21, 3) == [-(2**30), 1, 0]
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_narrow_layers_need_not_have_a_multiple_of_32_outputs(bits: int) -> None:
+    """Guards against assuming 32 values where one word holds 32 / bits of them."""
+    layer = _random_layer(5, bits, 64 // bits, 32 // bits, 2)
+    stored = _encode(**layer, bits=bits, checkpoint_format="gptq")
+    weight = dequantize_gptq_linear(**stored, bits=bits, checkpoint_format="gptq")
+    assert torch.equal(weight, _dense(layer))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"bits": 5}, "5-bit"),
+        ({"checkpoint_format": "marlin"}, "marlin"),
+        ({"qweight": torch.zeros(3, 32, dtype=torch.int32)}, "expected"),
+        ({"qzeros": torch.zeros(2, 2, dtype=torch.int64)}, "int32"),
+        ({"g_idx": torch.full((32,), 2, dtype=torch.int32)}, "g_idx has groups 2 to 2"),
+        ({"g_idx": torch.full((32,), -1, dtype=torch.int32)}, "g_idx has groups -1 to -1"),
+        ({"g_idx": torch.zeros(0, dtype=torch.int32)}, "0 inputs"),
+    ],
+)
+def test_inconsistent_tensors_are_refused(change: dict[str, Any], message: str) -> None:
+    """Guards against dequantizing parts that do not belong together to plausible noise."""
+    stored = _encode(**_random_layer(0, 2, 32, 32, 2), bits=2, checkpoint_format="gptq")
+    arguments = {**stored, "bits": 2, "checkpoint_format": "gptq", **change}
+    with pytest.raises(CheckpointError, match=message):
+        dequantize_gptq_linear(**arguments)
+
+
+def _tiny_config() -> Any:
+    from transformers import Qwen3MoeConfig
+
+    return Qwen3MoeConfig(
+        vocab_size=32, hidden_size=32, intermediate_size=32, moe_intermediate_size=32,
+        num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=16,
+        num_experts=2, num_experts_per_tok=1, tie_word_embeddings=False,
+    )  # fmt: skip
+
+
+def _write_checkpoint(directory: Path, bits: int = 3) -> dict[str, torch.Tensor]:
+    """Write a 2-layer Qwen3-MoE in two shards, experts in GPTQ form; return the dense weights.
+
+    A quantized layer's four tensors are spread over both shards.
+    """
+    from transformers import Qwen3MoeForCausalLM
+
+    torch.manual_seed(0)
+    config = _tiny_config()
+    plain = Qwen3MoeForCausalLM(config).state_dict()
+    dense = {name: value for name, value in plain.items() if ".experts." not in name}
+    stored = {name: value.clone() for name, value in dense.items()}
+    for index in range(2 * 2 * 3):
+        layer, expert, kind = index // 6, index // 3 % 2, ("gate", "up", "down")[index % 3]
+        prefix = f"model.layers.{layer}.mlp.experts.{expert}.{kind}_proj"
+        random_layer = _random_layer(index, bits, 32, 32, 1, ordered=True)
+        dense[f"{prefix}.weight"] = _dense(random_layer)
+        parts = _encode(**random_layer, bits=bits, checkpoint_format="gptq")
+        stored.update({f"{prefix}.{part}": value for part, value in parts.items()})
+    names = sorted(stored)
+    shards = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for file, members in shards.items():
+        save_file({name: stored[name] for name in members}, directory / file)
+    weight_map = {name: file for file, members in shards.items() for name in members}
+    index_file = directory / "model.safetensors.index.json"
+    index_file.write_text(json.dumps({"weight_map": weight_map}))
+    settings_ = {"quant_method": "gptq", "bits": bits, "group_size": -1}
+    config_json = {**config.to_dict(), "architectures": ["Qwen3MoeForCausalLM"]}
+    config_json["quantization_config"] = settings_
+    (directory / "config.json").write_text(json.dumps(config_json))
+    return dense
+
+
+def test_state_dict_of_a_sharded_checkpoint(tmp_path: Path) -> None:
+    """Guards against losing tensors between shards, and against a config without the format."""
+    dense = _write_checkpoint(tmp_path)
+    read = dict(dequantized_state_dict(tmp_path))
+    assert read.keys() == dense.keys()
+    assert all(torch.equal(read[name], dense[name]) for name in dense)
+
+
+def test_expert_bytes_counts_zero_points_scales_and_group_indices(tmp_path: Path) -> None:
+    """Guards against flattering GPTQ (or us): every stored byte of an expert counts."""
+    _write_checkpoint(tmp_path)
+    qweight, qzeros, scales, g_idx = 32 * 32 * 3 // 8, 32 * 3 // 8, 32 * 2, 32 * 4
+    assert expert_bytes(tmp_path) == 2 * 2 * 3 * (qweight + qzeros + scales + g_idx)
+
+
+def test_loaded_model_has_exactly_the_dense_weights(tmp_path: Path) -> None:
+    """Guards against experts that silently keep random values (fused parameters)."""
+    dense = _write_checkpoint(tmp_path)
+    model = load_gptq_model(tmp_path, torch.float32)
+    experts = model.model.layers[1].mlp.experts
+    prefix = "model.layers.1.mlp.experts.1"
+    assert torch.equal(experts.down_proj[1], dense[f"{prefix}.down_proj.weight"])
+    gate_up = [dense[f"{prefix}.{kind}_proj.weight"] for kind in ("gate", "up")]
+    assert torch.equal(experts.gate_up_proj[1], torch.cat(gate_up))
+    assert torch.equal(model.model.embed_tokens.weight, dense["model.embed_tokens.weight"])
+    assert getattr(model.config, "quantization_config", None) is None
+
+
+@pytest.mark.parametrize(
+    "lost",
+    [
+        "layers.0.mlp.experts.1.up_proj.g_idx",
+        "layers.0.mlp.experts.1.up_proj.",
+        "layers.0.mlp.experts.1.",
+        "layers.1.mlp.experts.",
+        "layers.1.mlp.gate.weight",
+    ],
+)
+def test_incomplete_checkpoints_are_refused(tmp_path: Path, lost: str) -> None:
+    """Guards against evaluating a model with a missing, hence random, expert."""
+    from safetensors.torch import load_file
+
+    _write_checkpoint(tmp_path)
+    for file in ("a.safetensors", "b.safetensors"):
+        kept = {
+            name: value for name, value in load_file(tmp_path / file).items() if lost not in name
+        }
+        save_file(kept, tmp_path / file)
+    with pytest.raises(CheckpointError):
+        load_gptq_model(tmp_path, torch.float32)
+
+
+@pytest.mark.parametrize("extra", ["model.layers.0.mlp.experts.0.w.weight", "lm_head.qweight"])
+def test_only_experts_and_all_of_them_must_be_quantized(tmp_path: Path, extra: str) -> None:
+    """Guards against a baseline that kept some experts dense, or also quantized attention."""
+    _write_checkpoint(tmp_path)
+    assert count_quantized_experts(tmp_path) == 2 * 2 * 3
+    (tmp_path / "model.safetensors.index.json").unlink()
+    save_file({extra: torch.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=extra):
+        count_quantized_experts(tmp_path)
+
+
+def test_other_quantization_methods_are_refused(tmp_path: Path) -> None:
+    """Guards against reading AWQ's packing, whose order differs, as GPTQ."""
+    config = {"quantization_config": {"quant_method": "awq", "bits": 4}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="awq"):
+        dict(dequantized_state_dict(tmp_path))
