@@ -6,8 +6,8 @@ Importing this package registers the quantization method ``bitsmoe`` with transf
 from bitsmoe_plugin.config import BitsMoEConfig
 from bitsmoe_plugin.errors import BitsMoEError, CheckpointError, ConfigError, QuantizationError
 from bitsmoe_plugin.integrations.transformers import BitsMoEQuantizer, register
+from bitsmoe_plugin.version import __version__
 
-__version__ = "0.1.0"
 __all__ = [
     "BitsMoEConfig",
     "BitsMoEError",
@@ -15,6 +15,7 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "QuantizationError",
+    "__version__",
 ]
 
 register()

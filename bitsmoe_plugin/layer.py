@@ -212,8 +212,8 @@ def plan_layer(problem: LayerProblem, payload_bits: int) -> LayerPlan:
     bits = torch.tensor(widths)[choice[:, experts]]
     rounded = round_experts(problem, bits, experts)
     estimated = costs[:, experts].gather(-1, choice[:, experts, :, None]).sum()
-    measured = sum(expert_error(problem, e, rounded.values[:, i]) for i, e in enumerate(experts))
-    correction = float(measured / estimated) if float(estimated) > 0 else 1.0
+    measured = sampled_error(problem, experts, rounded.values)
+    correction = measured / float(estimated) if float(estimated) > 0 and measured > 0 else 1.0
     return LayerPlan(costs * correction, problem.bases, correction)
 
 
@@ -304,12 +304,31 @@ def refit_down(problem: LayerProblem, values: Tensor, experts: list[int]) -> tup
     return down, moments
 
 
-def expert_error(problem: LayerProblem, expert: int, values: Tensor) -> float:
-    """Weighted output error sum a |y - y'|^2 / H of one expert with decoded factors ``[3, r, I]``."""
-    exact, rounded = _expert_hidden(problem, expert, values[:2])
-    down = problem.weights.down[expert].float()
-    error = exact @ down.T - rounded @ values[2].T @ problem.output_basis.T
-    return float((error.square().mean(-1) * problem.rows[expert].weights).sum())
+def sampled_error(problem: LayerProblem, experts: list[int], values: Tensor) -> float:
+    """Share of some experts in the layer's output error, errors of different experts included.
+
+    A token's experts err in related ways, so their errors add up to more than the sum of squares.
+    Of the pairs of experts a sample holds only the square of the share that it holds of the
+    experts; the cross terms are scaled up accordingly.
+
+    Args:
+        values: ``[3, e, r, I]``, decoded factors of ``experts``.
+    """
+    shape, acts = problem.shape, problem.activations
+    total = torch.zeros(acts.hidden.shape[0], shape.hidden_size)
+    alone = routed_alone = 0.0
+    for i, expert in enumerate(experts):
+        rows = problem.rows[expert]
+        exact, rounded = _expert_hidden(problem, expert, values[:2, i])
+        down = problem.weights.down[expert].float()
+        error = exact @ down.T - rounded @ values[2, i].T @ problem.output_basis.T
+        squares = error.square().mean(-1) * rows.weights
+        alone += float(squares.sum())
+        routed_alone += float(squares[: rows.routed].sum())
+        tokens = rows.tokens[: rows.routed]
+        total.index_add_(0, tokens, error[: rows.routed] * acts.top_k_weights[tokens, rows.slots, None])
+    together = float((total.square().mean(-1) * acts.token_weights).mean())
+    return alone + (together - routed_alone) * shape.num_experts / len(experts)
 
 
 def round_layer(problem: LayerProblem, row_bits: Tensor) -> PackedExperts:

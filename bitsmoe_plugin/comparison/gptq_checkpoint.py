@@ -226,8 +226,7 @@ def dequantized_state_dict(
 def load_gptq_model(directory: Path | str, dtype: torch.dtype) -> torch.nn.Module:
     """Build the plain transformers model of a GPTQ checkpoint, with dense weights in ``dtype``.
 
-    Raises CheckpointError if any parameter was missing, unexpected or of another shape: such
-    parameters would otherwise hold random numbers.
+    Raises CheckpointError if a parameter is missing (hence random), unexpected or misshapen.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 

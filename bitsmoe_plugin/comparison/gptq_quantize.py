@@ -1,8 +1,8 @@
 """GPTQ baseline: quantize the routed experts of a MoE checkpoint with gptqmodel, on CPU.
 
 Run as ``python -m bitsmoe_plugin.comparison.gptq_quantize``, always in a process of its own:
-gptqmodel changes transformers classes for the life of the process. Logs go to stderr; the last
-line of stdout is one JSON object ``{"quantize_seconds": ..., "settings": {...}}``.
+gptqmodel changes transformers classes for the life of the process. Logs go to stderr; stdout gets
+one JSON line ``{"quantize_seconds": ..., "rounded_layers": ..., "settings": {...}}``.
 """
 
 import argparse
@@ -12,12 +12,14 @@ import json
 import os
 import random
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from bitsmoe_plugin.comparison.gptq_checkpoint import count_quantized_experts
+from bitsmoe_plugin.streams import stdout_to_stderr
 
 # A negative rule: skip every module whose path does not run through ``.experts.<n>.``.
 # Attention, router, shared experts and dense MLPs all fall under it.
@@ -34,8 +36,8 @@ class GptqSettings:
 
     ``mse`` is the exponent p of the clipping search min sum |q(w) - w|^p (0: plain min-max).
     ``fallback_percent``: a linear layer that sees fewer than this share of the calibration
-    tokens is rounded to nearest instead (gptqmodel's default is 0.5; 0 switches it off).
-    ``experts_per_token`` overrides the router's top-k during calibration only (None: as trained).
+    tokens is rounded to nearest instead (0.5 is gptqmodel's default; without a fallback it
+    leaves a layer that saw no token unquantized).
     """
 
     bits: int = 2
@@ -44,10 +46,8 @@ class GptqSettings:
     damp_percent: float = 0.05
     desc_act: bool = False
     group_aware: bool = True
-    static_groups: bool = False
-    mse: float = 2.0
+    mse: float = 6.0
     fallback_percent: float = 0.5
-    experts_per_token: int | None = None
     checkpoint_format: str = "gptq_v2"
     seed: int = 0
 
@@ -81,19 +81,8 @@ def _import_gptqmodel() -> Any:
 
 def _quantize_config(settings: GptqSettings) -> Any:
     """Translate our settings to a gptqmodel ``QuantizeConfig`` that only touches experts."""
-    from gptqmodel.quantization.config import (
-        ExpertsRoutingOverride,
-        Fallback,
-        MoEConfig,
-        QuantizeConfig,
-    )
+    from gptqmodel.quantization.config import Fallback, QuantizeConfig
 
-    moe = None
-    if settings.experts_per_token is not None:
-        moe = MoEConfig(routing=ExpertsRoutingOverride(settings.experts_per_token))
-    fallback = None
-    if settings.fallback_percent > 0:
-        fallback = Fallback(threshold=f"{settings.fallback_percent}%")
     return QuantizeConfig(
         bits=settings.bits,
         group_size=settings.group_size,
@@ -101,10 +90,8 @@ def _quantize_config(settings: GptqSettings) -> Any:
         desc_act=settings.desc_act,
         act_group_aware=settings.group_aware,
         damp_percent=settings.damp_percent,
-        static_groups=settings.static_groups,
         mse=settings.mse,
-        fallback=fallback,
-        moe=moe,
+        fallback=Fallback(threshold=f"{settings.fallback_percent}%"),
         dynamic={SKIP_ALL_BUT_ROUTED_EXPERTS: {}},
         format=settings.checkpoint_format,
         device="cpu",
@@ -125,7 +112,7 @@ def quantize_experts(
     calibration: Sequence[Sequence[int]],
     settings: GptqSettings,
     batch_size: int = 4,
-) -> float:
+) -> tuple[float, int]:
     """Quantize the routed experts of ``model_dir`` and save a GPTQ checkpoint in ``out_dir``.
 
     Args:
@@ -137,39 +124,36 @@ def quantize_experts(
             beyond float rounding.
 
     Returns:
-        Seconds spent in quantization, without loading and saving.
+        Seconds spent in quantization, without loading and saving, and the number of linear
+        layers that fell back to rounding to nearest for want of tokens.
     """
+    model_dir, out_dir = model_dir.resolve(), out_dir.resolve()
     gptqmodel = _import_gptqmodel()
     _seed_everything(settings.seed)
     backend = gptqmodel.BACKEND.GPTQ_TORCH
-    model = gptqmodel.GPTQModel.load(str(model_dir), _quantize_config(settings), backend=backend)
     examples = [
         {"input_ids": list(tokens), "attention_mask": [1] * len(tokens)} for tokens in calibration
     ]
-    start = time.perf_counter()
-    model.quantize(examples, batch_size=batch_size, backend=backend)
-    seconds = time.perf_counter() - start
-    model.save(str(out_dir))
+    with _scratch_directory():
+        model = gptqmodel.GPTQModel.load(
+            str(model_dir), _quantize_config(settings), backend=backend
+        )
+        start = time.perf_counter()
+        log = model.quantize(examples, batch_size=batch_size, backend=backend)
+        seconds = time.perf_counter() - start
+        model.save(str(out_dir))
     if not count_quantized_experts(out_dir):
         raise ValueError(f"{model_dir}: gptqmodel found no routed experts to quantize")
-    return seconds
+    rows = [row for process_rows in log.values() for row in process_rows]
+    return seconds, sum("fallback" in str(row.get("loss")) for row in rows)
 
 
 @contextlib.contextmanager
-def stdout_to_stderr() -> Iterator[int]:
-    """Send file descriptor 1 to stderr; yields a descriptor of the real stdout.
-
-    At descriptor level, because gptqmodel's logger and native code write there directly.
-    """
-    sys.stdout.flush()
-    real_stdout = os.dup(1)
-    os.dup2(2, 1)
-    try:
-        yield real_stdout
-    finally:
-        sys.stdout.flush()
-        os.dup2(real_stdout, 1)
-        os.close(real_stdout)
+def _scratch_directory() -> Iterator[None]:
+    """Work in a temporary directory: gptqmodel writes ``logs/`` to the current one."""
+    scratch = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+    with scratch as path, contextlib.chdir(path):
+        yield
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -189,10 +173,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--group-aware", action=argparse.BooleanOptionalAction, default=None,
         help="columns by activation size within groups (default, unless --desc-act)",
     )  # fmt: skip
-    parser.add_argument("--static-groups", action="store_true", help="fix all grids beforehand")
     parser.add_argument("--mse", type=float, default=defaults.mse)
     parser.add_argument("--fallback-percent", type=float, default=defaults.fallback_percent)
-    parser.add_argument("--experts-per-token", type=int, default=None)
     parser.add_argument(
         "--checkpoint-format", choices=("gptq", "gptq_v2"), default=defaults.checkpoint_format
     )
@@ -218,15 +200,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings = settings_from_arguments(arguments)
     try:
         calibration = read_calibration(arguments.calibration)
-        with stdout_to_stderr():
-            seconds = quantize_experts(
+        with stdout_to_stderr() as stdout:
+            seconds, rounded = quantize_experts(
                 arguments.model, arguments.out, calibration, settings, arguments.batch_size
             )
+            record = {
+                "quantize_seconds": round(seconds, 3),
+                "rounded_layers": rounded,
+                "settings": dataclasses.asdict(settings),
+            }
+            print(json.dumps(record), file=stdout)
     except (GptqModelMissingError, ValueError, OSError) as error:
         print(f"gptq_quantize: {error}", file=sys.stderr)
         return 1
-    record = {"quantize_seconds": round(seconds, 3), "settings": dataclasses.asdict(settings)}
-    print(json.dumps(record), flush=True)
     return 0
 
 

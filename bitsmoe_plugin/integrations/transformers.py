@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import tempfile
+import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     AUTO_QUANTIZER_MAPPING,
@@ -18,7 +23,7 @@ from transformers.quantizers.base import HfQuantizer
 from bitsmoe_plugin.calibration import load_documents, token_blocks
 from bitsmoe_plugin.checkpoint import check_shape, packed_spec, verify_experts
 from bitsmoe_plugin.config import QUANT_METHOD, BitsMoEConfig
-from bitsmoe_plugin.errors import CheckpointError, ConfigError
+from bitsmoe_plugin.errors import CheckpointError, ConfigError, QuantizationError
 from bitsmoe_plugin.experts import BitsMoEExperts, replace_module
 from bitsmoe_plugin.families import find_moe_layers
 from bitsmoe_plugin.pipeline import layer_shape, plan_budget, quantize_model
@@ -105,3 +110,38 @@ def register() -> None:
         register_quantization_config(QUANT_METHOD)(BitsMoEConfig)
     if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
         register_quantizer(QUANT_METHOD)(BitsMoEQuantizer)
+
+
+def check_output_directory(out: Path) -> None:
+    """Raises QuantizationError unless ``out`` is absent or an empty directory."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise QuantizationError(f"output directory {out} exists and is not empty; choose another or remove it")
+
+
+def quantize_to_directory(model: str, out: Path, config: BitsMoEConfig) -> None:
+    """Quantize a saved model and write it packed, with its tokenizer.
+
+    Everything is written to a hidden sibling of ``out`` that takes its name at the end, so ``out``
+    is either absent or complete.
+
+    Raises:
+        BitsMoEError: bad input; nothing is left behind.
+    """
+    out = Path(out)
+    check_output_directory(out)
+    quantized = AutoModelForCausalLM.from_pretrained(model, quantization_config=config)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
+    try:
+        quantized.save_pretrained(partial)
+        try:
+            AutoTokenizer.from_pretrained(model).save_pretrained(partial)
+        except (OSError, ValueError) as error:
+            warnings.warn(f"no tokenizer saved: none found at {model} ({error})", stacklevel=2)
+        partial.chmod(0o755)
+        if out.exists():
+            out.rmdir()
+        os.replace(partial, out)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise

@@ -1,0 +1,191 @@
+"""Command line: ``bitsmoe quantize | inspect | evaluate | compare``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TextIO
+
+from bitsmoe_plugin.config import ALL_WIDTHS, BitsMoEConfig
+from bitsmoe_plugin.errors import BitsMoEError
+from bitsmoe_plugin.streams import stdout_to_stderr
+
+METHODS = ("full", "rtn", "gptq", "bitsmoe")
+
+
+def _add_calibration(parser: argparse.ArgumentParser) -> None:
+    defaults = BitsMoEConfig()
+    parser.add_argument("--bits", type=float, default=defaults.bits, help="counted bits per expert weight")
+    parser.add_argument("--dataset", required=True, help="calibration text, .txt or .jsonl")
+    parser.add_argument("--calibration-tokens", type=int, default=defaults.calibration_tokens)
+    parser.add_argument("--sequence-length", type=int, default=defaults.sequence_length)
+    parser.add_argument("--batch-size", type=int, default=defaults.batch_size)
+    parser.add_argument("--seed", type=int, default=defaults.seed)
+
+
+def _add_quantize(commands: Any) -> None:
+    parser = commands.add_parser("quantize", help="quantize a model and save it packed")
+    parser.add_argument("model", help="model directory or hub name")
+    parser.add_argument("out", type=Path, help="directory to write; must not exist or be empty")
+    _add_calibration(parser)
+    defaults = BitsMoEConfig()
+    widths = ",".join(map(str, ALL_WIDTHS))
+    parser.add_argument("--widths", default=widths, help=f"widths a row may take (default {widths})")
+    parser.add_argument("--basis-bits", type=int, default=defaults.basis_bits, help="4, 8 or 16")
+    parser.add_argument("--basis-group-size", type=int, default=defaults.basis_group_size)
+    parser.add_argument("--scope", default=defaults.scope, help="budget over all layers or each: global, layer")
+    parser.set_defaults(run=_quantize)
+
+
+def _add_inspect(commands: Any) -> None:
+    parser = commands.add_parser("inspect", help="where the bits of a packed checkpoint went")
+    parser.add_argument("model", type=Path, help="directory of a packed checkpoint")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(run=_inspect)
+
+
+def _add_evaluate(commands: Any) -> None:
+    parser = commands.add_parser("evaluate", help="perplexity of a model, packed or not")
+    parser.add_argument("model", help="model directory or hub name")
+    _add_evaluation_options(parser, "--dataset")
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--sequence-length", type=int, default=512, help="tokens per block")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(run=_evaluate)
+
+
+def _add_evaluation_options(parser: argparse.ArgumentParser, name: str) -> None:
+    parser.add_argument(name, required=True, help="evaluation text, .txt or .jsonl (field domain is used)")
+    parser.add_argument("--max-tokens", type=int, default=None, help="evaluate on at most this many tokens")
+
+
+def _add_compare(commands: Any) -> None:
+    parser = commands.add_parser("compare", help="quantize with several methods and compare")
+    parser.add_argument("model", help="model directory or hub name")
+    _add_calibration(parser)
+    _add_evaluation_options(parser, "--eval")
+    parser.add_argument("--methods", default="full,rtn,bitsmoe", help=f"comma list of {', '.join(METHODS)}")
+    parser.add_argument("--group-size", type=int, default=64, help="of round-to-nearest and GPTQ")
+    parser.add_argument("--prompt", default=None, help="also print a continuation of this text by each method")
+    parser.add_argument("--new-tokens", type=int, default=40, help="length of the continuation")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(run=_compare)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    parser = argparse.ArgumentParser(
+        prog="bitsmoe", description="Quantize Mixture-of-Experts language models to 2 bits."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for add in (_add_quantize, _add_inspect, _add_evaluate, _add_compare):
+        add(commands)
+    return parser
+
+
+def _print_json(value: dict[str, Any], stdout: TextIO) -> None:
+    print(json.dumps(value, indent=2), file=stdout)
+
+
+def _parse_widths(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(width) for width in text.split(","))
+    except ValueError:
+        return (text,)  # type: ignore[return-value]  # refused by the config, which names it
+
+
+def _quantize(args: argparse.Namespace, stdout: TextIO) -> None:
+    from bitsmoe_plugin.inspection import inspect_checkpoint
+    from bitsmoe_plugin.integrations.transformers import quantize_to_directory
+
+    config = BitsMoEConfig(
+        bits=args.bits,
+        dataset=args.dataset,
+        calibration_tokens=args.calibration_tokens,
+        sequence_length=args.sequence_length,
+        batch_size=args.batch_size,
+        seed=args.seed,
+        widths=_parse_widths(args.widths),
+        basis_bits=args.basis_bits,
+        basis_group_size=args.basis_group_size,
+        scope=args.scope,
+    )
+    quantize_to_directory(args.model, args.out, config)
+    size = inspect_checkpoint(args.out)
+    print(f"{args.out}: {size['bits_per_weight']:.4f} bits per expert weight", file=sys.stderr)
+
+
+def _inspect(args: argparse.Namespace, stdout: TextIO) -> None:
+    from bitsmoe_plugin.inspection import inspect_checkpoint, print_inspection
+
+    report = inspect_checkpoint(args.model)
+    if args.json:
+        _print_json(report, stdout)
+    else:
+        print_inspection(report, stdout)
+
+
+def _evaluate(args: argparse.Namespace, stdout: TextIO) -> None:
+    from bitsmoe_plugin.evaluation import evaluate_path
+    from bitsmoe_plugin.inspection import print_evaluation
+
+    result = asdict(
+        evaluate_path(
+            args.model,
+            args.dataset,
+            sequence_length=args.sequence_length,
+            max_tokens=args.max_tokens,
+            batch_size=args.batch_size,
+        )
+    )
+    result = {key: value for key, value in result.items() if value is not None}
+    if args.json:
+        _print_json(result, stdout)
+    else:
+        print_evaluation(result, stdout)
+
+
+def _compare(args: argparse.Namespace, stdout: TextIO) -> None:
+    from bitsmoe_plugin.comparison.compare import ComparisonTask, compare, print_comparison
+
+    task = ComparisonTask(
+        model=args.model,
+        bits=args.bits,
+        dataset=args.dataset,
+        eval=args.eval,
+        calibration_tokens=args.calibration_tokens,
+        sequence_length=args.sequence_length,
+        batch_size=args.batch_size,
+        seed=args.seed,
+        max_tokens=args.max_tokens,
+        group_size=args.group_size,
+        prompt=args.prompt,
+        new_tokens=args.new_tokens,
+    )
+    results = compare(task, tuple(args.methods.split(",")))
+    if args.json:
+        _print_json({"results": results}, stdout)
+    else:
+        print_comparison(results, stdout)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status (2 for errors that the user can mend).
+
+    Only the JSON of ``--json`` or the tables go to stdout; progress, logs and errors to stderr.
+    """
+    args = build_parser().parse_args(argv)
+    try:
+        with stdout_to_stderr() as stdout:
+            args.run(args, stdout)
+    except BitsMoEError as error:
+        print(f"bitsmoe: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("bitsmoe: interrupted; nothing was written", file=sys.stderr)
+        return 130
+    return 0

@@ -1,0 +1,1 @@
+"""Other quantizers, run on the same model and text for comparison."""

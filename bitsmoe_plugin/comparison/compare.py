@@ -1,0 +1,248 @@
+"""Side-by-side comparison of quantization methods, each in a process of its own.
+
+The parent starts ``python -m bitsmoe_plugin.comparison.compare`` per method with the task as JSON on
+stdin; the worker quantizes, evaluates against the full-precision model and prints its row as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from rich.table import Table
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from bitsmoe_plugin.calibration import load_documents, token_blocks
+from bitsmoe_plugin.config import BitsMoEConfig
+from bitsmoe_plugin.errors import BitsMoEError, ConfigError, QuantizationError
+from bitsmoe_plugin.evaluation import evaluate_model, evaluation_text
+from bitsmoe_plugin.families import find_moe_layers
+from bitsmoe_plugin.inspection import table_console
+from bitsmoe_plugin.streams import stdout_to_stderr
+
+
+@dataclass(frozen=True)
+class ComparisonTask:
+    """What every method is given; see the options of ``bitsmoe compare``."""
+
+    model: str
+    bits: float
+    dataset: str
+    eval: str
+    calibration_tokens: int
+    sequence_length: int
+    batch_size: int
+    seed: int
+    max_tokens: int | None
+    group_size: int
+    prompt: str | None
+    new_tokens: int
+
+    def config(self) -> BitsMoEConfig:
+        """The BitsMoE options of this task."""
+        return BitsMoEConfig(
+            bits=self.bits,
+            dataset=self.dataset,
+            calibration_tokens=self.calibration_tokens,
+            sequence_length=self.sequence_length,
+            batch_size=self.batch_size,
+            seed=self.seed,
+        )
+
+    @property
+    def baseline_bits(self) -> int:
+        """Width of round-to-nearest and GPTQ: they have whole widths only, plus their overhead."""
+        return max(2, int(self.bits))
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """Attributes:
+    model: ready to evaluate.
+    expert_bytes: everything stored for the routed experts.
+    seconds: spent in quantization, without loading and evaluation.
+    """
+
+    model: torch.nn.Module
+    expert_bytes: int
+    seconds: float
+
+
+def _expert_weights(model: torch.nn.Module) -> int:
+    return sum(
+        layer.module.gate_up_proj.numel() + layer.module.down_proj.numel()
+        for layer in find_moe_layers(model)
+    )
+
+
+def _load(path: str | Path) -> torch.nn.Module:
+    return AutoModelForCausalLM.from_pretrained(path).eval()
+
+
+def _full(task: ComparisonTask, scratch: Path) -> Quantized:
+    model = _load(task.model)
+    size = next(iter(find_moe_layers(model))).module.down_proj.element_size()
+    return Quantized(model, size * _expert_weights(model), 0.0)
+
+
+def _rtn(task: ComparisonTask, scratch: Path) -> Quantized:
+    from bitsmoe_plugin.comparison.rtn import quantize_rtn
+
+    model = _load(task.model)
+    start = time.perf_counter()
+    bits = quantize_rtn(model, task.baseline_bits, task.group_size)
+    seconds = time.perf_counter() - start
+    return Quantized(model, round(bits * _expert_weights(model) / 8), seconds)
+
+
+def _gptq(task: ComparisonTask, scratch: Path) -> Quantized:
+    from bitsmoe_plugin.comparison.gptq_checkpoint import expert_bytes, load_gptq_model
+
+    tokenizer = AutoTokenizer.from_pretrained(task.model)
+    blocks = token_blocks(
+        load_documents(task.dataset),
+        tokenizer,
+        sequence_length=task.sequence_length,
+        max_tokens=task.calibration_tokens,
+        vocab_size=len(tokenizer),
+    )
+    calibration, out = scratch / "calibration.json", scratch / "gptq"
+    calibration.write_text(json.dumps(blocks.tolist()))
+    command = [sys.executable, "-m", "bitsmoe_plugin.comparison.gptq_quantize"]
+    command += ["--model", task.model, "--out", str(out), "--calibration", str(calibration)]
+    command += ["--bits", str(task.baseline_bits), "--group-size", str(task.group_size)]
+    done = subprocess.run([*command, "--seed", str(task.seed)], stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise QuantizationError("GPTQ failed; its own message is above")
+    record = json.loads(done.stdout.strip().splitlines()[-1])
+    dtype = next(_load(task.model).parameters()).dtype
+    return Quantized(load_gptq_model(out, dtype).eval(), expert_bytes(out), record["quantize_seconds"])
+
+
+def _bitsmoe(task: ComparisonTask, scratch: Path) -> Quantized:
+    from bitsmoe_plugin.inspection import inspect_checkpoint
+    from bitsmoe_plugin.integrations.transformers import quantize_to_directory
+
+    start = time.perf_counter()
+    quantize_to_directory(task.model, scratch / "bitsmoe", task.config())
+    seconds = time.perf_counter() - start
+    size = inspect_checkpoint(scratch / "bitsmoe")["expert_bytes"]
+    return Quantized(_load(scratch / "bitsmoe"), size, seconds)
+
+
+METHODS: dict[str, Callable[[ComparisonTask, Path], Quantized]] = {
+    "full": _full,
+    "rtn": _rtn,
+    "gptq": _gptq,
+    "bitsmoe": _bitsmoe,
+}
+
+
+def _sample(model: Any, tokenizer: Any, task: ComparisonTask) -> str:
+    inputs = tokenizer(task.prompt, return_tensors="pt", return_token_type_ids=False)
+    # A repetition penalty, because small models repeat themselves under greedy search.
+    output = model.generate(
+        **inputs, max_new_tokens=task.new_tokens, do_sample=False, repetition_penalty=1.3
+    )
+    return str(tokenizer.decode(output[0], skip_special_tokens=True))
+
+
+def run_method(method: str, task: ComparisonTask) -> dict[str, Any]:
+    """Quantize and evaluate with one method, in this process.
+
+    Returns:
+        keys method, bits_per_weight, expert_bytes, perplexity, per_domain, kl_divergence,
+        top1_agreement, quantize_seconds, and sample if the task has a prompt.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(task.model)
+    texts = evaluation_text(
+        task.eval, tokenizer, sequence_length=task.sequence_length, max_tokens=task.max_tokens
+    )
+    with tempfile.TemporaryDirectory(prefix="bitsmoe-compare-") as scratch:
+        quantized = METHODS[method](task, Path(scratch))
+        reference = _load(task.model)
+        result = evaluate_model(
+            quantized.model, texts, reference=reference, batch_size=task.batch_size
+        )
+        row = {
+            "method": method,
+            "bits_per_weight": 8 * quantized.expert_bytes / _expert_weights(reference),
+            "expert_bytes": quantized.expert_bytes,
+            "perplexity": result.perplexity,
+            "per_domain": result.per_domain,
+            "kl_divergence": result.kl_divergence,
+            "top1_agreement": result.top1_agreement,
+            "quantize_seconds": quantized.seconds,
+        }
+        if task.prompt is not None:
+            row["sample"] = _sample(quantized.model, tokenizer, task)
+    return row
+
+
+def compare(task: ComparisonTask, methods: tuple[str, ...]) -> list[dict[str, Any]]:
+    """One row per method, each from a process of its own.
+
+    Raises:
+        ConfigError: unknown method or bad option.
+        QuantizationError: a method failed; its message has gone to stderr.
+    """
+    unknown = [method for method in methods if method not in METHODS]
+    if unknown or not methods:
+        raise ConfigError(f"methods={','.join(methods)!r}: allowed are {', '.join(METHODS)}")
+    task.config()
+    rows = []
+    for number, method in enumerate(methods, 1):
+        print(f"[{number}/{len(methods)}] {method}", file=sys.stderr, flush=True)
+        command = [sys.executable, "-m", "bitsmoe_plugin.comparison.compare", method]
+        done = subprocess.run(command, input=json.dumps(asdict(task)), stdout=subprocess.PIPE, text=True)
+        if done.returncode:
+            raise QuantizationError(f"method {method} failed; its own message is above")
+        rows.append(json.loads(done.stdout))
+    return rows
+
+
+def print_comparison(rows: list[dict[str, Any]], stream: TextIO) -> None:
+    """The rows as a table, followed by the text samples."""
+    console = table_console(stream)
+    domains = sorted(rows[0]["per_domain"])
+    table = Table("method", "bits/weight", "expert bytes", *domains, "perplexity", "KL", "top-1", "seconds")
+    for row in rows:
+        table.add_row(
+            row["method"],
+            f"{row['bits_per_weight']:.3f}",
+            f"{row['expert_bytes']:,}",
+            *(f"{row['per_domain'][domain]:.2f}" for domain in domains),
+            f"{row['perplexity']:.2f}",
+            f"{row['kl_divergence']:.4f}",
+            f"{100 * row['top1_agreement']:.1f} %",
+            f"{row['quantize_seconds']:.1f}",
+        )
+    console.print(table)
+    console.print("bits/weight: everything stored for the routed experts over their number of weights.")
+    for row in rows:
+        if "sample" in row:
+            console.print(f"\n[bold]{row['method']}[/bold]: {row['sample']}", highlight=False)
+
+
+def main() -> int:
+    """Worker: task as JSON on stdin, method as argument, row as JSON on stdout."""
+    try:
+        with stdout_to_stderr() as stdout:
+            row = run_method(sys.argv[1], ComparisonTask(**json.load(sys.stdin)))
+            json.dump(row, stdout)
+    except (BitsMoEError, ImportError) as error:
+        print(f"bitsmoe: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,152 @@
+"""What a packed checkpoint holds: counted bits by part, widths by layer and projection, errors."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from safetensors import safe_open
+
+from bitsmoe_plugin import packing
+from bitsmoe_plugin.checkpoint import packed_spec
+from bitsmoe_plugin.config import QUANT_METHOD, BitsMoEConfig
+from bitsmoe_plugin.errors import CheckpointError
+
+_PARTS = {
+    "bitsmoe_payload": "payload",
+    "bitsmoe_row_codes": "row_codes",
+    "bitsmoe_scale_grid": "scale_grids",
+    "bitsmoe_input_basis": "bases",
+    "bitsmoe_input_scales": "bases",
+    "bitsmoe_output_basis": "bases",
+    "bitsmoe_output_scales": "bases",
+}
+
+
+def read_config(directory: Path) -> BitsMoEConfig:
+    """The quantization config of a packed checkpoint.
+
+    Raises:
+        CheckpointError: not a packed BitsMoE checkpoint.
+    """
+    path = Path(directory) / "config.json"
+    try:
+        values = json.loads(path.read_text(encoding="utf-8")).get("quantization_config") or {}
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}); is {directory} a checkpoint?") from error
+    if values.get("quant_method") != QUANT_METHOD:
+        raise CheckpointError(
+            f"{directory} is not a packed BitsMoE checkpoint (quant_method is "
+            f"{values.get('quant_method')!r}); make one with `bitsmoe quantize`"
+        )
+    return BitsMoEConfig.from_dict(values)
+
+
+def _expert_tensors(directory: Path) -> dict[str, tuple[int, Path]]:
+    """Name -> (bytes, file) of every packed tensor on disk."""
+    found = {}
+    for path in sorted(Path(directory).glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():
+                if name.rpartition(".")[2] in _PARTS:
+                    tensor = file.get_tensor(name)
+                    found[name] = (tensor.numel() * tensor.element_size(), path)
+    return found
+
+
+def _read(name: str, path: Path) -> torch.Tensor:
+    with safe_open(path, framework="pt") as file:
+        return file.get_tensor(name)
+
+
+def inspect_checkpoint(directory: Path) -> dict[str, Any]:
+    """Sizes, widths and errors of a packed checkpoint, JSON-ready.
+
+    Returns:
+        ``bits_per_weight``, ``expert_bytes``, ``expert_weights``, ``parts`` (bits per weight by
+        part), ``calibration``, and ``layers``: for each ``bits_per_weight``, ``widths`` (projection
+        -> width -> rows) and the errors measured while quantizing.
+    """
+    config = read_config(directory)
+    tensors = _expert_tensors(directory)
+    parts = dict.fromkeys(_PARTS.values(), 0)
+    layers: dict[str, Any] = {}
+    weights = 0
+    for layer in config.layers:
+        spec = packed_spec(layer, config)
+        weights += spec.shape.weights
+        size = 0
+        for buffer in spec.tensors():
+            name = f"{layer}.{buffer}"
+            if name not in tensors:
+                raise CheckpointError(f"{name} is missing from {directory}")
+            parts[_PARTS[buffer]] += 8 * tensors[name][0]
+            size += 8 * tensors[name][0]
+        codes = f"{layer}.bitsmoe_row_codes"
+        bits = packing.row_widths(_read(codes, tensors[codes][1]), config.widths)
+        layers[layer] = {
+            "bits_per_weight": size / spec.shape.weights,
+            "widths": {
+                factor: {str(w): int((bits[i] == w).sum()) for w in config.widths}
+                for i, factor in enumerate(packing.FACTORS)
+            },
+            **config.layers[layer].get("report", {}),
+        }
+    total = sum(parts.values())
+    return {
+        "bits_per_weight": total / weights,
+        "expert_bytes": total // 8,
+        "expert_weights": weights,
+        "parts": {part: bits / weights for part, bits in parts.items()},
+        "calibration": config.calibration,
+        "layers": layers,
+    }
+
+
+def table_console(stream: TextIO) -> Console:
+    """A console for tables: as wide as the terminal, or 160 columns in a file or pipe."""
+    return Console(file=stream, width=None if stream.isatty() else 160)
+
+
+def print_inspection(report: dict[str, Any], stream: TextIO) -> None:
+    """The report as tables."""
+    console = table_console(stream)
+    parts = ", ".join(f"{part} {bits:.4f}" for part, bits in report["parts"].items())
+    console.print(
+        f"{report['bits_per_weight']:.4f} bits per expert weight = {parts}\n"
+        f"{report['expert_bytes']:,} bytes for {report['expert_weights']:,} expert weights",
+        highlight=False,
+    )
+    widths = list(next(iter(next(iter(report["layers"].values()))["widths"].values())))
+    table = Table("layer", "projection", "bits", *(f"{w} bit" for w in widths), "estimated", "measured")
+    for name, layer in report["layers"].items():
+        relative = layer.get("output_energy") or float("nan")
+        errors = [layer.get(key, float("nan")) / relative for key in ("estimated_error", "calibration_error")]
+        for factor, histogram in layer["widths"].items():
+            first = factor == packing.FACTORS[0]
+            total = sum(histogram.values())
+            table.add_row(
+                name if first else "",
+                factor,
+                f"{layer['bits_per_weight']:.3f}" if first else "",
+                *(f"{100 * histogram[w] / total:.1f} %" for w in widths),
+                *((f"{100 * e:.2f} %" for e in errors) if first else ("", "")),
+            )
+    console.print(table)
+    console.print(
+        "widths: share of rows; estimated and measured: output error of the layer on the calibration "
+        "text, relative to the output's energy (token-weighted)."
+    )
+
+
+def print_evaluation(result: dict[str, Any], stream: TextIO) -> None:
+    """Perplexity per domain and overall as a table."""
+    table = Table("text", "perplexity")
+    for domain, perplexity in result["per_domain"].items():
+        table.add_row(domain, f"{perplexity:.3f}")
+    table.add_row(f"all ({result['tokens']:,} tokens)", f"{result['perplexity']:.3f}", style="bold")
+    table_console(stream).print(table)

@@ -1,0 +1,132 @@
+"""Fixtures shared by the tests: a small MoE layer with structure, and the bundled trained model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import settings
+from torch import Tensor, nn
+
+from bitsmoe_plugin.spectral import ExpertWeights
+from bitsmoe_plugin.statistics import LayerActivations
+
+settings.register_profile("repeatable", deadline=None, derandomize=True, database=None)
+settings.load_profile("repeatable")
+torch.set_num_threads(1)
+
+
+def silu_gating(gate: Tensor, up: Tensor) -> Tensor:
+    """Gating of most MoE families."""
+    return nn.functional.silu(gate) * up
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A small MoE layer with its calibration."""
+
+    weights: ExpertWeights
+    activations: LayerActivations
+    gating: Callable[[Tensor, Tensor], Tensor] = silu_gating
+
+    def forward(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Reference: token by token in float64, ``[T, H]``."""
+        gate, up, down = (w.double() for w in vars(self.weights).values())
+        out = torch.zeros(hidden.shape, dtype=torch.float64)
+        for t, slot in torch.cartesian_prod(*(torch.arange(n) for n in top_k_index.shape)).tolist():
+            e, x = int(top_k_index[t, slot]), hidden[t].double()
+            if e < len(gate):
+                out[t] += top_k_weights[t, slot].double() * (down[e] @ self.gating(gate[e] @ x, up[e] @ x))
+        return out
+
+
+def build_layer(experts: int, size: int, hidden: int, tokens: int, k: int = 2, seed: int = 0) -> Layer:
+    """Weights that share directions of falling strength and inputs that are correlated."""
+    g = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g)
+
+    strength = torch.logspace(0, -1, hidden)
+    read = torch.linalg.qr(normal(hidden, hidden))[0] * strength
+    write = torch.linalg.qr(normal(hidden, hidden))[0] * strength
+    weights = ExpertWeights(
+        gate=normal(experts, size, hidden) @ read.T / hidden**0.5,
+        up=normal(experts, size, hidden) @ read.T / hidden**0.5,
+        down=write @ normal(experts, hidden, size) / size**0.5,
+    )
+    x = normal(tokens, hidden) @ torch.linalg.qr(normal(hidden, hidden))[0] * torch.logspace(0.5, -0.5, hidden)
+    score, index = normal(tokens, experts).softmax(-1).topk(k)
+    omega = torch.rand(tokens, generator=g) + 0.5
+    return Layer(weights, LayerActivations(x, index, score / score.sum(-1, keepdim=True), omega))
+
+
+@pytest.fixture(autouse=True)
+def _same_random_numbers() -> None:
+    """A failure can be repeated by running its test alone."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def make_layer() -> Callable[..., Layer]:
+    """``build_layer(experts, size, hidden, tokens, k=2, seed=0)``."""
+    return build_layer
+
+
+@pytest.fixture(scope="session")
+def moe_tiny_path() -> Path:
+    """The trained model bundled with the repository."""
+    return Path(__file__).parents[1] / "examples" / "moe-tiny"
+
+
+@pytest.fixture(scope="session")
+def moe_tiny(moe_tiny_path: Path) -> Any:
+    """The bundled model in float32. Shared by all tests: do not change it."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(moe_tiny_path, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> Callable[..., Any]:
+    """Model type -> random causal language model of that family, a few thousand weights."""
+
+    def build(model_type: str, **changes: Any) -> Any:
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        sizes = {
+            "vocab_size": 64,
+            "hidden_size": 32,
+            "intermediate_size": 16,
+            "moe_intermediate_size": 16,
+            "shared_expert_intermediate_size": 16,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "num_experts": 4,
+            "num_local_experts": 4,
+            "n_routed_experts": 4,
+            "n_group": 1,
+            "topk_group": 1,
+            "num_experts_per_tok": 2,
+            "head_dim": 16,
+            "q_lora_rank": 8,
+            "kv_lora_rank": 8,
+            "qk_nope_head_dim": 16,
+            "qk_rope_head_dim": 16,
+            "v_head_dim": 16,
+            "first_k_dense_replace": 1,
+            "pad_token_id": 0,
+        }
+        config = AutoConfig.for_model(model_type)
+        for name, value in {**sizes, **changes}.items():
+            if hasattr(config, name):
+                setattr(config, name, value)
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+    return build

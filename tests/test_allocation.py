@@ -1,0 +1,140 @@
+"""The allocation against brute force, its certificate, and its limits."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bitsmoe_plugin.allocation import Allocation, allocate, smallest_size
+from bitsmoe_plugin.config import ALL_WIDTHS
+from bitsmoe_plugin.errors import QuantizationError
+
+ROW = 64
+"""Bits of one row at width 1."""
+WIDTHS = [(0, 1, 2, 4), (3, 4), (2, 3, 8), (6, 8), (0, 16), (1, 2, 3, 4), (4,), (8, 16)]
+
+
+def brute_force(costs: np.ndarray, sizes: np.ndarray, budget: int) -> float:
+    """Least cost over all combinations."""
+    choices = np.array(list(itertools.product(range(costs.shape[1]), repeat=len(costs))))
+    units = np.arange(len(costs))
+    fits = sizes[units, choices].sum(axis=1) <= budget
+    return float(costs[units, choices].sum(axis=1)[fits].min())
+
+
+def check(result: Allocation, costs: np.ndarray, sizes: np.ndarray, budget: int) -> None:
+    """The numbers an allocation reports are those of its choice, and the choice is allowed."""
+    units = np.arange(len(costs))
+    assert np.isfinite(costs[units, result.choice]).all()
+    assert result.size == sizes[units, result.choice].sum() <= budget == result.budget
+    assert result.objective == pytest.approx(costs[units, result.choice].sum(), rel=1e-12)
+    assert result.lower_bound <= result.objective * (1 + 1e-9)
+    assert 0 <= result.relative_gap <= 1
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, int]:
+    """Few units, any costs: ties, zeros, wider but worse, orders of magnitude apart, forbidden."""
+    widths = draw(st.sampled_from(WIDTHS))
+    units = draw(st.integers(1, 5))
+    cost = st.one_of(st.integers(0, 4).map(float), st.floats(0, 10), st.floats(-9, 9).map(lambda x: 10**x))
+    shape = units * len(widths)
+    costs = np.array(draw(st.lists(cost, min_size=shape, max_size=shape))).reshape(units, len(widths))
+    for row in costs:
+        row[list(draw(st.sets(st.integers(0, len(widths) - 1), max_size=len(widths) - 1)))] = np.inf
+    scale = [draw(st.sampled_from([ROW, 2 * ROW])) for _ in range(units)]
+    sizes = np.outer(scale, widths).astype(np.int64)
+    least = smallest_size(sizes, costs)
+    return costs, sizes, least + draw(st.integers(0, int(sizes.max(axis=1).sum()) - least + ROW))
+
+
+@settings(max_examples=300)
+@given(problems())
+def test_small_problems_are_solved_to_optimality(problem: tuple[np.ndarray, np.ndarray, int]) -> None:
+    """Guards against a wrong reduction to the core and a false certificate.
+
+    HiGHS stops at an absolute gap of 1e-6 with the largest cost scaled to one: the tolerance.
+    """
+    costs, sizes, budget = problem
+    result = allocate(costs, sizes, budget)
+    optimum = brute_force(costs, sizes, budget)
+    tolerance = 1e-6 * costs[np.isfinite(costs)].max() + 1e-12
+    check(result, costs, sizes, budget)
+    assert result.lower_bound <= optimum + tolerance
+    assert optimum <= result.objective + tolerance
+    assert result.objective <= optimum + tolerance
+
+
+@pytest.mark.parametrize("widths", [ALL_WIDTHS, (3, 4), (6, 8), (1, 2, 3)])
+def test_smallest_budget_gives_the_smallest_widths(widths: tuple[int, ...]) -> None:
+    """Guards against overspending where the price per bit must exceed every gain."""
+    costs = np.random.default_rng(0).exponential(size=(50, 1)) * 4.0 ** -np.array(widths)
+    sizes = np.tile(np.array(widths) * ROW, (50, 1))
+    budget = 50 * widths[0] * ROW
+    for spare in (0, 1, ROW - 1):
+        result = allocate(costs, sizes, budget + spare)
+        check(result, costs, sizes, budget + spare)
+        assert (result.choice == 0).all()
+
+
+def test_forbidden_choices_keep_the_certificate() -> None:
+    """Guards against inf * 0 in the dual: forbidding the drop of one row leaves the rest optimal."""
+    costs = np.array([[np.inf, 2.0, 1.0], [4.0, 2.0, 0.0]])
+    sizes = np.array([[0, 32, 64], [0, 32, 64]])
+    result = allocate(costs, sizes, 96)
+    check(result, costs, sizes, 96)
+    assert result.choice.tolist() == [1, 2]
+
+
+def test_more_than_enough_budget_takes_the_cheapest_and_of_those_the_smallest() -> None:
+    """Guards against storing bits that buy nothing."""
+    costs = np.array([[0.0, 0.0, 0.0], [3.0, 1.0, 1.0], [3.0, 2.0, 1.0]])
+    sizes = np.tile(np.array([0, 32, 64]), (3, 1))
+    result = allocate(costs, sizes, 10_000)
+    assert result.choice.tolist() == [0, 1, 2]
+    assert result.objective == result.lower_bound == 2
+
+
+def trained_like(units: int) -> tuple[np.ndarray, np.ndarray]:
+    """Costs that fall fourfold per bit, energies over four decades, noise on each distortion."""
+    random = np.random.default_rng(1)
+    energy = 10 ** random.uniform(-4, 0, size=(units, 1))
+    costs = energy * 4.0 ** -np.array(ALL_WIDTHS) * random.uniform(0.7, 1.3, size=(units, len(ALL_WIDTHS)))
+    return costs, np.tile(np.array(ALL_WIDTHS) * 768, (units, 1))
+
+
+@pytest.mark.parametrize("bits", [0.5, 2.0, 3.7])
+def test_many_units_are_proven_near_optimal(bits: float) -> None:
+    """Guards the certificate at the size of a real layer: 1e-6 is far below any effect on quality."""
+    costs, sizes = trained_like(20_000)
+    budget = int(bits * 768 * len(costs)) + 5
+    result = allocate(costs, sizes, budget)
+    check(result, costs, sizes, budget)
+    assert result.relative_gap <= 1e-6
+    assert budget - result.size < 768
+
+
+def test_same_problem_same_choice() -> None:
+    """Guards the promise that the same input gives the same bytes."""
+    costs, sizes = trained_like(2_000)
+    first, second = (allocate(costs.copy(), sizes.copy(), 3_000_000) for _ in range(2))
+    assert np.array_equal(first.choice, second.choice)
+
+
+def test_unreachable_budget_names_both_numbers() -> None:
+    """The user must learn what would be reachable."""
+    costs, sizes = np.array([[2.0, 1.0]] * 3), np.array([[64, 128]] * 3)
+    with pytest.raises(QuantizationError, match=r"191.*192"):
+        allocate(costs, sizes, 191)
+
+
+def test_forbidden_choices_count_for_the_smallest_size() -> None:
+    """Guards against calling a budget reachable that only forbidden choices meet."""
+    costs, sizes = np.array([[np.inf, 1.0], [2.0, 1.0]]), np.array([[0, 32]] * 2)
+    assert smallest_size(sizes, costs) == 32
+    with pytest.raises(QuantizationError, match="32"):
+        allocate(costs, sizes, 31)

@@ -1,0 +1,198 @@
+"""The packed layout against its description, read bit by bit by a second implementation."""
+
+from __future__ import annotations
+
+import struct
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from bitsmoe_plugin import grids, packing
+from bitsmoe_plugin.config import ALL_WIDTHS
+from bitsmoe_plugin.experts import PackedSpec
+from bitsmoe_plugin.layer import row_sizes
+from bitsmoe_plugin.packing import LayerShape, PackedExperts
+from bitsmoe_plugin.rounding import SCALE_LEVELS, ScaleGrid
+from bitsmoe_plugin.spectral import quantize_basis
+
+SHAPE = LayerShape(num_experts=3, hidden_size=7, intermediate_size=40)
+
+
+def random_codes(rows: int, n: int, bits: int, seed: int) -> Tensor:
+    return torch.randint(2**bits, (rows, n), generator=torch.Generator().manual_seed(seed), dtype=torch.int32)
+
+
+@given(
+    bits=st.integers(1, 16),
+    rows=st.integers(1, 5),
+    n=st.integers(1, 100),
+    seed=st.integers(0, 2**31),
+)
+def test_codes_survive_packing(bits: int, rows: int, n: int, seed: int) -> None:
+    """Guards against lost bits where a value straddles two words, sign bits and padding."""
+    codes = random_codes(rows, n, bits, seed)
+    words = packing.pack_codes(codes, bits)
+    assert words.dtype == torch.int32 and words.shape == (rows, -(-n // 32) * bits)
+    assert torch.equal(packing.unpack_codes(words, bits, n), codes)
+
+
+@pytest.mark.parametrize("bits", range(1, 17))
+def test_largest_codes_set_every_bit(bits: int) -> None:
+    """Guards against a mask that is one bit short: 32 values of b ones are b words of ones."""
+    codes = torch.full((1, 32), 2**bits - 1)
+    assert packing.pack_codes(codes, bits).tolist() == [[-1] * bits]
+
+
+@given(
+    bits=st.integers(1, 16),
+    blocks=st.integers(1, 4),
+    cut=st.tuples(st.integers(0, 4), st.integers(0, 4)),
+    seed=st.integers(0, 2**31),
+)
+def test_a_range_of_blocks_is_the_packed_range_of_columns(
+    bits: int, blocks: int, cut: tuple[int, int], seed: int
+) -> None:
+    """Guards the tensor parallel promise: shards are cut without unpacking."""
+    first, last = min(min(cut), blocks - 1), max(*cut, min(cut) + 1)
+    codes = random_codes(3, 32 * blocks, bits, seed)
+    shard = packing.pack_codes(codes, bits).view(3, blocks, bits)[:, first:last]
+    assert torch.equal(shard.reshape(3, -1), packing.pack_codes(codes[:, 32 * first : 32 * last], bits))
+
+
+def random_layer(seed: int, widths: tuple[int, ...] = ALL_WIDTHS) -> tuple[PackedExperts, Tensor, Tensor]:
+    """A packed layer of random codes; its row widths ``[3, E, r]`` and codes ``[3, E, r, I]``."""
+    g = torch.Generator().manual_seed(seed)
+    e, r, size = SHAPE.num_experts, SHAPE.rank, SHAPE.intermediate_size
+    row_bits = torch.tensor(widths)[torch.randint(len(widths), (3, e, r), generator=g)]
+    codes = torch.randint(2**16, (3, e, r, size), generator=g) % 2 ** row_bits[..., None]
+    scale_codes = torch.randint(SCALE_LEVELS, (3, e, r), generator=g, dtype=torch.uint8)
+    low, step = torch.randn(2, 3, r, generator=g).half()
+    scale_grids = [ScaleGrid(low[f], step[f].abs() / 4) for f in range(3)]
+    words = [packing.pack_expert(codes[f, i], row_bits[f, i], widths) for f in range(3) for i in range(e)]
+    basis, scales = packing.pack_basis(quantize_basis(torch.randn(7, 16, dtype=torch.double), 4, 16))
+    packed = PackedExperts(
+        packing.pack_row_codes(row_bits, scale_codes, widths),
+        packing.pack_scale_grid(scale_grids),
+        torch.cat(words),
+        *(basis, scales, basis, scales),
+    )
+    return packed, row_bits, codes
+
+
+def half(bits: int) -> float:
+    """The float16 that an int16 holds."""
+    return struct.unpack("<e", struct.pack("<h", bits))[0]
+
+
+def read_by_hand(packed: PackedExperts, widths: tuple[int, ...], size: int) -> list[list[dict[int, list[float]]]]:
+    """``[factor][expert][rank index]`` -> values, from the module text of ``packing`` alone."""
+    words = iter(word & 0xFFFFFFFF for word in packed.payload.tolist())
+    grid = packed.scale_grid.tolist()
+    factors = []
+    for factor, experts in enumerate(packed.row_codes.tolist()):
+        factors.append([])
+        for row_codes in experts:
+            bits_of = [widths[code >> 5] for code in row_codes]
+            rows = {}
+            for k in sorted(range(len(row_codes)), key=lambda k, b=bits_of: (-b[k], k)):
+                if bits_of[k] == 0:
+                    continue
+                low, step = (half(part[k]) for part in grid[factor])
+                scale = 2 ** (low + (row_codes[k] & 31) * step)
+                rows[k] = read_row(words, bits_of[k], size, scale)
+            factors[-1].append(rows)
+    assert next(words, None) is None, "payload is longer than the row codes say"
+    return factors
+
+
+def read_row(words, bits: int, size: int, scale: float) -> list[float]:
+    values: list[float] = []
+    for _ in range(-(-size // 32)):
+        block = sum(next(words) << 32 * i for i in range(bits))
+        codes = [block >> i * bits & (2**bits - 1) for i in range(32)]
+        values += [scale * grids.STEP[bits] * (code - (2**bits - 1) / 2) for code in codes]
+    return values[:size]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_second_reader_of_the_documented_layout_agrees(seed: int) -> None:
+    """Guards the format: row order, offsets, bit order, scales. float32 exp2 is good to 1e-6."""
+    packed, row_bits, codes = random_layer(seed)
+    size = SHAPE.intermediate_size
+    expected = read_by_hand(packed, ALL_WIDTHS, size)
+    index = packing.index_rows(packed.row_codes, ALL_WIDTHS, SHAPE)
+    scales = packing.row_scales(packed.row_codes, packed.scale_grid)
+    assert index.words == packed.payload.numel() == int(row_bits.sum()) * SHAPE.blocks
+    assert torch.equal(packing.row_widths(packed.row_codes, ALL_WIDTHS), row_bits)
+    for factor in range(3):
+        for expert in range(SHAPE.num_experts):
+            rows, order = packing.unpack_rows(packed.payload, index, scales, factor, expert, size)
+            wanted = expected[factor][expert]
+            assert order.tolist() == list(wanted)
+            torch.testing.assert_close(rows, torch.tensor(list(wanted.values())), rtol=1e-5, atol=0)
+            width, scale = row_bits[factor, expert, order, None], scales[factor, expert, order, None]
+            assert torch.equal(rows, grids.decode(codes[factor, expert, order].float(), scale, width))
+
+
+def test_dropped_rows_are_absent() -> None:
+    """An expert with all rows at width 0 stores nothing and unpacks to no rows."""
+    row_bits = torch.zeros(3, 3, 7, dtype=torch.int64)
+    row_bits[:, 2, 4] = 3
+    codes = random_codes(7, 40, 3, 0)
+    words = [packing.pack_expert(codes, row_bits[f, e], (0, 3)) for f in range(3) for e in range(3)]
+    assert [len(w) for w in words] == [0, 0, 2 * 3] * 3
+    row_codes = packing.pack_row_codes(row_bits, torch.zeros(3, 3, 7, dtype=torch.uint8), (0, 3))
+    index = packing.index_rows(row_codes, (0, 3), SHAPE)
+    scales = torch.ones(3, 3, 7)
+    for expert, count in ((0, 0), (1, 0), (2, 1)):
+        rows, order = packing.unpack_rows(torch.cat(words), index, scales, 1, expert, 40)
+        assert rows.shape == (count, 40) and len(order) == count
+    torch.testing.assert_close(rows[0], grids.decode(codes[4].float(), torch.ones(1), 3))
+
+
+@pytest.mark.parametrize("widths", [(0, 2, 4), (1, 3), (16,), ALL_WIDTHS])
+def test_rows_of_one_expert_do_not_depend_on_the_others(widths: tuple[int, ...]) -> None:
+    """Guards expert parallelism: experts may be kept, left out and reordered one by one."""
+    packed, row_bits, _ = random_layer(5, widths)
+    index = packing.index_rows(packed.row_codes, widths, SHAPE)
+    turned = packing.index_rows(packed.row_codes.flip(1), widths, SHAPE)
+    assert torch.equal(turned.order, index.order.flip(1))
+    assert turned.counts == [experts[::-1] for experts in index.counts]
+
+
+@pytest.mark.parametrize("bits", [4, 8, 16])
+@pytest.mark.parametrize("columns", [32, 48, 96])
+def test_bases_survive_packing(bits: int, columns: int) -> None:
+    """What is unpacked is bitwise what the factors were computed with, also from a transposed matrix."""
+    given = torch.linalg.qr(torch.randn(columns, columns, dtype=torch.double))[0]
+    for basis in (quantize_basis(given, bits, 16), quantize_basis(given.T, bits, 16)):
+        words, scales = packing.pack_basis(basis)
+        assert words.is_contiguous() and scales.is_contiguous()
+        assert torch.equal(packing.unpack_basis(words, scales, bits, columns), basis.dequantize())
+
+
+@pytest.mark.parametrize("bits", [4, 8, 16])
+@pytest.mark.parametrize(("hidden", "group_size"), [(32, 32), (64, 16), (48, 16)])
+def test_counted_bits_are_stored_bits(bits: int, hidden: int, group_size: int) -> None:
+    """Guards the counted budget: fixed parts and row sizes add up to the bytes of the tensors,
+    which have the dtypes and shapes of the format's table."""
+    shape = LayerShape(num_experts=2, hidden_size=hidden, intermediate_size=40)
+    row_bits = torch.tensor(ALL_WIDTHS)[torch.randint(8, (3, 2, hidden))]
+    zeros = torch.zeros(3, 2, hidden)
+    grid = ScaleGrid(torch.zeros(hidden).half(), torch.zeros(hidden).half())
+    basis = packing.pack_basis(quantize_basis(torch.randn(hidden, hidden, dtype=torch.double), bits, group_size))
+    codes = torch.zeros(hidden, 40)
+    packed = PackedExperts(
+        packing.pack_row_codes(row_bits, zeros.to(torch.uint8), ALL_WIDTHS),
+        packing.pack_scale_grid([grid] * 3),
+        torch.cat([packing.pack_expert(codes, bits_, ALL_WIDTHS) for bits_ in row_bits.flatten(0, 1)]),
+        *(*basis, *basis),
+    )
+    spec = PackedSpec(shape, ALL_WIDTHS, bits, group_size, int(row_bits.sum()) * shape.blocks)
+    assert {name: (t.dtype, tuple(t.shape)) for name, t in packed.tensors()} == spec.tensors()
+    size_of = dict(zip(ALL_WIDTHS, row_sizes(shape, ALL_WIDTHS), strict=True))
+    payload = sum(size_of[width] for width in row_bits.flatten().tolist())
+    assert packed.stored_bits() == payload + sum(packing.fixed_bits(shape, bits, group_size).values())
