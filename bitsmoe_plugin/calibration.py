@@ -106,7 +106,7 @@ def token_stream(documents: Iterable[Any], tokenizer: Any, limit: int | None = N
         if isinstance(document, str):
             if tokenizer is None:
                 raise QuantizationError("dataset holds text, but there is no tokenizer to read it with")
-            document = tokenizer(document, add_special_tokens=False)["input_ids"]
+            document = tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
         stream.extend(document)
         if eos is not None:
             stream.append(eos)

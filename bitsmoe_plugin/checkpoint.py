@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from bitsmoe_plugin.config import BitsMoEConfig
 from bitsmoe_plugin.errors import CheckpointError
@@ -25,8 +25,8 @@ def tensor_digest(packed: PackedExperts) -> str:
     return digest.hexdigest()
 
 
-def _bytes(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.detach().cpu().contiguous().numpy()).cast("B") if tensor.numel() else memoryview(b"")
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().numpy().tobytes()
 
 
 def layer_manifest(shape: LayerShape, packed: PackedExperts, report: dict[str, Any]) -> dict[str, Any]:
@@ -64,7 +64,7 @@ def packed_spec(name: str, config: BitsMoEConfig) -> PackedSpec:
     )
 
 
-def check_shape(name: str, spec: PackedSpec, module: nn.Module) -> None:
+def check_shape(name: str, spec: PackedSpec, module: Any) -> None:
     """Refuse a manifest whose sizes differ from the experts module ``[E, H, I]`` of the model."""
     wanted = tuple(module.down_proj.shape)
     found = (spec.shape.num_experts, spec.shape.hidden_size, spec.shape.intermediate_size)

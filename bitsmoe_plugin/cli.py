@@ -37,7 +37,9 @@ def _add_quantize(commands: Any) -> None:
     parser.add_argument("--widths", default=widths, help=f"widths a row may take (default {widths})")
     parser.add_argument("--basis-bits", type=int, default=defaults.basis_bits, help="4, 8 or 16")
     parser.add_argument("--basis-group-size", type=int, default=defaults.basis_group_size)
-    parser.add_argument("--scope", default=defaults.scope, help="budget over all layers or each: global, layer")
+    parser.add_argument(
+        "--scope", default=defaults.scope, help="budget over all layers or each: global, layer"
+    )
     parser.set_defaults(run=_quantize)
 
 
@@ -70,7 +72,9 @@ def _add_compare(commands: Any) -> None:
     _add_evaluation_options(parser, "--eval")
     parser.add_argument("--methods", default="full,rtn,bitsmoe", help=f"comma list of {', '.join(METHODS)}")
     parser.add_argument("--group-size", type=int, default=64, help="of round-to-nearest and GPTQ")
-    parser.add_argument("--prompt", default=None, help="also print a continuation of this text by each method")
+    parser.add_argument(
+        "--prompt", default=None, help="also print a continuation of this text by each method"
+    )
     parser.add_argument("--new-tokens", type=int, default=40, help="length of the continuation")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=_compare)
@@ -182,7 +186,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with stdout_to_stderr() as stdout:
             args.run(args, stdout)
-    except BitsMoEError as error:
+    except (BitsMoEError, OSError) as error:  # OSError: transformers on a path without a model
         print(f"bitsmoe: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

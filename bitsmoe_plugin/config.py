@@ -97,7 +97,9 @@ class BitsMoEConfig(QuantizationConfigMixin):
                 f"{FORMAT_VERSION}. Upgrade bitsmoe-plugin."
             )
         if unknown:
-            known = [name for name in BitsMoEConfig.__init__.__annotations__ if name not in ("return", "unknown")]
+            known = [
+                name for name in BitsMoEConfig.__init__.__annotations__ if name not in ("return", "unknown")
+            ]
             raise ConfigError(
                 f"BitsMoEConfig: unknown option {', '.join(sorted(unknown))}; known: {', '.join(known)}"
             )

@@ -146,8 +146,6 @@ def evaluate_path(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model)
-    texts = evaluation_text(
-        dataset, tokenizer, sequence_length=sequence_length, max_tokens=max_tokens
-    )
+    texts = evaluation_text(dataset, tokenizer, sequence_length=sequence_length, max_tokens=max_tokens)
     loaded = AutoModelForCausalLM.from_pretrained(model).eval()
     return evaluate_model(loaded, texts, batch_size=batch_size)

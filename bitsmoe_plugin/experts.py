@@ -96,7 +96,7 @@ class BitsMoEExperts(nn.Module):
     def packed(self) -> PackedExperts:
         """The packed tensors as they are stored."""
         return PackedExperts(
-            **{name.removeprefix("bitsmoe_"): self._buffers[name] for name in self.spec.tensors()}
+            **{name.removeprefix("bitsmoe_"): self.get_buffer(name) for name in self.spec.tensors()}
         )
 
     def verify(self, name: str) -> None:
@@ -109,15 +109,15 @@ class BitsMoEExperts(nn.Module):
             CheckpointError: naming the tensor and both values.
         """
         for buffer, (dtype, shape) in self.spec.tensors().items():
-            tensor = self._buffers[buffer]
-            if tensor is None or tensor.is_meta:
+            tensor = self.get_buffer(buffer)
+            if tensor.is_meta:
                 raise CheckpointError(f"{name}.{buffer} is missing from the checkpoint")
             if tensor.dtype != dtype or tuple(tensor.shape) != shape:
                 raise CheckpointError(
                     f"{name}.{buffer} is {tensor.dtype} {tuple(tensor.shape)}, but the config asks for "
                     f"{dtype} {shape}; the checkpoint was altered or belongs to another config"
                 )
-        row_codes = self._buffers["bitsmoe_row_codes"]
+        row_codes = self.get_buffer("bitsmoe_row_codes")
         if int(row_codes.max()) // packing.SCALE_LEVELS >= len(self.spec.widths):
             raise CheckpointError(f"{name}.bitsmoe_row_codes holds a width that the config lacks")
         words = packing.index_rows(row_codes, self.spec.widths, self.spec.shape).words
@@ -130,7 +130,7 @@ class BitsMoEExperts(nn.Module):
         return apply_gating(self._original[0], gate, up)
 
     def _prepare(self) -> _Prepared:
-        row_codes, grid = self._buffers["bitsmoe_row_codes"], self._buffers["bitsmoe_scale_grid"]
+        row_codes, grid = self.get_buffer("bitsmoe_row_codes"), self.get_buffer("bitsmoe_scale_grid")
         if self._prepared is None or self._prepared.scales.device != row_codes.device:
             self._prepared = _Prepared(
                 packing.index_rows(row_codes, self.spec.widths, self.spec.shape),
@@ -139,7 +139,7 @@ class BitsMoEExperts(nn.Module):
         return self._prepared
 
     def _basis(self, part: str) -> Tensor:
-        words, scales = self._buffers[f"bitsmoe_{part}_basis"], self._buffers[f"bitsmoe_{part}_scales"]
+        words, scales = self.get_buffer(f"bitsmoe_{part}_basis"), self.get_buffer(f"bitsmoe_{part}_scales")
         return packing.unpack_basis(words, scales, self.spec.basis_bits, self.spec.shape.hidden_size)
 
     @torch.no_grad()
@@ -150,7 +150,7 @@ class BitsMoEExperts(nn.Module):
             hidden_states,
             top_k_index,
             top_k_weights,
-            payload=self._buffers["bitsmoe_payload"],
+            payload=self.get_buffer("bitsmoe_payload"),
             index=prepared.index,
             scales=prepared.scales,
             input_basis=self._basis("input"),
@@ -169,9 +169,7 @@ class BitsMoEExperts(nn.Module):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> BitsMoEExperts:
         copy = BitsMoEExperts(self._original[0], self.spec)
-        copy.load_packed(
-            PackedExperts(*(tensor.clone() for _, tensor in self.packed().tensors()))
-        )
+        copy.load_packed(PackedExperts(*(tensor.clone() for _, tensor in self.packed().tensors())))
         return copy
 
 

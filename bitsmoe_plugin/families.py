@@ -9,6 +9,7 @@ here; what deviates is refused by name.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -27,7 +28,7 @@ class MoELayer:
 
     name: str
     layer_name: str
-    module: nn.Module
+    module: Any
 
 
 def looks_like_experts(module: nn.Module) -> bool:
@@ -94,12 +95,12 @@ def decoder_layer_name(model: nn.Module, experts_name: str) -> str:
     )
 
 
-def read_experts(module: nn.Module) -> ExpertWeights:
+def read_experts(module: Any) -> ExpertWeights:
     """Views of the module's fused parameters."""
     gate, up = module.gate_up_proj.detach().chunk(2, dim=1)
     return ExpertWeights(gate, up, module.down_proj.detach())
 
 
-def apply_gating(module: nn.Module, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+def apply_gating(module: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """The module's own gating, ``[n, I]`` and ``[n, I]`` -> ``[n, I]``."""
     return module._apply_gate(torch.cat([gate, up], dim=-1))

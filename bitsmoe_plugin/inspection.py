@@ -51,7 +51,7 @@ def _expert_tensors(directory: Path) -> dict[str, tuple[int, Path]]:
     found = {}
     for path in sorted(Path(directory).glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
-            for name in file.keys():
+            for name in list(file.keys()):
                 if name.rpartition(".")[2] in _PARTS:
                     tensor = file.get_tensor(name)
                     found[name] = (tensor.numel() * tensor.element_size(), path)

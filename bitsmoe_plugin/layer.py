@@ -256,9 +256,7 @@ def round_experts(problem: LayerProblem, bits: Tensor, experts: list[int]) -> Ro
     inner = rounding.conditional_variance(feedback)[:, None]
     scales = rounding.best_scales(down, inner, bits[2], widths)
     scale_grids.append(rounding.ScaleGrid.covering(scales, bits[2] > 0))
-    codes[2], scale_codes[2] = rounding.round_along_neurons(
-        down, bits[2], feedback, scale_grids[2], scales
-    )
+    codes[2], scale_codes[2] = rounding.round_along_neurons(down, bits[2], feedback, scale_grids[2], scales)
     values[2] = _decode_rounded(codes[2], scale_codes[2], scale_grids[2], bits[2])
     return RoundedExperts(codes, scale_codes, values, scale_grids)
 

@@ -237,9 +237,7 @@ def unpack_rows(
     return torch.cat(pieces), order[:done]
 
 
-def fixed_bits(
-    shape: LayerShape, basis_bits: int, basis_group_size: int
-) -> dict[str, int]:
+def fixed_bits(shape: LayerShape, basis_bits: int, basis_group_size: int) -> dict[str, int]:
     """Stored bits of one layer that no allocation changes, by part."""
     h, r = shape.hidden_size, shape.rank
     scales = 0 if basis_bits == 16 else 16 * h * r // basis_group_size

@@ -166,6 +166,7 @@ def _decoder(model: nn.Module, layers: list[MoELayer]) -> _Decoder:
             "one list of decoder layers, is supported"
         )
     modules = model.get_submodule(path.pop())
+    assert isinstance(modules, nn.ModuleList)  # by decoder_layer_name
     by_index = {int(layer.layer_name.rpartition(".")[2]): layer for layer in layers}
     return _Decoder(modules, [by_index.get(i) for i in range(len(modules))])
 

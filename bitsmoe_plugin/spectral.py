@@ -71,9 +71,7 @@ class QuantizedBasis:
             return self.codes.float()
         rows, columns = self.codes.shape
         grouped = self.codes.view(rows, -1, self.group_size)
-        return grids.decode(grouped, self.scales.float().unsqueeze(-1), self.bits).view(
-            rows, columns
-        )
+        return grids.decode(grouped, self.scales.float().unsqueeze(-1), self.bits).view(rows, columns)
 
 
 @dataclass(frozen=True)

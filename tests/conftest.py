@@ -59,7 +59,11 @@ def build_layer(experts: int, size: int, hidden: int, tokens: int, k: int = 2, s
         up=normal(experts, size, hidden) @ read.T / hidden**0.5,
         down=write @ normal(experts, hidden, size) / size**0.5,
     )
-    x = normal(tokens, hidden) @ torch.linalg.qr(normal(hidden, hidden))[0] * torch.logspace(0.5, -0.5, hidden)
+    x = (
+        normal(tokens, hidden)
+        @ torch.linalg.qr(normal(hidden, hidden))[0]
+        * torch.logspace(0.5, -0.5, hidden)
+    )
     score, index = normal(tokens, experts).softmax(-1).topk(k)
     omega = torch.rand(tokens, generator=g) + 0.5
     return Layer(weights, LayerActivations(x, index, score / score.sum(-1, keepdim=True), omega))

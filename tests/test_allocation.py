@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -123,6 +125,19 @@ def test_same_problem_same_choice() -> None:
     costs, sizes = trained_like(2_000)
     first, second = (allocate(costs.copy(), sizes.copy(), 3_000_000) for _ in range(2))
     assert np.array_equal(first.choice, second.choice)
+
+
+def test_the_solver_is_silent() -> None:
+    """Guards ``--json``, which promises JSON alone on stdout, against what HiGHS prints from C
+    (once per process, hence a fresh one)."""
+    program = """
+import numpy as np
+from bitsmoe_plugin.allocation import allocate
+costs = np.array([[9.0, 3.0, 0.0], [8.0, 4.0, 0.0], [7.0, 1.0, 0.0]])
+assert allocate(costs, np.array([[0, 32, 64]] * 3), 96).core_units > 0
+"""
+    finished = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert finished.stdout == ""
 
 
 def test_unreachable_budget_names_both_numbers() -> None:

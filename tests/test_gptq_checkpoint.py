@@ -241,9 +241,7 @@ def test_incomplete_checkpoints_are_refused(tmp_path: Path, lost: str) -> None:
 
     _write_checkpoint(tmp_path)
     for file in ("a.safetensors", "b.safetensors"):
-        kept = {
-            name: value for name, value in load_file(tmp_path / file).items() if lost not in name
-        }
+        kept = {name: value for name, value in load_file(tmp_path / file).items() if lost not in name}
         save_file(kept, tmp_path / file)
     with pytest.raises(CheckpointError):
         load_gptq_model(tmp_path, torch.float32)

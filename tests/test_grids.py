@@ -73,7 +73,7 @@ def test_encode_finds_the_nearest_level(bits: int) -> None:
     levels = scale.double() * grids.STEP[bits] * (torch.arange(2**bits) - half)
     nearest = (rows.double()[..., None] - levels[:, None]).abs().amin(-1)
     codes = grids.encode(rows, scale, bits)
-    assert torch.equal(codes, codes.round()) and 0 <= codes.min() and codes.max() <= 2**bits - 1
+    assert torch.equal(codes, codes.round()) and codes.min() >= 0 and codes.max() <= 2**bits - 1
     reached = (rows.double() - levels.gather(1, codes.long())).abs()
     assert bool((reached <= nearest + rows.abs() * 2**-22).all())
     torch.testing.assert_close(grids.decode(codes, scale, bits).double(), levels.gather(1, codes.long()))
@@ -131,7 +131,9 @@ def test_best_scale_is_the_best_candidate(bits: int, power: int) -> None:
     weights = torch.rand(4, 1, 64, generator=generator)
     scale, error = grids.best_scale(rows, weights, bits)
     candidates = grids.candidate_scales(rows, bits)
-    costs = torch.stack([((grids.round_to_grid(rows, s, bits) - rows) ** 2 * weights).sum(-1) for s in candidates])
+    costs = torch.stack(
+        [((grids.round_to_grid(rows, s, bits) - rows) ** 2 * weights).sum(-1) for s in candidates]
+    )
     torch.testing.assert_close(error, costs.amin(0), rtol=1e-5, atol=0)
     index = costs.argmin(0)[None, ..., None]
     assert torch.equal(scale, candidates.gather(0, index)[0])
@@ -156,6 +158,9 @@ def test_few_candidates_suffice(bits: int) -> None:
     ones = torch.ones_like(rows)
     deviation = rows.square().mean(-1, keepdim=True).sqrt()
     fine = torch.stack(
-        [((grids.round_to_grid(rows, deviation * s, bits) - rows) ** 2).sum(-1) for s in torch.linspace(0.4, 2, 200)]
+        [
+            ((grids.round_to_grid(rows, deviation * s, bits) - rows) ** 2).sum(-1)
+            for s in torch.linspace(0.4, 2, 200)
+        ]
     )
     assert float(grids.best_scale(rows, ones, bits)[1].mean() / fine.amin(0).mean()) < 1.10

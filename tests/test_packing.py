@@ -87,7 +87,9 @@ def half(bits: int) -> float:
     return struct.unpack("<e", struct.pack("<h", bits))[0]
 
 
-def read_by_hand(packed: PackedExperts, widths: tuple[int, ...], size: int) -> list[list[dict[int, list[float]]]]:
+def read_by_hand(
+    packed: PackedExperts, widths: tuple[int, ...], size: int
+) -> list[list[dict[int, list[float]]]]:
     """``[factor][expert][rank index]`` -> values, from the module text of ``packing`` alone."""
     words = iter(word & 0xFFFFFFFF for word in packed.payload.tolist())
     grid = packed.scale_grid.tolist()
@@ -183,7 +185,9 @@ def test_counted_bits_are_stored_bits(bits: int, hidden: int, group_size: int) -
     row_bits = torch.tensor(ALL_WIDTHS)[torch.randint(8, (3, 2, hidden))]
     zeros = torch.zeros(3, 2, hidden)
     grid = ScaleGrid(torch.zeros(hidden).half(), torch.zeros(hidden).half())
-    basis = packing.pack_basis(quantize_basis(torch.randn(hidden, hidden, dtype=torch.double), bits, group_size))
+    basis = packing.pack_basis(
+        quantize_basis(torch.randn(hidden, hidden, dtype=torch.double), bits, group_size)
+    )
     codes = torch.zeros(hidden, 40)
     packed = PackedExperts(
         packing.pack_row_codes(row_bits, zeros.to(torch.uint8), ALL_WIDTHS),

@@ -16,7 +16,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-import torch
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -71,19 +70,18 @@ class Quantized:
     seconds: spent in quantization, without loading and evaluation.
     """
 
-    model: torch.nn.Module
+    model: Any
     expert_bytes: int
     seconds: float
 
 
-def _expert_weights(model: torch.nn.Module) -> int:
+def _expert_weights(model: Any) -> int:
     return sum(
-        layer.module.gate_up_proj.numel() + layer.module.down_proj.numel()
-        for layer in find_moe_layers(model)
+        layer.module.gate_up_proj.numel() + layer.module.down_proj.numel() for layer in find_moe_layers(model)
     )
 
 
-def _load(path: str | Path) -> torch.nn.Module:
+def _load(path: str | Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(path).eval()
 
 
@@ -149,9 +147,7 @@ METHODS: dict[str, Callable[[ComparisonTask, Path], Quantized]] = {
 def _sample(model: Any, tokenizer: Any, task: ComparisonTask) -> str:
     inputs = tokenizer(task.prompt, return_tensors="pt", return_token_type_ids=False)
     # A repetition penalty, because small models repeat themselves under greedy search.
-    output = model.generate(
-        **inputs, max_new_tokens=task.new_tokens, do_sample=False, repetition_penalty=1.3
-    )
+    output = model.generate(**inputs, max_new_tokens=task.new_tokens, do_sample=False, repetition_penalty=1.3)
     return str(tokenizer.decode(output[0], skip_special_tokens=True))
 
 
@@ -169,9 +165,7 @@ def run_method(method: str, task: ComparisonTask) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="bitsmoe-compare-") as scratch:
         quantized = METHODS[method](task, Path(scratch))
         reference = _load(task.model)
-        result = evaluate_model(
-            quantized.model, texts, reference=reference, batch_size=task.batch_size
-        )
+        result = evaluate_model(quantized.model, texts, reference=reference, batch_size=task.batch_size)
         row = {
             "method": method,
             "bits_per_weight": 8 * quantized.expert_bytes / _expert_weights(reference),

@@ -89,9 +89,7 @@ def _check_parts(
             f"checkpoint_format {checkpoint_format!r} is not supported; known: {CHECKPOINT_FORMATS}"
         )
     if qweight.dtype != torch.int32 or qzeros.dtype != torch.int32:
-        raise CheckpointError(
-            f"qweight and qzeros must be int32, got {qweight.dtype} and {qzeros.dtype}"
-        )
+        raise CheckpointError(f"qweight and qzeros must be int32, got {qweight.dtype} and {qzeros.dtype}")
     (num_groups, out_features), in_features = scales.shape, g_idx.numel()
     layer = f"{bits}-bit layer with {in_features} inputs, {out_features} outputs"
     if not in_features or in_features * bits % WORD_BITS or out_features * bits % WORD_BITS:
@@ -163,12 +161,18 @@ def _tensors(directory: Path) -> Iterator[tuple[str, Any]]:
 
 
 def expert_bytes(directory: Path | str) -> int:
-    """Count the stored bytes of all tensors of routed experts (``.experts.<n>.`` in the name)."""
-    return sum(
-        handle.get_tensor(name).nbytes
-        for name, handle in _tensors(Path(directory))
-        if ROUTED_EXPERT.search(name)
-    )
+    """Count the bytes of all tensors of routed experts (``.experts.<n>.`` in the name).
+
+    A ``g_idx`` in rising order says no more than the group size does; it is stored all the same,
+    but a loader needs none of it, so it is left out in favour of GPTQ.
+    """
+    total = 0
+    for name, handle in _tensors(Path(directory)):
+        if ROUTED_EXPERT.search(name):
+            tensor = handle.get_tensor(name)
+            redundant = name.endswith(".g_idx") and bool((tensor.diff() >= 0).all())
+            total += 0 if redundant else tensor.nbytes
+    return total
 
 
 def count_quantized_experts(directory: Path | str) -> int:

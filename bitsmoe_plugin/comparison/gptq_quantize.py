@@ -73,8 +73,7 @@ def _import_gptqmodel() -> Any:
         import gptqmodel
     except ImportError as error:
         raise GptqModelMissingError(
-            f"the GPTQ baseline needs gptqmodel, which cannot be imported ({error}); "
-            "run `make install-gptq`"
+            f"the GPTQ baseline needs gptqmodel, which cannot be imported ({error}); run `make install-gptq`"
         ) from error
     return gptqmodel
 
@@ -131,13 +130,9 @@ def quantize_experts(
     gptqmodel = _import_gptqmodel()
     _seed_everything(settings.seed)
     backend = gptqmodel.BACKEND.GPTQ_TORCH
-    examples = [
-        {"input_ids": list(tokens), "attention_mask": [1] * len(tokens)} for tokens in calibration
-    ]
+    examples = [{"input_ids": list(tokens), "attention_mask": [1] * len(tokens)} for tokens in calibration]
     with _scratch_directory():
-        model = gptqmodel.GPTQModel.load(
-            str(model_dir), _quantize_config(settings), backend=backend
-        )
+        model = gptqmodel.GPTQModel.load(str(model_dir), _quantize_config(settings), backend=backend)
         start = time.perf_counter()
         log = model.quantize(examples, batch_size=batch_size, backend=backend)
         seconds = time.perf_counter() - start

@@ -62,7 +62,7 @@ class BitsMoEQuantizer(HfQuantizer):
             module.drop_original_weights()
             replace_module(model, layer.name, module)
 
-    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         if self.pre_quantized:
             for name, module in model.named_modules():
                 if isinstance(module, BitsMoEExperts):
@@ -115,7 +115,9 @@ def register() -> None:
 def check_output_directory(out: Path) -> None:
     """Raises QuantizationError unless ``out`` is absent or an empty directory."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise QuantizationError(f"output directory {out} exists and is not empty; choose another or remove it")
+        raise QuantizationError(
+            f"output directory {out} exists and is not empty; choose another or remove it"
+        )
 
 
 def quantize_to_directory(model: str, out: Path, config: BitsMoEConfig) -> None:

@@ -1,9 +1,9 @@
 """Reference forward pass of packed experts: pure torch, float32, one expert at a time.
 
-    z = input_basis x
-    h = gating(sum_k z_k gate_k, sum_k z_k up_k)
-    c = sum over the token's experts of p * (down h)
-    y = output_basis c
+z = input_basis x
+h = gating(sum_k z_k gate_k, sum_k z_k up_k)
+c = sum over the token's experts of p * (down h)
+y = output_basis c
 """
 
 from __future__ import annotations
@@ -50,8 +50,7 @@ def moe_forward(
         gate, up = (
             selected[:, order] @ rows
             for rows, order in (
-                unpack_rows(payload, index, scales, factor, expert, intermediate_size)
-                for factor in (0, 1)
+                unpack_rows(payload, index, scales, factor, expert, intermediate_size) for factor in (0, 1)
             )
         )
         rows, order = unpack_rows(payload, index, scales, 2, expert, intermediate_size)

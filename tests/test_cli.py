@@ -1,0 +1,91 @@
+"""The command line as users and scripts call it: real processes, exit codes, JSON alone on stdout."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+MODEL = str(EXAMPLES / "moe-tiny")
+CALIBRATION = str(EXAMPLES / "data" / "calibration.jsonl")
+EVAL = str(EXAMPLES / "data" / "eval.jsonl")
+FAST = ["--calibration-tokens", "4096", "--sequence-length", "128"]
+
+
+def bitsmoe(*arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "bitsmoe_plugin", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=600)
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("cli") / "packed"
+    done = bitsmoe("quantize", MODEL, str(out), "--bits", "2.5", "--dataset", CALIBRATION, *FAST)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""
+    assert "Rounding layers" in done.stderr
+    return out
+
+
+def test_quantize_writes_a_complete_checkpoint(packed) -> None:
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {p.name for p in packed.iterdir()}
+    assert [p.name for p in packed.parent.iterdir()] == ["packed"]
+
+
+def test_inspect_json(packed) -> None:
+    done = bitsmoe("inspect", str(packed), "--json")
+    report = json.loads(done.stdout)
+    assert 2.49 < report["bits_per_weight"] <= 2.5
+    for layer in report["layers"].values():
+        for histogram in layer["widths"].values():
+            assert sum(histogram.values()) == 48 * 128
+
+
+def test_inspect_table_names_every_projection(packed) -> None:
+    done = bitsmoe("inspect", str(packed))
+    assert all(word in done.stdout for word in ("gate", "up", "down", "bits per expert weight"))
+
+
+def test_evaluate_json(packed) -> None:
+    done = bitsmoe("evaluate", str(packed), "--dataset", EVAL, "--max-tokens", "6000", "--json")
+    result = json.loads(done.stdout)
+    assert {"perplexity", "tokens", "per_domain"} <= result.keys()
+    assert 40 < result["perplexity"] < 80
+    assert {"fiction", "techdoc"} <= result["per_domain"].keys()
+
+
+def test_compare_json() -> None:
+    done = bitsmoe(
+        "compare", MODEL, "--bits", "2", "--dataset", CALIBRATION, "--eval", EVAL, "--json",
+        "--methods", "full,rtn,bitsmoe", "--max-tokens", "6000", *FAST,
+    )  # fmt: skip
+    rows = {row["method"]: row for row in json.loads(done.stdout)["results"]}
+    keys = {"bits_per_weight", "expert_bytes", "perplexity", "kl_divergence", "top1_agreement"}
+    assert all(keys | {"quantize_seconds"} <= row.keys() for row in rows.values())
+    assert rows["full"]["kl_divergence"] == pytest.approx(0, abs=1e-9)
+    assert rows["full"]["bits_per_weight"] == 16
+    assert rows["full"]["perplexity"] < rows["bitsmoe"]["perplexity"] < rows["rtn"]["perplexity"]
+    assert rows["bitsmoe"]["bits_per_weight"] <= 2.0 < rows["rtn"]["bits_per_weight"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["quantize", MODEL, "OUT", "--dataset", "none.jsonl"], "none.jsonl does not exist"),
+        (["quantize", MODEL, "OUT", "--dataset", CALIBRATION, "--bits", "99"], "bits=99.0 is not allowed"),
+        (["quantize", MODEL, "OUT", "--dataset", CALIBRATION, "--widths", "2,5"], "widths=(2, 5)"),
+        (["quantize", "no/such/model", "OUT", "--dataset", CALIBRATION], "no/such/model"),
+        (["inspect", MODEL], "not a packed BitsMoE checkpoint"),
+        (["compare", MODEL, "--dataset", CALIBRATION, "--eval", EVAL, "--methods", "awq"], "'awq'"),
+    ],
+)
+def test_bad_arguments_give_one_error_line(arguments, message, tmp_path) -> None:
+    arguments = [str(tmp_path / "out") if a == "OUT" else a for a in arguments]
+    done = bitsmoe(*arguments)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+    assert list(tmp_path.iterdir()) == []

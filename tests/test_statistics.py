@@ -1,0 +1,199 @@
+"""Layer statistics against a slow implementation, token by token, and against measured errors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from bitsmoe_plugin import statistics
+from bitsmoe_plugin.errors import QuantizationError
+from bitsmoe_plugin.spectral import ExpertWeights
+from bitsmoe_plugin.statistics import PRIOR_TOKENS, LayerStatistics
+
+E, SIZE, H, T, K = 4, 8, 16, 50, 2
+TOLERANCE = {"rtol": 1e-4, "atol": 1e-7}
+"""float32 sums of 100 terms are good to 1e-5; central differences to 1e-8."""
+
+
+def slopes(gating: Callable, gate: Tensor, up: Tensor, step: float = 1e-5) -> list[Tensor]:
+    """dh/dgate and dh/dup in float64 by central differences."""
+    by_gate = (gating(gate + step, up) - gating(gate - step, up)) / (2 * step)
+    by_up = (gating(gate, up + step) - gating(gate, up - step)) / (2 * step)
+    return [by_gate, by_up]
+
+
+def slow_statistics(layer, rows) -> LayerStatistics:
+    """The sums of the module text, one token of one expert after another, in float64."""
+    w, a = layer.weights, layer.activations
+    second, gram, outputs = (torch.zeros(H, H, dtype=torch.double) for _ in range(3))
+    moment = torch.zeros(E, SIZE, SIZE, dtype=torch.double)
+    neurons = torch.zeros(2, E, SIZE, dtype=torch.double)
+    slots = torch.zeros(2, T, K, dtype=torch.double)
+    mass = 0.0
+    for e in range(E):
+        matrices = [w.gate[e].double(), w.up[e].double()]
+        down = w.down[e].double()
+        for n, (t, weight) in enumerate(zip(rows[e].tokens.tolist(), rows[e].weights.tolist(), strict=True)):
+            x = a.hidden[t].double()
+            gate, up = (m @ x for m in matrices)
+            h = layer.gating(gate, up)
+            y = down @ h
+            moment[e] += weight * torch.outer(h, h) / H
+            outputs += weight * torch.outer(y, y)
+            second += weight * torch.outer(x, x)
+            mass += weight
+            for part, slope in enumerate(slopes(layer.gating, gate, up)):
+                q = slope**2 * (down**2).sum(0) / H
+                neurons[part, e] += weight * q
+                if n < rows[e].routed:
+                    slots[part, t, rows[e].slots[n]] = weight * q.sum()
+        for part in range(2):
+            for i in range(SIZE):
+                gram += neurons[part, e, i] * torch.outer(matrices[part][i], matrices[part][i])
+    y = layer.forward(a.hidden, a.top_k_index, a.top_k_weights)
+    energy = float((a.token_weights.double() * (y**2).sum(1) / H).mean())
+    return LayerStatistics(second / mass, gram, outputs, moment, neurons, slots, energy)
+
+
+@pytest.fixture
+def layer(make_layer):
+    return make_layer(E, SIZE, H, T, K)
+
+
+def collect(layer, rows) -> LayerStatistics:
+    return statistics.collect(layer.weights, layer.activations, rows, layer.gating)
+
+
+def test_every_sum_agrees_with_a_slow_implementation(layer) -> None:
+    """Guards against a transposed product, a lost weight or a wrong slope in any statistic."""
+    rows = statistics.expert_rows(layer.activations, E, seed=0)
+    fast, slow = collect(layer, rows), slow_statistics(layer, rows)
+    for name, value in vars(slow).items():
+        got = torch.as_tensor(getattr(fast, name), dtype=torch.double)
+        torch.testing.assert_close(got, torch.as_tensor(value, dtype=torch.double), **TOLERANCE, msg=name)
+
+
+def test_rows_are_the_routed_tokens_and_their_weights(layer) -> None:
+    """Each (token, slot) belongs to exactly one expert, with weight omega p^2 / T, routed ones first."""
+    a = layer.activations
+    seen = torch.zeros(T, K)
+    for e, rows in enumerate(statistics.expert_rows(a, E, seed=0)):
+        tokens = rows.tokens[: rows.routed]
+        seen[tokens, rows.slots] += 1
+        assert bool((a.top_k_index[tokens, rows.slots] == e).all())
+        wanted = a.token_weights[tokens] * a.top_k_weights[tokens, rows.slots] ** 2 / T
+        torch.testing.assert_close(rows.weights[: rows.routed], wanted)
+    assert bool((seen == 1).all())
+
+
+def test_thin_experts_are_topped_up_to_the_median_expert(layer, make_layer) -> None:
+    """Added tokens weigh (1 - n / 64) of the layer's median expert; experts with 64 tokens get none."""
+    rows = statistics.expert_rows(layer.activations, E, seed=0)
+    typical = torch.stack([r.weights[: r.routed].sum() for r in rows]).median()
+    for r in rows:
+        assert len(r.tokens) == r.routed + PRIOR_TOKENS
+        wanted = (1 - r.routed / PRIOR_TOKENS) * typical
+        torch.testing.assert_close(r.weights[r.routed :].sum(), wanted)
+    plenty = statistics.expert_rows(make_layer(E, SIZE, H, 600, K).activations, E, seed=0)
+    assert all(len(r.tokens) == r.routed >= PRIOR_TOKENS for r in plenty)
+
+
+def test_unrouted_expert_gets_the_statistics_of_a_typical_one(make_layer) -> None:
+    """Guards against zero cost, hence zero bits, for an expert that calibration never reached."""
+    layer = make_layer(E, SIZE, H, 600, K)
+    index = layer.activations.top_k_index
+    activations = replace(layer.activations, top_k_index=torch.where(index == 2, 3, index))
+    rows = statistics.expert_rows(activations, E, seed=0)
+    assert rows[2].routed == 0
+    stats = statistics.collect(layer.weights, activations, rows, layer.gating)
+    for value in (stats.hidden_moment, stats.neuron_weights, stats.output_moment, stats.second_moment):
+        assert bool(torch.isfinite(value).all())
+    mass = stats.neuron_weights.sum(-1)
+    assert bool((mass[:, 2] > mass[:, [0, 1, 3]].amin(1) / 4).all())
+    covariance = statistics.input_covariance(torch.eye(H), stats, activations, rows[2], 1.0)
+    torch.testing.assert_close(covariance, stats.second_moment.float().expand(2, H, H))
+
+
+def test_slots_that_point_nowhere_are_ignored(layer) -> None:
+    """Ids from num_experts on mark tokens of other devices: they must not shift the other slots."""
+    index = torch.where(layer.activations.top_k_index == 1, E, layer.activations.top_k_index)
+    slots = statistics.routed_slots(replace(layer.activations, top_k_index=index), E)
+    assert [len(token) for token, _ in slots] == [int((index == e).sum()) for e in range(E)]
+    assert all(bool((index[token, slot] == e).all()) for e, (token, slot) in enumerate(slots))
+
+
+def routed_only(layer, experts: int):
+    """Rows without stand-in tokens, so that predictions speak of the routed tokens alone."""
+    rows = statistics.expert_rows(layer.activations, experts, seed=0)
+    return [replace(r, tokens=r.tokens[: r.routed], weights=r.weights[: r.routed]) for r in rows]
+
+
+def measured_error(layer, changed: ExpertWeights) -> float:
+    """E[omega |y - y'|^2 / H] of the whole layer."""
+    a = layer.activations
+    routing = (a.hidden, a.top_k_index, a.top_k_weights)
+    error = (layer.forward(*routing) - replace(layer, weights=changed).forward(*routing)).square().mean(-1)
+    return float((error * a.token_weights).mean())
+
+
+def test_hidden_moment_predicts_the_error_of_a_down_row(layer) -> None:
+    """Exact, as the output is linear in down: |u|^2 d^T E[a h h^T] d for down + u d^T."""
+    stats = collect(layer, routed_only(layer, E))
+    u, d = torch.randn(H), torch.randn(SIZE)
+    down = layer.weights.down.clone()
+    down[1] += torch.outer(u, d)
+    predicted = float(u.square().sum() * (d @ stats.hidden_moment[1] @ d))
+    assert predicted == pytest.approx(measured_error(layer, replace(layer.weights, down=down)), rel=1e-4)
+
+
+@pytest.mark.parametrize("part", ["gate", "up"])
+def test_neuron_weight_and_covariance_predict_the_error_of_a_neuron(make_layer, part: str) -> None:
+    """To first order and for one neuron exact: E[a q] d^T C d. Error 1e-3 of the weights: 1 %."""
+    layer = make_layer(E, 1, H, T, K)
+    rows = routed_only(layer, E)
+    stats = collect(layer, rows)
+    d = torch.randn(H) * 1e-3 * layer.weights.gate.std()
+    changed = getattr(layer.weights, part).clone()
+    changed[3, 0] += d
+    index = ("gate", "up").index(part)
+    covariance = statistics.input_covariance(torch.eye(H), stats, layer.activations, rows[3], 0.0)[index]
+    predicted = float(stats.neuron_weights[index, 3, 0] * (d @ covariance @ d))
+    changed_weights = replace(layer.weights, **{part: changed})
+    assert predicted == pytest.approx(measured_error(layer, changed_weights), rel=0.01)
+
+
+def test_covariance_blends_by_token_count(layer) -> None:
+    """n / (n + strength * rank) of the expert's own moment, the rest of the layer's."""
+    rows = routed_only(layer, E)
+    stats = collect(layer, rows)
+    basis = torch.randn(H, H)
+    own = statistics.input_covariance(basis, stats, layer.activations, rows[0], 0.0)
+    blended = statistics.input_covariance(basis, stats, layer.activations, rows[0], 0.5)
+    pooled = basis @ stats.second_moment.float() @ basis.T
+    share = rows[0].routed / (rows[0].routed + 0.5 * H)
+    torch.testing.assert_close(blended, share * own + (1 - share) * pooled, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("part", ["gate", "up", "down"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_bad_weights_are_refused_by_name(layer, part: str, value: float) -> None:
+    """A NaN would spread over the whole layer through the shared bases."""
+    bad = getattr(layer.weights, part).clone()
+    bad[1, 2, 3] = value
+    with pytest.raises(QuantizationError, match=rf"model\.layers\.7\.mlp\.experts: {part} "):
+        statistics.check_finite(
+            "model.layers.7.mlp.experts", replace(layer.weights, **{part: bad}), layer.activations
+        )
+
+
+def test_bad_inputs_are_refused_by_name(layer) -> None:
+    """The layer before may have overflowed."""
+    hidden = layer.activations.hidden.clone()
+    hidden[4, 4] = torch.inf
+    with pytest.raises(QuantizationError, match="layer 7: input activations"):
+        statistics.check_finite("layer 7", layer.weights, replace(layer.activations, hidden=hidden))
+    statistics.check_finite("layer 7", layer.weights, layer.activations)
