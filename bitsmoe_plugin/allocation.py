@@ -16,6 +16,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitsmoe_plugin.errors import QuantizationError
+from bitsmoe_plugin.streams import stdout_to_stderr
+
+_HIGHS_OPTIONS = {
+    "output_flag": False,
+    "threads": 1,
+    "random_seed": 0,
+    "mip_rel_gap": 1e-9,
+    "mip_abs_gap": 1e-12,
+    "time_limit": 60.0,
+}
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -68,11 +78,11 @@ def _dual_price(costs: Floats, sizes: Ints, budget: int) -> float:
     """Smallest price per bit (to float precision) at which the cheapest choices fit the budget."""
     if int(_take(sizes, _choose(costs, sizes, 0.0)).sum()) <= budget:
         return 0.0
-    high = 1.0
-    positive = costs[costs > 0]
-    low = float(positive.min()) * 1e-12 if positive.size else 0.0
-    high = float(costs.max()) / max(1, int(sizes[sizes > 0].min())) * 2 + 1e-300
-    low = max(low, high * 1e-40)
+    finite = costs[np.isfinite(costs)]
+    high = max(float(finite.max()), 1e-300)
+    while int(_take(sizes, _choose(costs, sizes, high)).sum()) > budget:
+        high *= 1e3
+    low = high * 1e-40
     for _ in range(200):
         middle = float(np.sqrt(low * high))
         if int(_take(sizes, _choose(costs, sizes, middle)).sum()) <= budget:
@@ -88,7 +98,7 @@ def _fill(costs: Floats, sizes: Ints, choice: Ints, budget: int) -> Ints:
     """Spend what is left of the budget on the upgrades that gain most per bit."""
     choice = choice.copy()
     left = budget - int(_take(sizes, choice).sum())
-    gain = _take(costs, choice)[:, None] - costs
+    gain = _take(costs, choice)[:, None] - np.where(np.isfinite(costs), costs, np.finfo(float).max)
     extra = sizes - _take(sizes, choice)[:, None]
     with np.errstate(divide="ignore", invalid="ignore"):
         rate = np.where((extra > 0) & (extra <= left) & (gain > 0), gain / extra, 0.0)
@@ -104,22 +114,35 @@ def _fill(costs: Floats, sizes: Ints, choice: Ints, budget: int) -> Ints:
     return choice
 
 
-def _solve_core(costs: Floats, sizes: Ints, budget: int) -> Ints | None:
-    """HiGHS on a small multiple-choice knapsack; None if it finds nothing feasible."""
-    units, widths = costs.shape
+def _solve_core(costs: Floats, sizes: Ints, budget: int) -> tuple[Ints, float] | None:
+    """HiGHS on a small multiple-choice knapsack.
+
+    Returns:
+        choice per unit and a lower bound of the optimum; None if nothing feasible was found.
+    """
     usable = np.isfinite(costs)
     unit_of, width_of = np.nonzero(usable)
-    columns = len(unit_of)
     scale = float(np.abs(costs[usable]).max()) or 1.0
-    solver = highspy.Highs()
-    solver.setOptionValue("output_flag", False)
-    solver.setOptionValue("threads", 1)
-    solver.setOptionValue("random_seed", 0)
-    solver.setOptionValue("mip_rel_gap", 1e-9)
-    solver.setOptionValue("time_limit", 60.0)
+    with stdout_to_stderr():  # the first solver of a process prints a banner, whatever its options
+        solver = highspy.Highs()
+    for option, setting in _HIGHS_OPTIONS.items():
+        solver.setOptionValue(option, setting)
+    solver.passModel(_core_model(costs[usable] / scale, sizes[usable], unit_of, len(costs), budget))
+    solver.run()
+    info = solver.getInfo()
+    if info.primal_solution_status != 2:  # kSolutionStatusFeasible
+        return None
+    taken = np.zeros(costs.shape)
+    taken[unit_of, width_of] = solver.getSolution().col_value
+    return taken.argmax(axis=1), info.mip_dual_bound * scale
+
+
+def _core_model(costs: Floats, sizes: Ints, unit_of: Ints, units: int, budget: int) -> highspy.HighsLp:
+    """min costs x, one choice per unit, sizes x <= budget, x binary; one column per usable choice."""
+    columns = len(costs)
     model = highspy.HighsLp()
     model.num_col_, model.num_row_ = columns, units + 1
-    model.col_cost_ = costs[usable] / scale
+    model.col_cost_ = costs
     model.col_lower_, model.col_upper_ = np.zeros(columns), np.ones(columns)
     model.row_lower_ = np.append(np.ones(units), -highspy.kHighsInf)
     model.row_upper_ = np.append(np.ones(units), float(budget))
@@ -127,20 +150,25 @@ def _solve_core(costs: Floats, sizes: Ints, budget: int) -> Ints | None:
     model.a_matrix_.format_ = highspy.MatrixFormat.kColwise
     model.a_matrix_.start_ = np.arange(0, 2 * columns + 1, 2, dtype=np.int32)
     model.a_matrix_.index_ = np.stack([unit_of, np.full(columns, units)], 1).ravel().astype(np.int32)
-    model.a_matrix_.value_ = np.stack([np.ones(columns), sizes[usable].astype(float)], 1).ravel()
-    solver.passModel(model)
-    solver.run()
-    if solver.getInfo().primal_solution_status != 2:  # kSolutionStatusFeasible
-        return None
-    value = np.zeros((units, widths))
-    value[unit_of, width_of] = solver.getSolution().col_value
-    return value.argmax(axis=1)
+    model.a_matrix_.value_ = np.stack([np.ones(columns), sizes.astype(float)], 1).ravel()
+    return model
 
 
 def smallest_size(sizes: Ints, costs: Floats | None = None) -> int:
     """Fewest bits any allowed choice takes."""
     allowed = sizes if costs is None else np.where(np.isfinite(costs), sizes, np.iinfo(np.int64).max)
     return int(allowed.min(axis=1).sum())
+
+
+def _core_units(slack: Floats, open_choice: NDArray[np.bool_]) -> Ints:
+    """Units with more than one open choice, the most contested ones if HiGHS could not take all."""
+    contested = np.flatnonzero(open_choice.sum(axis=1) > 1)
+    if not len(contested):
+        return contested
+    second = np.partition(slack[contested], 1, axis=1)[:, 1]
+    kept = contested[np.argsort(second, kind="stable")]
+    columns = np.cumsum(open_choice[kept].sum(axis=1))
+    return np.sort(kept[columns <= CORE_COLUMNS])
 
 
 def allocate(costs: Floats, sizes: Ints, budget: int) -> Allocation:
@@ -164,34 +192,29 @@ def allocate(costs: Floats, sizes: Ints, budget: int) -> Allocation:
     lower = float(cheapest.sum() - price * budget)
     incumbent = _fill(costs, sizes, dual, budget)
     upper = float(_take(costs, incumbent).sum())
-    slack = reduced - cheapest[:, None]
-    open_choice = slack <= (upper - lower) * (1 + 1e-9)
-    core = np.flatnonzero(open_choice.sum(axis=1) > 1)
-    core_units = 0
+    # A choice that costs more than this in the dual cannot be in a better solution than the incumbent.
+    open_choice = reduced - cheapest[:, None] <= (upper - lower) * (1 + 1e-9)
+    core = _core_units(reduced - cheapest[:, None], open_choice)
     if price > 0 and len(core):
-        second = np.partition(slack[core], 1, axis=1)[:, 1]
-        kept = core[np.argsort(second, kind="stable")]
-        columns = np.cumsum(open_choice[kept].sum(axis=1))
-        kept = np.sort(kept[columns <= CORE_COLUMNS])
-        core_units = len(kept)
-        core_costs = np.where(open_choice[kept], costs[kept], np.inf)
-        fixed = incumbent.copy()
         outside = np.ones(len(costs), dtype=bool)
-        outside[kept] = False
-        fixed[outside] = dual[outside]
-        room = budget - int(_take(sizes, fixed)[outside].sum())
-        solved = _solve_core(core_costs, sizes[kept], room)
+        outside[core] = False
+        complete = not bool((open_choice[outside].sum(axis=1) > 1).any())
+        room = budget - int(_take(sizes, dual)[outside].sum())
+        solved = _solve_core(np.where(open_choice[core], costs[core], np.inf), sizes[core], room)
         if solved is not None:
-            fixed[kept] = solved
-            cost = float(_take(costs, fixed).sum())
-            if cost < upper and int(_take(sizes, fixed).sum()) <= budget:
-                incumbent, upper = fixed, cost
+            candidate = dual.copy()
+            candidate[core], bound = solved
+            cost = float(_take(costs, candidate).sum())
+            if cost <= upper and int(_take(sizes, candidate).sum()) <= budget:
+                incumbent, upper = candidate, cost
+            if complete:
+                lower = max(lower, min(upper, bound + float(_take(costs, dual)[outside].sum())))
     return Allocation(
         choice=incumbent,
         objective=upper,
         lower_bound=lower,
         size=int(_take(sizes, incumbent).sum()),
         budget=budget,
-        core_units=core_units,
+        core_units=len(core) if price > 0 else 0,
         price=price,
     )

@@ -64,12 +64,19 @@ def load_documents(dataset: Any) -> list[str] | list[list[int]]:
 def _read_file(path: Path) -> list[str]:
     if not path.is_file():
         raise QuantizationError(f"dataset file {path} does not exist")
-    text = path.read_text(encoding="utf-8")
+    text = _read_text(path)
     if path.suffix == ".txt":
         return [text] if text.strip() else []
     if path.suffix != ".jsonl":
         raise QuantizationError(f"dataset file {path}: allowed are .txt and .jsonl files")
     return [row["text"] for row in read_jsonl(path)]
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise QuantizationError(f"{path} is not UTF-8 text ({error})") from error
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
@@ -79,7 +86,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
         QuantizationError: naming the line that is not such an object.
     """
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(_read_text(path).split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -140,8 +147,9 @@ def token_blocks(
         )
     tokens = torch.tensor(stream[: blocks * sequence_length]).view(blocks, sequence_length)
     if int(tokens.min()) < 0 or int(tokens.max()) >= vocab_size:
+        wrong = int(tokens.min() if int(tokens.min()) < 0 else tokens.max())
         raise QuantizationError(
-            f"dataset holds token id {int(tokens.max())}, but the vocabulary ends at {vocab_size - 1}; "
+            f"dataset holds token id {wrong}, but the vocabulary ends at {vocab_size - 1}; "
             "was it tokenized for another model?"
         )
     return tokens

@@ -29,7 +29,7 @@ def _bytes(tensor: Tensor) -> bytes:
     return tensor.detach().cpu().contiguous().numpy().tobytes()
 
 
-def layer_manifest(shape: LayerShape, packed: PackedExperts, report: dict[str, Any]) -> dict[str, Any]:
+def layer_manifest(shape: LayerShape, packed: PackedExperts) -> dict[str, Any]:
     """Entry of one layer in ``BitsMoEConfig.layers``."""
     return {
         "num_experts": shape.num_experts,
@@ -37,7 +37,6 @@ def layer_manifest(shape: LayerShape, packed: PackedExperts, report: dict[str, A
         "intermediate_size": shape.intermediate_size,
         "payload_words": packed.payload.numel(),
         "sha256": tensor_digest(packed),
-        "report": report,
     }
 
 

@@ -26,7 +26,7 @@ def _check_number(option: str, value: Any, low: float, high: float, whole: bool 
 
 
 def _check_choice(option: str, value: Any, choices: tuple[Any, ...]) -> None:
-    if value not in choices or isinstance(value, bool) != isinstance(choices[0], bool):
+    if value not in choices or type(value) is not type(choices[0]):
         _fail(option, value, ", ".join(repr(choice) for choice in choices))
 
 
@@ -137,7 +137,7 @@ class BitsMoEConfig(QuantizationConfigMixin):
         _check_number("sequence_length", self.sequence_length, 8, 10**7, whole=True)
         _check_number("batch_size", self.batch_size, 1, 10**6, whole=True)
         widths_ok = isinstance(self.widths, tuple) and len(self.widths) > 0
-        if not widths_ok or any(w not in ALL_WIDTHS or isinstance(w, bool) for w in self.widths):
+        if not widths_ok or any(w not in ALL_WIDTHS or type(w) is not int for w in self.widths):
             _fail("widths", self.widths, f"distinct members of {ALL_WIDTHS}")
         if tuple(sorted(set(self.widths))) != self.widths:
             _fail("widths", self.widths, f"rising, distinct members of {ALL_WIDTHS}")
@@ -151,8 +151,9 @@ class BitsMoEConfig(QuantizationConfigMixin):
         _check_number("damping", self.damping, 1e-6, 1.0)
         _check_number("seed", self.seed, 0, 2**63 - 1, whole=True)
         _check_number("format_version", self.format_version, 1, FORMAT_VERSION, whole=True)
-        if not isinstance(self.layers, dict) or not isinstance(self.calibration, dict):
-            _fail("layers/calibration", type(self.layers).__name__, "objects written by this package")
+        for part in ("layers", "calibration"):
+            if not isinstance(getattr(self, part), dict):
+                _fail(part, type(getattr(self, part)).__name__, "objects written by this package")
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready options and manifest, without the calibration text."""

@@ -240,9 +240,10 @@ def unpack_rows(
 def fixed_bits(shape: LayerShape, basis_bits: int, basis_group_size: int) -> dict[str, int]:
     """Stored bits of one layer that no allocation changes, by part."""
     h, r = shape.hidden_size, shape.rank
-    scales = 0 if basis_bits == 16 else 16 * h * r // basis_group_size
+    columns = h if basis_bits == 16 else -(-h // BLOCK) * BLOCK
+    scales = 0 if basis_bits == 16 else 16 * r * (h // basis_group_size)
     return {
-        "bases": 2 * (h * r * basis_bits + scales),
+        "bases": 2 * (r * columns * basis_bits + scales),
         "row_codes": 8 * 3 * shape.num_experts * r,
         "scale_grids": 16 * 3 * 2 * r,
     }

@@ -50,7 +50,7 @@ def test_family_off_the_convention_is_refused_by_name(tmp_path) -> None:
     config = GptOssConfig(
         **SMALL, intermediate_size=32, num_local_experts=4, num_key_value_heads=2, head_dim=16
     )
-    with pytest.raises(QuantizationError, match="GptOssExperts.*'gpt_oss'.*transposed"):
+    with pytest.raises(QuantizationError, match=r"GptOssExperts.*'gpt_oss'.*transposed"):
         _quantize(_save(GptOssForCausalLM(config), tmp_path))
 
 
@@ -76,7 +76,7 @@ def test_missing_dataset_is_refused_before_loading() -> None:
 
 
 def test_unreachable_budget_names_the_smallest(tmp_path) -> None:
-    with pytest.raises(QuantizationError, match="smallest reachable is 0.2"):
+    with pytest.raises(QuantizationError, match=r"smallest reachable is 0\.2"):
         _quantize(MODEL, bits=0.1)
 
 

@@ -84,7 +84,9 @@ def test_counted_bits_match_the_budget_and_the_file(saved) -> None:
 
 def test_perplexity_stays_within_five_percent(saved) -> None:
     """Measured when written: 1.025 times full precision; round-to-nearest at 2.28 bits gives 1.16."""
-    texts = evaluation_text(EVAL, AutoTokenizer.from_pretrained(MODEL), sequence_length=256, max_tokens=24_000)
+    texts = evaluation_text(
+        EVAL, AutoTokenizer.from_pretrained(MODEL), sequence_length=256, max_tokens=24_000
+    )
     reference = AutoModelForCausalLM.from_pretrained(MODEL)
     full = evaluate_model(reference, texts)
     packed = evaluate_model(AutoModelForCausalLM.from_pretrained(saved), texts, reference=reference)
@@ -112,7 +114,9 @@ def test_estimated_error_is_within_ten_percent_of_the_measured(saved, record_pro
 def _unseen_error(saved: Path) -> float:
     """Sum over layers of the token-weighted output error on evaluation text."""
     exact, packed = (AutoModelForCausalLM.from_pretrained(path) for path in (MODEL, saved))
-    texts = evaluation_text(EVAL, AutoTokenizer.from_pretrained(MODEL), sequence_length=256, max_tokens=16_000)
+    texts = evaluation_text(
+        EVAL, AutoTokenizer.from_pretrained(MODEL), sequence_length=256, max_tokens=16_000
+    )
     forward = LayerwiseForward(packed, packed.model.layers, torch.cat([t.blocks for t in texts]), 8)
     total = 0.0
     for index, (layer, original) in enumerate(zip(packed.model.layers, exact.model.layers, strict=True)):
@@ -129,7 +133,9 @@ def test_quantization_is_deterministic(tmp_path) -> None:
     options = {**OPTIONS, "calibration_tokens": 4096}
     for run in ("one", "two"):
         config = BitsMoEConfig(**options)
-        AutoModelForCausalLM.from_pretrained(MODEL, quantization_config=config).save_pretrained(tmp_path / run)
+        AutoModelForCausalLM.from_pretrained(MODEL, quantization_config=config).save_pretrained(
+            tmp_path / run
+        )
     for file in ("model.safetensors", "config.json"):
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
 

@@ -205,11 +205,11 @@ def test_state_dict_of_a_sharded_checkpoint(tmp_path: Path) -> None:
     assert all(torch.equal(read[name], dense[name]) for name in dense)
 
 
-def test_expert_bytes_counts_zero_points_scales_and_group_indices(tmp_path: Path) -> None:
-    """Guards against flattering GPTQ (or us): every stored byte of an expert counts."""
+def test_expert_bytes_counts_zero_points_and_scales(tmp_path: Path) -> None:
+    """Guards against flattering GPTQ (or us): every byte that a loader needs counts, no other."""
     _write_checkpoint(tmp_path)
-    qweight, qzeros, scales, g_idx = 32 * 32 * 3 // 8, 32 * 3 // 8, 32 * 2, 32 * 4
-    assert expert_bytes(tmp_path) == 2 * 2 * 3 * (qweight + qzeros + scales + g_idx)
+    qweight, qzeros, scales = 32 * 32 * 3 // 8, 32 * 3 // 8, 32 * 2
+    assert expert_bytes(tmp_path) == 2 * 2 * 3 * (qweight + qzeros + scales)
 
 
 def test_loaded_model_has_exactly_the_dense_weights(tmp_path: Path) -> None:

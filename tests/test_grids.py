@@ -73,7 +73,9 @@ def test_encode_finds_the_nearest_level(bits: int) -> None:
     levels = scale.double() * grids.STEP[bits] * (torch.arange(2**bits) - half)
     nearest = (rows.double()[..., None] - levels[:, None]).abs().amin(-1)
     codes = grids.encode(rows, scale, bits)
-    assert torch.equal(codes, codes.round()) and codes.min() >= 0 and codes.max() <= 2**bits - 1
+    assert torch.equal(codes, codes.round())
+    assert codes.min() >= 0
+    assert codes.max() <= 2**bits - 1
     reached = (rows.double() - levels.gather(1, codes.long())).abs()
     assert bool((reached <= nearest + rows.abs() * 2**-22).all())
     torch.testing.assert_close(grids.decode(codes, scale, bits).double(), levels.gather(1, codes.long()))
@@ -99,7 +101,8 @@ def test_width_zero_is_code_zero_and_value_zero() -> None:
         assert torch.equal(grids.encode(rows, ONE, width), torch.zeros(1, 3))
         assert grids.round_to_grid(rows, ONE, width).abs().max() == 0
     scale, error = grids.best_scale(rows, torch.tensor([[1.0, 2.0, 1.0]]), 0)
-    assert scale.item() == 0 and error.item() == 9 + 2 * 4
+    assert scale.item() == 0
+    assert error.item() == 9 + 2 * 4
 
 
 @pytest.mark.parametrize("bits", WIDTHS)
@@ -108,7 +111,8 @@ def test_zero_rows_stay_zero(bits: int) -> None:
     rows = torch.zeros(2, 8)
     scale, error = grids.best_scale(rows, torch.ones_like(rows), bits)
     values = grids.round_to_grid(rows, scale, bits)
-    assert bool(torch.isfinite(scale).all()) and error.abs().max() == 0
+    assert bool(torch.isfinite(scale).all())
+    assert error.abs().max() == 0
     assert values.abs().max() < 1e-30
     assert grids.round_to_grid(torch.ones(1, 3), torch.zeros(1, 1), bits).abs().max() == 0
 

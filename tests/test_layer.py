@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -48,7 +49,9 @@ def problem_of(layer, **options) -> LayerProblem:
 
 def mixed_widths(seed: int = 0) -> Tensor:
     """Random widths; nothing is left of expert 1."""
-    row_bits = torch.tensor(ALL_WIDTHS)[torch.randint(8, (3, E, H), generator=torch.Generator().manual_seed(seed))]
+    row_bits = torch.tensor(ALL_WIDTHS)[
+        torch.randint(8, (3, E, H), generator=torch.Generator().manual_seed(seed))
+    ]
     row_bits[:, 1] = 0
     return row_bits
 
@@ -86,7 +89,9 @@ def dequantized(packed: PackedExperts, problem: LayerProblem) -> ExpertWeights:
     """Dense weights that the packed tensors stand for."""
     factors, _ = dense_factors(packed, problem)
     read, write = problem.input_basis.double(), problem.output_basis.double()
-    return ExpertWeights(factors[0].transpose(1, 2) @ read, factors[1].transpose(1, 2) @ read, write @ factors[2])
+    return ExpertWeights(
+        factors[0].transpose(1, 2) @ read, factors[1].transpose(1, 2) @ read, write @ factors[2]
+    )
 
 
 @pytest.mark.parametrize("basis_bits", [4, 8, 16])
@@ -153,7 +158,7 @@ def test_experts_can_be_stored_in_another_order(layer) -> None:
     order = torch.tensor([3, 0, 5, 1, 4, 2])
     index = packing.index_rows(packed.row_codes, ALL_WIDTHS, problem.shape)
     ends = [*[s for starts in index.starts for s in starts], index.words]
-    pieces = [packed.payload[a:b] for a, b in zip(ends, ends[1:], strict=False)]
+    pieces = [packed.payload[a:b] for a, b in pairwise(ends)]
     moved = replace(
         packed,
         row_codes=packed.row_codes[:, order],
@@ -189,7 +194,8 @@ def test_same_input_same_bytes(layer) -> None:
 def test_costs_fall_with_the_width(layer) -> None:
     """Guards the surrogate: a wider row never costs more, and 16 bits cost next to nothing."""
     costs = row_costs(problem_of(layer))
-    assert bool((costs.diff(dim=-1) <= 0).all()) and bool((costs > 0).all())
+    assert bool((costs.diff(dim=-1) <= 0).all())
+    assert bool((costs > 0).all())
     assert float(costs[..., -1].sum() / costs[..., 0].sum()) < 1e-6
 
 

@@ -35,7 +35,8 @@ def test_codes_survive_packing(bits: int, rows: int, n: int, seed: int) -> None:
     """Guards against lost bits where a value straddles two words, sign bits and padding."""
     codes = random_codes(rows, n, bits, seed)
     words = packing.pack_codes(codes, bits)
-    assert words.dtype == torch.int32 and words.shape == (rows, -(-n // 32) * bits)
+    assert words.dtype == torch.int32
+    assert words.shape == (rows, -(-n // 32) * bits)
     assert torch.equal(packing.unpack_codes(words, bits, n), codes)
 
 
@@ -151,14 +152,15 @@ def test_dropped_rows_are_absent() -> None:
     scales = torch.ones(3, 3, 7)
     for expert, count in ((0, 0), (1, 0), (2, 1)):
         rows, order = packing.unpack_rows(torch.cat(words), index, scales, 1, expert, 40)
-        assert rows.shape == (count, 40) and len(order) == count
+        assert rows.shape == (count, 40)
+        assert len(order) == count
     torch.testing.assert_close(rows[0], grids.decode(codes[4].float(), torch.ones(1), 3))
 
 
 @pytest.mark.parametrize("widths", [(0, 2, 4), (1, 3), (16,), ALL_WIDTHS])
 def test_rows_of_one_expert_do_not_depend_on_the_others(widths: tuple[int, ...]) -> None:
     """Guards expert parallelism: experts may be kept, left out and reordered one by one."""
-    packed, row_bits, _ = random_layer(5, widths)
+    packed = random_layer(5, widths)[0]
     index = packing.index_rows(packed.row_codes, widths, SHAPE)
     turned = packing.index_rows(packed.row_codes.flip(1), widths, SHAPE)
     assert torch.equal(turned.order, index.order.flip(1))
@@ -172,7 +174,8 @@ def test_bases_survive_packing(bits: int, columns: int) -> None:
     given = torch.linalg.qr(torch.randn(columns, columns, dtype=torch.double))[0]
     for basis in (quantize_basis(given, bits, 16), quantize_basis(given.T, bits, 16)):
         words, scales = packing.pack_basis(basis)
-        assert words.is_contiguous() and scales.is_contiguous()
+        assert words.is_contiguous()
+        assert scales.is_contiguous()
         assert torch.equal(packing.unpack_basis(words, scales, bits, columns), basis.dequantize())
 
 

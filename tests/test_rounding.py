@@ -19,7 +19,9 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 def moments(n: int, seed: int = 0) -> Tensor:
     """``[EXPERTS, n, n]`` sample second moments of correlated coordinates."""
-    mixed = normal(EXPERTS, 4 * n, n, seed=seed) @ (torch.eye(n) + 0.5 * normal(EXPERTS, n, n, seed=seed + 1) / n**0.5)
+    mixed = normal(EXPERTS, 4 * n, n, seed=seed) @ (
+        torch.eye(n) + 0.5 * normal(EXPERTS, n, n, seed=seed + 1) / n**0.5
+    )
     return mixed.transpose(1, 2) @ mixed / (4 * n)
 
 
@@ -143,7 +145,8 @@ def test_later_rows_make_up_for_a_dropped_row() -> None:
     moment = moments(RANK)
     feedback = rounding.feedback_factor(moment, 1e-6)
     codes, _, values, _ = round_rank(factor, bits, feedback, one_scale(2.0))
-    assert codes[:, 0].abs().max() == 0 and values[:, 0].abs().max() == 0
+    assert codes[:, 0].abs().max() == 0
+    assert values[:, 0].abs().max() == 0
     wanted = float((factor[:, 0].square().sum(-1) * rounding.conditional_variance(feedback)[:, 0]).sum())
     assert quadratic(values - factor, moment) == pytest.approx(wanted, rel=1e-3)
 
@@ -154,9 +157,12 @@ def test_codes_and_scale_codes_fit_their_fields(rounder) -> None:
     factor, bits = normal(EXPERTS, RANK, SIZE), mixed_widths(1)
     n = RANK if rounder is round_rank else SIZE
     codes, scale_codes, values, _ = rounder(factor, bits, rounding.feedback_factor(moments(n), 0.01))
-    assert bool((codes >= 0).all()) and bool((codes < 2 ** bits[..., None]).all())
-    assert scale_codes.dtype == torch.uint8 and int(scale_codes.max()) < SCALE_LEVELS
-    assert values[bits == 0].abs().max() == 0 and bool((values[bits > 0] != 0).all())
+    assert bool((codes >= 0).all())
+    assert bool((codes < 2 ** bits[..., None]).all())
+    assert scale_codes.dtype == torch.uint8
+    assert int(scale_codes.max()) < SCALE_LEVELS
+    assert values[bits == 0].abs().max() == 0
+    assert bool((values[bits > 0] != 0).all())
 
 
 def test_important_neurons_get_the_better_scale() -> None:
@@ -169,9 +175,12 @@ def test_important_neurons_get_the_better_scale() -> None:
         weights[0, 0] = weight
         scales = rounding.best_scales(factor, weights[:, None], bits, (2,))
         grid = ScaleGrid(torch.tensor([-2.0]).half(), torch.tensor([0.25]).half())
-        codes, scale_codes = rounding.round_along_rank(factor, bits, torch.ones(1, 1, 1), weights, grid, scales)
+        codes, scale_codes = rounding.round_along_rank(
+            factor, bits, torch.ones(1, 1, 1), weights, grid, scales
+        )
         errors.append((decoded(codes, scale_codes, grid, bits) - factor)[0, 0, 0].abs().item())
-    assert errors[0] > 4 and errors[1] < 1
+    assert errors[0] > 4
+    assert errors[1] < 1
 
 
 @pytest.mark.parametrize("spread", [0.0, 0.1, 2.0, 15.0])
@@ -182,7 +191,9 @@ def test_scale_grid_covers_used_scales_to_half_a_step(spread: float) -> None:
     scales = torch.where(used, torch.exp2(octaves), 2.0**20 * (octaves < -7.5))
     grid = ScaleGrid.covering(scales, used)
     codes = grid.encode(scales)
-    assert bool((codes == codes.round()).all()) and 0 <= codes.min() and codes.max() < SCALE_LEVELS
+    assert bool((codes == codes.round()).all())
+    assert codes.min() >= 0
+    assert codes.max() < SCALE_LEVELS
     off = (grid.decode(codes).log2() - octaves).abs()
     limit = grid.step.float() / 2 + 2**-11 * (8 + spread) + 1e-5
     assert bool((off <= limit)[used].all())

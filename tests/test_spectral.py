@@ -30,7 +30,9 @@ def off_diagonal(matrix: Tensor) -> float:
 
 @pytest.fixture
 def weights() -> ExpertWeights:
-    return ExpertWeights(normal(3, 24, N).float(), normal(3, 24, N, seed=1).float(), normal(3, N, 24, seed=2).float())
+    return ExpertWeights(
+        normal(3, 24, N).float(), normal(3, 24, N, seed=1).float(), normal(3, N, 24, seed=2).float()
+    )
 
 
 @pytest.mark.parametrize("bits", [4, 8, 16])
@@ -64,7 +66,8 @@ def test_input_basis_makes_inputs_and_factors_uncorrelated() -> None:
     basis = spectral.input_basis(gram, moment)
     inverse = torch.linalg.inv(basis)
     carried, factor_energy = basis @ moment @ basis.T, inverse.T @ gram @ inverse
-    assert off_diagonal(carried) < 1e-8 and off_diagonal(factor_energy) < 1e-8
+    assert off_diagonal(carried) < 1e-8
+    assert off_diagonal(factor_energy) < 1e-8
     energy = carried.diagonal() * factor_energy.diagonal()
     torch.testing.assert_close(energy.sum(), (moment @ gram).trace())
     assert bool((energy.diff() > 0).all())
@@ -106,7 +109,8 @@ def test_output_basis_diagonalises_the_outputs() -> None:
     basis = spectral.output_basis(moment)
     torch.testing.assert_close(basis.T @ basis, torch.eye(N, dtype=torch.double))
     rotated = basis.T @ moment @ basis
-    assert off_diagonal(rotated) < 1e-8 and bool((rotated.diagonal().diff() > 0).all())
+    assert off_diagonal(rotated) < 1e-8
+    assert bool((rotated.diagonal().diff() > 0).all())
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -132,7 +136,8 @@ def test_sixteen_bit_basis_is_float16() -> None:
     """Stores float16 values and no scales; error at most 2**-11 of each value (2**-25 when tiny)."""
     basis = normal(N, N)
     stored = spectral.quantize_basis(basis, 16, 16)
-    assert stored.codes.dtype == torch.float16 and stored.scales.numel() == 0
+    assert stored.codes.dtype == torch.float16
+    assert stored.scales.numel() == 0
     assert bool(((stored.dequantize() - basis).abs() <= basis.abs() * 2**-11 + 2**-25).all())
 
 
@@ -147,7 +152,7 @@ def test_each_group_has_its_own_scale() -> None:
 
 @pytest.mark.parametrize("amount", [0.0, 0.3, 1.0])
 def test_shrinking_keeps_the_trace_and_lifts_the_smallest_eigenvalue(amount: float) -> None:
-    """Ledoit and Wolf: eigenvalues move towards their mean by ``amount``; each matrix of a batch by its own."""
+    """Ledoit and Wolf: eigenvalues move towards the mean of their matrix by ``amount``."""
     batch = torch.stack([positive_definite(0), 7 * positive_definite(1)])
     shrunk = spectral.shrink(batch, amount)
     values = torch.linalg.eigvalsh(batch)

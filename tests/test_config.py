@@ -1,0 +1,151 @@
+"""Every option is checked, and the config survives config.json."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import pytest
+
+from bitsmoe_plugin import BitsMoEConfig, CheckpointError, ConfigError
+from bitsmoe_plugin.config import ALL_WIDTHS
+from bitsmoe_plugin.packing import FORMAT_VERSION
+
+# option -> (values that must be refused, what the error must say is allowed)
+INVALID: dict[str, tuple[list[Any], str]] = {
+    "bits": ([0, -1, 0.09, 16.5, math.nan, math.inf, "2", None, True], "a number from 0.1 to 16"),
+    "calibration_tokens": ([0, -5, 1e5, "9", None, True], "a whole number from 1 to"),
+    "sequence_length": ([0, 7, 512.0, None], "a whole number from 8 to"),
+    "batch_size": ([0, 2.5, "8", True], "a whole number from 1 to"),
+    "widths": (
+        [
+            (),
+            (2, 2),
+            (4, 2),
+            (5,),
+            (2, 7),
+            (-1,),
+            (32,),
+            "24",
+            2,
+            None,
+            (True, 2),
+            ("2",),
+            (None,),
+            (2.0, 4.0),
+        ],
+        str(ALL_WIDTHS),
+    ),
+    "basis_bits": ([2, 0, 32, "4", None, True, 4.0], "4, 8, 16"),
+    "basis_group_size": ([0, 8, 48, 512, "32", None, 32.0], "16, 32, 64, 128, 256"),
+    "whitening": ([1, 0, "yes", None], "True, False"),
+    "feedback": ([1, 0, "yes", None], "True, False"),
+    "refit": ([1, 0, "yes", None], "True, False"),
+    "sequential": ([1, 0, "yes", None], "True, False"),
+    "token_weighting": (["Residual", "all", "", None, True], "'residual', 'none'"),
+    "scope": (["Global", "model", "", None, 1], "'global', 'layer'"),
+    "covariance_prior": ([-0.1, math.nan, math.inf, "1", None, True], "a number from 0 to"),
+    "damping": ([0, -1, 1.5, math.nan, "0.01", None], "a number from 1e-06 to 1"),
+    "seed": ([-1, 0.5, 2**63, "0", None, True], "a whole number from 0 to"),
+    "format_version": ([0, -1, "1", None, 1.0, True], "a whole number from 1 to"),
+    "layers": ([["a"], "a", 3], "objects"),
+    "calibration": ([["a"], "a", 3], "objects"),
+}
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "allowed"),
+    [(option, value, allowed) for option, (values, allowed) in INVALID.items() for value in values],
+)
+def test_bad_value_is_refused_with_option_value_and_what_is_allowed(
+    option: str, value: Any, allowed: str
+) -> None:
+    """The user must be able to correct the call from the message alone."""
+    with pytest.raises(ConfigError) as error:
+        BitsMoEConfig(**{option: value})
+    message = str(error.value)
+    assert option in message
+    assert allowed in message
+    shown = tuple(value) if option == "widths" and isinstance(value, (list, tuple)) else value
+    manifest = option in ("layers", "calibration")  # too long to print: the type has to do
+    assert (type(value).__name__ if manifest else f"{option}={shown!r}") in message
+
+
+def test_every_option_is_covered_above() -> None:
+    """Guards against an option that is added without validation."""
+    stored = set(BitsMoEConfig().to_dict()) - {"quant_method"}
+    assert stored == set(INVALID)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"bits": 0.1},
+        {"bits": 16},
+        {"bits": 3},
+        {"widths": ALL_WIDTHS},
+        {"widths": [0, 2]},
+        {"widths": (16,)},
+        {"basis_bits": 16, "basis_group_size": 256},
+        {"covariance_prior": 0, "damping": 1.0, "seed": 2**63 - 1},
+        {"sequence_length": 8, "batch_size": 1, "calibration_tokens": 1},
+    ],
+)
+def test_values_at_the_ends_of_the_ranges_are_accepted(options: dict[str, Any]) -> None:
+    """Guards against off-by-one limits."""
+    config = BitsMoEConfig(**options)
+    assert all(getattr(config, name) == (tuple(v) if name == "widths" else v) for name, v in options.items())
+
+
+def test_round_trip_through_json() -> None:
+    """Every option at a value other than its default comes back; calibration text does not leave."""
+    changed = {
+        "bits": 2.5,
+        "calibration_tokens": 1000,
+        "sequence_length": 64,
+        "batch_size": 3,
+        "widths": [1, 2, 16],
+        "basis_bits": 8,
+        "basis_group_size": 64,
+        "whitening": False,
+        "token_weighting": "none",
+        "feedback": False,
+        "refit": False,
+        "sequential": False,
+        "scope": "layer",
+        "covariance_prior": 0.5,
+        "damping": 0.125,
+        "seed": 7,
+        "layers": {"model.layers.0.mlp.experts": {"num_experts": 4, "report": {"tokens_per_expert": [1, 2]}}},
+        "calibration": {"tokens": 12, "sha256": "ab"},
+    }
+    config = BitsMoEConfig(**changed, dataset=["secret text"], tokenizer="secret/tokenizer")
+    text = json.dumps(config.to_dict())
+    assert "secret" not in text
+    default = BitsMoEConfig().to_dict()
+    stored = json.loads(text)
+    assert all(stored[name] == value != default[name] for name, value in changed.items())
+    assert stored["quant_method"] == "bitsmoe"
+    assert stored["format_version"] == FORMAT_VERSION
+    back = BitsMoEConfig.from_dict(stored)
+    assert back.to_dict() == config.to_dict()
+    assert back.widths == (1, 2, 16)
+    assert back.dataset is None
+
+
+def test_unknown_option_is_refused_with_the_known_ones() -> None:
+    """Guards against a misspelt option that silently does nothing."""
+    with pytest.raises(ConfigError, match=r"unknown option width; known: .*widths") as error:
+        BitsMoEConfig(width=(2,))
+    known = str(error.value).split("known: ")[1].split(", ")
+    assert set(INVALID) | {"dataset", "tokenizer"} == set(known)
+
+
+def test_newer_format_version_asks_for_an_upgrade() -> None:
+    """Guards against reading a later layout as this one; options it may add must not hide that."""
+    stored = {**BitsMoEConfig().to_dict(), "format_version": FORMAT_VERSION + 1, "option_of_the_future": 1}
+    with pytest.raises(
+        CheckpointError, match=rf"version {FORMAT_VERSION + 1}.*up to {FORMAT_VERSION}.*Upgrade"
+    ):
+        BitsMoEConfig.from_dict(stored)
