@@ -24,7 +24,7 @@ _HIGHS_OPTIONS = {
     "random_seed": 0,
     "mip_rel_gap": 1e-9,
     "mip_abs_gap": 1e-12,
-    "time_limit": 60.0,
+    "mip_max_nodes": 20_000,  # not a time limit: the result must not depend on the machine's speed
 }
 
 Floats = NDArray[np.float64]
@@ -154,10 +154,15 @@ def _core_model(costs: Floats, sizes: Ints, unit_of: Ints, units: int, budget: i
     return model
 
 
-def smallest_size(sizes: Ints, costs: Floats | None = None) -> int:
-    """Fewest bits any allowed choice takes."""
-    allowed = sizes if costs is None else np.where(np.isfinite(costs), sizes, np.iinfo(np.int64).max)
-    return int(allowed.min(axis=1).sum())
+def smallest_size(sizes: Ints, costs: Floats) -> int:
+    """Fewest bits any allowed choice takes.
+
+    Raises:
+        QuantizationError: a unit has no allowed choice.
+    """
+    if not bool(np.isfinite(costs).any(axis=1).all()):
+        raise QuantizationError("a row has no allowed width: all of its costs are infinite or NaN")
+    return int(np.where(np.isfinite(costs), sizes, np.iinfo(np.int64).max).min(axis=1).sum())
 
 
 def _core_units(slack: Floats, open_choice: NDArray[np.bool_]) -> Ints:
@@ -185,12 +190,14 @@ def allocate(costs: Floats, sizes: Ints, budget: int) -> Allocation:
     least = smallest_size(sizes, costs)
     if least > budget:
         raise QuantizationError(f"budget of {budget} payload bits is below the smallest, {least}")
-    price = _dual_price(costs, sizes, budget)
+    # What is no multiple of the sizes' common divisor cannot be spent and would loosen the bound.
+    spendable = budget - budget % max(1, int(np.gcd.reduce(sizes, axis=None)))
+    price = _dual_price(costs, sizes, spendable)
     dual = _choose(costs, sizes, price)
     reduced = costs + price * sizes
     cheapest = _take(reduced, dual)
-    lower = float(cheapest.sum() - price * budget)
-    incumbent = _fill(costs, sizes, dual, budget)
+    lower = float(cheapest.sum() - price * spendable)
+    incumbent = _fill(costs, sizes, dual, spendable)
     upper = float(_take(costs, incumbent).sum())
     # A choice that costs more than this in the dual cannot be in a better solution than the incumbent.
     open_choice = reduced - cheapest[:, None] <= (upper - lower) * (1 + 1e-9)
@@ -199,13 +206,13 @@ def allocate(costs: Floats, sizes: Ints, budget: int) -> Allocation:
         outside = np.ones(len(costs), dtype=bool)
         outside[core] = False
         complete = not bool((open_choice[outside].sum(axis=1) > 1).any())
-        room = budget - int(_take(sizes, dual)[outside].sum())
+        room = spendable - int(_take(sizes, dual)[outside].sum())
         solved = _solve_core(np.where(open_choice[core], costs[core], np.inf), sizes[core], room)
         if solved is not None:
             candidate = dual.copy()
             candidate[core], bound = solved
             cost = float(_take(costs, candidate).sum())
-            if cost <= upper and int(_take(sizes, candidate).sum()) <= budget:
+            if cost <= upper and int(_take(sizes, candidate).sum()) <= spendable:
                 incumbent, upper = candidate, cost
             if complete:
                 lower = max(lower, min(upper, bound + float(_take(costs, dual)[outside].sum())))

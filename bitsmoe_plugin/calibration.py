@@ -36,13 +36,7 @@ def load_documents(dataset: Any) -> list[str] | list[list[int]]:
     if isinstance(dataset, (str, Path)):
         documents = _read_file(Path(dataset))
     elif hasattr(dataset, "column_names"):
-        columns = dataset.column_names
-        column = next((c for c in ("text", "input_ids") if c in columns), None)
-        if column is None:
-            raise QuantizationError(
-                f"dataset has the columns {columns}; one named 'text' or 'input_ids' is needed"
-            )
-        documents = list(dataset[column])
+        documents = _read_columns(dataset)
     elif isinstance(dataset, Sequence):
         documents = [d.tolist() if hasattr(d, "tolist") else d for d in dataset]
     else:
@@ -61,6 +55,18 @@ def load_documents(dataset: Any) -> list[str] | list[list[int]]:
     return documents
 
 
+def _read_columns(dataset: Any) -> list[Any]:
+    """Documents of a ``datasets`` dataset, streamed or not."""
+    rows = list(dataset)
+    columns = list(rows[0]) if rows else []
+    column = next((c for c in ("text", "input_ids") if c in columns), None)
+    if rows and column is None:
+        raise QuantizationError(
+            f"dataset has the columns {columns}; one named 'text' or 'input_ids' is needed"
+        )
+    return [row[column] for row in rows]
+
+
 def _read_file(path: Path) -> list[str]:
     if not path.is_file():
         raise QuantizationError(f"dataset file {path} does not exist")
@@ -74,7 +80,7 @@ def _read_file(path: Path) -> list[str]:
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise QuantizationError(f"{path} is not UTF-8 text ({error})") from error
 
@@ -133,7 +139,7 @@ def token_blocks(
     """Blocks of equal length cut from the joined documents; the remainder is dropped.
 
     Returns:
-        ``[blocks, sequence_length]`` int64 with at most ``max_tokens`` tokens.
+        ``[blocks, sequence_length]`` int64 with at most ``max_tokens`` tokens, but at least one block.
 
     Raises:
         QuantizationError: less than one block, or ids outside the vocabulary.

@@ -90,7 +90,7 @@ class BitsMoEConfig(QuantizationConfigMixin):
         **unknown: Any,
     ) -> None:
         self.quant_method = QUANT_METHOD  # type: ignore[assignment]
-        unknown.pop("quant_method", None)
+        _check_choice("quant_method", unknown.pop("quant_method", QUANT_METHOD), (QUANT_METHOD,))
         if isinstance(format_version, int) and format_version > FORMAT_VERSION:
             raise CheckpointError(
                 f"checkpoint has BitsMoE format version {format_version}; this release reads up to "
@@ -139,6 +139,8 @@ class BitsMoEConfig(QuantizationConfigMixin):
         widths_ok = isinstance(self.widths, tuple) and len(self.widths) > 0
         if not widths_ok or any(w not in ALL_WIDTHS or type(w) is not int for w in self.widths):
             _fail("widths", self.widths, f"distinct members of {ALL_WIDTHS}")
+        if max(self.widths) == 0:
+            _fail("widths", self.widths, f"members of {ALL_WIDTHS}, not 0 alone")
         if tuple(sorted(set(self.widths))) != self.widths:
             _fail("widths", self.widths, f"rising, distinct members of {ALL_WIDTHS}")
         _check_choice("basis_bits", self.basis_bits, (4, 8, 16))
@@ -154,6 +156,13 @@ class BitsMoEConfig(QuantizationConfigMixin):
         for part in ("layers", "calibration"):
             if not isinstance(getattr(self, part), dict):
                 _fail(part, type(getattr(self, part)).__name__, "objects written by this package")
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """As in transformers; options in ``kwargs`` replace those of the dict and are checked like them."""
+        known = {key: kwargs.pop(key) for key in list(kwargs) if key in cls().__dict__}
+        config = cls(**{**config_dict, **known})
+        return (config, kwargs) if return_unused_kwargs else config
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready options and manifest, without the calibration text."""

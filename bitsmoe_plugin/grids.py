@@ -1,6 +1,6 @@
 """Scalar grids: integer codes of a given width and a scale become real values, and back.
 
-One grid for every width ``bits`` in 1..16, symmetric and without a zero level::
+One grid for every width ``bits`` in ``STEP``, symmetric and without a zero level::
 
     value(code) = scale * STEP[bits] * (code - (2**bits - 1) / 2),   code in 0 .. 2**bits - 1
 
@@ -28,7 +28,8 @@ STEP = {
     16: 12.6 / 65536,
 }
 SCALE_CANDIDATES = 8
-"""Scales tried per row and width. More than 8 lowers the distortion of Gaussian rows by < 0.5 %."""
+"""Scales tried per row and width. 128 would lower the distortion of Gaussian rows by 1 to 1.6 % at
+3 bits, 1.5 to 2.9 % at 4 and 4 to 5 % at 6 (measured); at 1 and 2 bits by less."""
 
 Width = int | Tensor
 """One width for all rows, or an integer tensor ``[..., 1]`` with a width (0 to 16) per row."""
@@ -48,8 +49,8 @@ def encode(rows: Tensor, scale: Tensor, bits: Width) -> Tensor:
 
     Args:
         rows: ``[..., n]`` float32.
-        scale: ``[..., 1]`` float32, broadcast against ``rows``; zero encodes as the middle.
-        bits: width, 0 to 16 (code 0 alone at width 0).
+        scale: ``[..., 1]`` float32, broadcast against ``rows``; whatever the code, zero decodes to zero.
+        bits: width, a key of ``STEP`` or 0 (code 0 alone at width 0).
 
     Returns:
         ``[..., n]`` float32 whole numbers in ``0 .. 2**bits - 1``.

@@ -306,8 +306,8 @@ def sampled_error(problem: LayerProblem, experts: list[int], values: Tensor) -> 
     """Share of some experts in the layer's output error, errors of different experts included.
 
     A token's experts err in related ways, so their errors add up to more than the sum of squares.
-    Of the pairs of experts a sample holds only the square of the share that it holds of the
-    experts; the cross terms are scaled up accordingly.
+    Of the pairs of experts a sample of n out of E holds n (n - 1) / (E (E - 1)), of the experts n / E;
+    the cross terms are scaled up by the ratio.
 
     Args:
         values: ``[3, e, r, I]``, decoded factors of ``experts``.
@@ -326,7 +326,8 @@ def sampled_error(problem: LayerProblem, experts: list[int], values: Tensor) -> 
         tokens = rows.tokens[: rows.routed]
         total.index_add_(0, tokens, error[: rows.routed] * acts.top_k_weights[tokens, rows.slots, None])
     together = float((total.square().mean(-1) * acts.token_weights).mean())
-    return alone + (together - routed_alone) * shape.num_experts / len(experts)
+    pairs = (shape.num_experts - 1) / max(len(experts) - 1, 1)
+    return alone + (together - routed_alone) * pairs
 
 
 def round_layer(problem: LayerProblem, row_bits: Tensor) -> PackedExperts:

@@ -17,6 +17,7 @@ from bitsmoe_plugin import grids
 SCALE_LEVELS = 32
 """A row's scale is one of 32 (5 bits), equally spaced in the logarithm; see ``ScaleGrid``."""
 _MAX_OCTAVES = 16.0
+_HEADROOM_OCTAVES = 0.1
 _NEARBY = 2
 """Scale codes tried on either side of the planned one when a row's turn comes."""
 
@@ -40,8 +41,10 @@ class ScaleGrid:
         high = torch.where(used, log, -60.0).amax(0)
         low = torch.where(used, log, 60.0).amin(0).minimum(high)
         low = torch.maximum(low, high - _MAX_OCTAVES).to(torch.float16)
-        step = ((high - low.float()) / (SCALE_LEVELS - 1)).clamp_min(0).to(torch.float16)
-        return ScaleGrid(low, step)
+        # Float16 may round the step down; the headroom keeps the largest scale inside, and leaves
+        # room for rows that grow when they take over the errors of others.
+        step = (high + _HEADROOM_OCTAVES - low.float()).clamp_min(0) / (SCALE_LEVELS - 1)
+        return ScaleGrid(low, step.to(torch.float16))
 
     def decode(self, codes: Tensor) -> Tensor:
         """Scales ``[..., rank]`` float32 of codes ``[..., rank]``."""

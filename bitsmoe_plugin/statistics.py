@@ -54,7 +54,7 @@ class LayerStatistics:
     second_moment: ``[H, H]`` float64, sum_te a x x^T / sum_te a, the inputs as routed.
     gram: ``[H, H]`` float64, sum over experts and neurons of neuron_weight * w w^T.
     output_moment: ``[H, H]`` float64, E[sum_e a y_e y_e^T] of the experts' outputs.
-    hidden_moment: ``[E, I, I]`` float32, E[a h h^T] per expert.
+    hidden_moment: ``[E, I, I]`` float32, E[a h h^T] / H per expert.
     neuron_weights: ``[2, E, I]`` float32, E[a q_i] for gate and up.
     slot_weights: ``[2, T, k]`` float32, a sum_i q_ti of each routed (token, slot).
     output_energy: E[omega |y|^2 / H] of the whole layer.
@@ -118,6 +118,8 @@ def expert_rows(activations: LayerActivations, num_experts: int, seed: int) -> l
     weight = activations.token_weights[:, None] * activations.top_k_weights.square() / total
     slots = routed_slots(activations, num_experts)
     mass = torch.stack([weight[token, slot].sum() for token, slot in slots])
+    if not bool((mass > 0).any()):
+        raise QuantizationError("no calibration token is routed to any expert of a layer")
     typical = mass[mass > 0].median()
     rows = []
     for token, slot in slots:

@@ -158,6 +158,13 @@ def test_layerwise_forward_is_the_models_forward(moe_tiny) -> None:
     check_layerwise(moe_tiny, torch.randint(4096, (5, 48)), batch_size=2)
 
 
+def test_layers_of_different_kinds_keep_their_own_arguments(tiny_model) -> None:
+    """Guards against one mask for all layers: here every other one sees a window of 4 tokens."""
+    kinds = ["full_attention", "sliding_attention"]
+    model = tiny_model("qwen2_moe", use_sliding_window=True, sliding_window=4, layer_types=kinds)
+    check_layerwise(model, torch.randint(64, (3, 16)), batch_size=2)
+
+
 @pytest.mark.parametrize("model_type", ["qwen2_moe", "mixtral", "olmoe", "deepseek_v3"])
 def test_layerwise_forward_of_other_families(tiny_model, model_type: str) -> None:
     """Families pass different arguments to their layers (sliding windows, latent attention)."""

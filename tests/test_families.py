@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bitsmoe_plugin.errors import QuantizationError
-from bitsmoe_plugin.families import apply_gating, find_moe_layers, read_experts
+from bitsmoe_plugin.families import apply_gating, decoder_layer_name, find_moe_layers, read_experts
 from bitsmoe_plugin.statistics import LayerActivations
 
 # model type -> decoder layers that have routed experts (DeepSeek-V3: the first one is dense)
@@ -76,3 +76,12 @@ def test_experts_outside_a_list_of_layers_are_refused(tiny_model) -> None:
     block = tiny_model("qwen3_moe").model.layers[0].mlp
     with pytest.raises(QuantizationError, match=r"experts is not inside a list of decoder layers"):
         find_moe_layers(torch.nn.ModuleDict({"block": block}))
+
+
+def test_decoder_layer_is_the_outermost_list_entry() -> None:
+    """Guards against taking a list inside a decoder layer (blocks, adapters) for the decoder."""
+    inner = torch.nn.ModuleDict(
+        {"blocks": torch.nn.ModuleList([torch.nn.ModuleDict({"experts": torch.nn.Identity()})])}
+    )
+    model = torch.nn.ModuleDict({"layers": torch.nn.ModuleList([torch.nn.Identity(), inner])})
+    assert decoder_layer_name(model, "layers.1.blocks.0.experts") == "layers.1"

@@ -201,7 +201,10 @@ def test_costs_fall_with_the_width(layer) -> None:
 
 def test_trial_measures_the_error_of_the_layer(layer) -> None:
     """Guards the plan's correction: with all experts in the trial, and no stand-in tokens, its
-    error is E[omega |y - y'|^2 / H] of the packed layer. float32 sums: 1e-3."""
+    error is E[omega |y - y'|^2 / H] of the packed layer. float32 sums: 1e-3. The experts are alike,
+    so that their errors add up to far more than the sum of the squares."""
+    alike = {name: weight[:1].expand_as(weight) for name, weight in vars(layer.weights).items()}
+    layer = replace(layer, weights=ExpertWeights(**alike))
     problem = problem_of(layer)
     assert all(rows.routed >= PRIOR_TOKENS for rows in problem.rows)
     row_bits = torch.full((3, E, H), 2)

@@ -18,6 +18,8 @@ from bitsmoe_plugin.packing import LayerShape, PackedExperts
 from bitsmoe_plugin.rounding import SCALE_LEVELS, ScaleGrid
 from bitsmoe_plugin.spectral import quantize_basis
 
+STEP = {1: 1.5958, 2: 0.9957, 3: 0.5860, 4: 0.3352, 6: 0.1041, 8: 0.0308, 16: 12.6 / 65536}
+"""Part of format version 1: another table would decode existing checkpoints to other weights."""
 SHAPE = LayerShape(num_experts=3, hidden_size=7, intermediate_size=40)
 
 
@@ -116,7 +118,7 @@ def read_row(words, bits: int, size: int, scale: float) -> list[float]:
     for _ in range(-(-size // 32)):
         block = sum(next(words) << 32 * i for i in range(bits))
         codes = [block >> i * bits & (2**bits - 1) for i in range(32)]
-        values += [scale * grids.STEP[bits] * (code - (2**bits - 1) / 2) for code in codes]
+        values += [scale * STEP[bits] * (code - (2**bits - 1) / 2) for code in codes]
     return values[:size]
 
 
