@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,19 @@ def test_compare_json() -> None:
     assert rows["full"]["bits_per_weight"] == 16
     assert rows["full"]["perplexity"] < rows["bitsmoe"]["perplexity"] < rows["rtn"]["perplexity"]
     assert rows["bitsmoe"]["bits_per_weight"] <= 2.0 < rows["rtn"]["bits_per_weight"]
+
+
+@pytest.mark.skipif(find_spec("gptqmodel") is None, reason="make install-gptq")
+def test_compare_with_gptq() -> None:
+    """gptqmodel quantizes, our reader evaluates; a wrong reading of its format ruins the perplexity."""
+    done = bitsmoe(
+        "compare", MODEL, "--bits", "4", "--dataset", CALIBRATION, "--eval", EVAL, "--json",
+        "--methods", "full,gptq", "--max-tokens", "6000", *FAST,
+    )  # fmt: skip
+    rows = {row["method"]: row for row in json.loads(done.stdout)["results"]}
+    assert rows["gptq"]["bits_per_weight"] == pytest.approx(4 + (16 + 4) / 64, rel=1e-6)
+    assert rows["gptq"]["perplexity"] < 1.05 * rows["full"]["perplexity"]
+    assert 0.001 < rows["gptq"]["kl_divergence"] < 0.05
 
 
 @pytest.mark.parametrize(
