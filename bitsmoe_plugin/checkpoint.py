@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from bitsmoe_plugin.config import BitsMoEConfig
@@ -72,6 +76,59 @@ def check_shape(name: str, spec: PackedSpec, module: Any) -> None:
             f"{name}: the model has (experts, hidden_size, intermediate_size) = {wanted}, "
             f"the quantization_config {found}; config.json was altered"
         )
+
+
+_DTYPES = {"U8": torch.uint8, "I16": torch.int16, "I32": torch.int32}
+
+
+def stored_tensors(files: Iterable[str | Path]) -> dict[str, tuple[str, tuple[int, ...], Path]]:
+    """Name -> (safetensors dtype, shape, file) of every packed tensor, read from the headers alone.
+
+    Raises:
+        CheckpointError: a file is no safetensors file, or two files hold the same tensor.
+    """
+    found: dict[str, tuple[str, tuple[int, ...], Path]] = {}
+    for path in map(Path, files):
+        try:
+            with safe_open(path, framework="pt") as file:
+                slices = {name: file.get_slice(name) for name in list(file.keys()) if ".bitsmoe_" in name}
+                headers = {name: (s.get_dtype(), tuple(s.get_shape()), path) for name, s in slices.items()}
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{path} cannot be read as safetensors ({error})") from error
+        twice = headers.keys() & found.keys()
+        if twice:
+            raise CheckpointError(f"{min(twice)} stands in {path} and in {found[min(twice)][2]}")
+        found.update(headers)
+    return found
+
+
+def verify_headers(files: Iterable[str | Path], specs: dict[str, PackedSpec]) -> None:
+    """Refuse files whose packed tensors are not exactly those of the config, before any is read.
+
+    Args:
+        files: safetensors files of the checkpoint.
+        specs: module path of each layer -> its sizes.
+
+    Raises:
+        CheckpointError: naming the tensor that is missing, surplus or of another dtype or shape.
+    """
+    found = stored_tensors(files)
+    wanted = {
+        f"{layer}.{buffer}": entry
+        for layer, spec in specs.items()
+        for buffer, entry in spec.tensors().items()
+    }
+    for name, (dtype, shape) in wanted.items():
+        if name not in found:
+            raise CheckpointError(f"{name} is missing from the checkpoint")
+        if (_DTYPES.get(found[name][0]), found[name][1]) != (dtype, shape):
+            raise CheckpointError(
+                f"{name} is {found[name][0]} {found[name][1]}, but the config asks for {dtype} {shape}; the "
+                "checkpoint was altered or belongs to another config"
+            )
+    surplus = found.keys() - wanted.keys()
+    if surplus:
+        raise CheckpointError(f"{min(surplus)} is in the checkpoint, but not in its quantization_config")
 
 
 def verify_experts(name: str, module: BitsMoEExperts, config: BitsMoEConfig) -> None:

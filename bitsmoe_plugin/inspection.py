@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -12,7 +13,7 @@ from rich.table import Table
 from safetensors import safe_open
 
 from bitsmoe_plugin import packing
-from bitsmoe_plugin.checkpoint import packed_spec
+from bitsmoe_plugin.checkpoint import packed_spec, stored_tensors, verify_headers
 from bitsmoe_plugin.config import QUANT_METHOD, BitsMoEConfig
 from bitsmoe_plugin.errors import CheckpointError
 
@@ -46,18 +47,6 @@ def read_config(directory: Path) -> BitsMoEConfig:
     return BitsMoEConfig.from_dict(values)
 
 
-def _expert_tensors(directory: Path) -> dict[str, tuple[int, Path]]:
-    """Name -> (bytes, file) of every packed tensor on disk."""
-    found = {}
-    for path in sorted(Path(directory).glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            for name in list(file.keys()):
-                if name.rpartition(".")[2] in _PARTS:
-                    tensor = file.get_tensor(name)
-                    found[name] = (tensor.numel() * tensor.element_size(), path)
-    return found
-
-
 def _read(name: str, path: Path) -> torch.Tensor:
     with safe_open(path, framework="pt") as file:
         return file.get_tensor(name)
@@ -72,26 +61,26 @@ def inspect_checkpoint(directory: Path) -> dict[str, Any]:
         -> width -> rows) and the errors measured while quantizing.
     """
     config = read_config(directory)
-    tensors = _expert_tensors(directory)
+    specs = {layer: packed_spec(layer, config) for layer in config.layers}
+    files = sorted(Path(directory).glob("*.safetensors"))
+    verify_headers(files, specs)
+    tensors = stored_tensors(files)
     parts = dict.fromkeys(_PARTS.values(), 0)
     layers: dict[str, Any] = {}
     weights = 0
-    for layer in config.layers:
-        spec = packed_spec(layer, config)
+    for layer, spec in specs.items():
         weights += spec.shape.weights
         size = 0
-        for buffer in spec.tensors():
-            name = f"{layer}.{buffer}"
-            if name not in tensors:
-                raise CheckpointError(f"{name} is missing from {directory}")
-            parts[_PARTS[buffer]] += 8 * tensors[name][0]
-            size += 8 * tensors[name][0]
+        for buffer, (dtype, shape) in spec.tensors().items():
+            bits = 8 * dtype.itemsize * math.prod(shape)
+            parts[_PARTS[buffer]] += bits
+            size += bits
         codes = f"{layer}.bitsmoe_row_codes"
-        bits = packing.row_widths(_read(codes, tensors[codes][1]), config.widths)
+        widths = packing.row_widths(_read(codes, tensors[codes][2]), config.widths)
         layers[layer] = {
             "bits_per_weight": size / spec.shape.weights,
             "widths": {
-                factor: {str(w): int((bits[i] == w).sum()) for w in config.widths}
+                factor: {str(w): int((widths[i] == w).sum()) for w in config.widths}
                 for i, factor in enumerate(packing.FACTORS)
             },
             **config.layers[layer].get("report", {}),

@@ -11,12 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bitsmoe_plugin import grids, packing, rounding, spectral, statistics
+from bitsmoe_plugin import grids, packing, rounding
 from bitsmoe_plugin.allocation import allocate
-from bitsmoe_plugin.config import BitsMoEConfig
 from bitsmoe_plugin.packing import LayerShape, PackedExperts
-from bitsmoe_plugin.spectral import ExpertWeights, SharedBases
-from bitsmoe_plugin.statistics import ExpertRows, Gating, LayerActivations, LayerStatistics
+from bitsmoe_plugin.problem import LayerProblem, error_feedback, rank_feedback
+from bitsmoe_plugin.spectral import SharedBases
 
 GATE_UP_WEIGHT = 2.0
 """Gate and up errors count double in the allocation. Their first-order cost is too low by 2.0 to
@@ -27,45 +26,8 @@ DROP_WEIGHT = 2.5
 """A dropped gate or up row costs this much more again: its error is the row itself, so it always
 points along what excites the neuron. (Tried 1, 1.5, 2.5 and 4 on the bundled model at 2 bits.)"""
 
-_WORKING_SET = 2**26
-"""Experts are rounded in groups whose covariances hold about this many values (256 MiB)."""
 _TRIAL_EXPERTS = 16
 _REFIT_RIDGE = 0.003
-_SECOND_MOMENT_SHRINKAGE = 1e-3
-
-
-@dataclass(frozen=True)
-class LayerProblem:
-    """Everything known about one layer: its weights, calibration, bases and factors.
-
-    Attributes:
-        factors: ``[3, E, r, I]`` float32, exact in the quantized bases.
-        input_basis: ``[r, H]`` float32, dequantized.
-        output_basis: ``[H, r]`` float32, dequantized.
-    """
-
-    name: str
-    weights: ExpertWeights
-    activations: LayerActivations
-    rows: list[ExpertRows]
-    gating: Gating
-    statistics: LayerStatistics
-    bases: SharedBases
-    factors: Tensor
-    input_basis: Tensor
-    output_basis: Tensor
-    config: BitsMoEConfig
-
-    @property
-    def shape(self) -> LayerShape:
-        w = self.weights
-        return LayerShape(w.num_experts, w.hidden_size, w.intermediate_size)
-
-    def chunks(self) -> list[range]:
-        """Experts in groups of bounded working set."""
-        size = max(1, _WORKING_SET // (2 * self.shape.rank**2))
-        experts = self.shape.num_experts
-        return [range(start, min(start + size, experts)) for start in range(0, experts, size)]
 
 
 @dataclass(frozen=True)
@@ -98,82 +60,17 @@ class RoundedExperts:
     scale_grids: list[rounding.ScaleGrid]
 
 
-def shared_bases(stats: LayerStatistics, config: BitsMoEConfig) -> SharedBases:
-    """Bases of a layer, quantized as the config says."""
-    identity = torch.eye(stats.gram.shape[0], dtype=torch.float64, device=stats.gram.device)
-    metric = spectral.shrink(stats.second_moment, _SECOND_MOMENT_SHRINKAGE)
-    given = spectral.input_basis(stats.gram, metric if config.whitening else identity)
-    out = spectral.output_basis(stats.output_moment)
-    return SharedBases(
-        spectral.quantize_basis(given, config.basis_bits, config.basis_group_size),
-        spectral.quantize_basis(out, config.basis_bits, config.basis_group_size),
-    )
-
-
-def build_problem(
-    name: str,
-    weights: ExpertWeights,
-    activations: LayerActivations,
-    gating: Gating,
-    config: BitsMoEConfig,
-    bases: SharedBases | None = None,
-) -> LayerProblem:
-    """Collect the statistics and factors of one layer; ``bases`` are computed if not given.
-
-    Raises:
-        QuantizationError: NaN or infinity in weights or activations.
-    """
-    statistics.check_finite(name, weights, activations)
-    rows = statistics.expert_rows(activations, weights.num_experts, config.seed)
-    stats = statistics.collect(weights, activations, rows, gating)
-    bases = bases or shared_bases(stats, config)
-    return LayerProblem(
-        name,
-        weights,
-        activations,
-        rows,
-        gating,
-        stats,
-        bases,
-        spectral.expert_factors(weights, bases),
-        bases.input_basis.dequantize(),
-        bases.output_basis.dequantize(),
-        config,
-    )
-
-
-def _feedback(moment: Tensor, config: BitsMoEConfig) -> Tensor:
-    if not config.feedback:
-        moment = torch.diag_embed(moment.diagonal(dim1=-2, dim2=-1))
-    return rounding.feedback_factor(moment, config.damping)
-
-
-def _rank_feedback(problem: LayerProblem, experts: range | list[int]) -> Tensor:
-    """``[2, e, r, r]`` feedback factors of gate and up."""
-    moments = [
-        statistics.input_covariance(
-            problem.input_basis,
-            problem.statistics,
-            problem.activations,
-            problem.rows[expert],
-            problem.config.covariance_prior,
-        )
-        for expert in experts
-    ]
-    return _feedback(torch.stack(moments, 1), problem.config)
-
-
 def row_costs(problem: LayerProblem) -> Tensor:
     """``[3, E, r, widths]`` float32: first-order output error of every row at every width."""
     widths = problem.config.widths
     shape = problem.shape
     costs = torch.empty(3, shape.num_experts, shape.rank, len(widths))
     reach = problem.output_basis.square().sum(0)
-    for experts in problem.chunks():
-        chosen = slice(experts.start, experts.stop)
-        rank_weights = rounding.conditional_variance(_rank_feedback(problem, experts))
+    for chosen in problem.chunks(shape.num_experts):
+        experts = range(chosen.start, chosen.stop)
+        rank_weights = rounding.conditional_variance(rank_feedback(problem, experts))
         moments = problem.statistics.hidden_moment[chosen]
-        hidden_weights = rounding.conditional_variance(_feedback(moments, problem.config))
+        hidden_weights = rounding.conditional_variance(error_feedback(moments, problem.config))
         for factor in range(3):
             rows = problem.factors[factor, chosen]
             if factor < 2:
@@ -234,16 +131,14 @@ def round_experts(problem: LayerProblem, bits: Tensor, experts: list[int]) -> Ro
     scale_codes = torch.empty(bits.shape, dtype=torch.uint8)
     values = torch.empty_like(factors)
     scale_grids = []
-    size = max(1, _WORKING_SET // (2 * problem.shape.rank**2))
-    parts = [slice(s, min(s + size, len(experts))) for s in range(0, len(experts), size)]
     neuron = problem.statistics.neuron_weights[:, experts]
     scales = torch.stack(
         [rounding.unbiased_scales(factors[f], neuron[f, :, None], bits[f], widths) for f in (0, 1)]
     )
     for factor in (0, 1):
         scale_grids.append(rounding.ScaleGrid.covering(scales[factor], bits[factor] > 0))
-    for part in parts:
-        feedback = _rank_feedback(problem, experts[part])
+    for part in problem.chunks(len(experts)):
+        feedback = rank_feedback(problem, experts[part])
         for f in (0, 1):
             codes[f, part], scale_codes[f, part] = rounding.round_along_rank(
                 factors[f, part], bits[f, part], feedback[f], neuron[f, part], scale_grids[f], scales[f, part]
@@ -252,7 +147,7 @@ def round_experts(problem: LayerProblem, bits: Tensor, experts: list[int]) -> Ro
                 codes[f, part], scale_codes[f, part], scale_grids[f], bits[f, part]
             )
     down, moments = refit_down(problem, values[:2], experts)
-    feedback = _feedback(moments, problem.config)
+    feedback = error_feedback(moments, problem.config)
     inner = rounding.conditional_variance(feedback)[:, None]
     scales = rounding.best_scales(down, inner, bits[2], widths)
     scale_grids.append(rounding.ScaleGrid.covering(scales, bits[2] > 0))

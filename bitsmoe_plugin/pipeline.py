@@ -25,8 +25,9 @@ from bitsmoe_plugin.config import BitsMoEConfig
 from bitsmoe_plugin.errors import QuantizationError
 from bitsmoe_plugin.experts import BitsMoEExperts, replace_module
 from bitsmoe_plugin.families import MoELayer, apply_gating, find_moe_layers, read_experts
-from bitsmoe_plugin.layer import LayerPlan, build_problem, plan_layer, round_layer, row_sizes
+from bitsmoe_plugin.layer import LayerPlan, plan_layer, round_layer, row_sizes
 from bitsmoe_plugin.packing import LayerShape
+from bitsmoe_plugin.problem import build_problem
 from bitsmoe_plugin.statistics import LayerActivations
 
 THIN_TOKENS_PER_DIMENSION = 0.25

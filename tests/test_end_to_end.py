@@ -162,15 +162,26 @@ def _shorten(tensors) -> None:
     tensors[PAYLOAD] = tensors[PAYLOAD][:-32].clone()
 
 
+def _add(tensors) -> None:
+    tensors["model.layers.1.mlp.experts.bitsmoe_more"] = torch.zeros(3)
+
+
 def _retype(tensors) -> None:
     tensors[PAYLOAD] = tensors[PAYLOAD].float()
 
 
-@pytest.mark.parametrize("change", [_flip, _drop, _shorten, _retype])
+@pytest.mark.parametrize("change", [_flip, _drop, _shorten, _add, _retype])
 def test_an_altered_checkpoint_is_refused_by_name(damaged, change) -> None:
     """transformers only warns about missing tensors and loads uninitialised memory instead."""
     _rewrite(damaged, change)
     with pytest.raises(CheckpointError, match=r"model\.layers\.1\.mlp\.experts"):
+        AutoModelForCausalLM.from_pretrained(damaged)
+
+
+def test_a_truncated_file_is_refused(damaged) -> None:
+    path = damaged / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(CheckpointError, match="cannot be read as safetensors"):
         AutoModelForCausalLM.from_pretrained(damaged)
 
 

@@ -15,6 +15,7 @@ from bitsmoe_plugin.comparison.gptq_checkpoint import (
     dequantize_gptq_linear,
     dequantized_state_dict,
     expert_bytes,
+    fuse_experts,
     load_gptq_model,
 )
 from bitsmoe_plugin.errors import CheckpointError
@@ -264,3 +265,23 @@ def test_other_quantization_methods_are_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match="awq"):
         dict(dequantized_state_dict(tmp_path))
+
+
+def test_split_experts_are_fused_for_families_with_other_names() -> None:
+    """Mixtral's own names are w1, w2, w3, so transformers would not fuse what quantizers save."""
+    path, e, i, h = "model.layers.0.block_sparse_moe.experts", 3, 4, 6
+    shapes = {"gate": (i, h), "up": (i, h), "down": (h, i)}
+    split = {
+        f"{path}.{n}.{part}_proj.weight": torch.randn(shape)
+        for n in (2, 0, 1)
+        for part, shape in shapes.items()
+    }
+    fused = fuse_experts({**split, "norm": torch.ones(2)})
+    assert fused.keys() == {"norm", f"{path}.gate_up_proj", f"{path}.down_proj"}
+    for n in range(e):
+        gate, up = fused[f"{path}.gate_up_proj"][n].chunk(2)
+        assert torch.equal(gate, split[f"{path}.{n}.gate_proj.weight"])
+        assert torch.equal(up, split[f"{path}.{n}.up_proj.weight"])
+        assert torch.equal(fused[f"{path}.down_proj"][n], split[f"{path}.{n}.down_proj.weight"])
+    incomplete = {name: t for name, t in split.items() if not name.endswith("1.up_proj.weight")}
+    assert fuse_experts(incomplete).keys() == incomplete.keys()

@@ -14,8 +14,6 @@ from bitsmoe_plugin.checkpoint import tensor_digest
 from bitsmoe_plugin.config import ALL_WIDTHS, BitsMoEConfig
 from bitsmoe_plugin.experts import BitsMoEExperts, PackedSpec
 from bitsmoe_plugin.layer import (
-    LayerProblem,
-    build_problem,
     plan_layer,
     round_experts,
     round_layer,
@@ -23,6 +21,7 @@ from bitsmoe_plugin.layer import (
     sampled_error,
 )
 from bitsmoe_plugin.packing import PackedExperts
+from bitsmoe_plugin.problem import LayerProblem, build_problem
 from bitsmoe_plugin.spectral import ExpertWeights
 from bitsmoe_plugin.statistics import PRIOR_TOKENS
 

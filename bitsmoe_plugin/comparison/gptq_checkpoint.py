@@ -28,6 +28,7 @@ SUPPORTED_BITS = (2, 3, 4, 8)
 CHECKPOINT_FORMATS = ("gptq", "gptq_v2")
 WORD_BITS = 32
 ROUTED_EXPERT = re.compile(r"\.experts\.\d+\.")
+SPLIT_EXPERT = re.compile(r"(?P<module>.*\.experts)\.(?P<expert>\d+)\.(?:gate|up|down)_proj\.weight")
 _PARTS = ("qweight", "qzeros", "scales", "g_idx")
 
 
@@ -227,6 +228,31 @@ def dequantized_state_dict(
         raise CheckpointError(f"layer {prefix!r} lacks {sorted(set(_PARTS) - set(parts))}")
 
 
+def fuse_experts(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Stack experts saved as ``experts.<n>.{gate,up,down}_proj.weight`` into fused parameters.
+
+    Quantizers split fused experts into layers of these names for every family; transformers fuses
+    them on loading only for families whose original checkpoints use the names (Mixtral's do not).
+    A module that lacks a layer is left as it is, for loading to complain about.
+    """
+    modules: dict[str, set[int]] = {}
+    for name in weights:
+        if match := SPLIT_EXPERT.fullmatch(name):
+            modules.setdefault(match["module"], set()).add(int(match["expert"]))
+    fused = dict(weights)
+    for module, experts in modules.items():
+        parts = {
+            part: [f"{module}.{expert}.{part}_proj.weight" for expert in range(max(experts) + 1)]
+            for part in ("gate", "up", "down")
+        }
+        if any(name not in weights for names in parts.values() for name in names):
+            continue
+        gate, up, down = (torch.stack([fused.pop(name) for name in parts[part]]) for part in parts)
+        fused[f"{module}.gate_up_proj"] = torch.cat([gate, up], dim=1)
+        fused[f"{module}.down_proj"] = down
+    return fused
+
+
 def load_gptq_model(directory: Path | str, dtype: torch.dtype) -> torch.nn.Module:
     """Build the plain transformers model of a GPTQ checkpoint, with dense weights in ``dtype``.
 
@@ -240,7 +266,7 @@ def load_gptq_model(directory: Path | str, dtype: torch.dtype) -> torch.nn.Modul
         del config.quantization_config
     with torch.device("meta"):  # the auto class itself accepts no state_dict
         model_class = type(AutoModelForCausalLM.from_config(config))
-    weights = dict(dequantized_state_dict(directory, dtype))
+    weights = fuse_experts(dict(dequantized_state_dict(directory, dtype)))
     try:
         model, report = model_class.from_pretrained(
             None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True

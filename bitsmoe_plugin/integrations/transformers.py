@@ -21,7 +21,7 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 
 from bitsmoe_plugin.calibration import load_documents, token_blocks
-from bitsmoe_plugin.checkpoint import check_shape, packed_spec, verify_experts
+from bitsmoe_plugin.checkpoint import check_shape, packed_spec, verify_experts, verify_headers
 from bitsmoe_plugin.config import QUANT_METHOD, BitsMoEConfig
 from bitsmoe_plugin.errors import CheckpointError, ConfigError, QuantizationError
 from bitsmoe_plugin.experts import BitsMoEExperts, replace_module
@@ -44,7 +44,9 @@ class BitsMoEQuantizer(HfQuantizer):
                 ".txt or .jsonl file"
             )
 
-    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+    def _process_model_before_weight_loading(
+        self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
         layers = find_moe_layers(model)
         config = self.quantization_config
         if not self.pre_quantized:
@@ -55,10 +57,12 @@ class BitsMoEQuantizer(HfQuantizer):
             raise CheckpointError(
                 f"quantization_config describes {', '.join(sorted(surplus))}, which the model lacks"
             )
+        specs = {layer.name: packed_spec(layer.name, config) for layer in layers}
+        if checkpoint_files:
+            verify_headers(checkpoint_files, specs)
         for layer in layers:
-            spec = packed_spec(layer.name, config)
-            check_shape(layer.name, spec, layer.module)
-            module = BitsMoEExperts(layer.module, spec)
+            check_shape(layer.name, specs[layer.name], layer.module)
+            module = BitsMoEExperts(layer.module, specs[layer.name])
             module.drop_original_weights()
             replace_module(model, layer.name, module)
 
