@@ -251,20 +251,23 @@ def capture_layer(
         token_weighting: "residual" or "none".
 
     Returns:
-        the activations, and the layer's outputs (for ``forward.advance``).
+        the activations, on the CPU, where all statistics are computed; and the layer's outputs, where
+        the model is (for ``forward.advance``).
     """
-    seen: list[tuple[Tensor, Tensor, Tensor]] = []
+    seen: list[tuple[Tensor, ...]] = []
 
     def record(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden, top_k_index, top_k_weights = [*args, *kwargs.values()][:3]
-        seen.append((hidden.detach().clone(), top_k_index.clone(), top_k_weights.float().clone()))
+        # Copies, because a model may go on to change what it passed in place.
+        captured = (hidden.detach(), top_k_index, top_k_weights.float())
+        seen.append(tuple(tensor.clone().cpu() for tensor in captured))
 
     handle = experts.register_forward_pre_hook(record, with_kwargs=True)
     try:
         outputs = forward.run(index)
     finally:
         handle.remove()
-    residual = torch.cat([out.flatten(0, -2) for out in outputs])
+    residual = torch.cat([out.flatten(0, -2).cpu() for out in outputs])
     weights = residual_weights(residual)
     if token_weighting == "none":
         weights = torch.full_like(weights, float(1 / residual.float().square().mean()))

@@ -20,6 +20,7 @@ METHODS = ("full", "rtn", "gptq", "bitsmoe")
 def _add_calibration(parser: argparse.ArgumentParser) -> None:
     defaults = BitsMoEConfig()
     parser.add_argument("--bits", type=float, default=defaults.bits, help="counted bits per expert weight")
+    parser.add_argument("--factor-bits", type=float, help="replaces --bits: the same count without the bases")
     parser.add_argument("--dataset", required=True, help="calibration text, .txt or .jsonl")
     parser.add_argument("--calibration-tokens", type=int, default=defaults.calibration_tokens)
     parser.add_argument("--sequence-length", type=int, default=defaults.sequence_length)
@@ -108,6 +109,7 @@ def _quantize(args: argparse.Namespace, stdout: TextIO) -> None:
 
     config = BitsMoEConfig(
         bits=args.bits,
+        factor_bits=args.factor_bits,
         dataset=args.dataset,
         calibration_tokens=args.calibration_tokens,
         sequence_length=args.sequence_length,
@@ -159,6 +161,7 @@ def _compare(args: argparse.Namespace, stdout: TextIO) -> None:
     task = ComparisonTask(
         model=args.model,
         bits=args.bits,
+        factor_bits=args.factor_bits,
         dataset=args.dataset,
         eval=args.eval,
         calibration_tokens=args.calibration_tokens,

@@ -36,6 +36,8 @@ class BitsMoEConfig(QuantizationConfigMixin):
     Args:
         bits: counted bits per expert weight: everything stored for the experts (payload, scales,
             widths, bases) over the number of original expert weights. 0.1 to 16.
+        factor_bits: if given, replaces ``bits``: the same count without the two bases, for models whose
+            few experts make the bases a large share.
         dataset: calibration text: list of strings, list of token id lists, ``datasets.Dataset``
             with a column ``text`` or ``input_ids``, or a path to a .txt or .jsonl file. Needed to
             quantize, not stored in the checkpoint (its token count and hash are).
@@ -67,6 +69,7 @@ class BitsMoEConfig(QuantizationConfigMixin):
     def __init__(
         self,
         bits: float = 2.0,
+        factor_bits: float | None = None,
         dataset: Any = None,
         tokenizer: Any = None,
         calibration_tokens: int = 131_072,
@@ -104,6 +107,7 @@ class BitsMoEConfig(QuantizationConfigMixin):
                 f"BitsMoEConfig: unknown option {', '.join(sorted(unknown))}; known: {', '.join(known)}"
             )
         self.bits = bits
+        self.factor_bits = factor_bits
         self.dataset = dataset
         self.tokenizer = tokenizer
         self.calibration_tokens = calibration_tokens
@@ -133,6 +137,8 @@ class BitsMoEConfig(QuantizationConfigMixin):
             ConfigError: naming the option, its value and what is allowed.
         """
         _check_number("bits", self.bits, 0.1, 16)
+        if self.factor_bits is not None:
+            _check_number("factor_bits", self.factor_bits, 0.1, 16)
         _check_number("calibration_tokens", self.calibration_tokens, 1, 10**12, whole=True)
         _check_number("sequence_length", self.sequence_length, 8, 10**7, whole=True)
         _check_number("batch_size", self.batch_size, 1, 10**6, whole=True)

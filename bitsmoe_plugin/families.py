@@ -96,9 +96,9 @@ def decoder_layer_name(model: nn.Module, experts_name: str) -> str:
 
 
 def read_experts(module: Any) -> ExpertWeights:
-    """Views of the module's fused parameters."""
-    gate, up = module.gate_up_proj.detach().chunk(2, dim=1)
-    return ExpertWeights(gate, up, module.down_proj.detach())
+    """The module's fused parameters, on the CPU (views, if they are there)."""
+    gate, up = module.gate_up_proj.detach().cpu().chunk(2, dim=1)
+    return ExpertWeights(gate, up, module.down_proj.detach().cpu())
 
 
 def apply_gating(module: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:

@@ -102,7 +102,8 @@ def plan_layer(problem: LayerProblem, payload_bits: int) -> LayerPlan:
     costs, widths = row_costs(problem), problem.config.widths
     sizes = torch.tensor(row_sizes(problem.shape, widths)).expand(costs.shape)
     flat = costs.reshape(-1, len(widths)).double().numpy()
-    trial = allocate(flat, sizes.reshape(-1, len(widths)).numpy(), payload_bits)
+    least = int(sizes.amin(-1).sum())
+    trial = allocate(flat, sizes.reshape(-1, len(widths)).numpy(), max(payload_bits, least))
     choice = torch.from_numpy(trial.choice).view(costs.shape[:-1])
     stride = max(1, problem.shape.num_experts // _TRIAL_EXPERTS)
     experts = list(range(0, problem.shape.num_experts, stride))

@@ -67,16 +67,20 @@ def plan_budget(shapes: list[LayerShape], config: BitsMoEConfig) -> Budget:
                 f"basis_group_size={config.basis_group_size} does not divide hidden_size="
                 f"{shape.hidden_size}; use 16, 32, 64, 128 or 256 such that it does"
             )
-        for part, bits in packing.fixed_bits(shape, config.basis_bits, config.basis_group_size).items():
-            fixed[part] = fixed.get(part, 0) + bits
+        for part, stored in packing.fixed_bits(shape, config.basis_bits, config.basis_group_size).items():
+            fixed[part] = fixed.get(part, 0) + stored
         least += 3 * shape.num_experts * shape.rank * min(row_sizes(shape, config.widths))
     total = sum(fixed.values())
-    payload = int(config.bits * weights) - total
+    # (name of the option, its value, stored bits that count against it besides the rows)
+    option, bits, counted = "bits", float(config.bits), total
+    if config.factor_bits is not None:
+        option, bits, counted = "factor_bits", float(config.factor_bits), total - fixed["bases"]
+    payload = int(bits * weights) - counted
     if payload < least:
         raise QuantizationError(
-            f"bits={config.bits:g} cannot be met: the smallest reachable is "
-            f"{(total + least) / weights:.4f} bits per weight, of which bases, row codes and scale "
-            f"grids take {total / weights:.4f} (smaller with basis_bits=4 and a larger "
+            f"{option}={bits:g} cannot be met: the smallest reachable is "
+            f"{(counted + least) / weights:.4f} bits per weight, of which bases, row codes and scale "
+            f"grids take {counted / weights:.4f} (smaller with basis_bits=4 and a larger "
             "basis_group_size) and the narrowest rows the rest"
         )
     return Budget(payload, fixed, weights)
@@ -137,7 +141,7 @@ def _output_error(exact: list[Tensor], rounded: list[Tensor], token_weights: Ten
     Everything but the routed experts is the same in both, so this is the experts' output error.
     """
     squares = [
-        (a.float() - b.float()).square().mean(-1).flatten() for a, b in zip(exact, rounded, strict=True)
+        (a.float() - b.float()).square().mean(-1).flatten().cpu() for a, b in zip(exact, rounded, strict=True)
     ]
     return float((torch.cat(squares) * token_weights).mean())
 
@@ -209,6 +213,7 @@ def _round(
         config.layers[layer.name] = layer_manifest(shape, packed)
         module = BitsMoEExperts(layer.module, packed_spec(layer.name, config))
         module.load_packed(packed)
+        module.to(layer.module.down_proj.device)
         module.drop_original_weights()
         replace_module(model, layer.name, module)
         rounded = forward.run(index)

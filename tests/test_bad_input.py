@@ -16,7 +16,8 @@ from transformers import (
 
 from bitsmoe_plugin import BitsMoEConfig, ConfigError, QuantizationError
 from bitsmoe_plugin.integrations.transformers import quantize_to_directory
-from bitsmoe_plugin.packing import row_widths
+from bitsmoe_plugin.packing import LayerShape, fixed_bits, row_widths
+from bitsmoe_plugin.pipeline import plan_budget
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 MODEL = str(EXAMPLES / "moe-tiny")
@@ -121,3 +122,14 @@ def test_failure_while_saving_leaves_nothing(tmp_path, monkeypatch) -> None:
     with pytest.raises(OSError, match="No space left"):
         quantize_to_directory(MODEL, tmp_path / "out", _config())
     assert list(tmp_path.iterdir()) == []
+
+
+def test_factor_bits_leave_the_bases_out_of_the_budget() -> None:
+    """Two ways of counting must not be mixed up: everything, or everything but the bases."""
+    shape = LayerShape(num_experts=4, hidden_size=64, intermediate_size=64)
+    fixed = fixed_bits(shape, 4, 32)
+    everything = plan_budget([shape], BitsMoEConfig(bits=3.0)).payload_bits
+    factors = plan_budget([shape], BitsMoEConfig(bits=0.1, factor_bits=3.0)).payload_bits
+    assert factors - everything == fixed["bases"]
+    with pytest.raises(QuantizationError, match=r"factor_bits=0\.1 cannot be met"):
+        plan_budget([shape], BitsMoEConfig(factor_bits=0.1, widths=(1, 2)))

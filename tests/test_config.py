@@ -14,6 +14,7 @@ from bitsmoe_plugin.packing import FORMAT_VERSION
 
 # option -> (values that must be refused, what the error must say is allowed)
 INVALID: dict[str, tuple[list[Any], str]] = {
+    "factor_bits": ([0, 0.09, 16.5, math.nan, "2", True], "a number from 0.1 to 16"),
     "bits": ([0, -1, 0.09, 16.5, math.nan, math.inf, "2", None, True], "a number from 0.1 to 16"),
     "calibration_tokens": ([0, -5, 1e5, "9", None, True], "a whole number from 1 to"),
     "sequence_length": ([0, 7, 512.0, None], "a whole number from 8 to"),
@@ -102,6 +103,7 @@ def test_round_trip_through_json() -> None:
     """Every option at a value other than its default comes back; calibration text does not leave."""
     changed = {
         "bits": 2.5,
+        "factor_bits": 2.25,
         "calibration_tokens": 1000,
         "sequence_length": 64,
         "batch_size": 3,

@@ -34,6 +34,7 @@ class ComparisonTask:
 
     model: str
     bits: float
+    factor_bits: float | None
     dataset: str
     eval: str
     calibration_tokens: int
@@ -49,6 +50,7 @@ class ComparisonTask:
         """The BitsMoE options of this task."""
         return BitsMoEConfig(
             bits=self.bits,
+            factor_bits=self.factor_bits,
             dataset=self.dataset,
             calibration_tokens=self.calibration_tokens,
             sequence_length=self.sequence_length,
