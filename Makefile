@@ -1,6 +1,7 @@
 # make install   .venv with everything that demo and test need (once)
 # make demo      quantize the bundled model to 2 bits, compare, generate text
 # make demo-gptq the same with GPTQ as a further method (installs gptqmodel first)
+# make install-autoround   for `bitsmoe compare --methods autoround`
 # make test      all tests; make lint, make format, make check
 PYTHON ?= python3
 # The wheel of the package index carries CUDA on Linux; set TORCH to install another build.
@@ -14,7 +15,7 @@ EVAL := examples/data/eval.jsonl
 COMPARE = $(BIN)/bitsmoe compare $(EXAMPLE) --bits 2.0 --dataset $(CALIBRATION) --eval $(EVAL) \
 	--prompt "In the beginning there was"
 
-.PHONY: install install-gptq demo demo-gptq test lint format check clean
+.PHONY: install install-gptq install-autoround demo demo-gptq test lint format check clean
 install: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml
@@ -29,6 +30,11 @@ $(VENV)/.installed-gptq: $(VENV)/.installed
 	$(BIN)/pip install -q --no-deps gptqmodel==7.6.0 defuser==0.0.28 device-smi==0.5.7 \
 		logbar==0.4.15 pypcre==0.6.4 tokenicer==0.0.14
 	$(BIN)/pip install -q accelerate==1.15.0 pillow==13.0.0 requests==2.34.2 threadpoolctl==3.8.0
+	touch $@
+
+install-autoround: $(VENV)/.installed-autoround
+$(VENV)/.installed-autoround: $(VENV)/.installed
+	$(BIN)/pip install -q auto-round==0.16.1
 	touch $@
 
 demo: install

@@ -10,11 +10,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
+from bitsmoe_plugin.comparison import METHODS
 from bitsmoe_plugin.config import ALL_WIDTHS, BitsMoEConfig
 from bitsmoe_plugin.errors import BitsMoEError
 from bitsmoe_plugin.streams import stdout_to_stderr
-
-METHODS = ("full", "rtn", "gptq", "bitsmoe")
 
 
 def _add_calibration(parser: argparse.ArgumentParser) -> None:

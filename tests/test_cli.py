@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from bitsmoe_plugin.comparison import METHODS
+from bitsmoe_plugin.comparison.compare import RUNNERS
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 MODEL = str(EXAMPLES / "moe-tiny")
 CALIBRATION = str(EXAMPLES / "data" / "calibration.jsonl")
@@ -82,6 +85,10 @@ def test_compare_with_gptq() -> None:
     assert rows["gptq"]["bits_per_weight"] == pytest.approx(4 + (16 + 4) / 64, rel=1e-6)
     assert rows["gptq"]["perplexity"] < 1.05 * rows["full"]["perplexity"]
     assert 0.001 < rows["gptq"]["kl_divergence"] < 0.05
+
+
+def test_every_method_that_help_names_can_be_run() -> None:
+    assert tuple(RUNNERS) == METHODS
 
 
 @pytest.mark.parametrize(

@@ -1,1 +1,1 @@
-"""The vLLM side of BitsMoE."""
+"""The vLLM side of BitsMoE; nothing in it yet."""

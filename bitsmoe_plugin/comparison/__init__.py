@@ -1,1 +1,4 @@
 """Other quantizers, run on the same model and text for comparison."""
+
+METHODS = ("full", "rtn", "gptq", "autoround", "bitsmoe")
+"""Names that ``bitsmoe compare --methods`` takes; ``compare.RUNNERS`` says what each does."""

@@ -131,7 +131,7 @@ def quantize_experts(
     _seed_everything(settings.seed)
     backend = gptqmodel.BACKEND.GPTQ_TORCH
     examples = [{"input_ids": list(tokens), "attention_mask": [1] * len(tokens)} for tokens in calibration]
-    with _scratch_directory():
+    with scratch_directory():
         model = gptqmodel.GPTQModel.load(str(model_dir), _quantize_config(settings), backend=backend)
         start = time.perf_counter()
         log = model.quantize(examples, batch_size=batch_size, backend=backend)
@@ -144,8 +144,8 @@ def quantize_experts(
 
 
 @contextlib.contextmanager
-def _scratch_directory() -> Iterator[None]:
-    """Work in a temporary directory: gptqmodel writes ``logs/`` to the current one."""
+def scratch_directory() -> Iterator[None]:
+    """Work in a temporary directory: quantizers write logs and caches to the current one."""
     scratch = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
     with scratch as path, contextlib.chdir(path):
         yield
