@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -81,54 +83,80 @@ def check_shape(name: str, spec: PackedSpec, module: Any) -> None:
 _DTYPES = {"U8": torch.uint8, "I16": torch.int16, "I32": torch.int32}
 
 
-def stored_tensors(files: Iterable[str | Path]) -> dict[str, tuple[str, tuple[int, ...], Path]]:
-    """Name -> (safetensors dtype, shape, file) of every packed tensor, read from the headers alone.
+@dataclass(frozen=True)
+class StoredTensor:
+    """A packed tensor as a file's header describes it; dtype in the notation of safetensors."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+
+    def read(self) -> Tensor:
+        """The tensor itself."""
+        with safe_open(self.file, framework="pt") as file:
+            return file.get_tensor(self.name)
+
+
+def tensor_key(name: str) -> tuple[str, str]:
+    """(decoder layer, buffer) of a packed tensor's name.
+
+    Some families rename what stands between the two on saving (Mixtral: ``mlp`` in memory,
+    ``block_sparse_moe`` on disk), so names of modules and of stored tensors are compared by this.
+    """
+    match = re.fullmatch(r"(.*\.\d+)\..*\.(bitsmoe_\w+)", name)
+    return (match[1], match[2]) if match else (name, "")
+
+
+def stored_tensors(files: Iterable[str | Path]) -> dict[tuple[str, str], StoredTensor]:
+    """``tensor_key`` -> every packed tensor of some safetensors files, read from the headers alone.
 
     Raises:
-        CheckpointError: a file is no safetensors file, or two files hold the same tensor.
+        CheckpointError: a file is no safetensors file, or two tensors have the same key.
     """
-    found: dict[str, tuple[str, tuple[int, ...], Path]] = {}
+    found: dict[tuple[str, str], StoredTensor] = {}
     for path in map(Path, files):
         try:
             with safe_open(path, framework="pt") as file:
-                slices = {name: file.get_slice(name) for name in list(file.keys()) if ".bitsmoe_" in name}
-                headers = {name: (s.get_dtype(), tuple(s.get_shape()), path) for name, s in slices.items()}
+                names = [name for name in list(file.keys()) if ".bitsmoe_" in name]
+                slices = {name: file.get_slice(name) for name in names}
+                tensors = [
+                    StoredTensor(name, header.get_dtype(), tuple(header.get_shape()), path)
+                    for name, header in slices.items()
+                ]
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{path} cannot be read as safetensors ({error})") from error
-        twice = headers.keys() & found.keys()
-        if twice:
-            raise CheckpointError(f"{min(twice)} stands in {path} and in {found[min(twice)][2]}")
-        found.update(headers)
+        for tensor in tensors:
+            twin = found.setdefault(tensor_key(tensor.name), tensor)
+            if twin is not tensor:
+                raise CheckpointError(f"{tensor.name} in {path} stands a second time in {twin.file}")
     return found
 
 
-def verify_headers(files: Iterable[str | Path], specs: dict[str, PackedSpec]) -> None:
-    """Refuse files whose packed tensors are not exactly those of the config, before any is read.
+def verify_headers(found: dict[tuple[str, str], StoredTensor], specs: dict[str, PackedSpec]) -> None:
+    """Refuse packed tensors that are not exactly those of the config, before any is read.
 
     Args:
-        files: safetensors files of the checkpoint.
+        found: from ``stored_tensors``.
         specs: module path of each layer -> its sizes.
 
     Raises:
         CheckpointError: naming the tensor that is missing, surplus or of another dtype or shape.
     """
-    found = stored_tensors(files)
-    wanted = {
-        f"{layer}.{buffer}": entry
-        for layer, spec in specs.items()
-        for buffer, entry in spec.tensors().items()
-    }
-    for name, (dtype, shape) in wanted.items():
-        if name not in found:
-            raise CheckpointError(f"{name} is missing from the checkpoint")
-        if (_DTYPES.get(found[name][0]), found[name][1]) != (dtype, shape):
-            raise CheckpointError(
-                f"{name} is {found[name][0]} {found[name][1]}, but the config asks for {dtype} {shape}; the "
-                "checkpoint was altered or belongs to another config"
-            )
-    surplus = found.keys() - wanted.keys()
+    surplus = dict(found)
+    for layer, spec in specs.items():
+        for buffer, (dtype, shape) in spec.tensors().items():
+            tensor = surplus.pop(tensor_key(f"{layer}.{buffer}"), None)
+            if tensor is None:
+                raise CheckpointError(f"{layer}.{buffer} is missing from the checkpoint")
+            if (_DTYPES.get(tensor.dtype), tensor.shape) != (dtype, shape):
+                raise CheckpointError(
+                    f"{tensor.name} is {tensor.dtype} {tensor.shape}, but the config asks for {dtype} "
+                    f"{shape}; the checkpoint was altered or belongs to another config"
+                )
     if surplus:
-        raise CheckpointError(f"{min(surplus)} is in the checkpoint, but not in its quantization_config")
+        name = next(iter(surplus.values())).name
+        raise CheckpointError(f"{name} is in the checkpoint, but not in its quantization_config")
 
 
 def verify_experts(name: str, module: BitsMoEExperts, config: BitsMoEConfig) -> None:

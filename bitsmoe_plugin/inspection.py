@@ -7,13 +7,11 @@ import math
 from pathlib import Path
 from typing import Any, TextIO
 
-import torch
 from rich.console import Console
 from rich.table import Table
-from safetensors import safe_open
 
 from bitsmoe_plugin import packing
-from bitsmoe_plugin.checkpoint import packed_spec, stored_tensors, verify_headers
+from bitsmoe_plugin.checkpoint import packed_spec, stored_tensors, tensor_key, verify_headers
 from bitsmoe_plugin.config import QUANT_METHOD, BitsMoEConfig
 from bitsmoe_plugin.errors import CheckpointError
 
@@ -47,11 +45,6 @@ def read_config(directory: Path) -> BitsMoEConfig:
     return BitsMoEConfig.from_dict(values)
 
 
-def _read(name: str, path: Path) -> torch.Tensor:
-    with safe_open(path, framework="pt") as file:
-        return file.get_tensor(name)
-
-
 def inspect_checkpoint(directory: Path) -> dict[str, Any]:
     """Sizes, widths and errors of a packed checkpoint, JSON-ready.
 
@@ -62,9 +55,8 @@ def inspect_checkpoint(directory: Path) -> dict[str, Any]:
     """
     config = read_config(directory)
     specs = {layer: packed_spec(layer, config) for layer in config.layers}
-    files = sorted(Path(directory).glob("*.safetensors"))
-    verify_headers(files, specs)
-    tensors = stored_tensors(files)
+    tensors = stored_tensors(sorted(Path(directory).glob("*.safetensors")))
+    verify_headers(tensors, specs)
     parts = dict.fromkeys(_PARTS.values(), 0)
     layers: dict[str, Any] = {}
     weights = 0
@@ -75,8 +67,8 @@ def inspect_checkpoint(directory: Path) -> dict[str, Any]:
             bits = 8 * dtype.itemsize * math.prod(shape)
             parts[_PARTS[buffer]] += bits
             size += bits
-        codes = f"{layer}.bitsmoe_row_codes"
-        widths = packing.row_widths(_read(codes, tensors[codes][2]), config.widths)
+        row_codes = tensors[tensor_key(f"{layer}.bitsmoe_row_codes")].read()
+        widths = packing.row_widths(row_codes, config.widths)
         layers[layer] = {
             "bits_per_weight": size / spec.shape.weights,
             "widths": {

@@ -21,7 +21,7 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 
 from bitsmoe_plugin.calibration import load_documents, token_blocks
-from bitsmoe_plugin.checkpoint import check_shape, packed_spec, verify_experts, verify_headers
+from bitsmoe_plugin.checkpoint import check_shape, packed_spec, stored_tensors, verify_experts, verify_headers
 from bitsmoe_plugin.config import QUANT_METHOD, BitsMoEConfig
 from bitsmoe_plugin.errors import CheckpointError, ConfigError, QuantizationError
 from bitsmoe_plugin.experts import BitsMoEExperts, replace_module
@@ -59,7 +59,7 @@ class BitsMoEQuantizer(HfQuantizer):
             )
         specs = {layer.name: packed_spec(layer.name, config) for layer in layers}
         if checkpoint_files:
-            verify_headers(checkpoint_files, specs)
+            verify_headers(stored_tensors(checkpoint_files), specs)
         for layer in layers:
             check_shape(layer.name, specs[layer.name], layer.module)
             module = BitsMoEExperts(layer.module, specs[layer.name])
