@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
 import tempfile
@@ -34,6 +35,11 @@ class BitsMoEQuantizer(HfQuantizer):
 
     requires_calibration = False
     quantization_config: BitsMoEConfig
+
+    def __init__(self, quantization_config: BitsMoEConfig, **kwargs: Any) -> None:
+        # A copy, because the manifest of this model is written into it: one config object given to
+        # two models must not end up describing the second in both.
+        super().__init__(copy.copy(quantization_config), **kwargs)
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Refuse to quantize without calibration text before any weight is read."""
