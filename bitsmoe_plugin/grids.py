@@ -29,7 +29,7 @@ STEP = {
 }
 SCALE_CANDIDATES = 8
 """Scales tried per row and width. 128 would lower the distortion of Gaussian rows by 1 to 1.6 % at
-3 bits, 1.5 to 2.9 % at 4 and 4 to 5 % at 6 (measured); at 1 and 2 bits by less."""
+3 bits, 1.5 to 2.9 % at 4 and 4 to 5 % at 6 (measured)."""
 
 Width = int | Tensor
 """One width for all rows, or an integer tensor ``[..., 1]`` with a width (0 to 16) per row."""

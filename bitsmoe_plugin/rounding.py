@@ -106,7 +106,7 @@ def unbiased_scales(rows: Tensor, weights: Tensor, bits: Tensor, widths: tuple[i
     A rounded row of least squared error is shorter than the row it stands for, and its error
     points along it. A neuron is excited by just the inputs that lie along its weights, so that
     part of the error does more harm than its size says: trading it for more random error pays
-    for gate and up (perplexity of the bundled model at 2 bits: loss 7.0 % -> 5.5 %).
+    for gate and up (perplexity of the bundled model at 2 bits: loss 3.8 % -> 3.1 %).
     """
     scales = best_scales(rows, weights, bits, widths)
     values = grids.round_to_grid(rows, scales[..., None], bits[..., None])
