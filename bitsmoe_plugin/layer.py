@@ -19,8 +19,8 @@ from bitsmoe_plugin.spectral import SharedBases
 
 GATE_UP_WEIGHT = 2.0
 """Gate and up errors count double in the allocation. Their first-order cost is too low by 1.5 to
-2.9 (measured on the bundled model at 2 bits, gate and up replaced alone) because it ignores that a neuron's error is
-largest on the tokens that excite it, and that errors of neurons add up coherently."""
+2.9 (measured on the bundled model at 2 bits, gate and up replaced alone) because it ignores that a
+neuron's error is largest on the tokens that excite it, and that errors of neurons add up coherently."""
 
 DROP_WEIGHT = 2.5
 """A dropped gate or up row costs this much more again: its error is the row itself, so it always
