@@ -115,11 +115,10 @@ def evaluate_model(
 ) -> Evaluation:
     """Perplexity of ``model`` and, if given, divergence from ``reference``. Softmax in float32."""
     total = _Sums()
-    per_domain = {}
     batches = [(text.domain, batch) for text in texts for batch in text.blocks.split(batch_size)]
     domains: dict[str, _Sums] = {}
+    device = next(model.parameters()).device
     for domain, batch in logging.tqdm(batches, desc="Evaluating"):
-        device = next(model.parameters()).device
         sums = _score(batch.to(device), model, reference)
         domains.setdefault(domain, _Sums()).add(sums)
         total.add(sums)

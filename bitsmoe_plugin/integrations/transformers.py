@@ -10,7 +10,6 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.quantizers.auto import (
@@ -102,9 +101,6 @@ class BitsMoEQuantizer(HfQuantizer):
                 f"BitsMoEConfig: dataset holds text, but no tokenizer was found at "
                 f"{given or model.config._name_or_path!r}; give tokenizer="
             ) from error
-
-    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        return dtype
 
     def is_serializable(self, **kwargs: Any) -> bool:
         return True
