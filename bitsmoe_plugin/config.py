@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from bitsmoe_plugin import coding
 from bitsmoe_plugin.errors import CheckpointError, ConfigError
 from bitsmoe_plugin.packing import FORMAT_VERSION
 
@@ -51,6 +52,7 @@ class BitsMoEConfig(QuantizationConfigMixin):
         whitening: bases in the metric of the inputs (True) or plain orthogonal ones (False).
         token_weighting: "residual" weighs a token by 1 / mean square of its residual stream,
             "none" weighs all alike.
+        grid: "trellis" codes rows of up to 4 bits by trellis, "uniform" rounds all to uniform grids.
         feedback: pass rounding errors on to values not yet rounded (GPTQ).
         refit: recompute each down factor for the rounded gate and up before rounding it.
         sequential: calibrate a layer on the outputs of the quantized layers before it.
@@ -80,6 +82,7 @@ class BitsMoEConfig(QuantizationConfigMixin):
         basis_group_size: int = 32,
         whitening: bool = True,
         token_weighting: str = "residual",
+        grid: str = "trellis",
         feedback: bool = True,
         refit: bool = True,
         sequential: bool = True,
@@ -118,6 +121,7 @@ class BitsMoEConfig(QuantizationConfigMixin):
         self.basis_group_size = basis_group_size
         self.whitening = whitening
         self.token_weighting = token_weighting
+        self.grid = grid
         self.feedback = feedback
         self.refit = refit
         self.sequential = sequential
@@ -154,6 +158,7 @@ class BitsMoEConfig(QuantizationConfigMixin):
         for flag in ("whitening", "feedback", "refit", "sequential"):
             _check_choice(flag, getattr(self, flag), (True, False))
         _check_choice("token_weighting", self.token_weighting, ("residual", "none"))
+        _check_choice("grid", self.grid, coding.GRIDS)
         _check_choice("scope", self.scope, ("global", "layer"))
         _check_number("covariance_prior", self.covariance_prior, 0, 1e6)
         _check_number("damping", self.damping, 1e-6, 1.0)

@@ -25,6 +25,7 @@ class PackedSpec:
         basis_bits: 4, 8 or 16.
         basis_group_size: values per basis scale.
         payload_words: length of the payload.
+        grid: of the rows, see ``coding``.
     """
 
     shape: LayerShape
@@ -32,6 +33,7 @@ class PackedSpec:
     basis_bits: int
     basis_group_size: int
     payload_words: int
+    grid: str
 
     def tensors(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Name -> (dtype, shape) of every stored tensor, see ``packing``."""
@@ -156,6 +158,7 @@ class BitsMoEExperts(nn.Module):
             input_basis=self._basis("input"),
             output_basis=self._basis("output"),
             intermediate_size=self.spec.shape.intermediate_size,
+            grid=self.spec.grid,
             gating=self._gating,
         )
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bitsmoe_plugin import grids, packing, rounding
+from bitsmoe_plugin import coding, grids, packing, rounding
 from bitsmoe_plugin.allocation import allocate
 from bitsmoe_plugin.packing import LayerShape, PackedExperts
 from bitsmoe_plugin.problem import LayerProblem, error_feedback, rank_feedback
@@ -49,7 +49,7 @@ class RoundedExperts:
     """Some experts after rounding.
 
     Attributes:
-        codes: ``[3, e, r, I]`` int32.
+        codes: ``[3, e, r, padded(I)]`` int32, see ``coding``.
         scale_codes: ``[3, e, r]`` uint8.
         values: ``[3, e, r, I]`` float32, the decoded factors.
         scale_grids: of gate, up and down.
@@ -82,7 +82,8 @@ def row_costs(problem: LayerProblem) -> Tensor:
             for index, width in enumerate(widths):
                 extra = DROP_WEIGHT if factor < 2 and width == 0 else 1.0
                 distortion = grids.best_scale(rows, inner, width)[1]
-                costs[factor, chosen, :, index] = distortion * outer * extra
+                gain = coding.expected_gain(width, problem.config.grid)
+                costs[factor, chosen, :, index] = distortion * outer * (extra * gain)
     return costs
 
 
@@ -116,11 +117,6 @@ def plan_layer(problem: LayerProblem, payload_bits: int) -> LayerPlan:
     return LayerPlan(costs * correction, problem.bases, correction)
 
 
-def _decode_rounded(codes: Tensor, scale_codes: Tensor, grid: rounding.ScaleGrid, bits: Tensor) -> Tensor:
-    scales = grid.decode(scale_codes.float())
-    return grids.decode(codes.float(), scales[..., None], bits[..., None])
-
-
 def round_experts(problem: LayerProblem, bits: Tensor, experts: list[int]) -> RoundedExperts:
     """Round some experts at given widths.
 
@@ -128,33 +124,41 @@ def round_experts(problem: LayerProblem, bits: Tensor, experts: list[int]) -> Ro
         bits: ``[3, e, r]`` int64.
         experts: their ids.
     """
-    factors, widths = problem.factors[:, experts], problem.config.widths
-    codes = torch.empty(factors.shape, dtype=torch.int32)
+    factors, grid = problem.factors[:, experts], problem.config.grid
+    size = problem.shape.intermediate_size
+    codes = torch.empty(*bits.shape, coding.padded(size), dtype=torch.int32)
     scale_codes = torch.empty(bits.shape, dtype=torch.uint8)
     values = torch.empty_like(factors)
-    scale_grids = []
+    scale_grids: list[rounding.ScaleGrid] = []
     neuron = problem.statistics.neuron_weights[:, experts]
-    scales = torch.stack(
-        [rounding.unbiased_scales(factors[f], neuron[f, :, None], bits[f], widths) for f in (0, 1)]
-    )
-    for factor in (0, 1):
-        scale_grids.append(rounding.ScaleGrid.covering(scales[factor], bits[factor] > 0))
+
+    def keep(factor: int, part: slice, rounded: tuple[Tensor, Tensor]) -> None:
+        codes[factor, part], scale_codes[factor, part] = rounded
+        scales = scale_grids[factor].decode(rounded[1].float())
+        values[factor, part] = coding.decode(rounded[0], scales, bits[factor, part], size, grid)
+
+    scales = [rounding.unbiased_scales(factors[f], neuron[f, :, None], bits[f], grid) for f in (0, 1)]
+    scale_grids = [rounding.ScaleGrid.covering(scales[f], bits[f] > 0) for f in (0, 1)]
     for part in problem.chunks(len(experts)):
         feedback = rank_feedback(problem, experts[part])
         for f in (0, 1):
-            codes[f, part], scale_codes[f, part] = rounding.round_along_rank(
-                factors[f, part], bits[f, part], feedback[f], neuron[f, part], scale_grids[f], scales[f, part]
+            rounded = rounding.round_along_rank(
+                factors[f, part],
+                bits[f, part],
+                feedback[f],
+                neuron[f, part],
+                scale_grids[f],
+                scales[f][part],
+                grid,
             )
-            values[f, part] = _decode_rounded(
-                codes[f, part], scale_codes[f, part], scale_grids[f], bits[f, part]
-            )
+            keep(f, part, rounded)
     down, moments = refit_down(problem, values[:2], experts)
     feedback = error_feedback(moments, problem.config)
     inner = rounding.conditional_variance(feedback)[:, None]
-    scales = rounding.best_scales(down, inner, bits[2], widths)
-    scale_grids.append(rounding.ScaleGrid.covering(scales, bits[2] > 0))
-    codes[2], scale_codes[2] = rounding.round_along_neurons(down, bits[2], feedback, scale_grids[2], scales)
-    values[2] = _decode_rounded(codes[2], scale_codes[2], scale_grids[2], bits[2])
+    free = rounding.best_scales(down, inner, bits[2], grid)
+    scale_grids.append(rounding.ScaleGrid.covering(free, bits[2] > 0))
+    rounded = rounding.round_along_neurons(down, bits[2], feedback, scale_grids[2], free, grid)
+    keep(2, slice(None), rounded)
     return RoundedExperts(codes, scale_codes, values, scale_grids)
 
 

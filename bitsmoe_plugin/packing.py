@@ -1,4 +1,4 @@
-"""Packed layout of one MoE layer, format version 1.
+"""Packed layout of one MoE layer, format version 2.
 
 Symbols: E num_experts, I intermediate_size, H hidden_size, r rank (= H), B = ceil(I / 32).
 
@@ -32,12 +32,12 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from bitsmoe_plugin import grids
+from bitsmoe_plugin import coding
 from bitsmoe_plugin.rounding import SCALE_LEVELS, ScaleGrid
 from bitsmoe_plugin.spectral import QuantizedBasis
 
-FORMAT_VERSION = 1
-BLOCK = 32
+FORMAT_VERSION = 2
+BLOCK = coding.BLOCK
 FACTORS = ("gate", "up", "down")
 
 
@@ -160,7 +160,7 @@ def pack_expert(codes: Tensor, row_bits: Tensor, widths: tuple[int, ...]) -> Ten
     """Payload words ``[words]`` int32 of one factor of one expert.
 
     Args:
-        codes: ``[r, I]`` int32.
+        codes: ``[r, I]`` int32, or padded to whole blocks.
         row_bits: ``[r]`` int64, members of ``widths``.
     """
     pieces = [
@@ -208,7 +208,7 @@ def row_scales(row_codes: Tensor, scale_grid: Tensor) -> Tensor:
 
 
 def unpack_rows(
-    payload: Tensor, index: RowIndex, scales: Tensor, factor: int, expert: int, size: int
+    payload: Tensor, index: RowIndex, scales: Tensor, factor: int, expert: int, size: int, grid: str
 ) -> tuple[Tensor, Tensor]:
     """The stored rows of one factor of one expert.
 
@@ -216,6 +216,7 @@ def unpack_rows(
         payload: ``[words]`` int32.
         scales: ``[3, E, r]`` float32, from ``row_scales``.
         size: intermediate_size.
+        grid: see ``coding``.
 
     Returns:
         rows ``[n, I]`` float32 and their rank indices ``[n]`` int64, n = rows not dropped.
@@ -228,9 +229,9 @@ def unpack_rows(
         if count == 0:
             continue
         end = start + count * blocks * width
-        codes = unpack_codes(payload[start:end].view(count, -1), width, size).float()
-        scale = scales[factor, expert, order[done : done + count], None]
-        pieces.append(grids.decode(codes, scale, width))
+        codes = unpack_codes(payload[start:end].view(count, -1), width, blocks * BLOCK)
+        scale = scales[factor, expert, order[done : done + count]]
+        pieces.append(coding.decode_width(codes, scale, width, size, grid))
         start, done = end, done + count
     if not pieces:
         return payload.new_zeros((0, size), dtype=torch.float32), order[:0]

@@ -26,6 +26,7 @@ def moe_forward(
     input_basis: Tensor,
     output_basis: Tensor,
     intermediate_size: int,
+    grid: str,
     gating: Gating,
 ) -> Tensor:
     """Output of the routed experts.
@@ -36,6 +37,7 @@ def moe_forward(
         top_k_weights: ``[T, k]``.
         input_basis: ``[r, H]`` float32.
         output_basis: ``[H, r]`` float32.
+        grid: see ``coding``.
 
     Returns:
         ``[T, H]`` in the dtype of ``hidden``; computed in float32.
@@ -50,10 +52,11 @@ def moe_forward(
         gate, up = (
             selected[:, order] @ rows
             for rows, order in (
-                unpack_rows(payload, index, scales, factor, expert, intermediate_size) for factor in (0, 1)
+                unpack_rows(payload, index, scales, factor, expert, intermediate_size, grid)
+                for factor in (0, 1)
             )
         )
-        rows, order = unpack_rows(payload, index, scales, 2, expert, intermediate_size)
+        rows, order = unpack_rows(payload, index, scales, 2, expert, intermediate_size, grid)
         out = gating(gate, up) @ rows.T * top_k_weights[token, slot, None].float()
         update = torch.zeros_like(selected)
         update[:, order] = out
