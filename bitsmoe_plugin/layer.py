@@ -27,7 +27,7 @@ DROP_WEIGHT = 2.5
 points along what excites the neuron. KL to full precision of the bundled model at 2 bits (32,768
 calibration tokens): 0.0334 at 1, 0.0303 at 1.5, 0.0287 at 2.5, 0.0288 at 4."""
 
-_TRIAL_EXPERTS = 16
+_TRIAL_EXPERTS = 8
 _REFIT_RIDGE = 0.003
 
 
@@ -52,13 +52,13 @@ class RoundedExperts:
         codes: ``[3, e, r, padded(I)]`` int32, see ``coding``.
         scale_codes: ``[3, e, r]`` uint8.
         values: ``[3, e, r, I]`` float32, the decoded factors.
-        scale_grids: of gate, up and down.
+        scale_grid: of gate, up and down, ``[3, r]``.
     """
 
     codes: Tensor
     scale_codes: Tensor
     values: Tensor
-    scale_grids: list[rounding.ScaleGrid]
+    scale_grid: rounding.ScaleGrid
 
 
 def row_costs(problem: LayerProblem) -> Tensor:
@@ -129,37 +129,23 @@ def round_experts(problem: LayerProblem, bits: Tensor, experts: list[int]) -> Ro
     codes = torch.empty(*bits.shape, coding.padded(size), dtype=torch.int32)
     scale_codes = torch.empty(bits.shape, dtype=torch.uint8)
     values = torch.empty_like(factors)
-    scale_grids: list[rounding.ScaleGrid] = []
     neuron = problem.statistics.neuron_weights[:, experts]
-
-    def keep(factor: int, part: slice, rounded: tuple[Tensor, Tensor]) -> None:
-        codes[factor, part], scale_codes[factor, part] = rounded
-        scales = scale_grids[factor].decode(rounded[1].float())
-        values[factor, part] = coding.decode(rounded[0], scales, bits[factor, part], size, grid)
-
-    scales = [rounding.unbiased_scales(factors[f], neuron[f, :, None], bits[f], grid) for f in (0, 1)]
-    scale_grids = [rounding.ScaleGrid.covering(scales[f], bits[f] > 0) for f in (0, 1)]
+    scales = rounding.unbiased_scales(factors[:2], neuron[:, :, None], bits[:2], grid)
+    rank_grid = rounding.ScaleGrid.covering(scales, bits[:2] > 0)
     for part in problem.chunks(len(experts)):
         feedback = rank_feedback(problem, experts[part])
-        for f in (0, 1):
-            rounded = rounding.round_along_rank(
-                factors[f, part],
-                bits[f, part],
-                feedback[f],
-                neuron[f, part],
-                scale_grids[f],
-                scales[f][part],
-                grid,
-            )
-            keep(f, part, rounded)
+        codes[:2, part], scale_codes[:2, part], values[:2, part] = rounding.round_along_rank(
+            factors[:2, part], bits[:2, part], feedback, neuron[:, part], rank_grid, scales[:, part], grid
+        )
     down, moments = refit_down(problem, values[:2], experts)
     feedback = error_feedback(moments, problem.config)
     inner = rounding.conditional_variance(feedback)[:, None]
     free = rounding.best_scales(down, inner, bits[2], grid)
-    scale_grids.append(rounding.ScaleGrid.covering(free, bits[2] > 0))
-    rounded = rounding.round_along_neurons(down, bits[2], feedback, scale_grids[2], free, grid)
-    keep(2, slice(None), rounded)
-    return RoundedExperts(codes, scale_codes, values, scale_grids)
+    neuron_grid = rounding.ScaleGrid.covering(free, bits[2] > 0)
+    codes[2], scale_codes[2], values[2] = rounding.round_along_neurons(
+        down, bits[2], feedback, neuron_grid, free, grid
+    )
+    return RoundedExperts(codes, scale_codes, values, rank_grid.stacked_with(neuron_grid))
 
 
 def _expert_hidden(problem: LayerProblem, expert: int, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -248,7 +234,7 @@ def round_layer(problem: LayerProblem, row_bits: Tensor) -> PackedExperts:
     output_basis, output_scales = packing.pack_basis(problem.bases.output_basis)
     return PackedExperts(
         row_codes=packing.pack_row_codes(row_bits, rounded.scale_codes, widths),
-        scale_grid=packing.pack_scale_grid(rounded.scale_grids),
+        scale_grid=packing.pack_scale_grid(rounded.scale_grid),
         payload=torch.cat(words),
         input_basis=input_basis,
         input_scales=input_scales,

@@ -178,9 +178,9 @@ def pack_row_codes(row_bits: Tensor, scale_codes: Tensor, widths: tuple[int, ...
     return (lookup[row_bits] * SCALE_LEVELS + scale_codes).to(torch.uint8)
 
 
-def pack_scale_grid(scale_grids: list[ScaleGrid]) -> Tensor:
-    """``[3, 2, r]`` int16 of the scale grids of gate, up and down."""
-    return torch.stack([torch.stack([g.low, g.step]) for g in scale_grids]).view(torch.int16)
+def pack_scale_grid(grid: ScaleGrid) -> Tensor:
+    """``[3, 2, r]`` int16 of the scale grids ``[3, r]`` of gate, up and down."""
+    return torch.stack([grid.low, grid.step], 1).view(torch.int16)
 
 
 def pack_basis(basis: QuantizedBasis) -> tuple[Tensor, Tensor]:
@@ -203,8 +203,7 @@ def unpack_basis(words: Tensor, scales: Tensor, bits: int, columns: int) -> Tens
 def row_scales(row_codes: Tensor, scale_grid: Tensor) -> Tensor:
     """Scales ``[3, E, r]`` float32 of all rows (of width-0 rows too; they are not used)."""
     grid = scale_grid.view(torch.float16)
-    low, step = grid[:, None, 0], grid[:, None, 1]
-    return ScaleGrid(low, step).decode((row_codes % SCALE_LEVELS).float())
+    return ScaleGrid(grid[:, 0], grid[:, 1]).decode((row_codes % SCALE_LEVELS).float())
 
 
 def unpack_rows(

@@ -26,11 +26,11 @@ _NEARBY = 2
 
 @dataclass(frozen=True)
 class ScaleGrid:
-    """Row scales of one rank index over all experts: ``exp2(low + code * step)``.
+    """Row scales of one factor and rank index over all experts: ``exp2(low + code * step)``.
 
     Attributes:
-        low: ``[rank]`` float16, log2 of the smallest scale.
-        step: ``[rank]`` float16, octaves between neighbouring codes.
+        low: ``[..., rank]`` float16, log2 of the smallest scale.
+        step: ``[..., rank]`` float16, octaves between neighbouring codes.
     """
 
     low: Tensor
@@ -38,24 +38,28 @@ class ScaleGrid:
 
     @staticmethod
     def covering(scales: Tensor, used: Tensor) -> ScaleGrid:
-        """The grid that spans the used ones of ``scales`` ``[experts, rank]`` (bool mask alike)."""
+        """The grid that spans the used ones of ``scales`` ``[..., experts, rank]`` (bool mask alike)."""
         log = scales.clamp_min(2.0**-60).log2()
-        high = torch.where(used, log, -60.0).amax(0)
-        low = torch.where(used, log, 60.0).amin(0).minimum(high)
+        high = torch.where(used, log, -60.0).amax(-2)
+        low = torch.where(used, log, 60.0).amin(-2).minimum(high)
         low = torch.maximum(low, high - _MAX_OCTAVES).to(torch.float16)
         # Float16 may round the step down; the headroom keeps the largest scale inside, and leaves
         # room for rows that grow when they take over the errors of others.
         step = (high + _HEADROOM_OCTAVES - low.float()).clamp_min(0) / (SCALE_LEVELS - 1)
         return ScaleGrid(low, step.to(torch.float16))
 
+    def stacked_with(self, other: ScaleGrid) -> ScaleGrid:
+        """One more factor's grid ``[rank]`` after these ``[factors, rank]``."""
+        return ScaleGrid(torch.cat([self.low, other.low[None]]), torch.cat([self.step, other.step[None]]))
+
     def decode(self, codes: Tensor) -> Tensor:
-        """Scales ``[..., rank]`` float32 of codes ``[..., rank]``."""
-        return torch.exp2(self.low.float() + codes * self.step.float())
+        """Scales ``[..., experts, rank]`` float32 of codes alike."""
+        return torch.exp2(self.low.float()[..., None, :] + codes * self.step.float()[..., None, :])
 
     def encode(self, scales: Tensor) -> Tensor:
-        """Nearest codes ``[..., rank]``, float32 whole numbers."""
-        log = scales.clamp_min(2.0**-60).log2() - self.low.float()
-        return (log / self.step.float().clamp_min(1e-6)).round_().clamp_(0, SCALE_LEVELS - 1)
+        """Nearest codes ``[..., experts, rank]``, float32 whole numbers."""
+        log = scales.clamp_min(2.0**-60).log2() - self.low.float()[..., None, :]
+        return (log / self.step.float()[..., None, :].clamp_min(1e-6)).round_().clamp_(0, SCALE_LEVELS - 1)
 
 
 def feedback_factor(moment: Tensor, damping: float) -> Tensor:
@@ -140,72 +144,75 @@ def _choose_scales(rows: Tensor, weights: Tensor, bits: Tensor, start: Tensor, l
 
 
 def round_along_rank(
-    factor: Tensor,
+    factors: Tensor,
     bits: Tensor,
     feedback: Tensor,
     neuron_weights: Tensor,
     scale_grid: ScaleGrid,
     scales: Tensor,
     grid: str,
-) -> tuple[Tensor, Tensor]:
-    """Round gate or up factors, row after row, passing each row's error on to later rows.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Round gate and up factors, row after row, passing each row's error on to later rows.
 
     Args:
-        factor: ``[experts, rank, I]`` float32.
-        bits: ``[experts, rank]`` int64.
-        feedback: ``[experts, rank, rank]``, from ``feedback_factor``.
-        neuron_weights: ``[experts, I]``.
-        scale_grid: of this projection.
-        scales: ``[experts, rank]``, free scales to start from.
+        factors: ``[2, experts, rank, I]`` float32.
+        bits: ``[2, experts, rank]`` int64.
+        feedback: ``[2, experts, rank, rank]``, from ``feedback_factor``.
+        neuron_weights: ``[2, experts, I]``.
+        scale_grid: ``[2, rank]``.
+        scales: ``[2, experts, rank]``, free scales to start from.
         grid: see ``coding``.
 
     Returns:
-        codes ``[experts, rank, padded(I)]`` int32, scale codes ``[experts, rank]`` uint8.
+        codes ``[2, experts, rank, padded(I)]`` int32, scale codes ``[2, experts, rank]`` uint8 and
+        the values that they stand for, like ``factors``.
     """
-    experts, rank, size = factor.shape
-    work = factor.clone()
-    codes = torch.empty(experts, rank, coding.padded(size), dtype=torch.int32)
+    rank, size = factors.shape[-2:]
+    work, values = factors.clone(), torch.empty_like(factors)
+    codes = torch.empty(*bits.shape, coding.padded(size), dtype=torch.int32)
     scale_codes = torch.empty(bits.shape, dtype=torch.uint8)
     start = scale_grid.encode(scales)
-    low, step = scale_grid.low.float(), scale_grid.step.float()
+    low, step = scale_grid.low.float()[:, None], scale_grid.step.float()[:, None]
     for first in range(0, rank, _LAZY):
         last = min(first + _LAZY, rank)
-        errors = torch.empty(experts, last - first, size)
+        errors = torch.empty_like(factors[:, :, first:last])
         for k in range(first, last):
-            row, width = work[:, k], bits[:, k]
-            code, scale = _choose_scales(row, neuron_weights, width, start[:, k], low[k], step[k])
-            codes[:, k] = coding.encode(row, scale, neuron_weights, width, grid)
-            scale_codes[:, k] = code.to(torch.uint8)
-            value = coding.decode(codes[:, k], scale, width, size, grid)
-            error = (row - value) / feedback[:, k, k, None]
-            work[:, k + 1 : last] -= feedback[:, k, k + 1 : last, None] * error[:, None]
-            errors[:, k - first] = error
-        work[:, last:] -= feedback[:, first:last, last:].transpose(1, 2) @ errors
-    return codes, scale_codes
+            row, width = work[:, :, k], bits[:, :, k]
+            code, scale = _choose_scales(
+                row, neuron_weights, width, start[:, :, k], low[..., k], step[..., k]
+            )
+            coded = coding.encode(row, scale, neuron_weights, width, grid)
+            value = coding.decode(coded, scale, width, size, grid)
+            codes[:, :, k], scale_codes[:, :, k], values[:, :, k] = coded, code.to(torch.uint8), value
+            error = (row - value) / feedback[:, :, k, k, None]
+            work[:, :, k + 1 : last] -= feedback[:, :, k, k + 1 : last, None] * error[:, :, None]
+            errors[:, :, k - first] = error
+        work[:, :, last:] -= feedback[:, :, first:last, last:].transpose(-1, -2) @ errors
+    return codes, scale_codes, values
 
 
 def round_along_neurons(
     factor: Tensor, bits: Tensor, feedback: Tensor, scale_grid: ScaleGrid, scales: Tensor, grid: str
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Round down factors, block after block of 32 neurons, each row under a scale fixed in advance.
 
-    Args as for ``round_along_rank``, but feedback is ``[experts, I, I]``. Returns the same.
+    Args as for ``round_along_rank`` without the first axis, but feedback is ``[experts, I, I]``.
+    Returns the same.
     """
-    experts, rank, size = factor.shape
-    work = factor.clone()
+    size = factor.shape[-1]
+    work, values = factor.clone(), torch.empty_like(factor)
     weights = conditional_variance(feedback)[:, None]
     low, step = scale_grid.low.float(), scale_grid.step.float()
     scale_codes, scale = _choose_scales(factor, weights, bits, scale_grid.encode(scales), low, step)
-    codes = torch.empty(experts, rank, coding.padded(size), dtype=torch.int32)
+    codes = torch.empty(*bits.shape, coding.padded(size), dtype=torch.int32)
     for first in range(0, size, coding.BLOCK):
         last = min(first + coding.BLOCK, size)
-        own, target = feedback[:, first:last, first:last], work[:, :, first:last]
-        # |(target - value) own^-1|^2 is what the block costs once later blocks have made up for it.
-        root = torch.linalg.inv(own)
-        metric = root @ root.transpose(1, 2)
-        diagonal = metric.diagonal(dim1=1, dim2=2)[:, None]
-        code = coding.encode(target, scale, diagonal, bits, grid)
+        target = work[:, :, first:last]
+        # |(target - value) root|^2 is what the block costs once later blocks have made up for it.
+        root = torch.linalg.inv(feedback[:, first:last, first:last])
+        importance = root.square().sum(-1)[:, None]
+        code = coding.encode(target, scale, importance, bits, grid)
         value = coding.decode(code, scale, bits, last - first, grid)
-        codes[:, :, first : first + coding.BLOCK] = code
+        codes[:, :, first : first + coding.BLOCK], values[:, :, first:last] = code, value
         work[:, :, last:] -= (target - value) @ root @ feedback[:, first:last, last:]
-    return codes, scale_codes.to(torch.uint8)
+    return codes, scale_codes.to(torch.uint8), values
