@@ -1,6 +1,7 @@
 """Packed layout of one MoE layer, format version 2.
 
-Symbols: E num_experts, I intermediate_size, H hidden_size, r rank (= H), B = ceil(I / 32).
+Symbols: E num_experts, I intermediate_size, H hidden_size, r rank (= H), B = ceil(I / 32),
+n input bases: 1 shared by gate and up, or 2, gate's rows above up's.
 
 =====================  =======  ======================  =========================================
 tensor                 dtype    shape                   content
@@ -8,10 +9,10 @@ tensor                 dtype    shape                   content
 bitsmoe_row_codes      uint8    [3, E, r]               width index << 5 | scale code, per row
 bitsmoe_scale_grid     int16    [3, 2, r]               low and step of ``rounding.ScaleGrid``
 bitsmoe_payload        int32    [words]                 codes of all rows, see below
-bitsmoe_input_basis    int32    [r, H * bits / 32]      codes (int16 [r, H] if basis_bits is 16)
-bitsmoe_input_scales   int16    [r, H / group_size]     (empty if basis_bits is 16)
+bitsmoe_input_basis    int32    [n * r, H * bits / 32]  codes (int16 [.., H] if basis_bits is 16)
+bitsmoe_input_scales   int16    [n * r, H / group]      (empty if basis_bits is 16)
 bitsmoe_output_basis   int32    [H, r * bits / 32]      as the input basis
-bitsmoe_output_scales  int16    [H, r / group_size]
+bitsmoe_output_scales  int16    [H, r / group]
 =====================  =======  ======================  =========================================
 
 int16 tensors hold the bits of float16 values: an integer dtype is left alone by everything that
@@ -237,13 +238,13 @@ def unpack_rows(
     return torch.cat(pieces), order[:done]
 
 
-def fixed_bits(shape: LayerShape, basis_bits: int, basis_group_size: int) -> dict[str, int]:
+def fixed_bits(shape: LayerShape, basis_bits: int, basis_group_size: int, input_bases: int) -> dict[str, int]:
     """Stored bits of one layer that no allocation changes, by part."""
     h, r = shape.hidden_size, shape.rank
     columns = h if basis_bits == 16 else -(-h // BLOCK) * BLOCK
     scales = 0 if basis_bits == 16 else 16 * r * (h // basis_group_size)
     return {
-        "bases": 2 * (r * columns * basis_bits + scales),
+        "bases": (input_bases + 1) * (r * columns * basis_bits + scales),
         "row_codes": 8 * 3 * shape.num_experts * r,
         "scale_grids": 16 * 3 * 2 * r,
     }

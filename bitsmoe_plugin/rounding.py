@@ -62,6 +62,38 @@ class ScaleGrid:
         return (log / self.step.float()[..., None, :].clamp_min(1e-6)).round_().clamp_(0, SCALE_LEVELS - 1)
 
 
+@dataclass(frozen=True)
+class RoundedRows:
+    """Rounded rows of one or more factors.
+
+    Attributes:
+        codes: ``[..., experts, rank, padded(I)]`` int32, see ``coding``.
+        scale_codes: ``[..., experts, rank]`` uint8.
+        values: ``[..., experts, rank, I]`` float32, what the codes stand for.
+        errors: ``[..., experts, rank]`` float32, d^T C d of each row after feedback, so that their
+            sum is the first-order error of the factor.
+    """
+
+    codes: Tensor
+    scale_codes: Tensor
+    values: Tensor
+    errors: Tensor
+
+
+def joined(parts: list[RoundedRows], dim: int) -> RoundedRows:
+    """Several sets of rows as one, along an axis that all tensors have."""
+    return RoundedRows(*(torch.cat(tensors, dim) for tensors in zip(*map(_tensors, parts), strict=True)))
+
+
+def stacked(rows: RoundedRows) -> RoundedRows:
+    """With a new first axis of length 1."""
+    return RoundedRows(*(tensor[None] for tensor in _tensors(rows)))
+
+
+def _tensors(rows: RoundedRows) -> tuple[Tensor, ...]:
+    return rows.codes, rows.scale_codes, rows.values, rows.errors
+
+
 def feedback_factor(moment: Tensor, damping: float) -> Tensor:
     """Upper Cholesky factor U of the inverse of a damped second moment.
 
@@ -126,7 +158,9 @@ def unbiased_scales(rows: Tensor, weights: Tensor, bits: Tensor, grid: str) -> T
     return torch.where(bits > 0, scales * ratio, scales)
 
 
-def _choose_scales(rows: Tensor, weights: Tensor, bits: Tensor, start: Tensor, low: Tensor, step: Tensor):
+def _choose_scales(
+    rows: Tensor, weights: Tensor, bits: Tensor, start: Tensor, low: Tensor, step: Tensor
+) -> tuple[Tensor, Tensor]:
     """Scale codes near ``start`` ``[...]`` and the scales themselves, for rows ``[..., n]``.
 
     Judged on the uniform grid, which ranks neighbouring scales like the trellis, but is faster.
@@ -151,7 +185,7 @@ def round_along_rank(
     scale_grid: ScaleGrid,
     scales: Tensor,
     grid: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> RoundedRows:
     """Round gate and up factors, row after row, passing each row's error on to later rows.
 
     Args:
@@ -164,13 +198,13 @@ def round_along_rank(
         grid: see ``coding``.
 
     Returns:
-        codes ``[2, experts, rank, padded(I)]`` int32, scale codes ``[2, experts, rank]`` uint8 and
-        the values that they stand for, like ``factors``.
+        see ``RoundedRows``.
     """
     rank, size = factors.shape[-2:]
     work, values = factors.clone(), torch.empty_like(factors)
     codes = torch.empty(*bits.shape, coding.padded(size), dtype=torch.int32)
     scale_codes = torch.empty(bits.shape, dtype=torch.uint8)
+    remaining = torch.empty(bits.shape)
     start = scale_grid.encode(scales)
     low, step = scale_grid.low.float()[:, None], scale_grid.step.float()[:, None]
     for first in range(0, rank, _LAZY):
@@ -187,17 +221,17 @@ def round_along_rank(
             error = (row - value) / feedback[:, :, k, k, None]
             work[:, :, k + 1 : last] -= feedback[:, :, k, k + 1 : last, None] * error[:, :, None]
             errors[:, :, k - first] = error
+            remaining[:, :, k] = (error.square() * neuron_weights).sum(-1)
         work[:, :, last:] -= feedback[:, :, first:last, last:].transpose(-1, -2) @ errors
-    return codes, scale_codes, values
+    return RoundedRows(codes, scale_codes, values, remaining)
 
 
 def round_along_neurons(
     factor: Tensor, bits: Tensor, feedback: Tensor, scale_grid: ScaleGrid, scales: Tensor, grid: str
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> RoundedRows:
     """Round down factors, block after block of 32 neurons, each row under a scale fixed in advance.
 
     Args as for ``round_along_rank`` without the first axis, but feedback is ``[experts, I, I]``.
-    Returns the same.
     """
     size = factor.shape[-1]
     work, values = factor.clone(), torch.empty_like(factor)
@@ -205,6 +239,7 @@ def round_along_neurons(
     low, step = scale_grid.low.float(), scale_grid.step.float()
     scale_codes, scale = _choose_scales(factor, weights, bits, scale_grid.encode(scales), low, step)
     codes = torch.empty(*bits.shape, coding.padded(size), dtype=torch.int32)
+    remaining = torch.zeros(bits.shape)
     for first in range(0, size, coding.BLOCK):
         last = min(first + coding.BLOCK, size)
         target = work[:, :, first:last]
@@ -214,5 +249,7 @@ def round_along_neurons(
         code = coding.encode(target, scale, importance, bits, grid)
         value = coding.decode(code, scale, bits, last - first, grid)
         codes[:, :, first : first + coding.BLOCK], values[:, :, first:last] = code, value
-        work[:, :, last:] -= (target - value) @ root @ feedback[:, first:last, last:]
-    return codes, scale_codes.to(torch.uint8), values
+        error = (target - value) @ root
+        remaining += error.square().sum(-1)
+        work[:, :, last:] -= error @ feedback[:, first:last, last:]
+    return RoundedRows(codes, scale_codes.to(torch.uint8), values, remaining)

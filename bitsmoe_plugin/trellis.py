@@ -78,7 +78,7 @@ def encode_with(values: np.ndarray, rows: Tensor, weights: Tensor, bits: int) ->
     # Only ratios of weights within a block matter; unit size keeps sums in float32's best range.
     scaled = weights.reshape(-1, BLOCK)
     scaled = scaled / scaled.amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+    numba.set_num_threads(min(torch.get_num_threads(), numba.get_num_threads()))
     codes = _encode_blocks(blocks, scaled.contiguous().numpy(), values, bits)
     return codes.reshape(rows.shape)
 

@@ -91,7 +91,9 @@ def best_table(bits: int, candidates: int, trained: int) -> tuple[np.ndarray, fl
 
 def main(candidates: int, trained: int) -> None:
     """Print the source of ``trellis_tables.py``."""
-    print('"""Tables of ``trellis``: int8 values in units of 1/32, by width; made by ``trellis_design``."""\n')
+    print(
+        '"""Tables of ``trellis``: int8 values in units of 1/32, by width; made by ``trellis_design``."""\n'
+    )
     print("from __future__ import annotations\n\nimport numpy as np\n\n_HEX = {")
     for bits in trellis.WIDTHS:
         values, error = best_table(bits, candidates, trained)

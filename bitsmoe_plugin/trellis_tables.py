@@ -1,4 +1,4 @@
-"""Tables of ``trellis``: int8 values in units of 1/32, by width; made by ``trellis_design``."""
+"""Tables of ``trellis``: int8 values in units of 1/32, by width; see ``trellis_design``."""
 
 from __future__ import annotations
 
