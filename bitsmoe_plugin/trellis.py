@@ -37,6 +37,7 @@ _WARM = 24
 """Values on either side of a block's seam that settle its state there. More changes nothing."""
 
 _UNREACHABLE = 1e30
+_MAX_THREADS = numba.get_num_threads()
 
 
 def table(bits: int) -> Tensor:
@@ -78,7 +79,7 @@ def encode_with(values: np.ndarray, rows: Tensor, weights: Tensor, bits: int) ->
     # Only ratios of weights within a block matter; unit size keeps sums in float32's best range.
     scaled = weights.reshape(-1, BLOCK)
     scaled = scaled / scaled.amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-    numba.set_num_threads(min(torch.get_num_threads(), numba.get_num_threads()))
+    numba.set_num_threads(min(torch.get_num_threads(), _MAX_THREADS))
     codes = _encode_blocks(blocks, scaled.contiguous().numpy(), values, bits)
     return codes.reshape(rows.shape)
 
