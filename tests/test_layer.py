@@ -348,12 +348,12 @@ def test_bits_over_bound_at_two_bits(layer, options: dict) -> None:
 
 def test_reported_errors_predict_the_measured_error(layer) -> None:
     """``RoundedLayer.errors`` is the first-order error: at 8 bits, without refit, it is the output error
-    of the packed layer up to cross terms and the factorised expectation of the module text: within a
-    factor of 2. A missing weight or a row counted twice would be off by more."""
+    of the packed layer up to cross terms and the factorised expectation of the module text: within
+    20 % (measured: 2 %). A missing weight or a factor counted twice would be off by more."""
     problem = problem_of(layer, refit=False, covariance_prior=0.0)
     rounded = round_layer(problem, torch.full((3, E, H), 8))
     assert rounded.errors.shape == (3,)
     out = runtime(rounded.packed, problem)(*routing(layer))
     squares = (out - layer.forward(*routing(layer))).square().mean(-1)
     measured = float((squares * layer.activations.token_weights).mean())
-    assert 0.5 < float(rounded.errors.sum()) / measured < 2
+    assert float(rounded.errors.sum()) == pytest.approx(measured, rel=0.2)
