@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -13,9 +15,7 @@ from bitsmoe_plugin import grids, trellis
 
 BLOCK = trellis.BLOCK
 GRIDS = ("trellis", "uniform")
-
-# Mean square error of a unit Gaussian relative to the uniform grid of the same width.
-_TRELLIS_GAIN = {1: 0.838, 2: 0.657, 3: 0.536, 4: 0.466}
+_SAMPLE = 2**15
 
 
 def padded(size: int) -> int:
@@ -28,9 +28,21 @@ def uses_trellis(width: int, grid: str) -> bool:
     return grid == "trellis" and width in trellis.WIDTHS
 
 
-def expected_gain(width: int, grid: str) -> float:
-    """Distortion of a row relative to the uniform grid's, for a Gaussian row."""
-    return _TRELLIS_GAIN[width] if uses_trellis(width, grid) else 1.0
+@cache
+def expected_gain(width: int, grid: str, size: int) -> float:
+    """Distortion of Gaussian rows of ``size`` values relative to ``grids.best_scale`` of the same width.
+
+    The uniform grid fits its scale to the extremes of short rows, so the trellis gains less on them:
+    at 4 bits 0.60 for 64 values, 0.47 for long rows.
+    """
+    if not uses_trellis(width, grid):
+        return 1.0
+    rows = torch.randn(-(-_SAMPLE // size), size, generator=torch.Generator().manual_seed(0))
+    weights, bits = torch.ones_like(rows), torch.full((len(rows),), width)
+    scales, distortion = grids.best_scale(rows, weights, width)
+    values = round_rows(rows, scales.squeeze(-1), weights, bits, grid)
+    ratio = (rows * values).sum(-1, keepdim=True) / values.square().sum(-1, keepdim=True)
+    return float((rows - ratio * values).square().sum() / distortion.sum())
 
 
 def encode(rows: Tensor, scales: Tensor, weights: Tensor, bits: Tensor, grid: str) -> Tensor:

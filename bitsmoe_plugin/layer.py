@@ -119,7 +119,7 @@ def row_costs(problem: LayerProblem, keep: list[int]) -> tuple[Tensor, Tensor, d
             energies[factor, chosen] = (rows.square() * inner[factor]).sum(-1) * outer[factor]
             for index, width in enumerate(config.widths):
                 distortion = grids.best_scale(rows, inner[factor], width)[1] * outer[factor]
-                distortion *= coding.expected_gain(width, config.grid)
+                distortion *= coding.expected_gain(width, config.grid, shape.intermediate_size)
                 if factor < 2 and not spectral:
                     distortion *= GATE_UP_WEIGHT * (DROP_WEIGHT if width == 0 else 1.0)
                 costs[factor, chosen, :, index] = distortion

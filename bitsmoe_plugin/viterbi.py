@@ -60,6 +60,7 @@ def _advance(x, weights, values, bits, first, count, metric, trace):  # type: ig
         i = (first + step) % BLOCK
         for state in range(states):
             best[:] = np.float32(_UNREACHABLE)
+            choice[:] = 0  # stays if costs overflow: any code is as good, but it must be one
             for branch in range(branches):
                 window = (state << bits) | branch
                 before, value, mark = window & (states - 1), values[window], np.int32(branch)
