@@ -61,7 +61,13 @@ def packed_spec(name: str, config: BitsMoEConfig) -> PackedSpec:
             raise CheckpointError(f"{name}: {key}={value!r} in quantization_config is not a sensible size")
     shape = LayerShape(entry["num_experts"], entry["hidden_size"], entry["intermediate_size"])
     return PackedSpec(
-        shape, config.widths, config.basis_bits, config.basis_group_size, entry["payload_words"]
+        shape=shape,
+        widths=config.widths,
+        basis_bits=config.basis_bits,
+        basis_group_size=config.basis_group_size,
+        input_bases=config.input_bases,
+        payload_words=entry["payload_words"],
+        grid=config.grid,
     )
 
 

@@ -10,9 +10,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
-from bitsmoe_plugin.comparison import METHODS
-from bitsmoe_plugin.config import ALL_WIDTHS, BitsMoEConfig
-from bitsmoe_plugin.errors import BitsMoEError
+from bitsmoe_plugin.comparison import METHODS as COMPARED
+from bitsmoe_plugin.config import METHODS, BitsMoEConfig
+from bitsmoe_plugin.errors import BitsMoEError, ConfigError
 from bitsmoe_plugin.streams import stdout_to_stderr
 
 
@@ -32,13 +32,13 @@ def _add_quantize(commands: Any) -> None:
     parser.add_argument("model", help="model directory or hub name")
     parser.add_argument("out", type=Path, help="directory to write; must not exist or be empty")
     _add_calibration(parser)
-    defaults = BitsMoEConfig()
-    widths = ",".join(map(str, ALL_WIDTHS))
-    parser.add_argument("--widths", default=widths, help=f"widths a row may take (default {widths})")
-    parser.add_argument("--basis-bits", type=int, default=defaults.basis_bits, help="4, 8 or 16")
-    parser.add_argument("--basis-group-size", type=int, default=defaults.basis_group_size)
+    parser.add_argument("--method", default="default", help=f"one of {', '.join(METHODS)}")
     parser.add_argument(
-        "--scope", default=defaults.scope, help="budget over all layers or each: global, layer"
+        "--option",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="any other option of BitsMoEConfig, e.g. basis_bits=8, widths=[2,3,4], refit=false",
     )
     parser.set_defaults(run=_quantize)
 
@@ -70,7 +70,7 @@ def _add_compare(commands: Any) -> None:
     parser.add_argument("model", help="model directory or hub name")
     _add_calibration(parser)
     _add_evaluation_options(parser, "--eval")
-    parser.add_argument("--methods", default="full,rtn,bitsmoe", help=f"comma list of {', '.join(METHODS)}")
+    parser.add_argument("--methods", default="full,rtn,bitsmoe", help=f"comma list of {', '.join(COMPARED)}")
     parser.add_argument("--group-size", type=int, default=64, help="of round-to-nearest and GPTQ")
     parser.add_argument(
         "--prompt", default=None, help="also print a continuation of this text by each method"
@@ -95,11 +95,22 @@ def _print_json(value: dict[str, Any], stdout: TextIO) -> None:
     print(json.dumps(value, indent=2), file=stdout)
 
 
-def _parse_widths(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(width) for width in text.split(","))
-    except ValueError:
-        return (text,)  # type: ignore[return-value]  # refused by the config, which names it
+def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
+    """Options from ``NAME=VALUE`` texts; values are JSON, or plain text if they are none.
+
+    Raises:
+        ConfigError: a text without ``=``.
+    """
+    options = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise ConfigError(f"--option {pair}: write NAME=VALUE, for example basis_bits=8")
+        try:
+            options[name] = json.loads(value)
+        except ValueError:
+            options[name] = value
+    return options
 
 
 def _quantize(args: argparse.Namespace, stdout: TextIO) -> None:
@@ -114,10 +125,8 @@ def _quantize(args: argparse.Namespace, stdout: TextIO) -> None:
         sequence_length=args.sequence_length,
         batch_size=args.batch_size,
         seed=args.seed,
-        widths=_parse_widths(args.widths),
-        basis_bits=args.basis_bits,
-        basis_group_size=args.basis_group_size,
-        scope=args.scope,
+        method=args.method,
+        **parse_options(args.option),
     )
     quantize_to_directory(args.model, args.out, config)
     size = inspect_checkpoint(args.out)

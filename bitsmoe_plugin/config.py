@@ -6,11 +6,21 @@ from typing import Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from bitsmoe_plugin import coding
 from bitsmoe_plugin.errors import CheckpointError, ConfigError
 from bitsmoe_plugin.packing import FORMAT_VERSION
 
 QUANT_METHOD = "bitsmoe"
 ALL_WIDTHS = (0, 1, 2, 3, 4, 6, 8, 16)
+_FLAGS = (
+    "joint_basis",
+    "whitening",
+    "neuron_weighting",
+    "feedback",
+    "widening",
+    "refit",
+    "sequential",
+)
 _RUNTIME_ONLY = ("dataset", "tokenizer")
 
 
@@ -30,6 +40,46 @@ def _check_choice(option: str, value: Any, choices: tuple[Any, ...]) -> None:
         _fail(option, value, ", ".join(repr(choice) for choice in choices))
 
 
+_PAPER = {
+    "widths": ALL_WIDTHS,
+    "grid": "uniform",
+    "basis_bits": 16,
+    "joint_basis": False,
+    "whitening": False,
+    "cost": "spectral",
+    "token_weighting": "none",
+    "neuron_weighting": False,
+    "covariance_prior": 0.0,
+    "feedback": False,
+    "widening": False,
+    "refit": False,
+    "sequential": False,
+    "scope": "layer",
+}
+METHODS: dict[str, dict[str, Any]] = {
+    "default": {
+        "widths": ALL_WIDTHS,
+        "grid": "trellis",
+        "basis_bits": 4,
+        "joint_basis": True,
+        "whitening": True,
+        "cost": "output",
+        "token_weighting": "residual",
+        "neuron_weighting": True,
+        "covariance_prior": 1.0,
+        "feedback": True,
+        "widening": True,
+        "refit": True,
+        "sequential": True,
+        "scope": "global",
+    },
+    "paper-v1": _PAPER,
+    "paper-v2": {**_PAPER, "basis_bits": 8, "scope": "global"},
+}
+"""What each method sets; options that are given replace it. "paper-v1" and "paper-v2" are our
+reading of the two versions of arXiv 2606.00079, whose quantizer was never published."""
+
+
 class BitsMoEConfig(QuantizationConfigMixin):
     """How to quantize the routed experts of an MoE model, and how a checkpoint was quantized.
 
@@ -45,18 +95,28 @@ class BitsMoEConfig(QuantizationConfigMixin):
         calibration_tokens: use at most this many tokens of ``dataset``.
         sequence_length: tokens per calibration sequence.
         batch_size: sequences per forward pass.
+        held_out: share of the calibration sequences that no statistic sees; the output error of each
+            layer is measured on them and reported. 0 to 0.5.
+        method: "default", or "paper-v1" or "paper-v2" as published; sets all options from ``widths``
+            to ``scope`` but ``basis_group_size`` that are not given.
         widths: bits that a row may take; 0 drops it. A subset of 0, 1, 2, 3, 4, 6, 8, 16.
-        basis_bits: width of the two shared bases, 4, 8 or 16.
+        grid: "trellis" codes rows of up to 4 bits by trellis, "uniform" rounds all to uniform grids.
+        basis_bits: width of the shared bases, 4, 8 or 16.
         basis_group_size: basis values that share a scale; divides hidden_size.
-        whitening: bases in the metric of the inputs (True) or plain orthogonal ones (False).
+        joint_basis: one input basis for gate and up (True) or one for each (False).
+        whitening: bases in the metric of the inputs and outputs (True) or from plain SVDs (False).
+        cost: "output" estimates the layer's output error, "spectral" is row energy times input energy.
         token_weighting: "residual" weighs a token by 1 / mean square of its residual stream,
             "none" weighs all alike.
+        neuron_weighting: weigh a neuron's gate and up by what they do to the output (True), or all
+            neurons of an expert alike.
+        covariance_prior: weight of the layer's covariance in an expert's own, in tokens per
+            dimension: 0 uses the expert's alone, 1e6 the layer's. More for short calibration text.
         feedback: pass rounding errors on to values not yet rounded (GPTQ).
+        widening: choose gate and up scales such that rounding does not shrink rows on average.
         refit: recompute each down factor for the rounded gate and up before rounding it.
         sequential: calibrate a layer on the outputs of the quantized layers before it.
         scope: "global" spends one budget over all layers, "layer" the same budget on each.
-        covariance_prior: weight of the layer's covariance in an expert's own, in tokens per
-            dimension; more for short calibration text.
         damping: share of the mean diagonal added to second moments before they are inverted.
         seed: of the few random choices (stand-in tokens for thin experts).
         format_version, layers, calibration: written into checkpoints, not for users.
@@ -65,6 +125,22 @@ class BitsMoEConfig(QuantizationConfigMixin):
         ConfigError: naming the option, its value and what is allowed.
         CheckpointError: a checkpoint of a newer format version.
     """
+
+    # Set from the method's table, see __init__.
+    widths: tuple[int, ...]
+    grid: str
+    basis_bits: int
+    joint_basis: bool
+    whitening: bool
+    cost: str
+    token_weighting: str
+    neuron_weighting: bool
+    covariance_prior: float
+    feedback: bool
+    widening: bool
+    refit: bool
+    sequential: bool
+    scope: str
 
     def __init__(
         self,
@@ -75,16 +151,23 @@ class BitsMoEConfig(QuantizationConfigMixin):
         calibration_tokens: int = 131_072,
         sequence_length: int = 512,
         batch_size: int = 8,
-        widths: tuple[int, ...] | list[int] = ALL_WIDTHS,
-        basis_bits: int = 4,
+        held_out: float = 0.0625,
+        method: str = "default",
+        widths: tuple[int, ...] | list[int] | None = None,
+        grid: str | None = None,
+        basis_bits: int | None = None,
         basis_group_size: int = 32,
-        whitening: bool = True,
-        token_weighting: str = "residual",
-        feedback: bool = True,
-        refit: bool = True,
-        sequential: bool = True,
-        scope: str = "global",
-        covariance_prior: float = 1.0,
+        joint_basis: bool | None = None,
+        whitening: bool | None = None,
+        cost: str | None = None,
+        token_weighting: str | None = None,
+        neuron_weighting: bool | None = None,
+        covariance_prior: float | None = None,
+        feedback: bool | None = None,
+        widening: bool | None = None,
+        refit: bool | None = None,
+        sequential: bool | None = None,
+        scope: str | None = None,
         damping: float = 0.01,
         seed: int = 0,
         format_version: int = FORMAT_VERSION,
@@ -113,21 +196,33 @@ class BitsMoEConfig(QuantizationConfigMixin):
         self.calibration_tokens = calibration_tokens
         self.sequence_length = sequence_length
         self.batch_size = batch_size
-        self.widths = tuple(widths) if isinstance(widths, (list, tuple)) else widths
-        self.basis_bits = basis_bits
+        self.held_out = held_out
         self.basis_group_size = basis_group_size
-        self.whitening = whitening
-        self.token_weighting = token_weighting
-        self.feedback = feedback
-        self.refit = refit
-        self.sequential = sequential
-        self.scope = scope
-        self.covariance_prior = covariance_prior
         self.damping = damping
         self.seed = seed
         self.format_version = format_version
         self.layers = layers or {}
         self.calibration = calibration or {}
+        _check_choice("method", method, tuple(METHODS))
+        self.method = method
+        given = {
+            "widths": tuple(widths) if isinstance(widths, (list, tuple)) else widths,
+            "grid": grid,
+            "basis_bits": basis_bits,
+            "joint_basis": joint_basis,
+            "whitening": whitening,
+            "cost": cost,
+            "token_weighting": token_weighting,
+            "neuron_weighting": neuron_weighting,
+            "covariance_prior": covariance_prior,
+            "feedback": feedback,
+            "widening": widening,
+            "refit": refit,
+            "sequential": sequential,
+            "scope": scope,
+        }
+        for option, value in given.items():
+            setattr(self, option, METHODS[method][option] if value is None else value)
         self.validate()
 
     def validate(self) -> None:
@@ -151,9 +246,12 @@ class BitsMoEConfig(QuantizationConfigMixin):
             _fail("widths", self.widths, f"rising, distinct members of {ALL_WIDTHS}")
         _check_choice("basis_bits", self.basis_bits, (4, 8, 16))
         _check_choice("basis_group_size", self.basis_group_size, (16, 32, 64, 128, 256))
-        for flag in ("whitening", "feedback", "refit", "sequential"):
+        for flag in _FLAGS:
             _check_choice(flag, getattr(self, flag), (True, False))
+        _check_number("held_out", self.held_out, 0, 0.5)
+        _check_choice("cost", self.cost, ("output", "spectral"))
         _check_choice("token_weighting", self.token_weighting, ("residual", "none"))
+        _check_choice("grid", self.grid, coding.GRIDS)
         _check_choice("scope", self.scope, ("global", "layer"))
         _check_number("covariance_prior", self.covariance_prior, 0, 1e6)
         _check_number("damping", self.damping, 1e-6, 1.0)
@@ -162,6 +260,11 @@ class BitsMoEConfig(QuantizationConfigMixin):
         for part in ("layers", "calibration"):
             if not isinstance(getattr(self, part), dict):
                 _fail(part, type(getattr(self, part)).__name__, "objects written by this package")
+
+    @property
+    def input_bases(self) -> int:
+        """Number of input bases per layer."""
+        return 1 if self.joint_basis else 2
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:

@@ -24,14 +24,18 @@ class PackedSpec:
         widths: of the config, in its order.
         basis_bits: 4, 8 or 16.
         basis_group_size: values per basis scale.
+        input_bases: 1 for gate and up together, 2 for one each.
         payload_words: length of the payload.
+        grid: of the rows, see ``coding``.
     """
 
     shape: LayerShape
     widths: tuple[int, ...]
     basis_bits: int
     basis_group_size: int
+    input_bases: int
     payload_words: int
+    grid: str
 
     def tensors(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Name -> (dtype, shape) of every stored tensor, see ``packing``."""
@@ -49,8 +53,8 @@ class PackedSpec:
             "bitsmoe_row_codes": (torch.uint8, (3, e, r)),
             "bitsmoe_scale_grid": (torch.int16, (3, 2, r)),
             "bitsmoe_payload": (torch.int32, (self.payload_words,)),
-            "bitsmoe_input_basis": (basis, (r, width(h))),
-            "bitsmoe_input_scales": (torch.int16, (0,) if dense else (r, groups(h))),
+            "bitsmoe_input_basis": (basis, (self.input_bases * r, width(h))),
+            "bitsmoe_input_scales": (torch.int16, (0,) if dense else (self.input_bases * r, groups(h))),
             "bitsmoe_output_basis": (basis, (h, width(r))),
             "bitsmoe_output_scales": (torch.int16, (0,) if dense else (h, groups(r))),
         }
@@ -156,6 +160,7 @@ class BitsMoEExperts(nn.Module):
             input_basis=self._basis("input"),
             output_basis=self._basis("output"),
             intermediate_size=self.spec.shape.intermediate_size,
+            grid=self.spec.grid,
             gating=self._gating,
         )
 

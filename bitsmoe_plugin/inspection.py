@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -14,6 +15,7 @@ from bitsmoe_plugin import packing
 from bitsmoe_plugin.checkpoint import packed_spec, stored_tensors, tensor_key, verify_headers
 from bitsmoe_plugin.config import QUANT_METHOD, BitsMoEConfig
 from bitsmoe_plugin.errors import CheckpointError
+from bitsmoe_plugin.pipeline import THIN_TOKENS_PER_DIMENSION
 
 _PARTS = {
     "bitsmoe_payload": "payload",
@@ -51,7 +53,9 @@ def inspect_checkpoint(directory: Path) -> dict[str, Any]:
     Returns:
         ``bits_per_weight``, ``expert_bytes``, ``expert_weights``, ``parts`` (bits per weight by
         part), ``calibration``, and ``layers``: for each ``bits_per_weight``, ``widths`` (projection
-        -> width -> rows) and the errors measured while quantizing.
+        -> width -> rows), ``tokens_per_dimension`` and what was measured while quantizing: errors
+        (absolute, per token and hidden value, token-weighted), ``output_energy``,
+        ``bits_over_bound``, ``tokens_per_expert``.
     """
     config = read_config(directory)
     specs = {layer: packed_spec(layer, config) for layer in config.layers}
@@ -76,6 +80,7 @@ def inspect_checkpoint(directory: Path) -> dict[str, Any]:
                 for i, factor in enumerate(packing.FACTORS)
             },
             **config.layers[layer].get("report", {}),
+            "tokens_per_dimension": _tokens_per_dimension(config.layers[layer], spec.shape.hidden_size),
         }
     total = sum(parts.values())
     return {
@@ -88,9 +93,29 @@ def inspect_checkpoint(directory: Path) -> dict[str, Any]:
     }
 
 
+def _tokens_per_dimension(entry: dict[str, Any], hidden_size: int) -> float:
+    counts = entry.get("report", {}).get("tokens_per_expert") or [0]
+    return statistics.median(counts) / hidden_size
+
+
 def table_console(stream: TextIO) -> Console:
     """A console for tables: as wide as the terminal, or 160 columns in a file or pipe."""
     return Console(file=stream, width=None if stream.isatty() else 160)
+
+
+_ERRORS = {"estimated_error": "estimated", "calibration_error": "measured", "unseen_error": "unseen"}
+
+
+def _layer_summary(layer: dict[str, Any]) -> list[str]:
+    """The columns that a layer has once, not per projection; "-" for what the checkpoint lacks."""
+    relative = layer.get("output_energy") or math.nan
+    errors = [layer.get(key) for key in _ERRORS]
+    over = layer.get("bits_over_bound")
+    return [
+        *("-" if error is None else f"{100 * error / relative:.2f} %" for error in errors),
+        "-" if over is None else f"{over:.3f}",
+        f"{layer['tokens_per_dimension']:.2f}",
+    ]
 
 
 def print_inspection(report: dict[str, Any], stream: TextIO) -> None:
@@ -103,10 +128,10 @@ def print_inspection(report: dict[str, Any], stream: TextIO) -> None:
         highlight=False,
     )
     widths = list(next(iter(next(iter(report["layers"].values()))["widths"].values())))
-    table = Table("layer", "projection", "bits", *(f"{w} bit" for w in widths), "estimated", "measured")
+    columns = [*(f"{w} bit" for w in widths), *_ERRORS.values(), "over bound", "tokens/dim"]
+    table = Table("layer", "projection", "bits", *columns)
     for name, layer in report["layers"].items():
-        relative = layer.get("output_energy") or float("nan")
-        errors = [layer.get(key, float("nan")) / relative for key in ("estimated_error", "calibration_error")]
+        summary = _layer_summary(layer)
         for factor, histogram in layer["widths"].items():
             first = factor == packing.FACTORS[0]
             total = sum(histogram.values())
@@ -115,12 +140,15 @@ def print_inspection(report: dict[str, Any], stream: TextIO) -> None:
                 factor,
                 f"{layer['bits_per_weight']:.3f}" if first else "",
                 *(f"{100 * histogram[w] / total:.1f} %" for w in widths),
-                *((f"{100 * e:.2f} %" for e in errors) if first else ("", "")),
+                *(summary if first else [""] * len(summary)),
             )
     console.print(table)
     console.print(
-        "widths: share of rows; estimated and measured: output error of the layer on the calibration "
-        "text, relative to the output's energy (token-weighted)."
+        "widths: share of rows. estimated, measured, unseen: output error of the layer, relative to the "
+        "output's energy (token-weighted), as the allocation expected it, on the calibration text and on "
+        "text held out from it. over bound: bits per weight of the rows (without bases) beyond the "
+        "rate-distortion bound at the same first-order error. tokens/dim: calibration tokens of the median "
+        f"expert per input dimension; below {THIN_TOKENS_PER_DIMENSION:g} estimates are poor."
     )
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bitsmoe_plugin import grids, packing, rounding
+from bitsmoe_plugin import bound, coding, grids, packing, rounding
 from bitsmoe_plugin.allocation import allocate
 from bitsmoe_plugin.packing import LayerShape, PackedExperts
 from bitsmoe_plugin.problem import LayerProblem, error_feedback, rank_feedback
@@ -27,7 +27,7 @@ DROP_WEIGHT = 2.5
 points along what excites the neuron. KL to full precision of the bundled model at 2 bits (32,768
 calibration tokens): 0.0334 at 1, 0.0303 at 1.5, 0.0287 at 2.5, 0.0288 at 4."""
 
-_TRIAL_EXPERTS = 16
+_TRIAL_EXPERTS = 8
 _REFIT_RIDGE = 0.003
 
 
@@ -35,11 +35,13 @@ _REFIT_RIDGE = 0.003
 class LayerPlan:
     """Attributes:
     costs: ``[3, E, r, widths]`` float32, estimated output error of each row at each width.
+    energies: ``[3, E, r]`` float32, first-order output error of dropping each row.
     bases: quantized, to be reused when the layer is rounded.
     correction: measured over estimated error of a trial rounding; already inside ``costs``.
     """
 
     costs: Tensor
+    energies: Tensor
     bases: SharedBases
     correction: float
 
@@ -49,41 +51,66 @@ class RoundedExperts:
     """Some experts after rounding.
 
     Attributes:
-        codes: ``[3, e, r, I]`` int32.
-        scale_codes: ``[3, e, r]`` uint8.
-        values: ``[3, e, r, I]`` float32, the decoded factors.
-        scale_grids: of gate, up and down.
+        rows: of gate, up and down, first axis ``[3]``.
+        scale_grid: likewise, ``[3, r]``.
     """
 
-    codes: Tensor
-    scale_codes: Tensor
-    values: Tensor
-    scale_grids: list[rounding.ScaleGrid]
+    rows: rounding.RoundedRows
+    scale_grid: rounding.ScaleGrid
 
 
-def row_costs(problem: LayerProblem) -> Tensor:
-    """``[3, E, r, widths]`` float32: first-order output error of every row at every width."""
-    widths = problem.config.widths
-    shape = problem.shape
-    costs = torch.empty(3, shape.num_experts, shape.rank, len(widths))
-    reach = problem.output_basis.square().sum(0)
+def _output_weights(problem: LayerProblem, experts: range) -> tuple[list[Tensor], list[Tensor]]:
+    """What a unit of squared error in a factor's values costs at the layer's output, to first order.
+
+    Returns:
+        for gate, up and down the weights within a row, ``[e, 1, I]``, and of whole rows, ``[e, r]``.
+    """
+    statistics, chosen = problem.statistics, slice(experts.start, experts.stop)
+    rank = rounding.conditional_variance(rank_feedback(problem, experts))
+    hidden = rounding.conditional_variance(error_feedback(statistics.hidden_moment[chosen], problem.config))
+    reach = problem.output_basis.square().sum(0).expand(len(experts), -1)
+    neuron = statistics.neuron_weights[:, chosen, None]
+    return [neuron[0], neuron[1], hidden[:, None]], [rank[0], rank[1], reach]
+
+
+def _spectral_weights(problem: LayerProblem, experts: range) -> tuple[list[Tensor], list[Tensor]]:
+    """The same for ``cost="spectral"``: the energy of what the factor is multiplied with."""
+    energies = []
+    for expert in experts:
+        rows = problem.rows[expert]
+        z = problem.activations.hidden[rows.tokens].float() @ problem.input_bases.transpose(1, 2)
+        energies.append((z.square() * rows.weights[:, None]).sum(1))
+    z_energy = torch.stack(energies, 1)
+    moments = problem.statistics.hidden_moment[experts.start : experts.stop]
+    hidden = moments.diagonal(dim1=1, dim2=2).mean(-1, keepdim=True).expand(-1, problem.shape.rank)
+    ones = torch.ones(len(experts), 1, problem.shape.intermediate_size)
+    return [ones, ones, ones], [z_energy[0], z_energy[-1], hidden]
+
+
+def row_costs(problem: LayerProblem) -> tuple[Tensor, Tensor]:
+    """What the rows of a layer cost at every width.
+
+    Returns:
+        costs ``[3, E, r, widths]`` and energies ``[3, E, r]`` float32: estimated output error of
+        each row, and the first-order error of dropping it.
+    """
+    config, shape = problem.config, problem.shape
+    costs = torch.empty(3, shape.num_experts, shape.rank, len(config.widths))
+    energies = torch.empty(3, shape.num_experts, shape.rank)
+    spectral = config.cost == "spectral"
     for chosen in problem.chunks(shape.num_experts):
-        experts = range(chosen.start, chosen.stop)
-        rank_weights = rounding.conditional_variance(rank_feedback(problem, experts))
-        moments = problem.statistics.hidden_moment[chosen]
-        hidden_weights = rounding.conditional_variance(error_feedback(moments, problem.config))
+        weigh = _spectral_weights if spectral else _output_weights
+        inner, outer = weigh(problem, range(chosen.start, chosen.stop))
         for factor in range(3):
             rows = problem.factors[factor, chosen]
-            if factor < 2:
-                inner = problem.statistics.neuron_weights[factor, chosen, None]
-                outer = rank_weights[factor] * GATE_UP_WEIGHT
-            else:
-                inner, outer = hidden_weights[:, None], reach
-            for index, width in enumerate(widths):
-                extra = DROP_WEIGHT if factor < 2 and width == 0 else 1.0
-                distortion = grids.best_scale(rows, inner, width)[1]
-                costs[factor, chosen, :, index] = distortion * outer * extra
-    return costs
+            energies[factor, chosen] = (rows.square() * inner[factor]).sum(-1) * outer[factor]
+            for index, width in enumerate(config.widths):
+                distortion = grids.best_scale(rows, inner[factor], width)[1] * outer[factor]
+                distortion *= coding.expected_gain(width, config.grid)
+                if factor < 2 and not spectral:
+                    distortion *= GATE_UP_WEIGHT * (DROP_WEIGHT if width == 0 else 1.0)
+                costs[factor, chosen, :, index] = distortion
+    return costs, energies
 
 
 def row_sizes(shape: LayerShape, widths: tuple[int, ...]) -> list[int]:
@@ -100,7 +127,10 @@ def plan_layer(problem: LayerProblem, payload_bits: int) -> LayerPlan:
     Args:
         payload_bits: the layer's share of the budget, for the trial.
     """
-    costs, widths = row_costs(problem), problem.config.widths
+    widths = problem.config.widths
+    costs, energies = row_costs(problem)
+    if problem.config.cost == "spectral":
+        return LayerPlan(costs, energies, problem.bases, 1.0)
     sizes = torch.tensor(row_sizes(problem.shape, widths)).expand(costs.shape)
     flat = costs.reshape(-1, len(widths)).double().numpy()
     least = int(sizes.amin(-1).sum())
@@ -111,14 +141,9 @@ def plan_layer(problem: LayerProblem, payload_bits: int) -> LayerPlan:
     bits = torch.tensor(widths)[choice[:, experts]]
     rounded = round_experts(problem, bits, experts)
     estimated = costs[:, experts].gather(-1, choice[:, experts, :, None]).sum()
-    measured = sampled_error(problem, experts, rounded.values)
+    measured = sampled_error(problem, experts, rounded.rows.values)
     correction = measured / float(estimated) if float(estimated) > 0 and measured > 0 else 1.0
-    return LayerPlan(costs * correction, problem.bases, correction)
-
-
-def _decode_rounded(codes: Tensor, scale_codes: Tensor, grid: rounding.ScaleGrid, bits: Tensor) -> Tensor:
-    scales = grid.decode(scale_codes.float())
-    return grids.decode(codes.float(), scales[..., None], bits[..., None])
+    return LayerPlan(costs * correction, energies, problem.bases, correction)
 
 
 def round_experts(problem: LayerProblem, bits: Tensor, experts: list[int]) -> RoundedExperts:
@@ -128,34 +153,32 @@ def round_experts(problem: LayerProblem, bits: Tensor, experts: list[int]) -> Ro
         bits: ``[3, e, r]`` int64.
         experts: their ids.
     """
-    factors, widths = problem.factors[:, experts], problem.config.widths
-    codes = torch.empty(factors.shape, dtype=torch.int32)
-    scale_codes = torch.empty(bits.shape, dtype=torch.uint8)
-    values = torch.empty_like(factors)
-    scale_grids = []
+    factors, config = problem.factors[:, experts], problem.config
     neuron = problem.statistics.neuron_weights[:, experts]
-    scales = torch.stack(
-        [rounding.unbiased_scales(factors[f], neuron[f, :, None], bits[f], widths) for f in (0, 1)]
-    )
-    for factor in (0, 1):
-        scale_grids.append(rounding.ScaleGrid.covering(scales[factor], bits[factor] > 0))
-    for part in problem.chunks(len(experts)):
-        feedback = rank_feedback(problem, experts[part])
-        for f in (0, 1):
-            codes[f, part], scale_codes[f, part] = rounding.round_along_rank(
-                factors[f, part], bits[f, part], feedback[f], neuron[f, part], scale_grids[f], scales[f, part]
-            )
-            values[f, part] = _decode_rounded(
-                codes[f, part], scale_codes[f, part], scale_grids[f], bits[f, part]
-            )
-    down, moments = refit_down(problem, values[:2], experts)
-    feedback = error_feedback(moments, problem.config)
+    choose = rounding.unbiased_scales if config.widening else rounding.best_scales
+    scales = choose(factors[:2], neuron[:, :, None], bits[:2], config.grid)
+    rank_grid = rounding.ScaleGrid.covering(scales, bits[:2] > 0)
+    parts = [
+        rounding.round_along_rank(
+            factors[:2, part],
+            bits[:2, part],
+            rank_feedback(problem, experts[part]),
+            neuron[:, part],
+            rank_grid,
+            scales[:, part],
+            config.grid,
+        )
+        for part in problem.chunks(len(experts))
+    ]
+    rank_rows = rounding.joined(parts, dim=1)
+    down, moments = refit_down(problem, rank_rows.values, experts)
+    feedback = error_feedback(moments, config)
     inner = rounding.conditional_variance(feedback)[:, None]
-    scales = rounding.best_scales(down, inner, bits[2], widths)
-    scale_grids.append(rounding.ScaleGrid.covering(scales, bits[2] > 0))
-    codes[2], scale_codes[2] = rounding.round_along_neurons(down, bits[2], feedback, scale_grids[2], scales)
-    values[2] = _decode_rounded(codes[2], scale_codes[2], scale_grids[2], bits[2])
-    return RoundedExperts(codes, scale_codes, values, scale_grids)
+    scales = rounding.best_scales(down, inner, bits[2], config.grid)
+    neuron_grid = rounding.ScaleGrid.covering(scales, bits[2] > 0)
+    down_rows = rounding.round_along_neurons(down, bits[2], feedback, neuron_grid, scales, config.grid)
+    rows = rounding.joined([rank_rows, rounding.stacked(down_rows)], dim=0)
+    return RoundedExperts(rows, rank_grid.stacked_with(neuron_grid))
 
 
 def _expert_hidden(problem: LayerProblem, expert: int, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -166,8 +189,8 @@ def _expert_hidden(problem: LayerProblem, expert: int, values: Tensor) -> tuple[
     """
     x = problem.activations.hidden[problem.rows[expert].tokens].float()
     gate, up = problem.weights.gate[expert].float(), problem.weights.up[expert].float()
-    z = x @ problem.input_basis.T
-    return problem.gating(x @ gate.T, x @ up.T), problem.gating(z @ values[0], z @ values[1])
+    z = x @ problem.input_bases.transpose(1, 2)
+    return problem.gating(x @ gate.T, x @ up.T), problem.gating(z[0] @ values[0], z[-1] @ values[1])
 
 
 def refit_down(problem: LayerProblem, values: Tensor, experts: list[int]) -> tuple[Tensor, Tensor]:
@@ -227,7 +250,18 @@ def sampled_error(problem: LayerProblem, experts: list[int], values: Tensor) -> 
     return alone + (together - routed_alone) * pairs
 
 
-def round_layer(problem: LayerProblem, row_bits: Tensor) -> PackedExperts:
+@dataclass(frozen=True)
+class RoundedLayer:
+    """Attributes:
+    packed: the layer as it is stored.
+    errors: ``[3]`` first-order output error of gate, up and down.
+    """
+
+    packed: PackedExperts
+    errors: Tensor
+
+
+def round_layer(problem: LayerProblem, row_bits: Tensor) -> RoundedLayer:
     """Round all experts at the allocated widths and pack them.
 
     Args:
@@ -235,19 +269,38 @@ def round_layer(problem: LayerProblem, row_bits: Tensor) -> PackedExperts:
     """
     widths = problem.config.widths
     rounded = round_experts(problem, row_bits, list(range(problem.shape.num_experts)))
+    rows = rounded.rows
     words = [
-        packing.pack_expert(rounded.codes[factor, expert], row_bits[factor, expert], widths)
+        packing.pack_expert(rows.codes[factor, expert], row_bits[factor, expert], widths)
         for factor in range(3)
         for expert in range(problem.shape.num_experts)
     ]
     input_basis, input_scales = packing.pack_basis(problem.bases.input_basis)
     output_basis, output_scales = packing.pack_basis(problem.bases.output_basis)
-    return PackedExperts(
-        row_codes=packing.pack_row_codes(row_bits, rounded.scale_codes, widths),
-        scale_grid=packing.pack_scale_grid(rounded.scale_grids),
+    packed = PackedExperts(
+        row_codes=packing.pack_row_codes(row_bits, rows.scale_codes, widths),
+        scale_grid=packing.pack_scale_grid(rounded.scale_grid),
         payload=torch.cat(words),
         input_basis=input_basis,
         input_scales=input_scales,
         output_basis=output_basis,
         output_scales=output_scales,
     )
+    errors = rows.errors.sum((1, 2))
+    reach = problem.output_basis.square().sum(0)
+    errors[2] = (rows.errors[2] * reach).sum()
+    return RoundedLayer(packed, errors)
+
+
+def bits_over_bound(plan: LayerPlan, rounded: RoundedLayer, shape: LayerShape) -> float:
+    """Stored bits per weight of the rows beyond what the rate-distortion bound asks for.
+
+    Both sides count the same first-order output error; the rows' bits are payload, row codes and
+    scale grids, without the bases.
+    """
+    size = shape.intermediate_size
+    least = bound.water_filling_bits(plan.energies, float(rounded.errors.sum()), size)
+    stored = 32 * rounded.packed.payload.numel()
+    for tensor in (rounded.packed.row_codes, rounded.packed.scale_grid):
+        stored += 8 * tensor.numel() * tensor.element_size()
+    return (stored - least) / shape.weights

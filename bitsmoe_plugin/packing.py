@@ -1,6 +1,7 @@
-"""Packed layout of one MoE layer, format version 1.
+"""Packed layout of one MoE layer, format version 2.
 
-Symbols: E num_experts, I intermediate_size, H hidden_size, r rank (= H), B = ceil(I / 32).
+Symbols: E num_experts, I intermediate_size, H hidden_size, r rank (= H), B = ceil(I / 32),
+n input bases: 1 shared by gate and up, or 2, gate's rows above up's.
 
 =====================  =======  ======================  =========================================
 tensor                 dtype    shape                   content
@@ -8,10 +9,10 @@ tensor                 dtype    shape                   content
 bitsmoe_row_codes      uint8    [3, E, r]               width index << 5 | scale code, per row
 bitsmoe_scale_grid     int16    [3, 2, r]               low and step of ``rounding.ScaleGrid``
 bitsmoe_payload        int32    [words]                 codes of all rows, see below
-bitsmoe_input_basis    int32    [r, H * bits / 32]      codes (int16 [r, H] if basis_bits is 16)
-bitsmoe_input_scales   int16    [r, H / group_size]     (empty if basis_bits is 16)
+bitsmoe_input_basis    int32    [n * r, H * bits / 32]  codes (int16 [.., H] if basis_bits is 16)
+bitsmoe_input_scales   int16    [n * r, H / group]      (empty if basis_bits is 16)
 bitsmoe_output_basis   int32    [H, r * bits / 32]      as the input basis
-bitsmoe_output_scales  int16    [H, r / group_size]
+bitsmoe_output_scales  int16    [H, r / group]
 =====================  =======  ======================  =========================================
 
 int16 tensors hold the bits of float16 values: an integer dtype is left alone by everything that
@@ -32,12 +33,12 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from bitsmoe_plugin import grids
+from bitsmoe_plugin import coding
 from bitsmoe_plugin.rounding import SCALE_LEVELS, ScaleGrid
 from bitsmoe_plugin.spectral import QuantizedBasis
 
-FORMAT_VERSION = 1
-BLOCK = 32
+FORMAT_VERSION = 2
+BLOCK = coding.BLOCK
 FACTORS = ("gate", "up", "down")
 
 
@@ -160,7 +161,7 @@ def pack_expert(codes: Tensor, row_bits: Tensor, widths: tuple[int, ...]) -> Ten
     """Payload words ``[words]`` int32 of one factor of one expert.
 
     Args:
-        codes: ``[r, I]`` int32.
+        codes: ``[r, I]`` int32, or padded to whole blocks.
         row_bits: ``[r]`` int64, members of ``widths``.
     """
     pieces = [
@@ -178,9 +179,9 @@ def pack_row_codes(row_bits: Tensor, scale_codes: Tensor, widths: tuple[int, ...
     return (lookup[row_bits] * SCALE_LEVELS + scale_codes).to(torch.uint8)
 
 
-def pack_scale_grid(scale_grids: list[ScaleGrid]) -> Tensor:
-    """``[3, 2, r]`` int16 of the scale grids of gate, up and down."""
-    return torch.stack([torch.stack([g.low, g.step]) for g in scale_grids]).view(torch.int16)
+def pack_scale_grid(grid: ScaleGrid) -> Tensor:
+    """``[3, 2, r]`` int16 of the scale grids ``[3, r]`` of gate, up and down."""
+    return torch.stack([grid.low, grid.step], 1).view(torch.int16)
 
 
 def pack_basis(basis: QuantizedBasis) -> tuple[Tensor, Tensor]:
@@ -203,12 +204,11 @@ def unpack_basis(words: Tensor, scales: Tensor, bits: int, columns: int) -> Tens
 def row_scales(row_codes: Tensor, scale_grid: Tensor) -> Tensor:
     """Scales ``[3, E, r]`` float32 of all rows (of width-0 rows too; they are not used)."""
     grid = scale_grid.view(torch.float16)
-    low, step = grid[:, None, 0], grid[:, None, 1]
-    return ScaleGrid(low, step).decode((row_codes % SCALE_LEVELS).float())
+    return ScaleGrid(grid[:, 0], grid[:, 1]).decode((row_codes % SCALE_LEVELS).float())
 
 
 def unpack_rows(
-    payload: Tensor, index: RowIndex, scales: Tensor, factor: int, expert: int, size: int
+    payload: Tensor, index: RowIndex, scales: Tensor, factor: int, expert: int, size: int, grid: str
 ) -> tuple[Tensor, Tensor]:
     """The stored rows of one factor of one expert.
 
@@ -216,6 +216,7 @@ def unpack_rows(
         payload: ``[words]`` int32.
         scales: ``[3, E, r]`` float32, from ``row_scales``.
         size: intermediate_size.
+        grid: see ``coding``.
 
     Returns:
         rows ``[n, I]`` float32 and their rank indices ``[n]`` int64, n = rows not dropped.
@@ -228,22 +229,22 @@ def unpack_rows(
         if count == 0:
             continue
         end = start + count * blocks * width
-        codes = unpack_codes(payload[start:end].view(count, -1), width, size).float()
-        scale = scales[factor, expert, order[done : done + count], None]
-        pieces.append(grids.decode(codes, scale, width))
+        codes = unpack_codes(payload[start:end].view(count, -1), width, blocks * BLOCK)
+        scale = scales[factor, expert, order[done : done + count]]
+        pieces.append(coding.decode_width(codes, scale, width, size, grid))
         start, done = end, done + count
     if not pieces:
         return payload.new_zeros((0, size), dtype=torch.float32), order[:0]
     return torch.cat(pieces), order[:done]
 
 
-def fixed_bits(shape: LayerShape, basis_bits: int, basis_group_size: int) -> dict[str, int]:
+def fixed_bits(shape: LayerShape, basis_bits: int, basis_group_size: int, input_bases: int) -> dict[str, int]:
     """Stored bits of one layer that no allocation changes, by part."""
     h, r = shape.hidden_size, shape.rank
     columns = h if basis_bits == 16 else -(-h // BLOCK) * BLOCK
     scales = 0 if basis_bits == 16 else 16 * r * (h // basis_group_size)
     return {
-        "bases": 2 * (r * columns * basis_bits + scales),
+        "bases": (input_bases + 1) * (r * columns * basis_bits + scales),
         "row_codes": 8 * 3 * shape.num_experts * r,
         "scale_grids": 16 * 3 * 2 * r,
     }

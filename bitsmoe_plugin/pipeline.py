@@ -25,7 +25,7 @@ from bitsmoe_plugin.config import BitsMoEConfig
 from bitsmoe_plugin.errors import QuantizationError
 from bitsmoe_plugin.experts import BitsMoEExperts, replace_module
 from bitsmoe_plugin.families import MoELayer, apply_gating, find_moe_layers, read_experts
-from bitsmoe_plugin.layer import LayerPlan, plan_layer, round_layer, row_sizes
+from bitsmoe_plugin.layer import LayerPlan, bits_over_bound, plan_layer, round_layer, row_sizes
 from bitsmoe_plugin.packing import LayerShape
 from bitsmoe_plugin.problem import build_problem
 from bitsmoe_plugin.statistics import LayerActivations
@@ -67,7 +67,10 @@ def plan_budget(shapes: list[LayerShape], config: BitsMoEConfig) -> Budget:
                 f"basis_group_size={config.basis_group_size} does not divide hidden_size="
                 f"{shape.hidden_size}; use 16, 32, 64, 128 or 256 such that it does"
             )
-        for part, stored in packing.fixed_bits(shape, config.basis_bits, config.basis_group_size).items():
+        stored_parts = packing.fixed_bits(
+            shape, config.basis_bits, config.basis_group_size, config.input_bases
+        )
+        for part, stored in stored_parts.items():
             fixed[part] = fixed.get(part, 0) + stored
         least += 3 * shape.num_experts * shape.rank * min(row_sizes(shape, config.widths))
     total = sum(fixed.values())
@@ -84,6 +87,14 @@ def plan_budget(shapes: list[LayerShape], config: BitsMoEConfig) -> Budget:
             "basis_group_size) and the narrowest rows the rest"
         )
     return Budget(payload, fixed, weights)
+
+
+def held_out_last(blocks: Tensor, share: float) -> tuple[Tensor, int]:
+    """Move a share of the calibration blocks, evenly spaced, to the end; returns how many are before."""
+    count = int(len(blocks) * share)
+    apart = torch.zeros(len(blocks), dtype=torch.bool)
+    apart[((torch.arange(count) + 0.5) * len(blocks) / max(count, 1)).long()] = True
+    return torch.cat([blocks[~apart], blocks[apart]]), len(blocks) - count
 
 
 def warn_about_thin_calibration(name: str, activations: LayerActivations, shape: LayerShape) -> Tensor:
@@ -135,15 +146,15 @@ def _estimated_error(plan: LayerPlan, row_bits: Tensor, config: BitsMoEConfig) -
     return float(plan.costs.gather(-1, index[..., None]).double().sum())
 
 
-def _output_error(exact: list[Tensor], rounded: list[Tensor], token_weights: Tensor) -> float:
-    """Weighted mean square difference of two versions of a decoder layer's outputs, per token.
+def _output_errors(exact: list[Tensor], rounded: list[Tensor], token_weights: Tensor) -> Tensor:
+    """Weighted mean square difference of two versions of a decoder layer's outputs, ``[T]``.
 
     Everything but the routed experts is the same in both, so this is the experts' output error.
     """
     squares = [
         (a.float() - b.float()).square().mean(-1).flatten().cpu() for a, b in zip(exact, rounded, strict=True)
     ]
-    return float((torch.cat(squares) * token_weights).mean())
+    return torch.cat(squares) * token_weights
 
 
 @dataclass(frozen=True)
@@ -169,9 +180,13 @@ def _decoder(model: nn.Module, layers: list[MoELayer]) -> _Decoder:
 
 
 def _plan(
-    forward: LayerwiseForward, decoder: _Decoder, budget: Budget, config: BitsMoEConfig
+    forward: LayerwiseForward, decoder: _Decoder, tokens: int, budget: Budget, config: BitsMoEConfig
 ) -> list[LayerPlan]:
-    """First pass: costs of all rows of all layers, on the unquantized model."""
+    """First pass: costs of all rows of all layers, on the unquantized model.
+
+    Args:
+        tokens: statistics see the first so many, the others are held out.
+    """
     plans = []
     for index in logging.tqdm(range(len(decoder.layers)), desc="Calibrating layers"):
         layer = decoder.moe[index]
@@ -182,7 +197,7 @@ def _plan(
         shape = layer_shape(layer)
         gating = partial(apply_gating, layer.module)
         weights = read_experts(layer.module)
-        problem = build_problem(layer.name, weights, activations, gating, config)
+        problem = build_problem(layer.name, weights, activations.first(tokens), gating, config)
         plans.append(plan_layer(problem, budget.payload_bits * shape.weights // budget.weights))
         forward.advance(outputs)
     return plans
@@ -194,6 +209,7 @@ def _round(
     decoder: _Decoder,
     plans: list[LayerPlan],
     widths: list[Tensor],
+    tokens: int,
     config: BitsMoEConfig,
 ) -> None:
     """Second pass: round and replace the experts of every layer, and write the manifest."""
@@ -206,20 +222,24 @@ def _round(
         plan, row_bits = next(pending)
         activations, outputs = capture_layer(forward, index, layer.module, config.token_weighting)
         shape = layer_shape(layer)
-        counts = warn_about_thin_calibration(layer.name, activations, shape)
+        seen = activations.first(tokens)
+        counts = warn_about_thin_calibration(layer.name, seen, shape)
         weights, gating = read_experts(layer.module), partial(apply_gating, layer.module)
-        problem = build_problem(layer.name, weights, activations, gating, config, plan.bases)
-        packed = round_layer(problem, row_bits)
-        config.layers[layer.name] = layer_manifest(shape, packed)
+        problem = build_problem(layer.name, weights, seen, gating, config, plan.bases)
+        result = round_layer(problem, row_bits)
+        config.layers[layer.name] = layer_manifest(shape, result.packed)
         module = BitsMoEExperts(layer.module, packed_spec(layer.name, config))
-        module.load_packed(packed)
+        module.load_packed(result.packed)
         module.to(layer.module.down_proj.device)
         module.drop_original_weights()
         replace_module(model, layer.name, module)
         rounded = forward.run(index)
+        errors = _output_errors(outputs, rounded, activations.token_weights)
         config.layers[layer.name]["report"] = {
             "estimated_error": _estimated_error(plan, row_bits, config),
-            "calibration_error": _output_error(outputs, rounded, activations.token_weights),
+            "calibration_error": float(errors[:tokens].mean()),
+            "unseen_error": float(errors[tokens:].mean()) if len(errors) > tokens else None,
+            "bits_over_bound": bits_over_bound(plan, result, shape),
             "output_energy": problem.statistics.output_energy,
             "tokens_per_expert": counts.tolist(),
         }
@@ -247,15 +267,18 @@ def quantize_model(model: nn.Module, blocks: Tensor, config: BitsMoEConfig) -> B
     training = model.training
     model.eval()
     with torch.no_grad():
+        blocks, seen = held_out_last(blocks, config.held_out)
+        tokens = seen * blocks.shape[1]
         forward = LayerwiseForward(model, decoder.layers, blocks, config.batch_size)
-        plans = _plan(forward, decoder, budget, config)
+        plans = _plan(forward, decoder, tokens, budget, config)
         widths, allocations = allocate_rows(plans, shapes, budget, config)
         config.layers = {}
         forward.restart()
-        _round(model, forward, decoder, plans, widths, config)
+        _round(model, forward, decoder, plans, widths, tokens, config)
     model.train(training)
     config.calibration = {
-        "tokens": blocks.numel(),
+        "tokens": tokens,
+        "held_out_tokens": blocks.numel() - tokens,
         "sha256": hashlib.sha256(blocks.contiguous().numpy().tobytes()).hexdigest(),
         "allocation_relative_gap": max(result.relative_gap for result in allocations),
     }

@@ -24,7 +24,7 @@ class LayerProblem:
 
     Attributes:
         factors: ``[3, E, r, I]`` float32, exact in the quantized bases.
-        input_basis: ``[r, H]`` float32, dequantized.
+        input_bases: ``[1 or 2, r, H]`` float32, dequantized; the first is of gate, the last of up.
         output_basis: ``[H, r]`` float32, dequantized.
     """
 
@@ -36,7 +36,7 @@ class LayerProblem:
     statistics: LayerStatistics
     bases: SharedBases
     factors: Tensor
-    input_basis: Tensor
+    input_bases: Tensor
     output_basis: Tensor
     config: BitsMoEConfig
 
@@ -51,12 +51,17 @@ class LayerProblem:
         return [slice(start, min(start + size, experts)) for start in range(0, experts, size)]
 
 
-def shared_bases(stats: LayerStatistics, config: BitsMoEConfig) -> SharedBases:
+def shared_bases(weights: ExpertWeights, stats: LayerStatistics, config: BitsMoEConfig) -> SharedBases:
     """Bases of a layer, quantized as the config says."""
-    identity = torch.eye(stats.gram.shape[0], dtype=torch.float64, device=stats.gram.device)
-    metric = spectral.shrink(stats.second_moment, _SECOND_MOMENT_SHRINKAGE)
-    given = spectral.input_basis(stats.gram, metric if config.whitening else identity)
-    out = spectral.output_basis(stats.output_moment)
+    if config.whitening:
+        metric = spectral.shrink(stats.second_moment, _SECOND_MOMENT_SHRINKAGE)
+        outputs = stats.output_moment
+    else:
+        metric = torch.eye(weights.hidden_size, dtype=torch.float64, device=stats.gram.device)
+        outputs = sum(down.double() @ down.double().T for down in weights.down)
+    grams = stats.gram.sum(0, keepdim=True) if config.joint_basis else stats.gram
+    given = torch.cat([spectral.input_basis(gram, metric) for gram in grams])
+    out = spectral.output_basis(outputs)
     return SharedBases(
         spectral.quantize_basis(given, config.basis_bits, config.basis_group_size),
         spectral.quantize_basis(out, config.basis_bits, config.basis_group_size),
@@ -78,8 +83,8 @@ def build_problem(
     """
     statistics.check_finite(name, weights, activations)
     rows = statistics.expert_rows(activations, weights.num_experts, config.seed)
-    stats = statistics.collect(weights, activations, rows, gating)
-    bases = bases or shared_bases(stats, config)
+    stats = statistics.collect(weights, activations, rows, gating, config.neuron_weighting)
+    bases = bases or shared_bases(weights, stats, config)
     return LayerProblem(
         name,
         weights,
@@ -89,7 +94,7 @@ def build_problem(
         stats,
         bases,
         spectral.expert_factors(weights, bases),
-        bases.input_basis.dequantize(),
+        bases.input_bases(),
         bases.output_basis.dequantize(),
         config,
     )
@@ -106,7 +111,7 @@ def rank_feedback(problem: LayerProblem, experts: range | list[int]) -> Tensor:
     """``[2, e, r, r]`` feedback factors of gate and up."""
     moments = [
         statistics.input_covariance(
-            problem.input_basis,
+            problem.input_bases,
             problem.statistics,
             problem.activations,
             problem.rows[expert],

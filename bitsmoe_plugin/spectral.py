@@ -77,12 +77,18 @@ class QuantizedBasis:
 @dataclass(frozen=True)
 class SharedBases:
     """Attributes:
-    input_basis: ``[rank, hidden_size]``; z = input_basis x.
+    input_basis: ``[bases * rank, hidden_size]``, bases = 1 for gate and up together, or 2 for gate
+        above up; z = input_basis x.
     output_basis: ``[hidden_size, rank]``; y = output_basis c.
     """
 
     input_basis: QuantizedBasis
     output_basis: QuantizedBasis
+
+    def input_bases(self) -> Tensor:
+        """``[bases, rank, hidden_size]`` float32, dequantized."""
+        basis = self.input_basis.dequantize()
+        return basis.view(-1, basis.shape[1], basis.shape[1])
 
 
 def shrink(second_moment: Tensor, amount: float) -> Tensor:
@@ -147,9 +153,9 @@ def expert_factors(weights: ExpertWeights, bases: SharedBases) -> Tensor:
         ``[3, num_experts, rank, intermediate_size]`` float32 in the order gate, up, down:
         gate = factor^T input_basis, down = output_basis factor.
     """
-    input_inverse = torch.linalg.inv(bases.input_basis.dequantize().double()).float()
+    inverses = torch.linalg.inv(bases.input_bases().double()).float()
     output_inverse = torch.linalg.inv(bases.output_basis.dequantize().double()).float()
-    gate = (weights.gate.float() @ input_inverse).transpose(1, 2)
-    up = (weights.up.float() @ input_inverse).transpose(1, 2)
+    gate = (weights.gate.float() @ inverses[0]).transpose(1, 2)
+    up = (weights.up.float() @ inverses[-1]).transpose(1, 2)
     down = output_inverse @ weights.down.float()
     return torch.stack([gate, up, down])

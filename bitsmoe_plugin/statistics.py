@@ -47,12 +47,16 @@ class LayerActivations:
     top_k_weights: Tensor
     token_weights: Tensor
 
+    def first(self, tokens: int) -> LayerActivations:
+        """The first ``tokens`` tokens."""
+        return LayerActivations(*(tensor[:tokens] for tensor in vars(self).values()))
+
 
 @dataclass(frozen=True)
 class LayerStatistics:
     """Attributes:
     second_moment: ``[H, H]`` float64, sum_te a x x^T / sum_te a, the inputs as routed.
-    gram: ``[H, H]`` float64, sum over experts and neurons of neuron_weight * w w^T.
+    gram: ``[2, H, H]`` float64, of gate and up: sum over experts and neurons of weight * w w^T.
     output_moment: ``[H, H]`` float64, E[sum_e a y_e y_e^T] of the experts' outputs.
     hidden_moment: ``[E, I, I]`` float32, E[a h h^T] / H per expert.
     neuron_weights: ``[2, E, I]`` float32, E[a q_i] for gate and up.
@@ -147,12 +151,17 @@ def collect(
     activations: LayerActivations,
     rows: list[ExpertRows],
     gating: Gating,
+    neuron_weighting: bool = True,
 ) -> LayerStatistics:
-    """Accumulate the statistics of one layer, one expert at a time."""
+    """Accumulate the statistics of one layer, one expert at a time.
+
+    Args:
+        neuron_weighting: if not, the neurons of an expert weigh alike, and in ``gram`` all do.
+    """
     num_experts, size, h = weights.num_experts, weights.intermediate_size, weights.hidden_size
     device = activations.hidden.device
     second = torch.zeros(h, h, dtype=torch.float64, device=device)
-    gram, output_moment = torch.zeros_like(second), torch.zeros_like(second)
+    gram, output_moment = second.repeat(2, 1, 1), torch.zeros_like(second)
     hidden_moment = torch.empty(num_experts, size, size, device=device)
     neuron_weights = torch.empty(2, num_experts, size, device=device)
     slot_weights = torch.zeros(2, *activations.top_k_index.shape, device=device)
@@ -167,8 +176,9 @@ def collect(
         for part, (slope, matrix) in enumerate(zip(slopes, (gate, up), strict=True)):
             q = slope.square_().mul_(reach)
             slot_weights[part, picked.tokens[:routed], picked.slots] = (a * q.sum(-1))[:routed]
-            neuron_weights[part, expert] = a @ q
-            gram += ((matrix.T * neuron_weights[part, expert]) @ matrix).double()
+            neuron_weights[part, expert] = a @ q if neuron_weighting else (a @ q).mean()
+            share = neuron_weights[part, expert] if neuron_weighting else 1.0
+            gram[part] += ((matrix.T * share) @ matrix).double()
         hidden_moment[expert] = (hidden.T * a) @ hidden / h
         out = hidden @ down.T
         output_moment += ((out.T * a) @ out).double()
@@ -188,32 +198,32 @@ def collect(
 
 
 def input_covariance(
-    input_basis: Tensor,
+    bases: Tensor,
     statistics: LayerStatistics,
     activations: LayerActivations,
     rows: ExpertRows,
     prior_strength: float,
 ) -> Tensor:
-    """Second moment of z = input_basis x as one expert's gate and up see it.
+    """Second moments of z = input basis times x as one expert's gate and up see it.
 
     The estimate from few tokens is noisy, so it is blended with the layer's own second moment
     as if ``prior_strength * rank`` tokens of it had been seen.
 
     Args:
-        input_basis: ``[rank, H]`` float32, dequantized.
+        bases: ``[1 or 2, rank, H]`` float32, dequantized: of gate and up together or of each.
 
     Returns:
         ``[2, rank, rank]`` float32 (gate, up), normalised to unit total weight.
     """
-    basis = input_basis.double()
-    pooled = (basis @ statistics.second_moment @ basis.T).float()
+    exact = bases.double()
+    pooled = (exact @ statistics.second_moment @ exact.transpose(1, 2)).float()
     tokens = rows.tokens[: rows.routed]
-    prior = prior_strength * input_basis.shape[0]
+    prior = prior_strength * bases.shape[1]
     share = rows.routed / max(rows.routed + prior, 1e-9)
-    z = activations.hidden[tokens].float() @ input_basis.T
+    z = activations.hidden[tokens].float() @ bases.transpose(1, 2)
     moments = []
     for part in range(2):
         weight = statistics.slot_weights[part, tokens, rows.slots]
-        own = (z.T * (weight / weight.sum().clamp_min(1e-30))) @ z
-        moments.append(share * own + (1 - share) * pooled)
+        own = (z[-part].T * (weight / weight.sum().clamp_min(1e-30))) @ z[-part]
+        moments.append(share * own + (1 - share) * pooled[-part])
     return torch.stack(moments)

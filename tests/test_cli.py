@@ -96,7 +96,7 @@ def test_every_method_that_help_names_can_be_run() -> None:
     [
         (["quantize", MODEL, "OUT", "--dataset", "none.jsonl"], "none.jsonl does not exist"),
         (["quantize", MODEL, "OUT", "--dataset", CALIBRATION, "--bits", "99"], "bits=99.0 is not allowed"),
-        (["quantize", MODEL, "OUT", "--dataset", CALIBRATION, "--widths", "2,5"], "widths=(2, 5)"),
+        (["quantize", MODEL, "OUT", "--dataset", CALIBRATION, "--option", "widths=[2,5]"], "widths=(2, 5)"),
         (["quantize", "no/such/model", "OUT", "--dataset", CALIBRATION], "no/such/model"),
         (["inspect", MODEL], "not a packed BitsMoE checkpoint"),
         (["compare", MODEL, "--dataset", CALIBRATION, "--eval", EVAL, "--methods", "awq"], "'awq'"),

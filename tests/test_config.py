@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from bitsmoe_plugin import BitsMoEConfig, CheckpointError, ConfigError
-from bitsmoe_plugin.config import ALL_WIDTHS
+from bitsmoe_plugin.config import ALL_WIDTHS, METHODS
 from bitsmoe_plugin.packing import FORMAT_VERSION
 
 # option -> (values that must be refused, what the error must say is allowed)
@@ -30,7 +30,6 @@ INVALID: dict[str, tuple[list[Any], str]] = {
             (32,),
             "24",
             2,
-            None,
             (True, 2),
             ("2",),
             (None,),
@@ -38,15 +37,22 @@ INVALID: dict[str, tuple[list[Any], str]] = {
         ],
         str(ALL_WIDTHS),
     ),
-    "basis_bits": ([2, 0, 32, "4", None, True, 4.0], "4, 8, 16"),
+    "basis_bits": ([2, 0, 32, "4", True, 4.0], "4, 8, 16"),
     "basis_group_size": ([0, 8, 48, 512, "32", None, 32.0], "16, 32, 64, 128, 256"),
-    "whitening": ([1, 0, "yes", None], "True, False"),
-    "feedback": ([1, 0, "yes", None], "True, False"),
-    "refit": ([1, 0, "yes", None], "True, False"),
-    "sequential": ([1, 0, "yes", None], "True, False"),
-    "token_weighting": (["Residual", "all", "", None, True], "'residual', 'none'"),
-    "scope": (["Global", "model", "", None, 1], "'global', 'layer'"),
-    "covariance_prior": ([-0.1, math.nan, math.inf, "1", None, True], "a number from 0 to"),
+    "whitening": ([1, 0, "yes"], "True, False"),
+    "feedback": ([1, 0, "yes"], "True, False"),
+    "refit": ([1, 0, "yes"], "True, False"),
+    "sequential": ([1, 0, "yes"], "True, False"),
+    "joint_basis": ([1, 0, "yes"], "True, False"),
+    "neuron_weighting": ([1, 0, "yes"], "True, False"),
+    "widening": ([1, 0, "yes"], "True, False"),
+    "held_out": ([-0.1, 0.6, math.nan, "1", None, True], "a number from 0 to 0.5"),
+    "method": (["paper", "", None, 1], "'default', 'paper-v1', 'paper-v2'"),
+    "cost": (["Output", "energy", "", True], "'output', 'spectral'"),
+    "grid": (["Trellis", "", True], "'trellis', 'uniform'"),
+    "token_weighting": (["Residual", "all", "", True], "'residual', 'none'"),
+    "scope": (["Global", "model", "", 1], "'global', 'layer'"),
+    "covariance_prior": ([-0.1, math.nan, math.inf, "1", True], "a number from 0 to"),
     "damping": ([0, -1, 1.5, math.nan, "0.01", None], "a number from 1e-06 to 1"),
     "seed": ([-1, 0.5, 2**63, "0", None, True], "a whole number from 0 to"),
     "format_version": ([0, -1, "1", None, 1.0, True], "a whole number from 1 to"),
@@ -108,8 +114,15 @@ def test_round_trip_through_json() -> None:
         "sequence_length": 64,
         "batch_size": 3,
         "widths": [1, 2, 16],
-        "basis_bits": 8,
+        "basis_bits": 16,
         "basis_group_size": 64,
+        "held_out": 0.25,
+        "method": "paper-v2",
+        "grid": "uniform",
+        "joint_basis": False,
+        "cost": "spectral",
+        "neuron_weighting": False,
+        "widening": False,
         "whitening": False,
         "token_weighting": "none",
         "feedback": False,
@@ -134,6 +147,18 @@ def test_round_trip_through_json() -> None:
     assert back.to_dict() == config.to_dict()
     assert back.widths == (1, 2, 16)
     assert back.dataset is None
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+def test_a_method_sets_its_options_and_given_ones_replace_them(method: str) -> None:
+    """Guards against a switch that a preset overrides, or that a stored config forgets."""
+    config = BitsMoEConfig(method=method)
+    assert {name: getattr(config, name) for name in METHODS[method]} == METHODS[method]
+    for flag in ("joint_basis", "whitening", "feedback", "refit", "widening"):
+        switched = BitsMoEConfig(method=method, **{flag: not METHODS[method][flag]})
+        back = BitsMoEConfig.from_dict(json.loads(json.dumps(switched.to_dict())))
+        changed = {name for name in METHODS[method] if getattr(back, name) != METHODS[method][name]}
+        assert changed == {flag}
 
 
 def test_unknown_option_is_refused_with_the_known_ones() -> None:
