@@ -97,6 +97,7 @@ class PackedLayer:
             input_basis=self._basis(packed.input_basis, packed.input_scales),
             output_basis=self._basis(packed.output_basis, packed.output_scales),
             intermediate_size=shape.intermediate_size,
+            grid=self.spec.grid,
             gating=self.gating,
         )
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bitsmoe_plugin import packing
+from bitsmoe_plugin import coding, packing
 from bitsmoe_plugin.config import ALL_WIDTHS
 from bitsmoe_plugin.errors import ConfigError
 from bitsmoe_plugin.experts import PackedSpec
@@ -36,13 +36,18 @@ def random_packed(seed: int, shape: LayerShape = SHAPE) -> PackedExperts:
     return PackedExperts(codes, grid, payload, *bases[0], *bases[1])
 
 
-def unpack(packed: PackedExperts, shape: LayerShape) -> list[list[tuple[Tensor, Tensor]]]:
+def spec_of(packed: PackedExperts, shape: LayerShape, grid: str) -> PackedSpec:
+    """Sizes of a layer of ``random_packed``."""
+    return PackedSpec(shape, ALL_WIDTHS, 4, 32, 1, packed.payload.numel(), grid)
+
+
+def unpack(packed: PackedExperts, shape: LayerShape, grid: str) -> list[list[tuple[Tensor, Tensor]]]:
     """``[factor][expert]`` -> (rows, rank indices)."""
     index = packing.index_rows(packed.row_codes, ALL_WIDTHS, shape)
     scales = packing.row_scales(packed.row_codes, packed.scale_grid)
     return [
         [
-            packing.unpack_rows(packed.payload, index, scales, factor, expert, shape.intermediate_size)
+            packing.unpack_rows(packed.payload, index, scales, factor, expert, shape.intermediate_size, grid)
             for expert in range(shape.num_experts)
         ]
         for factor in range(3)
@@ -54,17 +59,18 @@ def unpack(packed: PackedExperts, shape: LayerShape) -> list[list[tuple[Tensor, 
     experts=st.lists(st.integers(0, 3), unique=True, min_size=1),
     first=st.integers(0, 5),
     blocks=st.integers(1, 6),
+    grid=st.sampled_from(coding.GRIDS),
 )
 def test_a_shard_unpacks_to_the_slice_of_the_layer(
-    seed: int, experts: list[int], first: int, blocks: int
+    seed: int, experts: list[int], first: int, blocks: int, grid: str
 ) -> None:
     """Guards every way to cut: experts in any order, any range of blocks, widths that are absent."""
     shard = Shard(tuple(experts), (first, min(first + blocks, SHAPE.blocks)))
     packed = random_packed(seed)
     sliced = slice_packed(packed, ALL_WIDTHS, SHAPE, shard)
     columns = slice(32 * first, 32 * shard.blocks[1])
-    pieces = unpack(sliced, shard_shape(SHAPE, shard))
-    originals = unpack(packed, SHAPE)
+    pieces = unpack(sliced, shard_shape(SHAPE, shard), grid)
+    originals = unpack(packed, SHAPE, grid)
     for factor in range(3):
         for local, expert in enumerate(experts):
             rows, order = originals[factor][expert]
@@ -87,15 +93,14 @@ def test_shards_have_the_sizes_that_the_config_predicts() -> None:
     sliced = slice_packed(random_packed(2), ALL_WIDTHS, SHAPE, Shard((1, 3), (3, 6)))
     shape = LayerShape(2, 32, 96)
     words = packing.index_rows(sliced.row_codes, ALL_WIDTHS, shape).words
-    for name, tensor in sliced.tensors():
-        assert (tensor.dtype, tuple(tensor.shape)) == PackedSpec(shape, ALL_WIDTHS, 4, 32, words).tensors()[
-            name
-        ]
+    assert sliced.payload.numel() == words
+    for name, wanted in spec_of(sliced, shape, "trellis").tensors().items():
+        tensor = getattr(sliced, name.removeprefix("bitsmoe_"))
+        assert (tensor.dtype, tuple(tensor.shape)) == wanted
 
 
 def _layer(packed: PackedExperts, shape: LayerShape) -> PackedLayer:
-    spec = PackedSpec(shape, ALL_WIDTHS, 4, 32, packed.payload.numel())
-    return PackedLayer.prepare(spec, packed, gating("silu"))
+    return PackedLayer.prepare(spec_of(packed, shape, "trellis"), packed, gating("silu"))
 
 
 @pytest.mark.parametrize("tokens", [1, 5])

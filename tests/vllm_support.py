@@ -125,23 +125,25 @@ def compare(model: Any, sequence: dict[str, Any]) -> tuple[float, float]:
     return float((chosen - found).abs().max()), float(behind.max())
 
 
-def random_packed(shape: LayerShape, widths: tuple[int, ...], seed: int) -> PackedExperts:
+def random_packed(shape: LayerShape, config: BitsMoEConfig, seed: int) -> PackedExperts:
     """A packed layer of random words; every row takes a random width."""
     g = torch.Generator().manual_seed(seed)
     e, r = shape.num_experts, shape.rank
-    codes = torch.randint(len(widths) * SCALE_LEVELS, (3, e, r), generator=g).to(torch.uint8)
-    words = index_rows(codes, widths, shape).words
+    codes = torch.randint(len(config.widths) * SCALE_LEVELS, (3, e, r), generator=g).to(torch.uint8)
+    words = index_rows(codes, config.widths, shape).words
     payload = torch.randint(-(2**31), 2**31, (words,), generator=g).to(torch.int32)
     grid = torch.full((3, 2, r), -8.0).half()
     grid[:, 1] = 0.0
-    basis = pack_basis(quantize_basis(torch.randn(r, r, generator=g) / r**0.5, 4, 32))
-    return PackedExperts(codes, grid.view(torch.int16), payload, *basis, *basis)
+    bases = [
+        pack_basis(quantize_basis(torch.randn(rows, r, generator=g) / r**0.5, config.basis_bits, 32))
+        for rows in (config.input_bases * r, r)
+    ]
+    return PackedExperts(codes, grid.view(torch.int16), payload, *bases[0], *bases[1])
 
 
 def write_random_packed(directory: Path, shape: LayerShape, layers: int) -> BitsMoEConfig:
     """A packed Qwen3-MoE checkpoint of random rows, without quantizing: for measuring memory."""
-    widths = (0, 1, 2, 3, 4)
-    config = BitsMoEConfig(widths=widths)
+    config = BitsMoEConfig(widths=(0, 1, 2, 3, 4))
     changes = {"num_hidden_layers": layers, "hidden_size": shape.hidden_size}
     model = small_model("qwen3_moe", num_experts=1, num_experts_per_tok=1, **changes)
     model.config.num_experts = model.config.num_local_experts = shape.num_experts
@@ -150,7 +152,7 @@ def write_random_packed(directory: Path, shape: LayerShape, layers: int) -> Bits
     tensors = {k: t for k, t in load_file(directory / "model.safetensors").items() if ".experts." not in k}
     for layer in range(layers):
         name = f"model.layers.{layer}.mlp.experts"
-        packed = random_packed(shape, widths, layer)
+        packed = random_packed(shape, config, layer)
         tensors.update({f"{name}.{buffer}": tensor for buffer, tensor in packed.tensors()})
         tensors[f"model.layers.{layer}.mlp.gate.weight"] = torch.randn(shape.num_experts, shape.hidden_size)
         config.layers[name] = layer_manifest(shape, packed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -91,11 +92,5 @@ def load_shard(
     """
     spec = files.specs[name]
     sliced: PackedExperts = slice_packed(files.read(name), spec.widths, spec.shape, shard)
-    local = PackedSpec(
-        shard_shape(spec.shape, shard),
-        spec.widths,
-        spec.basis_bits,
-        spec.basis_group_size,
-        sliced.payload.numel(),
-    )
+    local = replace(spec, shape=shard_shape(spec.shape, shard), payload_words=sliced.payload.numel())
     return local, {buffer: tensor.to(device) for buffer, tensor in sliced.tensors()}
