@@ -219,11 +219,11 @@ class LayerwiseForward:
         self._calls = [recorder.calls for recorder in recorders]
 
     @torch.no_grad()
-    def run(self, index: int) -> list[Tensor]:
-        """Outputs of layer ``index`` for every batch; its inputs stay as they are."""
+    def run(self, index: int, inputs: list[Tensor] | None = None) -> list[Tensor]:
+        """Outputs of layer ``index`` for every batch of ``inputs`` (default: ``hidden``), which stay."""
         layer = self._layers[index]
         outputs = []
-        for hidden, (args, kwargs) in zip(self.hidden, self._calls[index], strict=True):
+        for hidden, (args, kwargs) in zip(inputs or self.hidden, self._calls[index], strict=True):
             out = layer(hidden, *args, **kwargs)
             outputs.append(out[0] if isinstance(out, tuple) else out)
         return outputs

@@ -19,6 +19,7 @@ _FLAGS = (
     "feedback",
     "widening",
     "refit",
+    "compensation",
     "sequential",
 )
 _RUNTIME_ONLY = ("dataset", "tokenizer")
@@ -53,6 +54,7 @@ _PAPER = {
     "feedback": False,
     "widening": False,
     "refit": False,
+    "compensation": False,
     "sequential": False,
     "scope": "layer",
 }
@@ -70,6 +72,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "feedback": True,
         "widening": True,
         "refit": True,
+        "compensation": True,
         "sequential": True,
         "scope": "global",
     },
@@ -115,6 +118,8 @@ class BitsMoEConfig(QuantizationConfigMixin):
         feedback: pass rounding errors on to values not yet rounded (GPTQ).
         widening: choose gate and up scales such that rounding does not shrink rows on average.
         refit: recompute each down factor for the rounded gate and up before rounding it.
+        compensation: refit it such that it also makes up for what earlier layers lost (no effect
+            unless ``refit`` and ``sequential``).
         sequential: calibrate a layer on the outputs of the quantized layers before it.
         scope: "global" spends one budget over all layers, "layer" the same budget on each.
         damping: share of the mean diagonal added to second moments before they are inverted.
@@ -139,6 +144,7 @@ class BitsMoEConfig(QuantizationConfigMixin):
     feedback: bool
     widening: bool
     refit: bool
+    compensation: bool
     sequential: bool
     scope: str
 
@@ -166,6 +172,7 @@ class BitsMoEConfig(QuantizationConfigMixin):
         feedback: bool | None = None,
         widening: bool | None = None,
         refit: bool | None = None,
+        compensation: bool | None = None,
         sequential: bool | None = None,
         scope: str | None = None,
         damping: float = 0.01,
@@ -218,6 +225,7 @@ class BitsMoEConfig(QuantizationConfigMixin):
             "feedback": feedback,
             "widening": widening,
             "refit": refit,
+            "compensation": compensation,
             "sequential": sequential,
             "scope": scope,
         }

@@ -194,10 +194,11 @@ def _expert_hidden(problem: LayerProblem, expert: int, values: Tensor) -> tuple[
 
 
 def refit_down(problem: LayerProblem, values: Tensor, experts: list[int]) -> tuple[Tensor, Tensor]:
-    """Down factors that fit the exact outputs from the rounded hidden activations.
+    """Down factors that fit the wanted outputs from the rounded hidden activations.
 
-    Ridge regression towards the exact factor F: with h the exact and h' the rounded activations,
-    F' = (F E[a h h'^T] + l F)(E[a h' h'^T] + l I)^-1, blended with F by tokens per neuron.
+    Ridge regression towards the exact factor F: with h the exact and h' the rounded activations and
+    t what is wanted besides F h (see ``_missing_output``),
+    F' = (E[a (F h + t) h'^T] + l F)(E[a h' h'^T] + l I)^-1, blended with F by tokens per neuron.
 
     Args:
         values: ``[2, e, r, I]``, decoded gate and up.
@@ -210,16 +211,34 @@ def refit_down(problem: LayerProblem, values: Tensor, experts: list[int]) -> tup
     if not problem.config.refit:
         return down, moments
     size, h = problem.shape.intermediate_size, problem.shape.hidden_size
+    output_inverse = torch.linalg.inv(problem.output_basis.double()).float()
     for i, expert in enumerate(experts):
         exact, rounded = _expert_hidden(problem, expert, values[:, i])
         a = problem.rows[expert].weights[:, None] / h
         own, cross = (a * rounded).T @ rounded, (a * exact).T @ rounded
         ridge = _REFIT_RIDGE * own.diagonal().mean().clamp_min(1e-30) * torch.eye(size)
-        fitted = torch.linalg.solve(own + ridge, (down[i] @ (cross + ridge)).T).T
+        wanted = down[i] @ (cross + ridge)
         routed = problem.rows[expert].routed
+        if problem.drift is not None:
+            missing = _missing_output(problem, expert, problem.drift) @ output_inverse.T
+            wanted += (a[:routed] * missing).T @ rounded[:routed]
+        fitted = torch.linalg.solve(own + ridge, wanted.T).T
         down[i] += routed / (routed + 2 * size) * (fitted - down[i])
         moments[i] = own
     return down, moments
+
+
+def _missing_output(problem: LayerProblem, expert: int, drift: Tensor) -> Tensor:
+    """An expert's part ``[routed, H]`` in making up for what earlier layers lost at its tokens.
+
+    With p the router's weights of a token, drift * p / sum(p^2): the parts, weighted by p, add up
+    to the whole drift. (GPTAQ, arXiv 2504.02692, aims at the unquantized model's outputs likewise.)
+    """
+    rows = problem.rows[expert]
+    tokens = rows.tokens[: rows.routed]
+    weights = problem.activations.top_k_weights[tokens]
+    share = weights.gather(1, rows.slots[:, None]) / weights.square().sum(-1, keepdim=True).clamp_min(1e-12)
+    return drift[tokens].float() * share
 
 
 def sampled_error(problem: LayerProblem, experts: list[int], values: Tensor) -> float:

@@ -146,6 +146,11 @@ def _estimated_error(plan: LayerPlan, row_bits: Tensor, config: BitsMoEConfig) -
     return float(plan.costs.gather(-1, index[..., None]).double().sum())
 
 
+def _drift(exact: list[Tensor], outputs: list[Tensor]) -> Tensor:
+    """``[T, H]``: what is missing from the residual stream ``outputs`` of the quantized model so far."""
+    return torch.cat([(a - b).flatten(0, -2).cpu() for a, b in zip(exact, outputs, strict=True)])
+
+
 def _output_errors(exact: list[Tensor], rounded: list[Tensor], token_weights: Tensor) -> Tensor:
     """Weighted mean square difference of two versions of a decoder layer's outputs, ``[T]``.
 
@@ -214,18 +219,22 @@ def _round(
 ) -> None:
     """Second pass: round and replace the experts of every layer, and write the manifest."""
     pending = iter(zip(plans, widths, strict=True))
+    exact = forward.hidden  # as the unquantized model goes on; forward.hidden is the quantized one's
     for index in logging.tqdm(range(len(decoder.layers)), desc="Rounding layers"):
         layer = decoder.moe[index]
         if layer is None:
+            exact = forward.run(index, exact)
             forward.advance(forward.run(index))
             continue
         plan, row_bits = next(pending)
+        exact = forward.run(index, exact)
         activations, outputs = capture_layer(forward, index, layer.module, config.token_weighting)
         shape = layer_shape(layer)
         seen = activations.first(tokens)
+        drift = _drift(exact, outputs)[:tokens] if config.compensation else None
         counts = warn_about_thin_calibration(layer.name, seen, shape)
         weights, gating = read_experts(layer.module), partial(apply_gating, layer.module)
-        problem = build_problem(layer.name, weights, seen, gating, config, plan.bases)
+        problem = build_problem(layer.name, weights, seen, gating, config, plan.bases, drift)
         result = round_layer(problem, row_bits)
         config.layers[layer.name] = layer_manifest(shape, result.packed)
         module = BitsMoEExperts(layer.module, packed_spec(layer.name, config))

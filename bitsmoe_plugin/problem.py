@@ -23,6 +23,8 @@ class LayerProblem:
     """Everything known about one layer: its weights, calibration, bases and factors.
 
     Attributes:
+        drift: ``[T, H]``, how far the residual stream after this layer, with its experts exact, is from
+            that of the unquantized model; None if the layer shall not make up for it.
         factors: ``[3, E, r, I]`` float32, exact in the quantized bases.
         input_bases: ``[1 or 2, r, H]`` float32, dequantized; the first is of gate, the last of up.
         output_basis: ``[H, r]`` float32, dequantized.
@@ -39,6 +41,7 @@ class LayerProblem:
     input_bases: Tensor
     output_basis: Tensor
     config: BitsMoEConfig
+    drift: Tensor | None = None
 
     @property
     def shape(self) -> LayerShape:
@@ -75,8 +78,12 @@ def build_problem(
     gating: Gating,
     config: BitsMoEConfig,
     bases: SharedBases | None = None,
+    drift: Tensor | None = None,
 ) -> LayerProblem:
     """Collect the statistics and factors of one layer; ``bases`` are computed if not given.
+
+    Args:
+        drift: see ``LayerProblem``.
 
     Raises:
         QuantizationError: NaN or infinity in weights or activations.
@@ -97,6 +104,7 @@ def build_problem(
         bases.input_bases(),
         bases.output_basis.dequantize(),
         config,
+        drift,
     )
 
 

@@ -7,7 +7,7 @@ their joint choice (Viterbi) comes much closer to the rate-distortion bound than
 
     mean square error of a unit Gaussian    1 bit    2 bits   3 bits   4 bits
     best uniform grid                       0.363    0.119    0.0374   0.01154
-    this trellis                            0.312    0.083    0.0221   0.0062
+    this trellis                            0.305    0.078    0.0201   0.0054
     bound, 4**-bits                         0.250    0.0625   0.0156   0.0039
 
 The bit string of a block is closed to a ring (tail-biting), so that a block needs nothing but
@@ -61,18 +61,8 @@ def encode(rows: Tensor, weights: Tensor, bits: int) -> Tensor:
     Returns:
         ``[n, columns]`` uint8, each below 2**bits.
     """
-    return torch.from_numpy(encode_with(table(bits).numpy(), rows, weights, bits))
+    # Not at the top: numba takes a second to import, and vLLM 0.32 on a CPU cannot start once llvmlite is
+    # loaded (it reads attributes of whatever modules hold). Decoding does without.
+    from bitsmoe_plugin.viterbi import search
 
-
-def encode_with(values: np.ndarray, rows: Tensor, weights: Tensor, bits: int) -> np.ndarray:
-    """``encode`` with a table of one's own, ``[2**WINDOW]`` float32."""
-    # Here and not above: a process that only decodes shall not load numba. It takes time, and vLLM 0.32
-    # on a CPU cannot start once llvmlite is loaded (it reads attributes of every loaded module).
-    from bitsmoe_plugin.trellis_search import search
-
-    blocks = rows.reshape(-1, BLOCK).contiguous().numpy()
-    # Only ratios of weights within a block matter; unit size keeps sums in float32's best range.
-    scaled = weights.reshape(-1, BLOCK)
-    scaled = scaled / scaled.amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-    codes = search(blocks, scaled.contiguous().numpy(), values, bits, torch.get_num_threads())
-    return codes.reshape(rows.shape)
+    return torch.from_numpy(search(table(bits).numpy(), rows, weights, bits))

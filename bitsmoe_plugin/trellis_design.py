@@ -11,7 +11,7 @@ import sys
 import numpy as np
 import torch
 
-from bitsmoe_plugin import trellis
+from bitsmoe_plugin import trellis, viterbi
 
 _SIZE = 2**trellis.WINDOW
 
@@ -24,7 +24,7 @@ def gaussian_error(values: np.ndarray, bits: int, seed: int, blocks: int = 20_00
 
 def _encoded(values: np.ndarray, bits: int, seed: int, blocks: int) -> tuple[np.ndarray, np.ndarray]:
     samples = torch.randn(blocks, trellis.BLOCK, generator=torch.Generator().manual_seed(seed))
-    codes = trellis.encode_with(values, samples, torch.ones_like(samples), bits)
+    codes = viterbi.search(values, samples, torch.ones_like(samples), bits)
     return samples.numpy(), trellis.windows(torch.from_numpy(codes), bits).numpy()
 
 

@@ -1,19 +1,46 @@
-"""Search for the best codes of trellis-coded blocks (Viterbi), compiled by numba."""
+"""Search for the best trellis codes of many blocks at once (numba; needed to quantize only).
+
+A Viterbi search per block of 32 values. The ring of a block is closed in two passes: the first
+runs across the seam to learn a good state there, the second is bound to begin and end in it.
+"""
 
 from __future__ import annotations
 
 import numba
 import numpy as np
+import torch
+from torch import Tensor
 
 from bitsmoe_plugin.trellis import BLOCK, WINDOW
 
 _LANES = 64
 """Blocks that are searched side by side, as vector lanes. 64 is 20 times faster than 16."""
 _WARM = 24
-"""Values on either side of a block's seam that settle its state there. More changes nothing."""
-
+"""Values on either side of a block's seam that settle its state there. Error of a 2-bit Gaussian
+at 12, 16, 24 and 32: 0.0829, 0.0816, 0.0801, 0.0795."""
 _UNREACHABLE = 1e30
 _MAX_THREADS = numba.get_num_threads()
+
+
+def search(values: np.ndarray, rows: Tensor, weights: Tensor, bits: int) -> np.ndarray:
+    """Codes of least weighted squared error, up to the choice of the state at a block's seam.
+
+    Args:
+        values: ``[2**WINDOW]`` float32, what each window decodes to.
+        rows: ``[n, columns]`` float32, columns a multiple of 32.
+        weights: ``[n, columns]`` float32, importance of each value, not negative.
+        bits: 1 to 4.
+
+    Returns:
+        ``[n, columns]`` uint8, each below 2**bits.
+    """
+    blocks = rows.reshape(-1, BLOCK).contiguous().numpy()
+    # Only ratios of weights within a block matter; unit size keeps sums in float32's best range.
+    scaled = weights.reshape(-1, BLOCK)
+    scaled = scaled / scaled.amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    numba.set_num_threads(min(torch.get_num_threads(), _MAX_THREADS))
+    codes = _encode_blocks(blocks, scaled.contiguous().numpy(), values, bits)
+    return codes.reshape(rows.shape)
 
 
 @numba.njit(fastmath=True, cache=True)
@@ -90,19 +117,3 @@ def _encode_blocks(blocks, weights, values, bits):  # type: ignore[no-untyped-de
                 w[i, lane] = weights[start + lane, i]
         _encode_lanes(x, w, values, bits, codes[start : start + _LANES])
     return codes[:count]
-
-
-def search(
-    blocks: np.ndarray, weights: np.ndarray, values: np.ndarray, bits: int, threads: int
-) -> np.ndarray:
-    """Codes ``[blocks, BLOCK]`` uint8.
-
-    Args:
-        blocks: ``[blocks, BLOCK]`` float32.
-        weights: of the same shape.
-        values: ``[2**WINDOW]`` float32, the table.
-        bits: member of ``trellis.WIDTHS``.
-        threads: use at most so many.
-    """
-    numba.set_num_threads(min(threads, _MAX_THREADS))
-    return _encode_blocks(blocks, weights, values, bits)
