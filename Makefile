@@ -3,6 +3,7 @@
 # make demo-gptq the same with GPTQ as a further method (installs gptqmodel first)
 # make install-vllm   .venv-vllm with vLLM for the CPU; make test-vllm runs the tests that need it
 # make install-autoround   for `bitsmoe compare --methods autoround`
+# make ablation  what each element of the method is worth (15 minutes)
 # make test      all tests; make lint, make format, make check
 PYTHON ?= python3
 # The wheel of the package index carries CUDA on Linux; set TORCH to install another build.
@@ -18,7 +19,8 @@ EVAL := examples/data/eval.jsonl
 COMPARE = $(BIN)/bitsmoe compare $(EXAMPLE) --bits 2.0 --dataset $(CALIBRATION) --eval $(EVAL) \
 	--prompt "In the beginning there was"
 
-.PHONY: install install-gptq install-autoround install-vllm demo demo-gptq test test-vllm lint format check clean
+.PHONY: install install-gptq install-autoround install-vllm demo demo-gptq ablation test test-vllm \
+	lint format check clean
 install: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml
@@ -57,6 +59,9 @@ demo: install
 
 demo-gptq: install-gptq
 	$(COMPARE) --methods full,rtn,gptq,bitsmoe
+
+ablation: install
+	$(BIN)/python examples/ablation.py $(EXAMPLE) --dataset $(CALIBRATION) --eval $(EVAL)
 
 test: install
 	$(BIN)/python -m pytest

@@ -59,48 +59,61 @@ class RoundedExperts:
     scale_grid: rounding.ScaleGrid
 
 
-def _output_weights(problem: LayerProblem, experts: range) -> tuple[list[Tensor], list[Tensor]]:
+def _output_weights(
+    problem: LayerProblem, feedback: Tensor, chosen: slice
+) -> tuple[list[Tensor], list[Tensor]]:
     """What a unit of squared error in a factor's values costs at the layer's output, to first order.
+
+    Args:
+        feedback: ``[2, e, r, r]`` of the chosen experts.
 
     Returns:
         for gate, up and down the weights within a row, ``[e, 1, I]``, and of whole rows, ``[e, r]``.
     """
-    statistics, chosen = problem.statistics, slice(experts.start, experts.stop)
-    rank = rounding.conditional_variance(rank_feedback(problem, experts))
+    statistics = problem.statistics
+    rank = rounding.conditional_variance(feedback)
     hidden = rounding.conditional_variance(error_feedback(statistics.hidden_moment[chosen], problem.config))
-    reach = problem.output_basis.square().sum(0).expand(len(experts), -1)
+    reach = problem.output_basis.square().sum(0).expand(rank.shape[1], -1)
     neuron = statistics.neuron_weights[:, chosen, None]
     return [neuron[0], neuron[1], hidden[:, None]], [rank[0], rank[1], reach]
 
 
-def _spectral_weights(problem: LayerProblem, experts: range) -> tuple[list[Tensor], list[Tensor]]:
+def _spectral_weights(problem: LayerProblem, chosen: slice) -> tuple[list[Tensor], list[Tensor]]:
     """The same for ``cost="spectral"``: the energy of what the factor is multiplied with."""
     energies = []
-    for expert in experts:
-        rows = problem.rows[expert]
+    for rows in problem.rows[chosen]:
         z = problem.activations.hidden[rows.tokens].float() @ problem.input_bases.transpose(1, 2)
         energies.append((z.square() * rows.weights[:, None]).sum(1))
     z_energy = torch.stack(energies, 1)
-    moments = problem.statistics.hidden_moment[experts.start : experts.stop]
+    moments = problem.statistics.hidden_moment[chosen]
     hidden = moments.diagonal(dim1=1, dim2=2).mean(-1, keepdim=True).expand(-1, problem.shape.rank)
-    ones = torch.ones(len(experts), 1, problem.shape.intermediate_size)
+    ones = torch.ones(len(moments), 1, problem.shape.intermediate_size)
     return [ones, ones, ones], [z_energy[0], z_energy[-1], hidden]
 
 
-def row_costs(problem: LayerProblem) -> tuple[Tensor, Tensor]:
+def row_costs(problem: LayerProblem, keep: list[int]) -> tuple[Tensor, Tensor, dict[int, Tensor]]:
     """What the rows of a layer cost at every width.
+
+    Args:
+        keep: experts whose feedback factors, expensive to compute, the caller needs as well.
 
     Returns:
         costs ``[3, E, r, widths]`` and energies ``[3, E, r]`` float32: estimated output error of
-        each row, and the first-order error of dropping it.
+        each row, and the first-order error of dropping it; feedback ``[2, r, r]`` of ``keep``.
     """
     config, shape = problem.config, problem.shape
     costs = torch.empty(3, shape.num_experts, shape.rank, len(config.widths))
     energies = torch.empty(3, shape.num_experts, shape.rank)
     spectral = config.cost == "spectral"
+    kept: dict[int, Tensor] = {}
     for chosen in problem.chunks(shape.num_experts):
-        weigh = _spectral_weights if spectral else _output_weights
-        inner, outer = weigh(problem, range(chosen.start, chosen.stop))
+        if spectral:
+            inner, outer = _spectral_weights(problem, chosen)
+        else:
+            experts = range(chosen.start, chosen.stop)
+            feedback = rank_feedback(problem, experts)
+            kept.update({e: feedback[:, i].clone() for i, e in enumerate(experts) if e in keep})
+            inner, outer = _output_weights(problem, feedback, chosen)
         for factor in range(3):
             rows = problem.factors[factor, chosen]
             energies[factor, chosen] = (rows.square() * inner[factor]).sum(-1) * outer[factor]
@@ -110,7 +123,7 @@ def row_costs(problem: LayerProblem) -> tuple[Tensor, Tensor]:
                 if factor < 2 and not spectral:
                     distortion *= GATE_UP_WEIGHT * (DROP_WEIGHT if width == 0 else 1.0)
                 costs[factor, chosen, :, index] = distortion
-    return costs, energies
+    return costs, energies, kept
 
 
 def row_sizes(shape: LayerShape, widths: tuple[int, ...]) -> list[int]:
@@ -128,7 +141,9 @@ def plan_layer(problem: LayerProblem, payload_bits: int) -> LayerPlan:
         payload_bits: the layer's share of the budget, for the trial.
     """
     widths = problem.config.widths
-    costs, energies = row_costs(problem)
+    stride = max(1, problem.shape.num_experts // _TRIAL_EXPERTS)
+    experts = list(range(0, problem.shape.num_experts, stride))
+    costs, energies, feedback = row_costs(problem, experts)
     if problem.config.cost == "spectral":
         return LayerPlan(costs, energies, problem.bases, 1.0)
     sizes = torch.tensor(row_sizes(problem.shape, widths)).expand(costs.shape)
@@ -136,23 +151,28 @@ def plan_layer(problem: LayerProblem, payload_bits: int) -> LayerPlan:
     least = int(sizes.amin(-1).sum())
     trial = allocate(flat, sizes.reshape(-1, len(widths)).numpy(), max(payload_bits, least))
     choice = torch.from_numpy(trial.choice).view(costs.shape[:-1])
-    stride = max(1, problem.shape.num_experts // _TRIAL_EXPERTS)
-    experts = list(range(0, problem.shape.num_experts, stride))
     bits = torch.tensor(widths)[choice[:, experts]]
-    rounded = round_experts(problem, bits, experts)
+    rounded = round_experts(problem, bits, experts, feedback)
     estimated = costs[:, experts].gather(-1, choice[:, experts, :, None]).sum()
     measured = sampled_error(problem, experts, rounded.rows.values)
     correction = measured / float(estimated) if float(estimated) > 0 and measured > 0 else 1.0
     return LayerPlan(costs * correction, energies, problem.bases, correction)
 
 
-def round_experts(problem: LayerProblem, bits: Tensor, experts: list[int]) -> RoundedExperts:
+def round_experts(
+    problem: LayerProblem, bits: Tensor, experts: list[int], feedback: dict[int, Tensor] | None = None
+) -> RoundedExperts:
     """Round some experts at given widths.
 
     Args:
         bits: ``[3, e, r]`` int64.
         experts: their ids.
+        feedback: ``[2, r, r]`` of each, if known.
     """
+
+    def rank_feedback_of(part: list[int]) -> Tensor:
+        return torch.stack([feedback[e] for e in part], 1) if feedback else rank_feedback(problem, part)
+
     factors, config = problem.factors[:, experts], problem.config
     neuron = problem.statistics.neuron_weights[:, experts]
     choose = rounding.unbiased_scales if config.widening else rounding.best_scales
@@ -162,7 +182,7 @@ def round_experts(problem: LayerProblem, bits: Tensor, experts: list[int]) -> Ro
         rounding.round_along_rank(
             factors[:2, part],
             bits[:2, part],
-            rank_feedback(problem, experts[part]),
+            rank_feedback_of(experts[part]),
             neuron[:, part],
             rank_grid,
             scales[:, part],
@@ -172,11 +192,11 @@ def round_experts(problem: LayerProblem, bits: Tensor, experts: list[int]) -> Ro
     ]
     rank_rows = rounding.joined(parts, dim=1)
     down, moments = refit_down(problem, rank_rows.values, experts)
-    feedback = error_feedback(moments, config)
-    inner = rounding.conditional_variance(feedback)[:, None]
+    neuron_feedback = error_feedback(moments, config)
+    inner = rounding.conditional_variance(neuron_feedback)[:, None]
     scales = rounding.best_scales(down, inner, bits[2], config.grid)
     neuron_grid = rounding.ScaleGrid.covering(scales, bits[2] > 0)
-    down_rows = rounding.round_along_neurons(down, bits[2], feedback, neuron_grid, scales, config.grid)
+    down_rows = rounding.round_along_neurons(down, bits[2], neuron_feedback, neuron_grid, scales, config.grid)
     rows = rounding.joined([rank_rows, rounding.stacked(down_rows)], dim=0)
     return RoundedExperts(rows, rank_grid.stacked_with(neuron_grid))
 

@@ -160,13 +160,13 @@ def collect(
     """
     num_experts, size, h = weights.num_experts, weights.intermediate_size, weights.hidden_size
     device = activations.hidden.device
-    second = torch.zeros(h, h, dtype=torch.float64, device=device)
-    gram, output_moment = second.repeat(2, 1, 1), torch.zeros_like(second)
+    gram = torch.zeros(2, h, h, dtype=torch.float64, device=device)
+    output_moment = torch.zeros_like(gram[0])
     hidden_moment = torch.empty(num_experts, size, size, device=device)
     neuron_weights = torch.empty(2, num_experts, size, device=device)
     slot_weights = torch.zeros(2, *activations.top_k_index.shape, device=device)
     output = torch.zeros(activations.hidden.shape[0], h, device=device)
-    mass = 0.0
+    token_mass = torch.zeros(activations.hidden.shape[0], device=device)
     for expert, picked in enumerate(rows):
         gate, up = weights.gate[expert].float(), weights.up[expert].float()
         down = weights.down[expert].float()
@@ -180,14 +180,13 @@ def collect(
             share = neuron_weights[part, expert] if neuron_weighting else 1.0
             gram[part] += ((matrix.T * share) @ matrix).double()
         hidden_moment[expert] = (hidden.T * a) @ hidden / h
-        out = hidden @ down.T
-        output_moment += ((out.T * a) @ out).double()
-        second += ((x.T * a) @ x).double()
-        mass += float(a.sum())
+        output_moment += (down @ hidden_moment[expert] @ down.T * h).double()
+        token_mass.index_add_(0, picked.tokens, a)
         p = activations.top_k_weights[picked.tokens[:routed], picked.slots, None]
-        output.index_add_(0, picked.tokens[:routed], out[:routed] * p)
+        output.index_add_(0, picked.tokens[:routed], (hidden[:routed] * p) @ down.T)
+    x = activations.hidden.float()
     return LayerStatistics(
-        second_moment=second / mass,
+        second_moment=((x.T * (token_mass / token_mass.sum())) @ x).double(),
         gram=gram,
         output_moment=output_moment,
         hidden_moment=hidden_moment,

@@ -9,6 +9,7 @@ prints a Markdown table; ``make ablation`` runs it on the bundled model.
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
 import time
 from dataclasses import dataclass, field
@@ -67,9 +68,11 @@ def run(args: argparse.Namespace, variant: Variant, texts: list[EvaluationText],
     seconds = time.perf_counter() - start
     result = evaluate_model(model, texts, reference=reference, batch_size=args.batch_size)
     agreement = 100 * (result.top1_agreement or 0.0)
+    layers = model.config.quantization_config.layers.values()
+    over_bound = statistics.mean(layer["report"]["bits_over_bound"] for layer in layers)
     return (
         f"| {variant.name} | {result.perplexity:.2f} | {result.kl_divergence:.4f} | {agreement:.1f} % "
-        f"| {seconds:.0f} |"
+        f"| {over_bound:.2f} | {seconds:.0f} |"
     )
 
 
@@ -94,8 +97,8 @@ def main() -> None:
     )
     reference = AutoModelForCausalLM.from_pretrained(args.model).eval()
     full = evaluate_model(reference, texts, batch_size=args.batch_size)
-    print("| variant | perplexity | KL | same top token | seconds |\n|---|---|---|---|---|")
-    print(f"| full precision | {full.perplexity:.2f} | 0 | 100 % | |", flush=True)
+    print("| variant | perplexity | KL | same top token | bits over bound | seconds |\n|---|---|---|---|---|---|")
+    print(f"| full precision | {full.perplexity:.2f} | 0 | 100 % | | |", flush=True)
     for number, variant in enumerate(chosen, 1):
         print(f"[{number}/{len(chosen)}] {variant.name}", file=sys.stderr, flush=True)
         print(run(args, variant, texts, reference), flush=True)

@@ -106,10 +106,10 @@ def measure(model: str, options: list[str]) -> dict[str, float]:
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("models", nargs="+")
-    parser.add_argument("options", nargs=argparse.REMAINDER, help="-- and options for vllm serve")
-    arguments = parser.parse_args()
-    rows = {model: measure(model, arguments.options[1:]) for model in arguments.models}
+    parser.add_argument("models", nargs="+", help="directories; then -- and options for vllm serve, if any")
+    split = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
+    models = parser.parse_args(sys.argv[1:split]).models
+    rows = {model: measure(model, sys.argv[split + 1 :]) for model in models}
     names = list(next(iter(rows.values())))
     print("| model | " + " | ".join(names) + " |\n|---" + "|---" * len(names) + "|")
     for model, row in rows.items():

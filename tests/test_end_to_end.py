@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bitsmoe_plugin import BitsMoEConfig, CheckpointError
@@ -83,37 +84,45 @@ def test_counted_bits_match_the_budget_and_the_file(saved) -> None:
 
 
 def test_perplexity_stays_within_five_percent(saved) -> None:
-    """Measured when written: 1.028 times full precision; round-to-nearest at 2.28 bits gives 1.16."""
+    """Measured when written: 1.021 times full precision, KL 0.017, 89 % of top tokens.
+
+    The limits leave half as much again for other machines; rounding on uniform grids breaks them.
+    """
     texts = evaluation_text(
         EVAL, AutoTokenizer.from_pretrained(MODEL), sequence_length=256, max_tokens=24_000
     )
     reference = AutoModelForCausalLM.from_pretrained(MODEL)
     full = evaluate_model(reference, texts)
     packed = evaluate_model(AutoModelForCausalLM.from_pretrained(saved), texts, reference=reference)
-    assert packed.perplexity < 1.05 * full.perplexity
-    assert packed.kl_divergence < 0.06
-    assert packed.top1_agreement > 0.8
+    assert packed.perplexity < 1.032 * full.perplexity
+    assert packed.kl_divergence < 0.0245
+    assert packed.top1_agreement > 0.87
 
 
-def test_estimated_error_is_within_ten_percent_of_the_measured(saved, record_property) -> None:
+def test_estimated_error_is_within_ten_percent_of_the_measured(record_property) -> None:
     """The allocator's estimate, summed over layers, must be the output error on the calibration text.
 
-    On unseen text it is reported (larger: the calibration text is small).
+    Without compensation, which moves outputs on purpose. On unseen text it is reported (larger: the
+    calibration text is small), and what the checkpoint says of held-out text must be like it.
     """
-    layers = inspect_checkpoint(saved)["layers"]
-    estimated = sum(layer["estimated_error"] for layer in layers.values())
-    measured = sum(layer["calibration_error"] for layer in layers.values())
+    config = BitsMoEConfig(**OPTIONS, compensation=False)
+    model = AutoModelForCausalLM.from_pretrained(MODEL, quantization_config=config)
+    layers = [entry["report"] for entry in model.config.quantization_config.layers.values()]
+    estimated, measured, held_out = (
+        sum(layer[f"{kind}_error"] for layer in layers) for kind in ("estimated", "calibration", "unseen")
+    )
     assert estimated == pytest.approx(measured, rel=0.10)
-    unseen = _unseen_error(saved)
+    unseen = _unseen_error(model)
     record_property("unseen_over_calibration_error", unseen / measured)
     print(f"output error: estimated {estimated:.5f}, calibration {measured:.5f}, unseen {unseen:.5f}")
     assert measured < unseen < 2 * measured
+    assert held_out == pytest.approx(unseen, rel=0.25)
 
 
 @torch.no_grad()
-def _unseen_error(saved: Path) -> float:
+def _unseen_error(packed: nn.Module) -> float:
     """Sum over layers of the token-weighted output error on evaluation text."""
-    exact, packed = (AutoModelForCausalLM.from_pretrained(path) for path in (MODEL, saved))
+    exact = AutoModelForCausalLM.from_pretrained(MODEL)
     texts = evaluation_text(
         EVAL, AutoTokenizer.from_pretrained(MODEL), sequence_length=256, max_tokens=16_000
     )
@@ -126,6 +135,20 @@ def _unseen_error(saved: Path) -> float:
         total += float((error * activations.token_weights).mean())
         forward.advance(outputs)
     return total
+
+
+@pytest.mark.parametrize("method", ["paper-v1", "paper-v2"])
+def test_published_methods_run_and_reload_bitwise(method: str, tmp_path) -> None:
+    """Guards the other half of every switch: two input bases, wider bases, uniform grids, no feedback."""
+    options = {**OPTIONS, "bits": 3.0, "calibration_tokens": 4096, "method": method}
+    model = AutoModelForCausalLM.from_pretrained(MODEL, quantization_config=BitsMoEConfig(**options))
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert loaded.config.quantization_config.method == method
+    tokens = torch.randint(0, 4096, (2, 40), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(model(tokens).logits, loaded(tokens).logits)
+    assert 2.98 <= inspect_checkpoint(tmp_path)["bits_per_weight"] <= 3.0
 
 
 def test_quantization_is_deterministic(tmp_path) -> None:

@@ -94,6 +94,34 @@ def test_wrong_tensors_are_refused_by_name_before_an_engine_starts(copy: Path, c
         _config(copy)
 
 
+def _drop_other(tensors) -> None:
+    del tensors["model.layers.1.self_attn.q_proj.weight"]
+
+
+def _alter_other(tensors) -> None:
+    tensors["model.layers.1.mlp.gate.weight"][3, 5] += 0.01
+
+
+def _add_other(tensors) -> None:
+    tensors["model.layers.1.self_attn.more"] = torch.zeros(3)
+
+
+@needs_vllm
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_drop_other, r"layers\.1\.self_attn\.q_proj\.weight is missing"),
+        (_alter_other, r"layers\.1\.mlp\.gate\.weight differs"),
+        (_add_other, r"layers\.1\.self_attn\.more is in the checkpoint"),
+    ],
+)
+def test_wrong_tensors_besides_the_packed_ones_are_refused(copy: Path, change, message: str) -> None:
+    """vLLM would serve with whatever its memory held, or drop the tensor."""
+    _rewrite(copy, change)
+    with pytest.raises(CheckpointError, match=message):
+        _config(copy)
+
+
 @needs_vllm
 def test_a_truncated_file_is_refused_before_an_engine_starts(copy: Path) -> None:
     file = copy / "model.safetensors"

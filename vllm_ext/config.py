@@ -14,6 +14,7 @@ from vllm.model_executor.models.utils import WeightsMapper
 
 from bitsmoe_plugin.config import QUANT_METHOD, BitsMoEConfig
 from bitsmoe_plugin.errors import CheckpointError, ConfigError
+from bitsmoe_plugin.other_tensors import verify_others
 from bitsmoe_plugin.packed_files import PackedFiles
 from bitsmoe_plugin.sharding import split_blocks
 from vllm_ext.moe_method import BitsMoEMethod
@@ -75,7 +76,12 @@ class BitsMoEServingConfig(QuantizationConfig):
         """Check the files of a local checkpoint before an engine is started."""
         self._check_depth(hf_config)
         if Path(model_name).is_dir():
-            self._files = PackedFiles.open(safetensors_files(model_name), self.manifest)
+            self._files = self._open(safetensors_files(model_name))
+
+    def _open(self, paths: list[Path]) -> PackedFiles:
+        files = PackedFiles.open(paths, self.manifest)
+        verify_others(paths, self.manifest.other_tensors)
+        return files
 
     def _check_depth(self, hf_config: Any) -> None:
         """A model with fewer layers than were packed would drop some without a word."""
@@ -93,8 +99,7 @@ class BitsMoEServingConfig(QuantizationConfig):
         if self._files is None:
             config = get_current_vllm_config()
             model, load = config.model_config, config.load_config
-            paths = safetensors_files(model.model, model.revision, load.download_dir)
-            self._files = PackedFiles.open(paths, self.manifest)
+            self._files = self._open(safetensors_files(model.model, model.revision, load.download_dir))
         return self._files
 
     def check_parallel(self, parallel: ParallelConfig) -> None:
