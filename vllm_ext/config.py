@@ -110,7 +110,9 @@ class BitsMoEServingConfig(QuantizationConfig):
         """
         if parallel.enable_expert_parallel:
             return
+        # vLLM spreads the experts over the processes of all three kinds.
         parts = parallel.tensor_parallel_size * parallel.data_parallel_size
+        parts *= parallel.prefill_context_parallel_size
         for name, spec in self.files.specs.items():
             split_blocks(name, spec.shape, parts, 0)
 

@@ -53,7 +53,7 @@ class BitsMoEMethod(FusedMoEMethodBase):
             "expert biases": self.moe.has_bias,
             "router weights applied to the input": layer.apply_router_weight_on_input,
             "clamped gating": any(
-                getattr(layer, option) is not None
+                getattr(layer, option, None) is not None
                 for option in ("swiglu_limit", "swiglu_alpha", "swiglu_beta")
             ),
             "shared experts fused into the routed ones": self.moe.num_experts != self.moe.num_logical_experts,
