@@ -21,8 +21,11 @@ casts a model (``model.to(dtype)``, loaders that convert floats to the model's d
 The first axis of three is the factor: gate, up, down. ``payload`` holds factor after factor,
 expert after expert; the rows of one expert are ordered by falling width, then by rank index, and
 rows of width 0 are absent. So the offset of every row follows from ``row_codes`` alone. A row of
-b bits is B blocks of b words; a block holds 32 values, value i in bits i*b .. (i+1)*b of the
-block, least significant bit first. A tensor parallel shard is a range of blocks of every row.
+b bits is B blocks of b words; a block holds 32 codes, code i in bits i*b .. (i+1)*b of the
+block, least significant bit first. Rows of up to 4 bits are trellis-coded (unless the config's
+grid is "uniform"): value i is ``trellis.table(b)[window]`` times the scale, where the window's
+8 bits are those before bit (i+1)*b of the block's ring; wider rows are on ``grids``. A tensor
+parallel shard is a range of blocks of every row.
 """
 
 from __future__ import annotations
@@ -33,7 +36,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from bitsmoe_plugin import coding
+from bitsmoe_plugin import coding, grids, trellis
 from bitsmoe_plugin.rounding import SCALE_LEVELS, ScaleGrid
 from bitsmoe_plugin.spectral import QuantizedBasis
 
@@ -111,13 +114,22 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
 
 def unpack_codes(words: Tensor, bits: int, n: int) -> Tensor:
     """Inverse of ``pack_codes``: ``[rows, blocks * bits]`` int32 -> ``[rows, n]`` int32."""
+    return _fields(words, bits, 0, bits)[:, :n].to(torch.int32)
+
+
+def unpack_windows(words: Tensor, bits: int, n: int) -> Tensor:
+    """``trellis.windows`` of packed codes: ``[rows, blocks * bits]`` int32 -> ``[rows, n]`` int64."""
+    return _fields(words, bits, bits - trellis.WINDOW, trellis.WINDOW)[:, :n]
+
+
+def _fields(words: Tensor, bits: int, offset: int, length: int) -> Tensor:
+    """``[rows, blocks * 32]`` int64: the ``length`` bits from bit i * bits + offset of each block's ring."""
     rows = words.shape[0]
     unsigned = words.view(rows, -1, bits).to(torch.int64) & 0xFFFFFFFF
-    start = torch.arange(BLOCK, device=words.device) * bits
+    start = (torch.arange(BLOCK, device=words.device) * bits + offset) % (BLOCK * bits)
     word, shift = start // 32, start % 32
-    following = unsigned[:, :, (word + 1).clamp_max(bits - 1)] << 32
-    codes = ((unsigned[:, :, word] | following) >> shift) & (2**bits - 1)
-    return codes.view(rows, -1)[:, :n].to(torch.int32)
+    following = unsigned[:, :, (word + 1) % bits] << 32
+    return (((unsigned[:, :, word] | following) >> shift) & (2**length - 1)).view(rows, -1)
 
 
 @dataclass(frozen=True)
@@ -229,13 +241,19 @@ def unpack_rows(
         if count == 0:
             continue
         end = start + count * blocks * width
-        codes = unpack_codes(payload[start:end].view(count, -1), width, blocks * BLOCK)
-        scale = scales[factor, expert, order[done : done + count]]
-        pieces.append(coding.decode_width(codes, scale, width, size, grid))
+        scale = scales[factor, expert, order[done : done + count], None]
+        pieces.append(_decode_words(payload[start:end].view(count, -1), scale, width, size, grid))
         start, done = end, done + count
     if not pieces:
         return payload.new_zeros((0, size), dtype=torch.float32), order[:0]
     return torch.cat(pieces), order[:done]
+
+
+def _decode_words(words: Tensor, scales: Tensor, width: int, size: int, grid: str) -> Tensor:
+    """``[rows, size]`` float32 of packed rows ``[rows, blocks * width]`` int32, scales ``[rows, 1]``."""
+    if coding.uses_trellis(width, grid):
+        return trellis.table(width).to(words.device)[unpack_windows(words, width, size)] * scales
+    return grids.decode(unpack_codes(words, width, size).float(), scales, width)
 
 
 def fixed_bits(shape: LayerShape, basis_bits: int, basis_group_size: int, input_bases: int) -> dict[str, int]:

@@ -1,8 +1,9 @@
 """Trellis-coded rows: the value of a code depends on the codes before it in its block of 32.
 
-The last ``WINDOW`` bits of a block's bit string, read after the ``bits`` bits of value i, are its
-window; a fixed table of 2**WINDOW values, trained for a unit Gaussian, maps windows to values
-(a bit-shift trellis, as in QTIP, arXiv 2406.11235). Values still take ``bits`` bits each, but
+The codes of a block, ``bits`` bits each and least significant bit first, make one bit string. The
+``WINDOW`` bits of it that end with the bits of code i are the window of value i; a fixed table of
+2**WINDOW values, trained for a unit Gaussian, maps windows to values (a bit-shift trellis, as in
+QTIP, arXiv 2406.11235). Values still take ``bits`` bits each, but
 their joint choice (Viterbi) comes much closer to the rate-distortion bound than rounding does:
 
     mean square error of a unit Gaussian    1 bit    2 bits   3 bits   4 bits
@@ -39,10 +40,11 @@ def table(bits: int) -> Tensor:
 def windows(codes: Tensor, bits: int) -> Tensor:
     """Windows ``[..., blocks * 32]`` int64 of codes of the same shape, whole blocks."""
     ring = codes.to(torch.int64).unflatten(-1, (-1, BLOCK))
-    result = ring.clone()
-    for back in range(1, -(-WINDOW // bits)):
-        result |= ring.roll(back, -1) << (bits * back)
-    return (result & (2**WINDOW - 1)).flatten(-2)
+    result = torch.zeros_like(ring)
+    for back in range(-(-WINDOW // bits)):
+        code, place = ring.roll(back, -1), WINDOW - bits * (back + 1)
+        result |= code << place if place >= 0 else code >> -place
+    return result.flatten(-2)
 
 
 def decode(codes: Tensor, bits: int) -> Tensor:

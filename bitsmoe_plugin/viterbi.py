@@ -50,8 +50,8 @@ def _advance(x, weights, values, bits, first, count, metric, trace):  # type: ig
     Args:
         x, weights: ``[BLOCK, LANES]``.
         metric: ``[states, LANES]`` cost of the best path into every state, updated. A state is
-            the lower WINDOW - bits bits of the window before.
-        trace: ``[count, states, LANES]`` int32, the upper ``bits`` bits of the best window.
+            the upper WINDOW - bits bits of the window before.
+        trace: ``[count, states, LANES]`` int32, the lower ``bits`` bits of the best window.
     """
     states, branches = 1 << (WINDOW - bits), 1 << bits
     after = np.empty_like(metric)
@@ -61,8 +61,8 @@ def _advance(x, weights, values, bits, first, count, metric, trace):  # type: ig
         for state in range(states):
             best[:] = np.float32(_UNREACHABLE)
             for branch in range(branches):
-                window = branch * states + state
-                before, value, mark = window >> bits, values[window], np.int32(branch)
+                window = (state << bits) | branch
+                before, value, mark = window & (states - 1), values[window], np.int32(branch)
                 for lane in range(_LANES):  # selects instead of branches, so that this vectorises
                     error = x[i, lane] - value
                     cost = metric[before, lane] + weights[i, lane] * error * error
@@ -87,7 +87,7 @@ def _encode_lanes(x, weights, values, bits, codes):  # type: ignore[no-untyped-d
     for lane in range(_LANES):
         state = np.argmin(metric[:, lane])
         for step in range(2 * _WARM - 1, _WARM - 1, -1):
-            state = (trace[step, state, lane] * states + state) >> bits
+            state = ((state << bits) | trace[step, state, lane]) & (states - 1)
         seam[lane] = state
     metric[:] = np.float32(_UNREACHABLE)
     for lane in range(_LANES):
@@ -96,9 +96,9 @@ def _encode_lanes(x, weights, values, bits, codes):  # type: ignore[no-untyped-d
     for lane in range(_LANES):
         state = seam[lane]
         for step in range(BLOCK - 1, -1, -1):
-            window = trace[step, state, lane] * states + state
-            codes[lane, step] = window & ((1 << bits) - 1)
-            state = window >> bits
+            window = (state << bits) | trace[step, state, lane]
+            codes[lane, step] = window >> (WINDOW - bits)
+            state = window & (states - 1)
 
 
 @numba.njit(parallel=True, cache=True)

@@ -97,7 +97,8 @@ def main() -> None:
     )
     reference = AutoModelForCausalLM.from_pretrained(args.model).eval()
     full = evaluate_model(reference, texts, batch_size=args.batch_size)
-    print("| variant | perplexity | KL | same top token | bits over bound | seconds |\n|---|---|---|---|---|---|")
+    print("| variant | perplexity | KL | same top token | bits over bound | seconds |")
+    print("|---|---|---|---|---|---|")
     print(f"| full precision | {full.perplexity:.2f} | 0 | 100 % | | |", flush=True)
     for number, variant in enumerate(chosen, 1):
         print(f"[{number}/{len(chosen)}] {variant.name}", file=sys.stderr, flush=True)

@@ -127,7 +127,7 @@ def test_failure_while_saving_leaves_nothing(tmp_path, monkeypatch) -> None:
 def test_factor_bits_leave_the_bases_out_of_the_budget() -> None:
     """Two ways of counting must not be mixed up: everything, or everything but the bases."""
     shape = LayerShape(num_experts=4, hidden_size=64, intermediate_size=64)
-    fixed = fixed_bits(shape, 4, 32)
+    fixed = fixed_bits(shape, 4, 32, 1)
     everything = plan_budget([shape], BitsMoEConfig(bits=3.0)).payload_bits
     factors = plan_budget([shape], BitsMoEConfig(bits=0.1, factor_bits=3.0)).payload_bits
     assert factors - everything == fixed["bases"]

@@ -59,6 +59,31 @@ def test_factors_reproduce_the_weights_in_the_quantized_bases(weights: ExpertWei
         assert float((rebuilt - exact).norm() / exact.double().norm()) < N * 2**-24 * condition
 
 
+def test_two_input_bases_reproduce_gate_and_up_each(weights: ExpertWeights) -> None:
+    """Gate's basis stands above up's; the tolerance is that of one basis."""
+    given = [spectral.input_basis(positive_definite(seed), positive_definite(4)) for seed in (3, 7)]
+    out = spectral.quantize_basis(spectral.output_basis(positive_definite(5)), 4, 16)
+    bases = SharedBases(spectral.quantize_basis(torch.cat(given), 4, 16), out)
+    read = bases.input_bases().double()
+    assert read.shape == (2, N, N)
+    alone = spectral.quantize_basis(given[1], 4, 16).dequantize()
+    assert torch.equal(read[1].float(), alone), "a row's groups depend on other rows"
+    factors = spectral.expert_factors(weights, bases).double()
+    for part, exact in enumerate((weights.gate, weights.up)):
+        condition = float(torch.linalg.cond(read[part]))
+        error = (factors[part].transpose(1, 2) @ read[part] - exact).norm() / exact.double().norm()
+        assert float(error) < N * 2**-24 * condition
+    assert float((factors[1].transpose(1, 2) @ read[0] - weights.up).norm() / weights.up.norm()) > 0.1
+
+
+def test_one_input_basis_serves_gate_and_up() -> None:
+    """``input_bases()[0]`` is gate's, ``[-1]`` up's, so that both readings are the same basis."""
+    basis = spectral.quantize_basis(normal(N, N), 8, 16)
+    bases = SharedBases(basis, basis).input_bases()
+    assert bases.shape == (1, N, N)
+    assert torch.equal(bases[0], basis.dequantize())
+
+
 def test_input_basis_makes_inputs_and_factors_uncorrelated() -> None:
     """Whitening: in the basis B both B C B^T (what z carries) and B^-T G B^-1 (the factors' energy)
     are diagonal, and their products add up to the whole output energy tr(C G), by rising share."""

@@ -29,7 +29,8 @@ def slopes(gating: Callable, gate: Tensor, up: Tensor, step: float = 1e-5) -> li
 def slow_statistics(layer, rows) -> LayerStatistics:
     """The sums of the module text, one token of one expert after another, in float64."""
     w, a = layer.weights, layer.activations
-    second, gram, outputs = (torch.zeros(H, H, dtype=torch.double) for _ in range(3))
+    second, outputs = (torch.zeros(H, H, dtype=torch.double) for _ in range(2))
+    gram = torch.zeros(2, H, H, dtype=torch.double)
     moment = torch.zeros(E, SIZE, SIZE, dtype=torch.double)
     neurons = torch.zeros(2, E, SIZE, dtype=torch.double)
     slots = torch.zeros(2, T, K, dtype=torch.double)
@@ -53,7 +54,7 @@ def slow_statistics(layer, rows) -> LayerStatistics:
                     slots[part, t, rows[e].slots[n]] = weight * q.sum()
         for part in range(2):
             for i in range(SIZE):
-                gram += neurons[part, e, i] * torch.outer(matrices[part][i], matrices[part][i])
+                gram[part] += neurons[part, e, i] * torch.outer(matrices[part][i], matrices[part][i])
     y = layer.forward(a.hidden, a.top_k_index, a.top_k_weights)
     energy = float((a.token_weights.double() * (y**2).sum(1) / H).mean())
     return LayerStatistics(second / mass, gram, outputs, moment, neurons, slots, energy)
@@ -114,7 +115,7 @@ def test_unrouted_expert_gets_the_statistics_of_a_typical_one(make_layer) -> Non
         assert bool(torch.isfinite(value).all())
     mass = stats.neuron_weights.sum(-1)
     assert bool((mass[:, 2] > mass[:, [0, 1, 3]].amin(1) / 4).all())
-    covariance = statistics.input_covariance(torch.eye(H), stats, activations, rows[2], 1.0)
+    covariance = statistics.input_covariance(torch.eye(H)[None], stats, activations, rows[2], 1.0)
     torch.testing.assert_close(covariance, stats.second_moment.float().expand(2, H, H))
 
 
@@ -160,22 +161,61 @@ def test_neuron_weight_and_covariance_predict_the_error_of_a_neuron(make_layer, 
     changed = getattr(layer.weights, part).clone()
     changed[3, 0] += d
     index = ("gate", "up").index(part)
-    covariance = statistics.input_covariance(torch.eye(H), stats, layer.activations, rows[3], 0.0)[index]
+    covariance = statistics.input_covariance(torch.eye(H)[None], stats, layer.activations, rows[3], 0.0)[
+        index
+    ]
     predicted = float(stats.neuron_weights[index, 3, 0] * (d @ covariance @ d))
     changed_weights = replace(layer.weights, **{part: changed})
     assert predicted == pytest.approx(measured_error(layer, changed_weights), rel=0.01)
 
 
-def test_covariance_blends_by_token_count(layer) -> None:
+@pytest.mark.parametrize("bases", [1, 2])
+def test_covariance_blends_by_token_count(layer, bases: int) -> None:
     """n / (n + strength * rank) of the expert's own moment, the rest of the layer's."""
     rows = routed_only(layer, E)
     stats = collect(layer, rows)
-    basis = torch.randn(H, H)
+    basis = torch.randn(bases, H, H)
     own = statistics.input_covariance(basis, stats, layer.activations, rows[0], 0.0)
     blended = statistics.input_covariance(basis, stats, layer.activations, rows[0], 0.5)
-    pooled = basis @ stats.second_moment.float() @ basis.T
+    pooled = basis @ stats.second_moment.float() @ basis.transpose(1, 2)
     share = rows[0].routed / (rows[0].routed + 0.5 * H)
     torch.testing.assert_close(blended, share * own + (1 - share) * pooled, rtol=1e-4, atol=1e-4)
+
+
+def test_gate_and_up_have_the_covariance_of_their_own_basis(layer) -> None:
+    """Guards the order of two bases, gate's first: each part as if its basis were the only one."""
+    rows = statistics.expert_rows(layer.activations, E, seed=0)
+    stats = collect(layer, rows)
+    bases = torch.randn(2, H, H)
+    both = statistics.input_covariance(bases, stats, layer.activations, rows[1], 0.5)
+    for part in range(2):
+        alone = statistics.input_covariance(bases[part, None], stats, layer.activations, rows[1], 0.5)
+        torch.testing.assert_close(both[part], alone[part], **TOLERANCE)
+
+
+def test_neurons_weigh_alike_without_neuron_weighting(layer) -> None:
+    """The switch changes two statistics: an expert's neurons all weigh its mean, so that its share in
+    the layer stays, and the gram is that of the plain weights. All else is as before."""
+    rows = statistics.expert_rows(layer.activations, E, seed=0)
+    weighted = collect(layer, rows)
+    plain = statistics.collect(layer.weights, layer.activations, rows, layer.gating, neuron_weighting=False)
+    mean = weighted.neuron_weights.mean(-1, keepdim=True).expand(2, E, SIZE)
+    torch.testing.assert_close(plain.neuron_weights, mean)
+    assert float((weighted.neuron_weights / mean).std()) > 0.1, "the example has nothing to switch off"
+    for part, weights in enumerate((layer.weights.gate, layer.weights.up)):
+        stacked = weights.double().flatten(0, 1)
+        torch.testing.assert_close(plain.gram[part], stacked.T @ stacked, **TOLERANCE)
+    for name in ("second_moment", "output_moment", "hidden_moment", "slot_weights", "output_energy"):
+        torch.testing.assert_close(getattr(plain, name), getattr(weighted, name), msg=name)
+
+
+def test_the_first_tokens_are_the_first_of_everything(layer) -> None:
+    """Guards held-out tokens against reaching a statistic: all four tensors are cut alike."""
+    a, first = layer.activations, layer.activations.first(7)
+    assert torch.equal(first.hidden, a.hidden[:7])
+    assert torch.equal(first.top_k_index, a.top_k_index[:7])
+    assert torch.equal(first.top_k_weights, a.top_k_weights[:7])
+    assert torch.equal(first.token_weights, a.token_weights[:7])
 
 
 @pytest.mark.parametrize("part", ["gate", "up", "down"])
