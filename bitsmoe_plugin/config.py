@@ -124,7 +124,7 @@ class BitsMoEConfig(QuantizationConfigMixin):
         scope: "global" spends one budget over all layers, "layer" the same budget on each.
         damping: share of the mean diagonal added to second moments before they are inverted.
         seed: of the few random choices (stand-in tokens for thin experts).
-        format_version, layers, calibration: written into checkpoints, not for users.
+        format_version, layers, calibration, other_tensors: written into checkpoints, not for users.
 
     Raises:
         ConfigError: naming the option, its value and what is allowed.
@@ -180,6 +180,7 @@ class BitsMoEConfig(QuantizationConfigMixin):
         format_version: int = FORMAT_VERSION,
         layers: dict[str, dict[str, Any]] | None = None,
         calibration: dict[str, Any] | None = None,
+        other_tensors: dict[str, str] | None = None,
         **unknown: Any,
     ) -> None:
         self.quant_method = QUANT_METHOD  # type: ignore[assignment]
@@ -210,6 +211,7 @@ class BitsMoEConfig(QuantizationConfigMixin):
         self.format_version = format_version
         self.layers = layers or {}
         self.calibration = calibration or {}
+        self.other_tensors = other_tensors or {}
         _check_choice("method", method, tuple(METHODS))
         self.method = method
         given = {
@@ -265,7 +267,7 @@ class BitsMoEConfig(QuantizationConfigMixin):
         _check_number("damping", self.damping, 1e-6, 1.0)
         _check_number("seed", self.seed, 0, 2**63 - 1, whole=True)
         _check_number("format_version", self.format_version, 1, FORMAT_VERSION, whole=True)
-        for part in ("layers", "calibration"):
+        for part in ("layers", "calibration", "other_tensors"):
             if not isinstance(getattr(self, part), dict):
                 _fail(part, type(getattr(self, part)).__name__, "objects written by this package")
 

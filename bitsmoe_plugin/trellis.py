@@ -63,6 +63,8 @@ def encode(rows: Tensor, weights: Tensor, bits: int) -> Tensor:
     Returns:
         ``[n, columns]`` uint8, each below 2**bits.
     """
-    from bitsmoe_plugin.viterbi import search  # numba takes a second to import; decoding does without
+    # Not at the top: numba takes a second to import, and vLLM 0.32 on a CPU cannot start once llvmlite is
+    # loaded (it reads attributes of whatever modules hold). Decoding does without.
+    from bitsmoe_plugin.viterbi import search
 
     return torch.from_numpy(search(table(bits).numpy(), rows, weights, bits))

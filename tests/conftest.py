@@ -96,6 +96,22 @@ def moe_tiny(moe_tiny_path: Path) -> Any:
 
 
 @pytest.fixture(scope="session")
+def packed_moe_tiny(moe_tiny_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundled model at 2 bits, with its tokenizer; by the quickest options, for tests of runtimes."""
+    from bitsmoe_plugin import BitsMoEConfig
+    from bitsmoe_plugin.integrations.transformers import quantize_to_directory
+
+    text = moe_tiny_path.parent / "data" / "calibration.jsonl"
+    directory = tmp_path_factory.mktemp("packed-moe-tiny") / "model"
+    options = {"method": "paper-v2", "grid": "trellis", "basis_bits": 4, "joint_basis": True}
+    config = BitsMoEConfig(
+        bits=2.0, dataset=str(text), calibration_tokens=1024, sequence_length=256, **options
+    )
+    quantize_to_directory(str(moe_tiny_path), directory, config)
+    return directory
+
+
+@pytest.fixture(scope="session")
 def tiny_model() -> Callable[..., Any]:
     """Model type -> random causal language model of that family, a few thousand weights."""
 

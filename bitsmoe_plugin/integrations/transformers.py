@@ -12,6 +12,8 @@ from typing import Any
 
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     AUTO_QUANTIZER_MAPPING,
@@ -26,6 +28,7 @@ from bitsmoe_plugin.config import QUANT_METHOD, BitsMoEConfig
 from bitsmoe_plugin.errors import CheckpointError, ConfigError, QuantizationError
 from bitsmoe_plugin.experts import BitsMoEExperts, replace_module
 from bitsmoe_plugin.families import find_moe_layers
+from bitsmoe_plugin.other_tensors import record
 from bitsmoe_plugin.pipeline import layer_shape, plan_budget, quantize_model
 
 
@@ -101,6 +104,14 @@ class BitsMoEQuantizer(HfQuantizer):
                 f"BitsMoEConfig: dataset holds text, but no tokenizer was found at "
                 f"{given or model.config._name_or_path!r}; give tokenizer="
             ) from error
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, str]]:
+        """Called before config and weights are saved: record what else will be in the files."""
+        ignored = model._keys_to_ignore_on_save or ()
+        state = {name: tensor for name, tensor in model.state_dict().items() if name not in ignored}
+        saved = revert_weight_conversion(model, remove_tied_weights_from_state_dict(state, model))
+        model.config.quantization_config.other_tensors = record(saved)
+        return None, {}
 
     def is_serializable(self, **kwargs: Any) -> bool:
         return True

@@ -1,0 +1,82 @@
+"""Read packed layers straight from safetensors files, verified."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from bitsmoe_plugin import packing
+from bitsmoe_plugin.checkpoint import (
+    StoredTensor,
+    packed_spec,
+    stored_tensors,
+    tensor_key,
+    verify_digest,
+    verify_headers,
+)
+from bitsmoe_plugin.config import BitsMoEConfig
+from bitsmoe_plugin.errors import CheckpointError
+from bitsmoe_plugin.experts import PackedSpec
+from bitsmoe_plugin.packing import PackedExperts
+from bitsmoe_plugin.rounding import SCALE_LEVELS
+
+
+@dataclass(frozen=True)
+class PackedFiles:
+    """The packed layers of a checkpoint.
+
+    Attributes:
+        config: with the manifest.
+        specs: layer name of the manifest -> sizes.
+        tensors: from ``stored_tensors``.
+    """
+
+    config: BitsMoEConfig
+    specs: dict[str, PackedSpec]
+    tensors: dict[tuple[str, str], StoredTensor]
+
+    @classmethod
+    def open(cls, files: Iterable[str | Path], config: BitsMoEConfig) -> PackedFiles:
+        """Check the headers of the files against the manifest; reads no tensor.
+
+        Raises:
+            CheckpointError: a packed tensor is missing, surplus or of another dtype or shape, or a
+                file is truncated.
+        """
+        specs = {name: packed_spec(name, config) for name in config.layers}
+        tensors = stored_tensors(files)
+        verify_headers(tensors, specs)
+        return cls(config, specs, tensors)
+
+    def read(self, name: str) -> PackedExperts:
+        """The packed tensors of a layer, mapped from the file and verified.
+
+        Raises:
+            CheckpointError: their bytes differ from those that were written.
+        """
+        spec = self.specs[name]
+        packed = PackedExperts(
+            **{
+                buffer.removeprefix("bitsmoe_"): self.tensors[tensor_key(f"{name}.{buffer}")].read()
+                for buffer in spec.tensors()
+            }
+        )
+        verify_digest(name, packed, self.config)
+        verify_rows(name, packed, spec)
+        return packed
+
+
+def verify_rows(name: str, packed: PackedExperts, spec: PackedSpec) -> None:
+    """Refuse row codes that do not describe the payload.
+
+    Raises:
+        CheckpointError: naming what they describe.
+    """
+    if int(packed.row_codes.max()) // SCALE_LEVELS >= len(spec.widths):
+        raise CheckpointError(f"{name}.bitsmoe_row_codes holds a width that the config lacks")
+    words = packing.index_rows(packed.row_codes, spec.widths, spec.shape).words
+    if words != packed.payload.numel():
+        raise CheckpointError(
+            f"{name}: row codes describe {words} payload words, the payload has {packed.payload.numel()}"
+        )

@@ -1,0 +1,125 @@
+"""BitsMoE as a quantization config of vLLM: which layers it serves, and the checkpoint they come from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from vllm.config import ParallelConfig, get_current_vllm_config
+from vllm.model_executor.layers.fused_moe import RoutedExperts
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+from vllm.model_executor.models.utils import WeightsMapper
+
+from bitsmoe_plugin.config import QUANT_METHOD, BitsMoEConfig
+from bitsmoe_plugin.errors import CheckpointError, ConfigError
+from bitsmoe_plugin.other_tensors import verify_others
+from bitsmoe_plugin.packed_files import PackedFiles
+from bitsmoe_plugin.sharding import split_blocks
+from vllm_ext.moe_method import BitsMoEMethod
+from vllm_ext.weight_loading import LayerNames, safetensors_files
+
+
+class BitsMoEServingConfig(QuantizationConfig):
+    """Made by vLLM from ``quantization_config`` of config.json.
+
+    Args:
+        manifest: options and layers of the checkpoint; None if there is no such entry.
+
+    Raises:
+        ConfigError: ``--quantization bitsmoe`` was given for a model that is not packed.
+    """
+
+    def __init__(self, manifest: BitsMoEConfig | None = None) -> None:
+        super().__init__()
+        if manifest is None:
+            raise ConfigError(
+                "--quantization bitsmoe serves checkpoints written by bitsmoe-plugin, and config.json of "
+                "this model has no quantization_config; quantize it first (bitsmoe quantize MODEL OUT)"
+            )
+        self.manifest = manifest
+        self.names = LayerNames(manifest.layers)
+        self._files: PackedFiles | None = None
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> BitsMoEServingConfig:
+        """Checks options and format version."""
+        return cls(BitsMoEConfig.from_dict(config))
+
+    def get_name(self) -> Any:
+        return QUANT_METHOD
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return 70
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        return []
+
+    @staticmethod
+    def get_checkpoint_weight_mapper() -> WeightsMapper:
+        """Keep packed tensors out of vLLM's stream of weights: ``BitsMoEMethod`` reads them itself."""
+        return WeightsMapper(orig_to_new_substr={".bitsmoe_": None})
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
+        """Learn how vLLM's model names its modules."""
+        self.names = LayerNames(self.manifest.layers, hf_to_vllm_mapper.map_name)
+
+    def maybe_update_config(
+        self, model_name: str, hf_config: Any = None, revision: str | None = None
+    ) -> None:
+        """Check the files of a local checkpoint before an engine is started."""
+        self._check_depth(hf_config)
+        if Path(model_name).is_dir():
+            self._files = self._open(safetensors_files(model_name))
+
+    def _open(self, paths: list[Path]) -> PackedFiles:
+        files = PackedFiles.open(paths, self.manifest)
+        verify_others(paths, self.manifest.other_tensors)
+        return files
+
+    def _check_depth(self, hf_config: Any) -> None:
+        """A model with fewer layers than were packed would drop some without a word."""
+        depth = getattr(getattr(hf_config, "text_config", hf_config), "num_hidden_layers", None)
+        for name in self.manifest.layers:
+            if depth is not None and self.names.layer_number(name) >= depth:
+                raise CheckpointError(
+                    f"quantization_config describes {name}, but the model has num_hidden_layers={depth}; "
+                    "config.json was altered"
+                )
+
+    @property
+    def files(self) -> PackedFiles:
+        """The packed layers, fetched from the hub if the model is not a directory."""
+        if self._files is None:
+            config = get_current_vllm_config()
+            model, load = config.model_config, config.load_config
+            self._files = self._open(safetensors_files(model.model, model.revision, load.download_dir))
+        return self._files
+
+    def check_parallel(self, parallel: ParallelConfig) -> None:
+        """Refuse degrees that cannot split the rows, before vLLM divides sizes without a remainder check.
+
+        Raises:
+            ConfigError: naming layer, sizes and the degrees that work.
+        """
+        if parallel.enable_expert_parallel:
+            return
+        # vLLM spreads the experts over the processes of all three kinds.
+        parts = parallel.tensor_parallel_size * parallel.data_parallel_size
+        parts *= parallel.prefill_context_parallel_size
+        for name, spec in self.files.specs.items():
+            split_blocks(name, spec.shape, parts, 0)
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        """Routed experts are packed, everything else is as it was."""
+        self.check_parallel(get_current_vllm_config().parallel_config)
+        if isinstance(layer, RoutedExperts):
+            name = self.names.find(prefix)
+            return BitsMoEMethod(layer.moe_config, name, self.files)
+        return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None

@@ -1,0 +1,96 @@
+"""Where vLLM's layers stand in a packed checkpoint, and what of it a process holds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bitsmoe_plugin.checkpoint import tensor_key
+from bitsmoe_plugin.errors import CheckpointError
+from bitsmoe_plugin.experts import PackedSpec
+from bitsmoe_plugin.packed_files import PackedFiles
+from bitsmoe_plugin.packing import PackedExperts
+from bitsmoe_plugin.sharding import Shard, shard_shape, slice_packed
+
+INDEX = "model.safetensors.index.json"
+
+
+def safetensors_files(model: str, revision: str | None = None, cache: str | None = None) -> list[Path]:
+    """The safetensors files of a checkpoint: those of its index if it has one, else all.
+
+    Args:
+        model: directory, or name on the hub.
+        revision: on the hub.
+        cache: directory for downloads, None for the default.
+
+    Raises:
+        CheckpointError: there are none, or one of the index is missing.
+    """
+    folder = Path(model)
+    if not folder.is_dir():
+        from vllm.model_executor.model_loader.weight_utils import download_weights_from_hf
+
+        folder = Path(download_weights_from_hf(model, cache, ["*.safetensors", INDEX], revision))
+    if (folder / INDEX).is_file():
+        names = set(json.loads((folder / INDEX).read_text())["weight_map"].values())
+        files = [folder / name for name in sorted(names)]
+    else:
+        files = sorted(folder.glob("*.safetensors"))
+    missing = [file.name for file in files if not file.is_file()]
+    if missing or not files:
+        raise CheckpointError(f"{model} lacks {', '.join(missing) or 'safetensors files'}")
+    return files
+
+
+class LayerNames:
+    """Finds the manifest's entry of a layer by vLLM's name for it.
+
+    What stands between decoder layer and experts differs (``block_sparse_moe``, ``mlp``), so decoder
+    layers are compared.
+
+    Args:
+        names: of the manifest.
+        rename: vLLM's name of a module of the checkpoint, None to drop it.
+    """
+
+    def __init__(self, names: Iterable[str], rename: Callable[[str], str | None] = str) -> None:
+        self._by_layer = {self._layer(rename(name) or name): name for name in names}
+
+    @staticmethod
+    def _layer(name: str) -> str:
+        return tensor_key(f"{name}.bitsmoe_payload")[0]
+
+    @classmethod
+    def layer_number(cls, name: str) -> int:
+        """Index of the decoder layer, -1 if the name has none."""
+        last = cls._layer(name).rpartition(".")[2]
+        return int(last) if last.isdecimal() else -1
+
+    def find(self, prefix: str) -> str:
+        """Raises CheckpointError if the manifest has no such layer."""
+        name = self._by_layer.get(self._layer(prefix))
+        if name is None:
+            raise CheckpointError(
+                f"the model has routed experts at {prefix}, but quantization_config describes "
+                f"{', '.join(self._by_layer.values()) or 'no layers'}"
+            )
+        return name
+
+
+def load_shard(
+    files: PackedFiles, name: str, shard: Shard, device: torch.device
+) -> tuple[PackedSpec, dict[str, Tensor]]:
+    """Read, verify and cut one layer; the whole layer is mapped from its file, not copied.
+
+    Returns:
+        sizes of the shard, and its tensors by buffer name, on ``device``.
+    """
+    spec = files.specs[name]
+    sliced: PackedExperts = slice_packed(files.read(name), spec.widths, spec.shape, shard)
+    local = replace(spec, shape=shard_shape(spec.shape, shard), payload_words=sliced.payload.numel())
+    return local, {buffer: tensor.to(device) for buffer, tensor in sliced.tensors()}
