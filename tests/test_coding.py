@@ -101,14 +101,24 @@ def test_each_width_is_coded_as_documented(width: int, grid: str) -> None:
 @pytest.mark.parametrize("width", [1, 2, 3, 4, 6, 8])
 def test_expected_gain_is_that_of_a_gaussian(width: int, grid: str) -> None:
     """Guards the costs of the allocation: error over that of the uniform grid, 65,536 values. The
-    mean of so many squared errors varies by less than 1 %, the ratio by less: 3 %."""
+    mean of so many squared errors varies by less than 1 %; scales fitted to each row of 1024 values
+    move the ratio by up to 2 %: 5 %."""
     rows, ones = normal(64, 1024, seed=12), torch.ones(64)
     bits = torch.full((64,), width)
     error, uniform = (
         float((coding.round_rows(rows, ones, ones[:1], bits, used) - rows).double().square().mean())
         for used in (grid, "uniform")
     )
-    assert coding.expected_gain(width, grid) == pytest.approx(error / uniform, rel=0.03)
+    assert coding.expected_gain(width, grid, 1024) == pytest.approx(error / uniform, rel=0.05)
+
+
+@pytest.mark.parametrize("width", [1, 2, 3, 4])
+def test_expected_gain_is_smaller_for_short_rows(width: int) -> None:
+    """The uniform grid fits 64 values better than 1024; the trellis is a Gaussian code for both."""
+    gains = [coding.expected_gain(width, "trellis", size) for size in (1024, 192, 64)]
+    if width > 2:
+        assert gains == sorted(gains)
+    assert 0.4 < gains[0] < 0.9
 
 
 @both_grids
