@@ -128,7 +128,7 @@ class BitsMoEConfig(QuantizationConfigMixin):
 
     Raises:
         ConfigError: naming the option, its value and what is allowed.
-        CheckpointError: a checkpoint of a newer format version.
+        CheckpointError: a checkpoint of another format version.
     """
 
     # Set from the method's table, see __init__.
@@ -185,9 +185,14 @@ class BitsMoEConfig(QuantizationConfigMixin):
     ) -> None:
         self.quant_method = QUANT_METHOD  # type: ignore[assignment]
         _check_choice("quant_method", unknown.pop("quant_method", QUANT_METHOD), (QUANT_METHOD,))
+        if isinstance(format_version, int) and 0 < format_version < FORMAT_VERSION and layers:
+            raise CheckpointError(
+                f"checkpoint has BitsMoE format version {format_version}, of before the first release; this "
+                f"release reads version {FORMAT_VERSION}. Quantize the model again."
+            )
         if isinstance(format_version, int) and format_version > FORMAT_VERSION:
             raise CheckpointError(
-                f"checkpoint has BitsMoE format version {format_version}; this release reads up to "
+                f"checkpoint has BitsMoE format version {format_version}; this release reads version "
                 f"{FORMAT_VERSION}. Upgrade bitsmoe-plugin."
             )
         if unknown:
@@ -266,7 +271,7 @@ class BitsMoEConfig(QuantizationConfigMixin):
         _check_number("covariance_prior", self.covariance_prior, 0, 1e6)
         _check_number("damping", self.damping, 1e-6, 1.0)
         _check_number("seed", self.seed, 0, 2**63 - 1, whole=True)
-        _check_number("format_version", self.format_version, 1, FORMAT_VERSION, whole=True)
+        _check_number("format_version", self.format_version, FORMAT_VERSION, FORMAT_VERSION, whole=True)
         for part in ("layers", "calibration", "other_tensors"):
             if not isinstance(getattr(self, part), dict):
                 _fail(part, type(getattr(self, part)).__name__, "objects written by this package")

@@ -56,7 +56,7 @@ INVALID: dict[str, tuple[list[Any], str]] = {
     "covariance_prior": ([-0.1, math.nan, math.inf, "1", True], "a number from 0 to"),
     "damping": ([0, -1, 1.5, math.nan, "0.01", None], "a number from 1e-06 to 1"),
     "seed": ([-1, 0.5, 2**63, "0", None, True], "a whole number from 0 to"),
-    "format_version": ([0, -1, "1", None, 1.0, True], "a whole number from 1 to"),
+    "format_version": ([0, -1, 1, "2", None, 2.0, True], "a whole number from 2 to 2"),
     "layers": ([["a"], "a", 3], "objects"),
     "calibration": ([["a"], "a", 3], "objects"),
 }
@@ -171,10 +171,17 @@ def test_unknown_option_is_refused_with_the_known_ones() -> None:
     assert set(INVALID) | {"dataset", "tokenizer"} == set(known)
 
 
+def test_older_format_version_asks_to_quantize_again() -> None:
+    """Version 1 had no trellis: its rows would decode to something else without a word."""
+    stored = {**BitsMoEConfig().to_dict(), "format_version": 1, "layers": {"model.layers.0.mlp.experts": {}}}
+    with pytest.raises(CheckpointError, match=r"version 1.*Quantize the model again"):
+        BitsMoEConfig.from_dict(stored)
+
+
 def test_newer_format_version_asks_for_an_upgrade() -> None:
     """Guards against reading a later layout as this one; options it may add must not hide that."""
     stored = {**BitsMoEConfig().to_dict(), "format_version": FORMAT_VERSION + 1, "option_of_the_future": 1}
     with pytest.raises(
-        CheckpointError, match=rf"version {FORMAT_VERSION + 1}.*up to {FORMAT_VERSION}.*Upgrade"
+        CheckpointError, match=rf"version {FORMAT_VERSION + 1}.*reads version {FORMAT_VERSION}.*Upgrade"
     ):
         BitsMoEConfig.from_dict(stored)
