@@ -59,6 +59,7 @@ INVALID: dict[str, tuple[list[Any], str]] = {
     "format_version": ([0, -1, 1, "2", None, 2.0, True], "a whole number from 2 to 2"),
     "layers": ([["a"], "a", 3], "objects"),
     "calibration": ([["a"], "a", 3], "objects"),
+    "other_tensors": ([["a"], "a", 3], "objects"),
 }
 
 
@@ -76,7 +77,7 @@ def test_bad_value_is_refused_with_option_value_and_what_is_allowed(
     assert option in message
     assert allowed in message
     shown = tuple(value) if option == "widths" and isinstance(value, (list, tuple)) else value
-    manifest = option in ("layers", "calibration")  # too long to print: the type has to do
+    manifest = option in ("layers", "calibration", "other_tensors")  # too long to print: the type has to do
     assert (type(value).__name__ if manifest else f"{option}={shown!r}") in message
 
 
@@ -136,6 +137,7 @@ def test_round_trip_through_json() -> None:
         "seed": 7,
         "layers": {"model.layers.0.mlp.experts": {"num_experts": 4, "report": {"tokens_per_expert": [1, 2]}}},
         "calibration": {"tokens": 12, "sha256": "ab"},
+        "other_tensors": {"lm_head.weight": "ab"},
     }
     config = BitsMoEConfig(**changed, dataset=["secret text"], tokenizer="secret/tokenizer")
     text = json.dumps(config.to_dict())
