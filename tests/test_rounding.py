@@ -190,29 +190,24 @@ def test_gate_and_up_do_not_disturb_each_other(grid: str) -> None:
         assert torch.equal(alone.scale_codes[1], together.scale_codes[part])
 
 
-def expected_gain_of_feedback(moment: Tensor, rounder) -> float:
-    """Error with feedback over error without, for fine, hence white, rounding errors.
-
-    A row's error counts as far as later rows do not explain it; a neuron's as far as the neurons of
-    later blocks of 32 do not explain it: tr(C_bb - C_bl C_ll^-1 C_lb) over tr C.
-    """
-    n = len(moment)
-    left, step = 0.0, 1 if rounder is round_rank else 32
-    for first in range(0, n, step):
-        own, later = slice(first, min(first + step, n)), slice(first + step, n)
-        cross = moment[own, later].double()
-        left += float(moment[own, own].trace())
-        left -= float((cross @ torch.linalg.solve(moment[later, later].double(), cross.T)).trace())
+def expected_gain_of_feedback(moment: Tensor) -> float:
+    """Error with feedback over error without, for fine, hence white, rounding errors on uniform grids:
+    the part of each coordinate's variance that later ones do not explain, C_kk - C_kl C_ll^-1 C_lk."""
+    left = 0.0
+    for k in range(len(moment)):
+        cross, later = moment[k, k + 1 :].double(), moment[k + 1 :, k + 1 :].double()
+        left += float(moment[k, k]) - float(cross @ torch.linalg.solve(later, cross))
     return left / float(moment.trace())
 
 
 @pytest.mark.parametrize(("rounder", "tolerance"), [(round_rank, 0.05), (round_neurons, 0.12)])
 def test_feedback_reaches_the_conditional_variance(rounder, tolerance: float) -> None:
-    """Fine rounding: feedback brings the error down to the variance that later coordinates (rank) or
-    blocks (neurons) leave. Neighbours at 0.9 along the rank, 1 - 0.9^2 = 0.19 per row; a factor common
-    to all neurons, so that later blocks tell about earlier ones. 1440 or more independent errors per
-    coordinate: 5 % along the rank. With a common factor mostly the sum of a row's errors counts, and the
-    mean square of 1440 such sums varies by 4 %: 12 %."""
+    """Fine rounding: feedback brings the error down to the variance that later coordinates leave.
+
+    Neighbours at 0.9 along the rank, 1 - 0.9^2 = 0.19 per row; a factor common to all neurons. 1440 or
+    more independent errors per coordinate: 5 % along the rank. With a common factor mostly the sum of a
+    row's errors counts, and the mean square of 1440 such sums varies by 4 %: 12 %.
+    """
     wide = one_scale(2.0)
     factor, bits = normal(EXPERTS * 20, RANK, SIZE), torch.full((EXPERTS * 20, RANK), 8)
     n = RANK if rounder is round_rank else SIZE
@@ -223,7 +218,7 @@ def test_feedback_reaches_the_conditional_variance(rounder, tolerance: float) ->
     with_feedback, without = (
         quadratic(turned(values - factor, rounder), moment) for values in (rounded, plain)
     )
-    expected = expected_gain_of_feedback(moment, rounder)
+    expected = expected_gain_of_feedback(moment)
     assert expected < 0.5, "the example has nothing to gain"
     assert with_feedback / without == pytest.approx(expected, rel=tolerance)
 
@@ -250,7 +245,8 @@ def test_feedback_pays_at_coarse_widths(rounder, bits: int, grid: str) -> None:
 def test_trellis_beats_the_uniform_grid_with_feedback(rounder, bits: int, share: float) -> None:
     """The point of the trellis, after scales have been stored and errors passed on. It leaves 0.84,
     0.66 and 0.47 of a Gaussian's uniform error, but 0.6 at 4 bits if each row of 64 values has its best
-    scale (measured). 0.1 more is allowed for the partial block of each row."""
+    scale (measured). 0.1 more is allowed for the partial block of each row, and another 0.1 for neurons,
+    where the uniform grid passes errors on inside blocks and the trellis cannot."""
     factor, widths = normal(EXPERTS, RANK, SIZE), torch.full((EXPERTS, RANK), bits)
     moment = moments(RANK if rounder is round_rank else SIZE)
     feedback = rounding.feedback_factor(moment, 0.01)
@@ -258,7 +254,8 @@ def test_trellis_beats_the_uniform_grid_with_feedback(rounder, bits: int, share:
     for grid in GRIDS:
         values = rounder(factor, widths, feedback, grid)[0].values
         errors[grid] = quadratic(turned(values - factor, rounder), moment)
-    assert errors["trellis"] < (share + 0.1) * errors["uniform"]
+    allowed = share + (0.1 if rounder is round_rank else 0.2)
+    assert errors["trellis"] < allowed * errors["uniform"]
 
 
 @both_grids
