@@ -108,7 +108,8 @@ class BitsMoEConfig(QuantizationConfigMixin):
         basis_group_size: basis values that share a scale; divides hidden_size.
         joint_basis: one input basis for gate and up (True) or one for each (False).
         whitening: bases in the metric of the inputs and outputs (True) or from plain SVDs (False).
-        cost: "output" estimates the layer's output error, "spectral" is row energy times input energy.
+        cost: "output" estimates the layer's output error, "spectral" is row energy times input
+            energy, relative to the projection's.
         token_weighting: "residual" weighs a token by 1 / mean square of its residual stream,
             "none" weighs all alike.
         neuron_weighting: weigh a neuron's gate and up by what they do to the output (True), or all

@@ -79,7 +79,10 @@ def _output_weights(
 
 
 def _spectral_weights(problem: LayerProblem, chosen: slice) -> tuple[list[Tensor], list[Tensor]]:
-    """The same for ``cost="spectral"``: the energy of what the factor is multiplied with."""
+    """The same for ``cost="spectral"``: the energy of what the factor is multiplied with.
+
+    ``row_costs`` takes errors relative to each projection's total, the only common unit there is.
+    """
     energies = []
     for rows in problem.rows[chosen]:
         z = problem.activations.hidden[rows.tokens].float() @ problem.input_bases.transpose(1, 2)
@@ -123,6 +126,9 @@ def row_costs(problem: LayerProblem, keep: list[int]) -> tuple[Tensor, Tensor, d
                 if factor < 2 and not spectral:
                     distortion *= GATE_UP_WEIGHT * (DROP_WEIGHT if width == 0 else 1.0)
                 costs[factor, chosen, :, index] = distortion
+    if spectral:  # what a projection's factor is multiplied with has a unit of its own
+        totals = energies.sum((1, 2), keepdim=True).clamp_min(1e-30)
+        costs /= totals[..., None]
     return costs, energies, kept
 
 

@@ -248,7 +248,7 @@ def _round(
             "estimated_error": _estimated_error(plan, row_bits, config),
             "calibration_error": float(errors[:tokens].mean()),
             "unseen_error": float(errors[tokens:].mean()) if len(errors) > tokens else None,
-            "bits_over_bound": bits_over_bound(plan, result, shape),
+            "bits_over_bound": bits_over_bound(plan, result, shape) if config.cost == "output" else None,
             "output_energy": problem.statistics.output_energy,
             "tokens_per_expert": counts.tolist(),
         }

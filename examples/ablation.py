@@ -69,10 +69,11 @@ def run(args: argparse.Namespace, variant: Variant, texts: list[EvaluationText],
     result = evaluate_model(model, texts, reference=reference, batch_size=args.batch_size)
     agreement = 100 * (result.top1_agreement or 0.0)
     layers = model.config.quantization_config.layers.values()
-    over_bound = statistics.mean(layer["report"]["bits_over_bound"] for layer in layers)
+    gaps = [layer["report"]["bits_over_bound"] for layer in layers]
+    over_bound = "" if None in gaps else f"{statistics.mean(gaps):.2f}"
     return (
         f"| {variant.name} | {result.perplexity:.2f} | {result.kl_divergence:.4f} | {agreement:.1f} % "
-        f"| {over_bound:.2f} | {seconds:.0f} |"
+        f"| {over_bound} | {seconds:.0f} |"
     )
 
 

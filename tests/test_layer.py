@@ -230,7 +230,8 @@ def test_costs_fall_with_the_width(layer, options: dict) -> None:
 
 def test_spectral_costs_are_row_energy_times_input_energy(layer) -> None:
     """The publication's cost of dropping a row, token by token in float64, routed and stand-in tokens
-    alike; for down the mean over neurons of E[a h^2] / H takes the place of the inputs. 1e-4."""
+    alike; for down the mean over neurons of E[a h^2] / H takes the place of the inputs. Costs are
+    relative to the projection's total. 1e-4."""
     problem = problem_of(layer, cost="spectral", joint_basis=False)
     costs, energies, _ = row_costs(problem, [])
     expert, rows = 2, problem.rows[2]
@@ -242,7 +243,8 @@ def test_spectral_costs_are_row_energy_times_input_energy(layer) -> None:
     inputs = [(a * z[0] ** 2).sum(0), (a * z[1] ** 2).sum(0), (a * h**2).sum(0).mean() / H]
     for part in range(3):
         wanted = problem.factors[part, expert].double().square().sum(-1) * inputs[part]
-        torch.testing.assert_close(costs[part, expert, :, 0].double(), wanted, rtol=1e-4, atol=0)
+        relative = wanted / energies[part].double().sum()
+        torch.testing.assert_close(costs[part, expert, :, 0].double(), relative, rtol=1e-4, atol=0)
         torch.testing.assert_close(energies[part, expert].double(), wanted, rtol=1e-4, atol=0)
 
 
