@@ -146,7 +146,8 @@ def print_inspection(report: dict[str, Any], stream: TextIO) -> None:
     console.print(
         "widths: share of rows. estimated, measured, unseen: output error of the layer, relative to the "
         "output's energy (token-weighted), as the allocation expected it, on the calibration text and on "
-        "text held out from it, what makes up for earlier layers included. over bound: bits per weight of the rows (without bases) beyond the "
+        "text held out from it, what makes up for earlier layers included. "
+        "over bound: bits per weight of the rows (without bases) beyond the "
         "rate-distortion bound at the same first-order error. tokens/dim: calibration tokens of the median "
         f"expert per input dimension; below {THIN_TOKENS_PER_DIMENSION:g} estimates are poor."
     )
