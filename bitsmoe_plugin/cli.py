@@ -1,4 +1,4 @@
-"""Command line: ``bitsmoe quantize | inspect | evaluate | compare``."""
+"""Command line: ``bitsmoe quantize | inspect | evaluate | compare | bench``."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
+from bitsmoe_plugin.benchmarks import BENCHMARKS
 from bitsmoe_plugin.comparison import METHODS as COMPARED
 from bitsmoe_plugin.config import METHODS, BitsMoEConfig
 from bitsmoe_plugin.errors import BitsMoEError, ConfigError
@@ -80,13 +81,20 @@ def _add_compare(commands: Any) -> None:
     parser.set_defaults(run=_compare)
 
 
+def _add_bench(commands: Any) -> None:
+    parser = commands.add_parser("bench", help="benchmarks")
+    names = parser.add_subparsers(required=True, metavar="NAME")
+    for add in BENCHMARKS:
+        add(names)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
     parser = argparse.ArgumentParser(
         prog="bitsmoe", description="Quantize Mixture-of-Experts language models to 2 bits."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (_add_quantize, _add_inspect, _add_evaluate, _add_compare):
+    for add in (_add_quantize, _add_inspect, _add_evaluate, _add_compare, _add_bench):
         add(commands)
     return parser
 

@@ -1,0 +1,12 @@
+"""Benchmarks: ``bitsmoe bench NAME``. Each module here defines one.
+
+A module has ``add(commands)``, which adds its parser, and a function from the parsed options to a list of
+rows (flat dicts), one per line of its table. Everything is measured side by side in one run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+BENCHMARKS: tuple[Callable[[Any], None], ...] = ()
