@@ -15,7 +15,8 @@ from torch import Tensor
 
 from bitsmoe_plugin.config import BitsMoEConfig
 from bitsmoe_plugin.errors import CheckpointError
-from bitsmoe_plugin.experts import BitsMoEExperts, PackedSpec
+from bitsmoe_plugin.experts import BitsMoEExperts
+from bitsmoe_plugin.packed_spec import PackedSpec
 from bitsmoe_plugin.packing import LayerShape, PackedExperts
 
 _SIZES = ("num_experts", "hidden_size", "intermediate_size", "payload_words")

@@ -17,7 +17,7 @@ from bitsmoe_plugin.checkpoint import (
 )
 from bitsmoe_plugin.config import BitsMoEConfig
 from bitsmoe_plugin.errors import CheckpointError
-from bitsmoe_plugin.experts import PackedSpec
+from bitsmoe_plugin.packed_spec import PackedSpec
 from bitsmoe_plugin.packing import PackedExperts
 from bitsmoe_plugin.rounding import SCALE_LEVELS
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from bitsmoe_plugin import coding, packing, trellis
 from bitsmoe_plugin.coding import GRIDS
 from bitsmoe_plugin.config import ALL_WIDTHS
-from bitsmoe_plugin.experts import PackedSpec
 from bitsmoe_plugin.layer import row_sizes
+from bitsmoe_plugin.packed_spec import PackedSpec
 from bitsmoe_plugin.packing import LayerShape, PackedExperts
 from bitsmoe_plugin.rounding import SCALE_LEVELS, ScaleGrid
 from bitsmoe_plugin.spectral import quantize_basis

@@ -11,10 +11,11 @@ from torch import Tensor
 from bitsmoe_plugin import coding, packing
 from bitsmoe_plugin.config import ALL_WIDTHS
 from bitsmoe_plugin.errors import ConfigError
-from bitsmoe_plugin.experts import PackedSpec
+from bitsmoe_plugin.kernels.reference import ReferenceLayer
+from bitsmoe_plugin.packed_spec import PackedSpec
 from bitsmoe_plugin.packing import LayerShape, PackedExperts
 from bitsmoe_plugin.rounding import SCALE_LEVELS
-from bitsmoe_plugin.serving import PackedLayer, gating
+from bitsmoe_plugin.serving import gating
 from bitsmoe_plugin.sharding import Shard, local_experts, shard_shape, slice_packed, split_blocks, whole
 from bitsmoe_plugin.spectral import quantize_basis
 
@@ -99,8 +100,8 @@ def test_shards_have_the_sizes_that_the_config_predicts() -> None:
         assert (tensor.dtype, tuple(tensor.shape)) == wanted
 
 
-def _layer(packed: PackedExperts, shape: LayerShape) -> PackedLayer:
-    return PackedLayer.prepare(spec_of(packed, shape, "trellis"), packed, gating("silu"))
+def _layer(packed: PackedExperts, shape: LayerShape) -> ReferenceLayer:
+    return ReferenceLayer.prepare(spec_of(packed, shape, "trellis"), packed, gating("silu"))
 
 
 @pytest.mark.parametrize("tokens", [1, 5])

@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig, FusedMoEQuantConfig
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 
+from bitsmoe_plugin import kernels
 from bitsmoe_plugin.errors import CheckpointError, ConfigError
 from bitsmoe_plugin.packed_files import PackedFiles
 from bitsmoe_plugin.packing import PackedExperts
-from bitsmoe_plugin.serving import PackedLayer, gating
+from bitsmoe_plugin.serving import gating
 from bitsmoe_plugin.sharding import Shard, local_experts, split_blocks
 from vllm_ext import ops
 from vllm_ext.weight_loading import load_shard
@@ -31,7 +32,7 @@ class BitsMoEMethod(FusedMoEMethodBase):
         super().__init__(moe)
         self.name = name
         self.files = files
-        self.layer: PackedLayer | None = None
+        self.layer: kernels.Runtime | None = None
 
     def create_weights(self, layer: Any, *args: Any, **extra: Any) -> None:
         """Only checks: ragged tensors have no size before the row codes are read, see below."""
@@ -77,7 +78,7 @@ class BitsMoEMethod(FusedMoEMethodBase):
         for buffer, tensor in tensors.items():
             layer.register_parameter(buffer, nn.Parameter(tensor, requires_grad=False))
         packed = PackedExperts(**{b.removeprefix("bitsmoe_"): getattr(layer, b).data for b in tensors})
-        self.layer = PackedLayer.prepare(spec, packed, gating(layer.activation.value))
+        self.layer = kernels.prepare(spec, packed, gating(layer.activation.value))
 
     def get_fused_moe_quant_config(self, layer: Any) -> FusedMoEQuantConfig | None:
         return None

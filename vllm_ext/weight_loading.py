@@ -12,8 +12,8 @@ from torch import Tensor
 
 from bitsmoe_plugin.checkpoint import tensor_key
 from bitsmoe_plugin.errors import CheckpointError
-from bitsmoe_plugin.experts import PackedSpec
 from bitsmoe_plugin.packed_files import PackedFiles
+from bitsmoe_plugin.packed_spec import PackedSpec
 from bitsmoe_plugin.packing import PackedExperts
 from bitsmoe_plugin.sharding import Shard, shard_shape, slice_packed
 

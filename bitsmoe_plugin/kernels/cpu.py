@@ -1,0 +1,204 @@
+"""Forward pass of packed experts on a CPU, in C: packed rows are decoded in registers, chunk by chunk.
+
+C rather than numba: the decoder is a byte permutation, a field extraction and a table lookup of 64 codes
+at once (AVX-512 VBMI), which no compiler finds by itself; and vLLM on a CPU cannot start once llvmlite is
+loaded. The library is compiled when the package is installed, is called through ctypes and knows nothing
+of torch. It shares torch's OpenMP threads.
+
+Inputs are rounded to 16-bit integers over short stretches (see ``csrc/bitsmoe.h``), everything else is
+exact or float32: relative to ``kernels.reference`` the output differs by about 3e-5.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.machinery
+from ctypes import POINTER, c_char_p, c_float, c_int, c_int32, c_int64, c_uint8, c_void_p
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bitsmoe_plugin import coding, grids, packing, trellis
+from bitsmoe_plugin.packed_spec import PackedSpec
+from bitsmoe_plugin.packing import PackedExperts
+from bitsmoe_plugin.statistics import Gating
+
+MAX_WIDTHS = 8
+TOKENS = 256
+"""Tokens computed at a time; bounds intermediate results, ``[tokens * k, I]`` and ``[tokens * k, r]``."""
+
+
+class _Decoder(ctypes.Structure):
+    _fields_ = (
+        ("bits", c_int32),
+        ("trellis", c_int32),
+        ("offset2", c_int32),
+        ("step", c_float),
+        ("table", c_uint8 * 256),
+        ("perm", c_uint8 * 64),
+        ("shift", c_uint8 * 64),
+    )
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = (
+        *((name, c_int32) for name in ("experts", "hidden", "rank", "size", "bases")),
+        *((name, c_int32) for name in ("basis_bits", "basis_group", "widths")),
+        ("width_bits", c_int32 * MAX_WIDTHS),
+        ("falling", c_int32 * MAX_WIDTHS),
+        ("decoders", _Decoder * MAX_WIDTHS),
+        ("basis", _Decoder),
+        *((name, c_void_p) for name in ("row_codes", "scale_grid", "payload", "starts")),
+        *((name, c_void_p) for name in ("input_basis", "output_basis", "input_scales", "output_scales")),
+    )
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The compiled kernels, None if the package was installed without a C compiler."""
+    for suffix in importlib.machinery.EXTENSION_SUFFIXES:
+        path = Path(__file__).parent / f"_cpu{suffix}"
+        if path.exists():
+            break
+    else:
+        return None
+    lib = ctypes.CDLL(str(path))
+    lib.bitsmoe_select.argtypes, lib.bitsmoe_select.restype = [c_char_p], c_char_p
+    lib.bitsmoe_layer_bytes.restype = c_int64
+    lib.bitsmoe_prepare_decoder.argtypes = [POINTER(_Decoder)]
+    pointer, layer = c_void_p, POINTER(_Layer)
+    lib.bitsmoe_basis.argtypes = [layer, c_int, pointer, c_int64, pointer, c_int]
+    lib.bitsmoe_gate_up.argtypes = [layer, pointer, pointer, c_int64, c_int64, pointer, c_int]
+    lib.bitsmoe_down.argtypes = [layer, pointer, pointer, pointer, c_int64, c_int64, pointer, c_int]
+    assert lib.bitsmoe_layer_bytes() == ctypes.sizeof(_Layer), "cpu.py and csrc/bitsmoe.h disagree"
+    lib.bitsmoe_select(None)
+    return lib
+
+
+def select(name: str | None) -> str | None:
+    """Use the kernels of one instruction set ("avx512", "avx2", "portable"), None: the best of this machine.
+
+    Returns:
+        the name of the kernels now in use; None if this machine cannot run them, and nothing changed.
+    """
+    lib = library()
+    chosen = None if lib is None else lib.bitsmoe_select(None if name is None else name.encode())
+    return None if chosen is None else chosen.decode()
+
+
+def _decoder(bits: int, grid: str) -> _Decoder:
+    """How codes of a width become bytes u, with value = step * (u - offset2 / 2)."""
+    decoder = _Decoder(bits=bits)
+    if coding.uses_trellis(bits, grid):
+        decoder.trellis, decoder.offset2, decoder.step = 1, 256, trellis.STEP
+        decoder.table = (c_uint8 * 256)(*(trellis.TABLES[bits].astype(np.int16) + 128).tolist())
+    else:
+        decoder.offset2, decoder.step = 2**bits - 1, grids.STEP[bits]
+    return decoder
+
+
+def _pointer(tensor: Tensor) -> int:
+    assert tensor.is_contiguous()
+    assert tensor.device.type == "cpu"
+    return tensor.data_ptr()
+
+
+@dataclass(frozen=True)
+class CpuLayer:
+    """A packed layer or shard, ready to compute; holds no copy of it.
+
+    Attributes:
+        spec: sizes.
+        packed: the tensors, kept alive for the library.
+        starts: ``[3, E]`` int64, first payload word of every (factor, expert).
+        gating: of the experts.
+        layer: what the library reads.
+    """
+
+    spec: PackedSpec
+    packed: PackedExperts
+    starts: Tensor
+    gating: Gating
+    layer: _Layer
+
+    @classmethod
+    def prepare(cls, spec: PackedSpec, packed: PackedExperts, gating: Gating) -> CpuLayer:
+        """Derive the offsets from the row codes.
+
+        Args:
+            packed: contiguous, on the CPU.
+        """
+        lib = library()
+        assert lib is not None, "asked for by kernels.prepare only where there is one"
+        shape, widths = spec.shape, spec.widths
+        starts = torch.tensor(packing.index_rows(packed.row_codes, widths, shape).starts)
+        layer = _Layer(
+            experts=shape.num_experts,
+            hidden=shape.hidden_size,
+            rank=shape.rank,
+            size=shape.intermediate_size,
+            bases=spec.input_bases,
+            basis_bits=spec.basis_bits,
+            basis_group=spec.basis_group_size,
+            widths=len(widths),
+            width_bits=(c_int32 * MAX_WIDTHS)(*widths),
+            falling=(c_int32 * MAX_WIDTHS)(*sorted(range(len(widths)), key=lambda i: -widths[i])),
+            starts=_pointer(starts),
+            **{name.removeprefix("bitsmoe_"): _pointer(tensor) for name, tensor in packed.tensors()},
+        )
+        for i, width in enumerate(widths):
+            if width:
+                layer.decoders[i] = _decoder(width, spec.grid)
+                lib.bitsmoe_prepare_decoder(ctypes.byref(layer.decoders[i]))
+        if spec.basis_bits < 16:
+            layer.basis = _decoder(spec.basis_bits, "uniform")
+            lib.bitsmoe_prepare_decoder(ctypes.byref(layer.basis))
+        return cls(spec, packed, starts, gating, layer)
+
+    @torch.no_grad()
+    def forward(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Output of these experts.
+
+        Args:
+            hidden: ``[T, H]``.
+            top_k_index: ``[T, k]`` integer; ids outside 0..E-1 are skipped.
+            top_k_weights: ``[T, k]``.
+
+        Returns:
+            ``[T, H]`` in the dtype of ``hidden``; of a shard, its part of the sum over shards.
+
+        Raises:
+            MemoryError: no memory for intermediate results.
+        """
+        x = hidden.float().contiguous()
+        ids, weights = top_k_index.long().contiguous(), top_k_weights.float().contiguous()
+        out = torch.empty_like(x)
+        for start in range(0, len(x), TOKENS):
+            part = slice(start, start + TOKENS)
+            self._forward(x[part], ids[part], weights[part], out[part])
+        return out.to(hidden.dtype)
+
+    def _forward(self, x: Tensor, ids: Tensor, weights: Tensor, out: Tensor) -> None:
+        lib, layer = library(), ctypes.byref(self.layer)
+        assert lib is not None
+        shape, threads = self.spec.shape, torch.get_num_threads()
+        tokens, k = ids.shape
+        chunked = -(-shape.intermediate_size // 64) * 64
+        z = x.new_empty(tokens, self.spec.input_bases * shape.rank)
+        gate_up = x.new_empty(tokens * k, 2, chunked)
+        coordinates = x.new_empty(tokens, shape.rank)
+        chosen = _pointer(ids)
+        failed = lib.bitsmoe_basis(layer, 0, _pointer(x), tokens, _pointer(z), threads)
+        failed |= lib.bitsmoe_gate_up(layer, _pointer(z), chosen, tokens, k, _pointer(gate_up), threads)
+        gate, up = gate_up[:, :, : shape.intermediate_size].unbind(1)
+        h = self.gating(gate, up).contiguous()
+        failed |= lib.bitsmoe_down(
+            layer, _pointer(h), _pointer(weights), chosen, tokens, k, _pointer(coordinates), threads
+        )
+        failed |= lib.bitsmoe_basis(layer, 1, _pointer(coordinates), tokens, _pointer(out), threads)
+        if failed:
+            raise MemoryError(f"no memory for the experts' intermediate results of {tokens} tokens")

@@ -1,0 +1,242 @@
+/* The kernels with AVX-512 (F, BW, VL, VBMI, VNNI: Intel from Ice Lake on, AMD from Zen 4 on).
+ *
+ * A window or code of up to 8 bits is any 8 bits of a 64-bit lane: one byte permutation brings the right
+ * bytes into each lane, VPMULTISHIFTQB takes the fields out, and the 256-entry table is two VPERMI2B. */
+#if defined(__x86_64__)
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni,avx2,fma,f16c")
+#include <immintrin.h>
+#include <math.h>
+#include <string.h>
+
+#include "bitsmoe.h"
+
+#define INLINE static inline __attribute__((always_inline))
+
+/* exp2 to 1e-7: 2^round(x) times the Taylor series of exp at the remainder, within +-0.35. */
+INLINE __m512 exp2_vector(__m512 x) {
+  __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  __m512 t = _mm512_mul_ps(_mm512_sub_ps(x, whole), _mm512_set1_ps(0.69314718056f));
+  __m512 p = _mm512_set1_ps(1.0f / 5040);
+  static const float series[] = {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1, 1};
+  for (int i = 0; i < 7; i++) p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(series[i]));
+  return _mm512_scalef_ps(p, whole);
+}
+
+static void row_scales(const uint16_t *low, const uint16_t *step, const uint8_t *codes, int n, float *out) {
+  for (int i = 0; i < n; i += 16) {
+    __mmask16 mask = n - i >= 16 ? 0xffff : (__mmask16)((1u << (n - i)) - 1);
+    __m512 base = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, low + i));
+    __m512 slope = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, step + i));
+    __m512 code = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, codes + i)));
+    _mm512_mask_storeu_ps(out + i, mask, exp2_vector(_mm512_fmadd_ps(code, slope, base)));
+  }
+}
+
+static float quantize(const float *a, int n, int padded, int8_t *hi, int8_t *lo, int32_t *sum) {
+  __m512 largest = _mm512_setzero_ps(), poison = _mm512_setzero_ps();
+  for (int i = 0; i < n; i += 16) {
+    __mmask16 mask = n - i >= 16 ? 0xffff : (__mmask16)((1u << (n - i)) - 1);
+    __m512 v = _mm512_maskz_loadu_ps(mask, a + i);
+    largest = _mm512_max_ps(_mm512_abs_ps(v), largest);
+    poison = _mm512_fmadd_ps(v, _mm512_setzero_ps(), poison); /* NaN where v is not finite */
+  }
+  float top = _mm512_reduce_max_ps(largest), bad = _mm512_reduce_add_ps(poison);
+  __m512 inverse = _mm512_set1_ps(top > 0x1p-100f && bad == 0 ? LIMIT / top : 0);
+  __m512i total = _mm512_setzero_si512();
+  for (int i = 0; i < padded; i += 16) {
+    int left = n - i;
+    __mmask16 mask = left >= 16 ? 0xffff : left <= 0 ? 0 : (__mmask16)((1u << left) - 1);
+    __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_maskz_loadu_ps(mask, a + i), inverse));
+    if (bad != 0) q = _mm512_setzero_si512();
+    total = _mm512_add_epi32(total, q);
+    __m512i low = _mm512_srai_epi32(_mm512_slli_epi32(q, 24), 24);
+    _mm_storeu_si128((__m128i *)(lo + i), _mm512_cvtepi32_epi8(q));
+    _mm_storeu_si128((__m128i *)(hi + i), _mm512_cvtepi32_epi8(_mm512_srai_epi32(_mm512_sub_epi32(q, low), 8)));
+  }
+  *sum = _mm512_reduce_add_epi32(total);
+  return top / LIMIT + bad;
+}
+
+typedef struct {
+  __m512i perm, shift, tables[4], mask;
+} Constants;
+
+INLINE Constants constants_of(const Decoder *d) {
+  Constants c;
+  c.perm = _mm512_loadu_si512(d->perm);
+  c.shift = _mm512_loadu_si512(d->shift);
+  for (int i = 0; i < 4; i++) c.tables[i] = _mm512_loadu_si512(d->table + 64 * i);
+  c.mask = _mm512_set1_epi8((char)((1 << d->bits) - 1));
+  return c;
+}
+
+INLINE __m512i decode(const Constants *c, const void *words, __mmask64 bytes, int trellis) {
+  __m512i fields = _mm512_permutexvar_epi8(c->perm, _mm512_maskz_loadu_epi8(bytes, words));
+  fields = _mm512_multishift_epi64_epi8(c->shift, fields);
+  if (!trellis) return _mm512_and_si512(fields, c->mask);
+  __m512i low = _mm512_permutex2var_epi8(c->tables[0], fields, c->tables[1]);
+  __m512i high = _mm512_permutex2var_epi8(c->tables[2], fields, c->tables[3]);
+  return _mm512_mask_blend_epi8(_mm512_movepi8_mask(fields), low, high);
+}
+
+INLINE __mmask64 bytes_of(int blocks, int bits) {
+  int bytes = 4 * blocks * bits;
+  return bytes >= 64 ? ~(__mmask64)0 : ((__mmask64)1 << bytes) - 1;
+}
+
+INLINE void decode_row_of(const Decoder *d, const uint32_t *words, int chunks, int tail, uint8_t *out,
+                          int trellis) {
+  Constants c = constants_of(d);
+  __mmask64 bytes = bytes_of(2, d->bits);
+  for (int i = 0; i < chunks; i++) {
+    if (tail && i == chunks - 1) bytes = bytes_of(1, d->bits);
+    _mm512_storeu_si512(out + i * CHUNK, decode(&c, words + i * 2 * d->bits, bytes, trellis));
+  }
+}
+
+static void decode_row(const Decoder *d, const uint32_t *words, int chunks, int tail, uint8_t *out) {
+  if (d->trellis) decode_row_of(d, words, chunks, tail, out, 1);
+  else decode_row_of(d, words, chunks, tail, out, 0);
+}
+
+/* Bytes of four rows side by side, as VPDPBUSD adds them up: register p of a quad holds in its 128-bit
+ * lane L columns 16 L + 4 p to 16 L + 4 p + 3. */
+INLINE void decode_tile_of(const Decoder *d, const uint32_t *words, int64_t stride, int rows, int tail,
+                           uint8_t *tile, int trellis) {
+  Constants c = constants_of(d);
+  __mmask64 bytes = bytes_of(2 - tail, d->bits);
+  for (int r = 0; r < rows; r += QUAD, tile += QUAD * CHUNK) {
+    __m512i v[QUAD];
+    for (int i = 0; i < QUAD; i++) /* beyond the last row: any row, its q is zero */
+      v[i] = decode(&c, words + (r + i < rows ? r + i : rows - 1) * stride, bytes, trellis);
+    __m512i ab_low = _mm512_unpacklo_epi8(v[0], v[1]), ab_high = _mm512_unpackhi_epi8(v[0], v[1]);
+    __m512i cd_low = _mm512_unpacklo_epi8(v[2], v[3]), cd_high = _mm512_unpackhi_epi8(v[2], v[3]);
+    _mm512_storeu_si512(tile, _mm512_unpacklo_epi16(ab_low, cd_low));
+    _mm512_storeu_si512(tile + 64, _mm512_unpackhi_epi16(ab_low, cd_low));
+    _mm512_storeu_si512(tile + 128, _mm512_unpacklo_epi16(ab_high, cd_high));
+    _mm512_storeu_si512(tile + 192, _mm512_unpackhi_epi16(ab_high, cd_high));
+  }
+}
+
+static void decode_tile(const Decoder *d, const uint32_t *words, int64_t stride, int rows, int tail,
+                        uint8_t *tile) {
+  if (d->trellis) decode_tile_of(d, words, stride, rows, tail, tile, 1);
+  else decode_tile_of(d, words, stride, rows, tail, tile, 0);
+}
+
+INLINE int32_t word_at(const int8_t *bytes, int i) {
+  int32_t word;
+  memcpy(&word, bytes + 4 * i, 4);
+  return word;
+}
+
+/* 2 * (256 * hi + lo) - offset2_sum */
+INLINE __m512i combine(__m512i hi, __m512i lo, __m512i offset2_sum) {
+  __m512i sum = _mm512_add_epi32(_mm512_slli_epi32(hi, 8), lo);
+  return _mm512_sub_epi32(_mm512_add_epi32(sum, sum), offset2_sum);
+}
+
+static void tile_dot(const uint8_t *tile, int rows, const int8_t *hi, const int8_t *lo, int32_t offset2_sum,
+                     float factor, float *out) {
+  __m512i h[4], l[4];
+  for (int p = 0; p < 4; p++) h[p] = l[p] = _mm512_setzero_si512();
+  int quads = (rows + QUAD - 1) / QUAD;
+  for (int q = 0; q < quads; q++) {
+    __m512i high = _mm512_set1_epi32(word_at(hi, q)), low = _mm512_set1_epi32(word_at(lo, q));
+    for (int p = 0; p < 4; p++) {
+      __m512i u = _mm512_loadu_si512(tile + q * QUAD * CHUNK + 64 * p);
+      h[p] = _mm512_dpbusd_epi32(h[p], u, high);
+      l[p] = _mm512_dpbusd_epi32(l[p], u, low);
+    }
+  }
+  __m512 f[4];
+  __m512 scale = _mm512_set1_ps(factor);
+  for (int p = 0; p < 4; p++)
+    f[p] = _mm512_mul_ps(_mm512_cvtepi32_ps(combine(h[p], l[p], _mm512_set1_epi32(offset2_sum))), scale);
+  /* back to the order of columns: a transposition of 4 x 4 lanes */
+  __m512 a = _mm512_shuffle_f32x4(f[0], f[1], 0x44), b = _mm512_shuffle_f32x4(f[0], f[1], 0xee);
+  __m512 c = _mm512_shuffle_f32x4(f[2], f[3], 0x44), e = _mm512_shuffle_f32x4(f[2], f[3], 0xee);
+  __m512 columns[4] = {_mm512_shuffle_f32x4(a, c, 0x88), _mm512_shuffle_f32x4(a, c, 0xdd),
+                       _mm512_shuffle_f32x4(b, e, 0x88), _mm512_shuffle_f32x4(b, e, 0xdd)};
+  for (int p = 0; p < 4; p++)
+    _mm512_storeu_ps(out + 16 * p, _mm512_add_ps(_mm512_loadu_ps(out + 16 * p), columns[p]));
+}
+
+/* Sums of four vectors. */
+INLINE __m128 reduce4(const __m512 v[4]) {
+  __m128 part[4];
+  for (int i = 0; i < 4; i++) {
+    __m256 half = _mm256_add_ps(_mm512_castps512_ps256(v[i]), _mm512_extractf32x8_ps(v[i], 1));
+    part[i] = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+  }
+  return _mm_hadd_ps(_mm_hadd_ps(part[0], part[1]), _mm_hadd_ps(part[2], part[3]));
+}
+
+static void rows_dot(const uint8_t *rows, int64_t stride, int chunks, const int8_t *hi, const int8_t *lo,
+                     int32_t offset2, float factor, float *out) {
+  __m512i h[QUAD], l[QUAD], offset_hi = _mm512_setzero_si512(), offset_lo = _mm512_setzero_si512();
+  __m512i ones = _mm512_set1_epi8(1);
+  for (int r = 0; r < QUAD; r++) h[r] = l[r] = _mm512_setzero_si512();
+  for (int c = 0; c < chunks; c++) {
+    __m512i high = _mm512_loadu_si512(hi + c * CHUNK), low = _mm512_loadu_si512(lo + c * CHUNK);
+    offset_hi = _mm512_dpbusd_epi32(offset_hi, ones, high);
+    offset_lo = _mm512_dpbusd_epi32(offset_lo, ones, low);
+    for (int r = 0; r < QUAD; r++) {
+      __m512i u = _mm512_loadu_si512(rows + r * stride + c * CHUNK);
+      h[r] = _mm512_dpbusd_epi32(h[r], u, high);
+      l[r] = _mm512_dpbusd_epi32(l[r], u, low);
+    }
+  }
+  __m512i offset = _mm512_mullo_epi32(_mm512_add_epi32(_mm512_slli_epi32(offset_hi, 8), offset_lo),
+                                      _mm512_set1_epi32(offset2));
+  __m512 sums[QUAD];
+  for (int r = 0; r < QUAD; r++) sums[r] = _mm512_cvtepi32_ps(combine(h[r], l[r], offset));
+  _mm_storeu_ps(out, _mm_fmadd_ps(reduce4(sums), _mm_set1_ps(factor), _mm_loadu_ps(out)));
+}
+
+static void basis_dot(const uint8_t *rows, int64_t stride, int columns, const int8_t *hi, const int8_t *lo,
+                      const float *input_scales, int32_t offset2, const uint16_t *scales, int64_t scales_stride,
+                      int group, float *out) {
+  __m512 sums[QUAD];
+  for (int r = 0; r < QUAD; r++) sums[r] = _mm512_setzero_ps();
+  __m512i ones = _mm512_set1_epi8(1), factor2 = _mm512_set1_epi32(offset2);
+  /* 32-bit lane j of a chunk sums columns 4 j to 4 j + 3, which lie in one group */
+  int groups = group < CHUNK ? CHUNK / group : 1, count = columns / group;
+  __m512i group_of_lane = _mm512_setzero_si512();
+  if (groups > 1) {
+    int32_t lanes[16];
+    for (int j = 0; j < 16; j++) lanes[j] = 4 * j / group;
+    group_of_lane = _mm512_loadu_si512(lanes);
+  }
+  for (int c = 0; c * CHUNK < columns; c++) {
+    __m512i high = _mm512_loadu_si512(hi + c * CHUNK), low = _mm512_loadu_si512(lo + c * CHUNK);
+    __m512i zero = _mm512_setzero_si512();
+    __m512i offset = _mm512_add_epi32(_mm512_slli_epi32(_mm512_dpbusd_epi32(zero, ones, high), 8),
+                                      _mm512_dpbusd_epi32(zero, ones, low));
+    offset = _mm512_mullo_epi32(offset, factor2);
+    __m512 input_scale = _mm512_set1_ps(input_scales[c]);
+    int first = c * CHUNK / group, left = count - first;
+    __mmask8 mask = (__mmask8)((1u << (left < groups ? left : groups)) - 1);
+    for (int r = 0; r < QUAD; r++) {
+      __m512i u = _mm512_loadu_si512(rows + r * stride + c * CHUNK);
+      __m512i sum = combine(_mm512_dpbusd_epi32(zero, u, high), _mm512_dpbusd_epi32(zero, u, low), offset);
+      __m128i halves = _mm_maskz_loadu_epi16(mask, scales + r * scales_stride + first);
+      __m512 scale = _mm512_permutexvar_ps(group_of_lane, _mm512_castps256_ps512(_mm256_cvtph_ps(halves)));
+      sums[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), _mm512_mul_ps(scale, input_scale), sums[r]);
+    }
+  }
+  _mm_storeu_ps(out, reduce4(sums));
+}
+
+static float half_dot(const uint16_t *row, const float *x, int n) {
+  __m512 sum = _mm512_setzero_ps();
+  for (int i = 0; i < n; i += 16) {
+    __mmask16 mask = n - i >= 16 ? 0xffff : (__mmask16)((1u << (n - i)) - 1);
+    __m512 value = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, row + i));
+    sum = _mm512_fmadd_ps(value, _mm512_maskz_loadu_ps(mask, x + i), sum);
+  }
+  return _mm512_reduce_add_ps(sum);
+}
+
+const Kernels bitsmoe_avx512 = {"avx512", row_scales, quantize, decode_tile, tile_dot, decode_row, rows_dot, basis_dot, half_dot};
+#endif

@@ -1,0 +1,80 @@
+/* Expert layers computed from their packed rows on a CPU; see bitsmoe_plugin/packing.py for the layout.
+ *
+ * Codes become unsigned bytes u with value = step * (u - offset) * scale, in every grid. Inputs become
+ * 16-bit integers q = 256 * hi + lo with a scale for each short stretch of them, so that a sum over codes
+ * is two integer dot products of bytes, exact, and the rounding of the inputs (below 2^-15 of the
+ * stretch's largest) is all that is lost. Everything else is float32.
+ */
+#ifndef BITSMOE_H
+#define BITSMOE_H
+
+#include <stdint.h>
+
+enum {
+  BLOCK = 32,    /* codes that the packed layout keeps together */
+  CHUNK = 64,    /* codes decoded at once */
+  ROWS = 64,     /* rows whose inputs share a scale in gate_up */
+  PANEL = 2048,  /* inputs that share a scale in down: the most whose integer sums fit 32 bits */
+  QUAD = 4,      /* rows decoded and multiplied together */
+  LIMIT = 32639, /* largest |q|: 127 * 256 + 127 */
+  MAX_WIDTHS = 8
+};
+
+/* How codes of one width become bytes. */
+typedef struct {
+  int32_t bits;      /* per code, 1 to 8 */
+  int32_t trellis;   /* bytes are table[window], otherwise codes */
+  int32_t offset2;   /* 2 * offset */
+  float step;
+  uint8_t table[256];
+  uint8_t perm[CHUNK], shift[CHUNK]; /* vector code: source bytes, then bits, of each code of a chunk */
+} Decoder;
+
+typedef struct {
+  int32_t experts, hidden, rank, size, bases; /* E, H, r, I, input bases */
+  int32_t basis_bits, basis_group;
+  int32_t widths;                    /* number of them */
+  int32_t width_bits[MAX_WIDTHS];    /* in the order that row codes count in */
+  int32_t falling[MAX_WIDTHS];       /* indices of width_bits by falling bits */
+  Decoder decoders[MAX_WIDTHS];      /* of width_bits; unused for 0 and 16 bits */
+  Decoder basis;
+  const uint8_t *row_codes;          /* [3, E, r] */
+  const uint16_t *scale_grid;        /* [3, 2, r] float16 */
+  const uint32_t *payload;
+  const int64_t *starts;             /* [3, E] first word */
+  const uint32_t *input_basis, *output_basis;
+  const uint16_t *input_scales, *output_scales; /* float16 */
+} Layer;
+
+/* What depends on the instruction set. Rows are decoded in chunks; `tail` says that a row's last chunk
+ * has one block instead of two, whose bytes must not be read. */
+typedef struct {
+  const char *name;
+  /* out[i] = exp2(low[i] + code[i] * step[i]) */
+  void (*row_scales)(const uint16_t *low, const uint16_t *step, const uint8_t *codes, int n, float *out);
+  /* q = round(a / s) into hi and lo (n to padded: zeros); returns s, NaN if an input is not finite */
+  float (*quantize)(const float *a, int n, int padded, int8_t *hi, int8_t *lo, int32_t *sum);
+  /* one chunk of `rows` <= ROWS rows, in an order that tile_dot knows */
+  void (*decode_tile)(const Decoder *d, const uint32_t *words, int64_t stride, int rows, int tail, uint8_t *tile);
+  /* out[64] += factor * (2 * sum over rows of q * u - offset2_sum) */
+  void (*tile_dot)(const uint8_t *tile, int rows, const int8_t *hi, const int8_t *lo, int32_t offset2_sum,
+                   float factor, float *out);
+  /* `chunks` chunks of one row */
+  void (*decode_row)(const Decoder *d, const uint32_t *words, int chunks, int tail, uint8_t *out);
+  /* out[4] += factor * sum over columns of q * (2 u - offset2), chunks <= PANEL / CHUNK */
+  void (*rows_dot)(const uint8_t *rows, int64_t stride, int chunks, const int8_t *hi, const int8_t *lo,
+                   int32_t offset2, float factor, float *out);
+  /* out[4] = sum over columns of q * (2 u - offset2) * input_scales[column / 64] * scales[row][column / group] */
+  void (*basis_dot)(const uint8_t *rows, int64_t stride, int columns, const int8_t *hi, const int8_t *lo,
+                    const float *input_scales, int32_t offset2, const uint16_t *scales, int64_t scales_stride,
+                    int group, float *out);
+  /* sum of row[i] * x[i], row in float16 */
+  float (*half_dot)(const uint16_t *row, const float *x, int n);
+} Kernels;
+
+extern const Kernels bitsmoe_portable;
+#if defined(__x86_64__)
+extern const Kernels bitsmoe_avx2, bitsmoe_avx512;
+#endif
+
+#endif

@@ -1,0 +1,477 @@
+/* The steps of a layer's forward pass, shared out over threads. Each returns 0, or -1 without memory. */
+#include <stdlib.h>
+#include <string.h>
+
+#include "bitsmoe.h"
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+static const Kernels *kernels = &bitsmoe_portable;
+
+/* Choose the instruction set: NULL for the best of this machine. Returns its name, NULL if it is not to be had. */
+const char *bitsmoe_select(const char *name) {
+  const Kernels *usable[3];
+  int count = 0;
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni") &&
+      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl"))
+    usable[count++] = &bitsmoe_avx512;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2"))
+    usable[count++] = &bitsmoe_avx2;
+#endif
+  usable[count++] = &bitsmoe_portable;
+  for (int i = 0; i < count; i++)
+    if (!name || !strcmp(name, usable[i]->name)) return (kernels = usable[i])->name;
+  return NULL;
+}
+
+int64_t bitsmoe_layer_bytes(void) { return sizeof(Layer); }
+
+/* The vector constants of a decoder whose bits, trellis and table are set. */
+void bitsmoe_prepare_decoder(Decoder *d) {
+  int ring = 4 * d->bits; /* bytes of a block */
+  for (int i = 0; i < CHUNK; i++) {
+    int block = i / BLOCK, first = i % BLOCK / 8 * 8; /* first code of this 64-bit lane, in the block */
+    int lane_start = first * d->bits + (d->trellis ? d->bits - 8 + 8 * ring : 0);
+    d->perm[i] = (uint8_t)(block * ring + (lane_start / 8 + i % 8) % ring);
+    d->shift[i] = (uint8_t)(lane_start % 8 + i % 8 * d->bits);
+  }
+}
+
+static int least(int a, int b) { return a < b ? a : b; }
+
+/* The stored rows of one factor of one expert, in the order of the payload. */
+typedef struct {
+  int count[MAX_WIDTHS]; /* by falling width */
+  int stored;            /* rows that are not dropped */
+  int32_t *order;        /* [r] rank indices */
+  float *scale;          /* [r] */
+} Rows;
+
+static int64_t rows_bytes(const Layer *l) {
+  return ((int64_t)l->rank * (2 * sizeof(float) + sizeof(int32_t) + 1) + 63) / 64 * 64;
+}
+
+/* memory: rows_bytes(l). */
+static Rows index_rows(const Layer *l, int factor, int expert, char *memory) {
+  Rows rows = {{0}, 0, NULL, NULL};
+  int r = l->rank, position[MAX_WIDTHS] = {0}, done = 0, histogram[MAX_WIDTHS] = {0};
+  float *scale = (float *)memory;
+  rows.scale = scale + r;
+  rows.order = (int32_t *)(rows.scale + r);
+  uint8_t *code = (uint8_t *)(rows.order + r);
+  const uint8_t *row_codes = l->row_codes + ((int64_t)factor * l->experts + expert) * r;
+  for (int k = 0; k < r; k++) {
+    histogram[row_codes[k] >> 5]++;
+    code[k] = row_codes[k] & 31;
+  }
+  for (int i = 0; i < l->widths; i++) {
+    int width = l->falling[i];
+    position[width] = done;
+    done += histogram[width];
+    if (l->width_bits[width]) {
+      rows.count[i] = histogram[width];
+      rows.stored = done;
+    }
+  }
+  const uint16_t *grid = l->scale_grid + (int64_t)factor * 2 * r;
+  kernels->row_scales(grid, grid + r, code, r, scale);
+  for (int k = 0; k < r; k++) {
+    int at = position[row_codes[k] >> 5]++;
+    rows.order[at] = k;
+    rows.scale[at] = scale[k];
+  }
+  return rows;
+}
+
+/* Which pairs (token, slot) each expert has. */
+typedef struct {
+  int active;
+  int32_t *expert; /* [active] */
+  int32_t *first;  /* [active + 1], into pair */
+  int32_t *pair;   /* [pairs] */
+  int32_t *memory;
+} Routing;
+
+static int route(const Layer *l, const int64_t *ids, int64_t pairs, Routing *out) {
+  int experts = l->experts;
+  int32_t *next = out->memory = calloc((size_t)experts * 3 + 1 + (size_t)pairs, sizeof(int32_t));
+  if (!next) return -1;
+  out->expert = next + experts;
+  out->first = out->expert + experts;
+  out->pair = out->first + experts + 1;
+  for (int64_t p = 0; p < pairs; p++)
+    if (ids[p] >= 0 && ids[p] < experts) next[ids[p]]++;
+  out->active = 0;
+  int32_t done = 0;
+  for (int e = 0; e < experts; e++) {
+    int32_t count = next[e];
+    next[e] = done;
+    if (!count) continue;
+    out->expert[out->active] = e;
+    out->first[out->active++] = done;
+    done += count;
+  }
+  out->first[out->active] = done;
+  for (int64_t p = 0; p < pairs; p++)
+    if (ids[p] >= 0 && ids[p] < experts) out->pair[next[ids[p]]++] = (int32_t)p;
+  return 0;
+}
+
+/* Parts that the rows of one factor of one expert are cut into, so that few experts still occupy many
+ * threads. No function of the number of threads: results must not depend on it. */
+static int parts_of(const Layer *l, int tasks) {
+  int parts = 64 / (tasks ? tasks : 1), most = l->rank / 128;
+  if (parts > most) parts = most;
+  return parts < 1 ? 1 : parts;
+}
+
+static int chunks_of(int columns) { return (columns + CHUNK - 1) / CHUNK; }
+static int tail_of(int columns) { return (columns + BLOCK - 1) / BLOCK % 2; }
+
+/* Rows from..to of the payload's order that have one width, and where they stand. */
+typedef struct {
+  const Decoder *decoder;
+  int bits, from, to;
+  int64_t stride; /* words of a row */
+  const uint32_t *words;
+} Run;
+
+/* The runs within rows from..to; returns their number. */
+static int runs_of(const Layer *l, const Rows *rows, int64_t start, int from, int to, Run *runs) {
+  int count = 0, first = 0, blocks = (l->size + BLOCK - 1) / BLOCK;
+  const uint32_t *words = l->payload + start;
+  for (int i = 0; i < l->widths; i++) {
+    int width = l->falling[i], last = first + rows->count[i], bits = l->width_bits[width];
+    int64_t stride = (int64_t)blocks * bits;
+    int low = from > first ? from : first, high = least(to, last);
+    if (low < high)
+      runs[count++] = (Run){&l->decoders[width], bits, low, high, stride, words + (low - first) * stride};
+    words += rows->count[i] * stride;
+    first = last;
+  }
+  return count;
+}
+
+/* Bring bytes from..to into the cache; past the end of the payload this does nothing. */
+static void prefetch(const void *start, int64_t from, int64_t to) {
+  for (int64_t at = from; at < to; at += 64) __builtin_prefetch((const char *)start + at);
+}
+
+/* 16-bit codes, in float: too rare for more. */
+static float wide_value(const Decoder *d, const uint32_t *words, int i) {
+  return d->step * ((float)(words[i / 2] >> (i % 2 * 16) & 0xffff) - 32767.5f);
+}
+
+enum { AHEAD = 8192 }; /* bytes by which down runs ahead of itself */
+
+typedef struct {
+  int8_t hi[ROWS], lo[ROWS];
+  int32_t sum;
+  float scale;
+} Inputs;
+
+typedef struct {
+  const Layer *layer;
+  const int32_t *pair; /* [count], of the expert */
+  int count, k, factor;
+  const float *z;
+  float *out; /* of pair p: out + p * 2 * padded, for one factor */
+  int padded;
+} GateUp;
+
+static void gate_up_wide(const GateUp *g, const Rows *rows, const Run *run) {
+  const Layer *l = g->layer;
+  for (int row = run->from; row < run->to; row++)
+    for (int m = 0; m < g->count; m++) {
+      int64_t token = g->pair[m] / g->k;
+      float a = rows->scale[row] * g->z[token * l->bases * l->rank + rows->order[row]];
+      float *out = g->out + (int64_t)g->pair[m] * 2 * g->padded;
+      const uint32_t *words = run->words + (row - run->from) * run->stride;
+      for (int i = 0; i < l->size; i++) out[i] += a * wide_value(run->decoder, words, i);
+    }
+}
+
+static void gate_up_rows(const GateUp *g, const Rows *rows, const Run *run, int row, int count, Inputs *inputs) {
+  const Layer *l = g->layer;
+  const Decoder *d = run->decoder;
+  uint8_t tile[ROWS * CHUNK];
+  for (int m = 0; m < g->count; m++) {
+    float a[ROWS];
+    const float *z = g->z + (int64_t)(g->pair[m] / g->k) * l->bases * l->rank;
+    for (int i = 0; i < count; i++) a[i] = rows->scale[row + i] * z[rows->order[row + i]];
+    inputs[m].scale = kernels->quantize(a, count, ROWS, inputs[m].hi, inputs[m].lo, &inputs[m].sum);
+  }
+  const uint32_t *words = run->words + (row - run->from) * run->stride;
+  int chunks = chunks_of(l->size);
+  int64_t bytes = 4 * run->stride * count;
+  for (int c = 0; c < chunks; c++) {
+    int tail = c == chunks - 1 && tail_of(l->size);
+    /* chunks of a tile's rows are too far apart for the hardware to foresee, so fetch the next tile's */
+    prefetch(words, bytes + bytes * c / chunks, bytes + bytes * (c + 1) / chunks);
+    kernels->decode_tile(d, words + (int64_t)c * 2 * d->bits, run->stride, count, tail, tile);
+    for (int m = 0; m < g->count; m++)
+      kernels->tile_dot(tile, count, inputs[m].hi, inputs[m].lo, d->offset2 * inputs[m].sum,
+                        inputs[m].scale * d->step / 2, g->out + (int64_t)g->pair[m] * 2 * g->padded + c * CHUNK);
+  }
+}
+
+static int gate_up_part(const GateUp *g, int expert, int part, int parts) {
+  const Layer *l = g->layer;
+  char *memory = malloc(rows_bytes(l) + g->count * sizeof(Inputs));
+  if (!memory) return -1;
+  Rows rows = index_rows(l, g->factor, expert, memory);
+  Inputs *inputs = (Inputs *)(memory + rows_bytes(l));
+  Run runs[MAX_WIDTHS];
+  int from = (int)((int64_t)rows.stored * part / parts), to = (int)((int64_t)rows.stored * (part + 1) / parts);
+  int count = runs_of(l, &rows, l->starts[(int64_t)g->factor * l->experts + expert], from, to, runs);
+  for (int i = 0; i < count; i++) {
+    if (runs[i].bits == 16) gate_up_wide(g, &rows, &runs[i]);
+    else
+      for (int row = runs[i].from; row < runs[i].to; row += ROWS)
+        gate_up_rows(g, &rows, &runs[i], row, least(ROWS, runs[i].to - row), inputs);
+  }
+  free(memory);
+  return 0;
+}
+
+/* out[p] = gate and up of pair p, [T k, 2, padded] with padded = I rounded up to chunks, from
+ * z [T, bases r] and ids [T, k] (outside 0..E-1: zeros). */
+int bitsmoe_gate_up(const Layer *l, const float *z, const int64_t *ids, int64_t tokens, int64_t k, float *out,
+                    int threads) {
+  Routing routing;
+  int64_t pairs = tokens * k;
+  if (route(l, ids, pairs, &routing)) return -1;
+  int padded = chunks_of(l->size) * CHUNK, parts = parts_of(l, 2 * routing.active), failed = 0;
+  size_t values = (size_t)pairs * 2 * padded;
+  float *partial = parts > 1 ? malloc(values * parts * sizeof(float)) : out;
+  if (!partial) {
+    free(routing.memory);
+    return -1;
+  }
+  int tasks = routing.active * 2 * parts;
+#pragma omp parallel num_threads(threads)
+  {
+#pragma omp for schedule(static)
+    for (int i = 0; i < parts; i++) memset(partial + values * i, 0, values * sizeof(float));
+#pragma omp for schedule(dynamic)
+    for (int task = 0; task < tasks; task++) {
+      int part = task % parts, factor = task / parts % 2, active = task / parts / 2;
+      int first = routing.first[active];
+      GateUp g = {l, routing.pair + first, routing.first[active + 1] - first, (int)k, factor,
+                  z + (l->bases == 2 && factor == 1 ? l->rank : 0),
+                  partial + values * part + factor * padded, padded};
+      if (gate_up_part(&g, routing.expert[active], part, parts)) {
+#pragma omp atomic write
+        failed = 1;
+      }
+    }
+    if (parts > 1) {
+#pragma omp for schedule(static)
+      for (int64_t i = 0; i < (int64_t)values; i++) {
+        float sum = 0;
+        for (int part = 0; part < parts; part++) sum += partial[values * part + i];
+        out[i] = sum;
+      }
+    }
+  }
+  if (parts > 1) free(partial);
+  free(routing.memory);
+  return -failed;
+}
+
+/* Inputs of down, in 16-bit integers: of pair p at hi + p * padded, a scale for each panel. */
+typedef struct {
+  int padded, panels;
+  int8_t *hi, *lo;
+  float *scale;
+} Hidden;
+
+typedef struct {
+  const Layer *layer;
+  const int32_t *pair;
+  int count;
+  const float *h, *weights;
+  const Hidden *hidden;
+  float *out; /* of pair p: out + p * r */
+} Down;
+
+static void down_wide(const Down *g, const Rows *rows, const Run *run) {
+  const Layer *l = g->layer;
+  for (int row = run->from; row < run->to; row++)
+    for (int m = 0; m < g->count; m++) {
+      int64_t p = g->pair[m];
+      const uint32_t *words = run->words + (row - run->from) * run->stride;
+      float sum = 0;
+      for (int i = 0; i < l->size; i++) sum += g->h[p * l->size + i] * wide_value(run->decoder, words, i);
+      g->out[p * l->rank + rows->order[row]] = g->weights[p] * rows->scale[row] * sum;
+    }
+}
+
+static void down_rows(const Down *g, const Rows *rows, const Run *run, int row, int count, uint8_t *decoded) {
+  const Layer *l = g->layer;
+  const Hidden *hidden = g->hidden;
+  const Decoder *d = run->decoder;
+  const uint32_t *words = run->words + (row - run->from) * run->stride;
+  prefetch(words, AHEAD, AHEAD + 4 * run->stride * count);
+  for (int i = 0; i < count; i++)
+    kernels->decode_row(d, words + i * run->stride, chunks_of(l->size), tail_of(l->size),
+                        decoded + (int64_t)i * hidden->padded);
+  for (int m = 0; m < g->count; m++) {
+    int64_t p = g->pair[m];
+    float sums[QUAD] = {0};
+    for (int panel = 0; panel < hidden->panels; panel++) {
+      int64_t start = panel * PANEL;
+      int chunks = least(PANEL, hidden->padded - (int)start) / CHUNK;
+      kernels->rows_dot(decoded + start, hidden->padded, chunks, hidden->hi + p * hidden->padded + start,
+                        hidden->lo + p * hidden->padded + start, d->offset2,
+                        hidden->scale[p * hidden->panels + panel] * d->step / 2, sums);
+    }
+    for (int i = 0; i < count; i++)
+      g->out[p * l->rank + rows->order[row + i]] = g->weights[p] * rows->scale[row + i] * sums[i];
+  }
+}
+
+static int down_part(const Down *g, int expert, int part, int parts) {
+  const Layer *l = g->layer;
+  int64_t decoded = QUAD * g->hidden->padded;
+  char *memory = calloc(1, rows_bytes(l) + decoded);
+  if (!memory) return -1;
+  Rows rows = index_rows(l, 2, expert, memory);
+  Run runs[MAX_WIDTHS];
+  int from = (int)((int64_t)rows.stored * part / parts), to = (int)((int64_t)rows.stored * (part + 1) / parts);
+  int count = runs_of(l, &rows, l->starts[(int64_t)2 * l->experts + expert], from, to, runs);
+  for (int i = 0; i < count; i++) {
+    if (runs[i].bits == 16) down_wide(g, &rows, &runs[i]);
+    else
+      for (int row = runs[i].from; row < runs[i].to; row += QUAD)
+        down_rows(g, &rows, &runs[i], row, least(QUAD, runs[i].to - row), (uint8_t *)memory + rows_bytes(l));
+  }
+  free(memory);
+  return 0;
+}
+
+/* out [T, r] = sum over a token's slots of weights [T, k] times down of h [T k, I]. */
+int bitsmoe_down(const Layer *l, const float *h, const float *weights, const int64_t *ids, int64_t tokens,
+                 int64_t k, float *out, int threads) {
+  Routing routing;
+  int64_t pairs = tokens * k;
+  if (route(l, ids, pairs, &routing)) return -1;
+  int padded = chunks_of(l->size) * CHUNK, panels = (padded + PANEL - 1) / PANEL, failed = 0;
+  size_t bytes = (size_t)pairs * padded;
+  float *of_pair = calloc((size_t)pairs * l->rank, sizeof(float));
+  int8_t *inputs = malloc(2 * bytes + (size_t)pairs * panels * sizeof(float));
+  if (!of_pair || !inputs) {
+    free(of_pair);
+    free(inputs);
+    free(routing.memory);
+    return -1;
+  }
+  Hidden hidden = {padded, panels, inputs + pairs * panels * sizeof(float),
+                   inputs + pairs * panels * sizeof(float) + bytes, (float *)inputs};
+  int parts = parts_of(l, routing.active), tasks = routing.active * parts;
+#pragma omp parallel num_threads(threads)
+  {
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < pairs * panels; i++) {
+      int64_t p = i / panels, start = i % panels * PANEL, at = p * padded + start;
+      int32_t sum;
+      hidden.scale[i] = kernels->quantize(h + p * l->size + start, least(PANEL, l->size - (int)start),
+                                          least(PANEL, padded - (int)start), hidden.hi + at, hidden.lo + at, &sum);
+    }
+#pragma omp for schedule(dynamic)
+    for (int task = 0; task < tasks; task++) {
+      int active = task / parts, first = routing.first[active];
+      Down g = {l, routing.pair + first, routing.first[active + 1] - first, h, weights, &hidden, of_pair};
+      if (down_part(&g, routing.expert[active], task % parts, parts)) {
+#pragma omp atomic write
+        failed = 1;
+      }
+    }
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < tokens * l->rank; i++) {
+      int64_t token = i / l->rank, row = i % l->rank;
+      float sum = 0;
+      for (int64_t slot = 0; slot < k; slot++) sum += of_pair[(token * k + slot) * l->rank + row];
+      out[i] = sum;
+    }
+  }
+  free(of_pair);
+  free(inputs);
+  free(routing.memory);
+  return -failed;
+}
+
+typedef struct {
+  int rows, columns;
+  const uint32_t *words;
+  const uint16_t *scales;
+} Basis;
+
+static Basis basis_of(const Layer *l, int output) {
+  if (output) return (Basis){l->hidden, l->rank, l->output_basis, l->output_scales};
+  return (Basis){l->bases * l->rank, l->hidden, l->input_basis, l->input_scales};
+}
+
+/* Rows row to row + 3 of a basis times all tokens. Groups of 16 and more divide the columns and there are
+ * as many rows, so rows come in fours. */
+static void basis_rows(const Layer *l, const Basis *b, int row, const Hidden *x, int64_t tokens,
+                       uint8_t *decoded, float *out) {
+  int64_t stride = (int64_t)(b->columns + BLOCK - 1) / BLOCK * l->basis_bits, groups = b->columns / l->basis_group;
+  for (int i = 0; i < QUAD; i++)
+    kernels->decode_row(&l->basis, b->words + (row + i) * stride, chunks_of(b->columns), tail_of(b->columns),
+                        decoded + (int64_t)i * x->padded);
+  for (int64_t t = 0; t < tokens; t++) {
+    float sums[QUAD];
+    kernels->basis_dot(decoded, x->padded, b->columns, x->hi + t * x->padded, x->lo + t * x->padded,
+                       x->scale + t * x->panels, l->basis.offset2, b->scales + row * groups, groups,
+                       l->basis_group, sums);
+    for (int i = 0; i < QUAD; i++) out[t * b->rows + row + i] = l->basis.step / 2 * sums[i];
+  }
+}
+
+static int basis_product(const Layer *l, const Basis *b, const float *x, int64_t tokens, float *out, int threads) {
+  int padded = chunks_of(b->columns) * CHUNK, chunks = padded / CHUNK, failed = 0;
+  size_t bytes = (size_t)tokens * padded;
+  int8_t *inputs = malloc(2 * bytes + (size_t)tokens * chunks * sizeof(float));
+  if (!inputs) return -1;
+  Hidden hidden = {padded, chunks, inputs + tokens * chunks * sizeof(float),
+                   inputs + tokens * chunks * sizeof(float) + bytes, (float *)inputs};
+#pragma omp parallel num_threads(threads)
+  {
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < tokens * chunks; i++) {
+      int64_t token = i / chunks, start = i % chunks * CHUNK, at = token * padded + start;
+      int32_t sum;
+      hidden.scale[i] = kernels->quantize(x + token * b->columns + start, least(CHUNK, b->columns - (int)start),
+                                          CHUNK, hidden.hi + at, hidden.lo + at, &sum);
+    }
+    uint8_t *decoded = malloc((size_t)QUAD * padded);
+    if (!decoded) {
+#pragma omp atomic write
+      failed = 1;
+    }
+#pragma omp for schedule(dynamic, 16)
+    for (int row = 0; row < b->rows; row += QUAD)
+      if (decoded) basis_rows(l, b, row, &hidden, tokens, decoded, out);
+    free(decoded);
+  }
+  free(inputs);
+  return -failed;
+}
+
+/* out [T, rows] = x [T, columns] times the transposed basis; output: 0 for the input basis, 1 for the output's. */
+int bitsmoe_basis(const Layer *l, int output, const float *x, int64_t tokens, float *out, int threads) {
+  Basis b = basis_of(l, output);
+  if (l->basis_bits < 16) return basis_product(l, &b, x, tokens, out, threads);
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int row = 0; row < b.rows; row++)
+    for (int64_t t = 0; t < tokens; t++)
+      out[t * b.rows + row] =
+          kernels->half_dot((const uint16_t *)b.words + (int64_t)row * b.columns, x + t * b.columns, b.columns);
+  return 0;
+}

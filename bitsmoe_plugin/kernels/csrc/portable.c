@@ -1,0 +1,3 @@
+#define KERNELS bitsmoe_portable
+#define KERNELS_NAME "portable"
+#include "portable.h"

@@ -1,0 +1,55 @@
+"""Dtype and shape of every packed tensor of a layer, known before any is read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from bitsmoe_plugin import packing
+from bitsmoe_plugin.packing import LayerShape
+
+
+@dataclass(frozen=True)
+class PackedSpec:
+    """What fixes dtype and shape of every packed tensor of a layer.
+
+    Attributes:
+        shape: of the unquantized layer.
+        widths: of the config, in its order.
+        basis_bits: 4, 8 or 16.
+        basis_group_size: values per basis scale.
+        input_bases: 1 for gate and up together, 2 for one each.
+        payload_words: length of the payload.
+        grid: of the rows, see ``coding``.
+    """
+
+    shape: LayerShape
+    widths: tuple[int, ...]
+    basis_bits: int
+    basis_group_size: int
+    input_bases: int
+    payload_words: int
+    grid: str
+
+    def tensors(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Name -> (dtype, shape) of every stored tensor, see ``packing``."""
+        e, h, r = self.shape.num_experts, self.shape.hidden_size, self.shape.rank
+        dense = self.basis_bits == 16
+        basis = torch.int16 if dense else torch.int32
+
+        def width(columns: int) -> int:
+            return columns if dense else -(-columns // packing.BLOCK) * self.basis_bits
+
+        def groups(columns: int) -> int:
+            return columns // self.basis_group_size
+
+        return {
+            "bitsmoe_row_codes": (torch.uint8, (3, e, r)),
+            "bitsmoe_scale_grid": (torch.int16, (3, 2, r)),
+            "bitsmoe_payload": (torch.int32, (self.payload_words,)),
+            "bitsmoe_input_basis": (basis, (self.input_bases * r, width(h))),
+            "bitsmoe_input_scales": (torch.int16, (0,) if dense else (self.input_bases * r, groups(h))),
+            "bitsmoe_output_basis": (basis, (h, width(r))),
+            "bitsmoe_output_scales": (torch.int16, (0,) if dense else (h, groups(r))),
+        }
