@@ -22,14 +22,35 @@ INLINE __m512 exp2_vector(__m512 x) {
   return _mm512_scalef_ps(p, whole);
 }
 
-static void row_scales(const uint16_t *low, const uint16_t *step, const uint8_t *codes, int n, float *out) {
+static void row_scales(const uint8_t *codes, const uint16_t *low, const uint16_t *step, int n, float *out) {
   for (int i = 0; i < n; i += 16) {
     __mmask16 mask = n - i >= 16 ? 0xffff : (__mmask16)((1u << (n - i)) - 1);
     __m512 base = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, low + i));
     __m512 slope = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, step + i));
-    __m512 code = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, codes + i)));
-    _mm512_mask_storeu_ps(out + i, mask, exp2_vector(_mm512_fmadd_ps(code, slope, base)));
+    __m512i code = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, codes + i));
+    code = _mm512_and_si512(code, _mm512_set1_epi32(31));
+    _mm512_mask_storeu_ps(out + i, mask, exp2_vector(_mm512_fmadd_ps(_mm512_cvtepi32_ps(code), slope, base)));
   }
+}
+
+static int select_rows(const uint8_t *codes, int width, const float *scales, int n, int32_t *order,
+                       float *chosen) {
+  __m512i wanted = _mm512_set1_epi8((char)(width << 5)), top = _mm512_set1_epi8((char)0xe0);
+  __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+  int count = 0;
+  for (int i = 0; i < n; i += 64) {
+    __mmask64 inside = n - i >= 64 ? ~(__mmask64)0 : ((__mmask64)1 << (n - i)) - 1;
+    __m512i code = _mm512_maskz_loadu_epi8(inside, codes + i);
+    __mmask64 found = _mm512_mask_cmpeq_epi8_mask(inside, _mm512_and_si512(code, top), wanted);
+    for (int at = i; found; at += 16, found >>= 16) {
+      __mmask16 here = (__mmask16)found;
+      __m512i index = _mm512_add_epi32(lanes, _mm512_set1_epi32(at));
+      _mm512_storeu_si512(order + count, _mm512_maskz_compress_epi32(here, index));
+      _mm512_storeu_ps(chosen + count, _mm512_maskz_compress_ps(here, _mm512_maskz_loadu_ps(here, scales + at)));
+      count += __builtin_popcount(here);
+    }
+  }
+  return count;
 }
 
 static float quantize(const float *a, int n, int padded, int8_t *hi, int8_t *lo, int32_t *sum) {
@@ -107,8 +128,10 @@ INLINE void decode_tile_of(const Decoder *d, const uint32_t *words, int64_t stri
   __mmask64 bytes = bytes_of(2 - tail, d->bits);
   for (int r = 0; r < rows; r += QUAD, tile += QUAD * CHUNK) {
     __m512i v[QUAD];
-    for (int i = 0; i < QUAD; i++) /* beyond the last row: any row, its q is zero */
-      v[i] = decode(&c, words + (r + i < rows ? r + i : rows - 1) * stride, bytes, trellis);
+    for (int i = 0; i < QUAD; i++) {
+      v[i] = decode(&c, words, bytes, trellis);
+      if (r + i + 1 < rows) words += stride; /* beyond the last row: that row again, its q is zero */
+    }
     __m512i ab_low = _mm512_unpacklo_epi8(v[0], v[1]), ab_high = _mm512_unpackhi_epi8(v[0], v[1]);
     __m512i cd_low = _mm512_unpacklo_epi8(v[2], v[3]), cd_high = _mm512_unpackhi_epi8(v[2], v[3]);
     _mm512_storeu_si512(tile, _mm512_unpacklo_epi16(ab_low, cd_low));
@@ -238,5 +261,5 @@ static float half_dot(const uint16_t *row, const float *x, int n) {
   return _mm512_reduce_add_ps(sum);
 }
 
-const Kernels bitsmoe_avx512 = {"avx512", row_scales, quantize, decode_tile, tile_dot, decode_row, rows_dot, basis_dot, half_dot};
+const Kernels bitsmoe_avx512 = {"avx512", row_scales, select_rows, quantize, decode_tile, tile_dot, decode_row, rows_dot, basis_dot, half_dot};
 #endif

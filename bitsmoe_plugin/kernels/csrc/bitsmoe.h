@@ -50,8 +50,11 @@ typedef struct {
  * has one block instead of two, whose bytes must not be read. */
 typedef struct {
   const char *name;
-  /* out[i] = exp2(low[i] + code[i] * step[i]) */
-  void (*row_scales)(const uint16_t *low, const uint16_t *step, const uint8_t *codes, int n, float *out);
+  /* out[i] = exp2(low[i] + step[i] * (code[i] & 31)) */
+  void (*row_scales)(const uint8_t *codes, const uint16_t *low, const uint16_t *step, int n, float *out);
+  /* The rows among n whose code is width << 5 and something: their indices to order, their scales to chosen,
+   * each with room for 16 more; returns how many. */
+  int (*select_rows)(const uint8_t *codes, int width, const float *scales, int n, int32_t *order, float *chosen);
   /* q = round(a / s) into hi and lo (n to padded: zeros); returns s, NaN if an input is not finite */
   float (*quantize)(const float *a, int n, int padded, int8_t *hi, int8_t *lo, int32_t *sum);
   /* one chunk of `rows` <= ROWS rows, in an order that tile_dot knows */

@@ -48,42 +48,23 @@ static int least(int a, int b) { return a < b ? a : b; }
 typedef struct {
   int count[MAX_WIDTHS]; /* by falling width */
   int stored;            /* rows that are not dropped */
-  int32_t *order;        /* [r] rank indices */
-  float *scale;          /* [r] */
+  int32_t *order;        /* rank indices */
+  float *scale;
 } Rows;
 
-static int64_t rows_bytes(const Layer *l) {
-  return ((int64_t)l->rank * (2 * sizeof(float) + sizeof(int32_t) + 1) + 63) / 64 * 64;
-}
+/* Room for 32-bit values, one per rank and 16 more; index_rows takes it three times. */
+static int64_t room(const Layer *l) { return l->rank + 16; }
 
-/* memory: rows_bytes(l). */
-static Rows index_rows(const Layer *l, int factor, int expert, char *memory) {
-  Rows rows = {{0}, 0, NULL, NULL};
-  int r = l->rank, position[MAX_WIDTHS] = {0}, done = 0, histogram[MAX_WIDTHS] = {0};
-  float *scale = (float *)memory;
-  rows.scale = scale + r;
-  rows.order = (int32_t *)(rows.scale + r);
-  uint8_t *code = (uint8_t *)(rows.order + r);
-  const uint8_t *row_codes = l->row_codes + ((int64_t)factor * l->experts + expert) * r;
-  for (int k = 0; k < r; k++) {
-    histogram[row_codes[k] >> 5]++;
-    code[k] = row_codes[k] & 31;
-  }
-  for (int i = 0; i < l->widths; i++) {
-    int width = l->falling[i];
-    position[width] = done;
-    done += histogram[width];
-    if (l->width_bits[width]) {
-      rows.count[i] = histogram[width];
-      rows.stored = done;
-    }
-  }
-  const uint16_t *grid = l->scale_grid + (int64_t)factor * 2 * r;
-  kernels->row_scales(grid, grid + r, code, r, scale);
-  for (int k = 0; k < r; k++) {
-    int at = position[row_codes[k] >> 5]++;
-    rows.order[at] = k;
-    rows.scale[at] = scale[k];
+static Rows index_rows(const Layer *l, int factor, int expert, float *memory) {
+  Rows rows = {{0}, 0, (int32_t *)memory, memory + room(l)};
+  float *scratch = memory + 2 * room(l);
+  const uint8_t *codes = l->row_codes + ((int64_t)factor * l->experts + expert) * l->rank;
+  const uint16_t *low = l->scale_grid + (int64_t)factor * 2 * l->rank;
+  kernels->row_scales(codes, low, low + l->rank, l->rank, scratch);
+  for (int i = 0; i < l->widths && l->width_bits[l->falling[i]]; i++) {
+    rows.count[i] = kernels->select_rows(codes, l->falling[i], scratch, l->rank, rows.order + rows.stored,
+                                         rows.scale + rows.stored);
+    rows.stored += rows.count[i];
   }
   return rows;
 }
@@ -122,6 +103,32 @@ static int route(const Layer *l, const int64_t *ids, int64_t pairs, Routing *out
   return 0;
 }
 
+/* The rows of `factors` factors from `factor` on of all active experts. */
+typedef struct {
+  Rows *rows; /* [active, factors] */
+  float *memory;
+  int factor, factors;
+} Index;
+
+static int new_index(const Layer *l, const Routing *routing, int factor, int factors, Index *out) {
+  int64_t count = (int64_t)routing->active * factors;
+  *out = (Index){malloc((count + 1) * sizeof(Rows)), malloc((3 * count * room(l) + 1) * sizeof(float)), factor, factors};
+  return out->rows && out->memory ? 0 : -1;
+}
+
+static void free_index(Index *index) {
+  free(index->rows);
+  free(index->memory);
+}
+
+/* Called by all threads of a parallel region. */
+static void fill_index(const Layer *l, const Routing *routing, Index *index) {
+#pragma omp for schedule(static)
+  for (int i = 0; i < routing->active * index->factors; i++)
+    index->rows[i] = index_rows(l, index->factor + i % index->factors, routing->expert[i / index->factors],
+                                index->memory + 3 * i * room(l));
+}
+
 /* Parts that the rows of one factor of one expert are cut into, so that few experts still occupy many
  * threads. No function of the number of threads: results must not depend on it. */
 static int parts_of(const Layer *l, int tasks) {
@@ -141,10 +148,11 @@ typedef struct {
   const uint32_t *words;
 } Run;
 
-/* The runs within rows from..to; returns their number. */
-static int runs_of(const Layer *l, const Rows *rows, int64_t start, int from, int to, Run *runs) {
+/* The runs of one of `parts` parts of the rows; returns their number. */
+static int runs_of(const Layer *l, const Rows *rows, int factor, int expert, int part, int parts, Run *runs) {
   int count = 0, first = 0, blocks = (l->size + BLOCK - 1) / BLOCK;
-  const uint32_t *words = l->payload + start;
+  int from = (int)((int64_t)rows->stored * part / parts), to = (int)((int64_t)rows->stored * (part + 1) / parts);
+  const uint32_t *words = l->payload + l->starts[(int64_t)factor * l->experts + expert];
   for (int i = 0; i < l->widths; i++) {
     int width = l->falling[i], last = first + rows->count[i], bits = l->width_bits[width];
     int64_t stride = (int64_t)blocks * bits;
@@ -220,22 +228,19 @@ static void gate_up_rows(const GateUp *g, const Rows *rows, const Run *run, int 
   }
 }
 
-static int gate_up_part(const GateUp *g, int expert, int part, int parts) {
+static int gate_up_part(const GateUp *g, const Rows *rows, int expert, int part, int parts) {
   const Layer *l = g->layer;
-  char *memory = malloc(rows_bytes(l) + g->count * sizeof(Inputs));
-  if (!memory) return -1;
-  Rows rows = index_rows(l, g->factor, expert, memory);
-  Inputs *inputs = (Inputs *)(memory + rows_bytes(l));
+  Inputs *inputs = malloc(g->count * sizeof(Inputs));
+  if (!inputs) return -1;
   Run runs[MAX_WIDTHS];
-  int from = (int)((int64_t)rows.stored * part / parts), to = (int)((int64_t)rows.stored * (part + 1) / parts);
-  int count = runs_of(l, &rows, l->starts[(int64_t)g->factor * l->experts + expert], from, to, runs);
+  int count = runs_of(l, rows, g->factor, expert, part, parts, runs);
   for (int i = 0; i < count; i++) {
-    if (runs[i].bits == 16) gate_up_wide(g, &rows, &runs[i]);
+    if (runs[i].bits == 16) gate_up_wide(g, rows, &runs[i]);
     else
       for (int row = runs[i].from; row < runs[i].to; row += ROWS)
-        gate_up_rows(g, &rows, &runs[i], row, least(ROWS, runs[i].to - row), inputs);
+        gate_up_rows(g, rows, &runs[i], row, least(ROWS, runs[i].to - row), inputs);
   }
-  free(memory);
+  free(inputs);
   return 0;
 }
 
@@ -244,18 +249,17 @@ static int gate_up_part(const GateUp *g, int expert, int part, int parts) {
 int bitsmoe_gate_up(const Layer *l, const float *z, const int64_t *ids, int64_t tokens, int64_t k, float *out,
                     int threads) {
   Routing routing;
+  Index index;
   int64_t pairs = tokens * k;
   if (route(l, ids, pairs, &routing)) return -1;
-  int padded = chunks_of(l->size) * CHUNK, parts = parts_of(l, 2 * routing.active), failed = 0;
+  int padded = chunks_of(l->size) * CHUNK, parts = parts_of(l, 2 * routing.active);
   size_t values = (size_t)pairs * 2 * padded;
   float *partial = parts > 1 ? malloc(values * parts * sizeof(float)) : out;
-  if (!partial) {
-    free(routing.memory);
-    return -1;
-  }
-  int tasks = routing.active * 2 * parts;
-#pragma omp parallel num_threads(threads)
-  {
+  int failed = new_index(l, &routing, 0, 2, &index) || !partial;
+  int tasks = failed ? 0 : routing.active * 2 * parts;
+#pragma omp parallel num_threads(threads) if (tasks)
+  if (tasks) {
+    fill_index(l, &routing, &index);
 #pragma omp for schedule(static)
     for (int i = 0; i < parts; i++) memset(partial + values * i, 0, values * sizeof(float));
 #pragma omp for schedule(dynamic)
@@ -265,21 +269,24 @@ int bitsmoe_gate_up(const Layer *l, const float *z, const int64_t *ids, int64_t 
       GateUp g = {l, routing.pair + first, routing.first[active + 1] - first, (int)k, factor,
                   z + (l->bases == 2 && factor == 1 ? l->rank : 0),
                   partial + values * part + factor * padded, padded};
-      if (gate_up_part(&g, routing.expert[active], part, parts)) {
+      if (gate_up_part(&g, &index.rows[2 * active + factor], routing.expert[active], part, parts)) {
 #pragma omp atomic write
         failed = 1;
       }
     }
     if (parts > 1) {
 #pragma omp for schedule(static)
-      for (int64_t i = 0; i < (int64_t)values; i++) {
-        float sum = 0;
-        for (int part = 0; part < parts; part++) sum += partial[values * part + i];
-        out[i] = sum;
+      for (int64_t p = 0; p < pairs * 2; p++) {
+        float *sum = out + p * padded;
+        memcpy(sum, partial + p * padded, padded * sizeof(float));
+        for (int part = 1; part < parts; part++)
+          for (int i = 0; i < padded; i++) sum[i] += partial[values * part + p * padded + i];
       }
     }
   }
+  else if (!failed) memset(out, 0, values * sizeof(float)); /* no token chose an expert that is here */
   if (parts > 1) free(partial);
+  free_index(&index);
   free(routing.memory);
   return -failed;
 }
@@ -336,22 +343,19 @@ static void down_rows(const Down *g, const Rows *rows, const Run *run, int row, 
   }
 }
 
-static int down_part(const Down *g, int expert, int part, int parts) {
+static int down_part(const Down *g, const Rows *rows, int expert, int part, int parts) {
   const Layer *l = g->layer;
-  int64_t decoded = QUAD * g->hidden->padded;
-  char *memory = calloc(1, rows_bytes(l) + decoded);
-  if (!memory) return -1;
-  Rows rows = index_rows(l, 2, expert, memory);
+  uint8_t *decoded = calloc(QUAD, g->hidden->padded);
+  if (!decoded) return -1;
   Run runs[MAX_WIDTHS];
-  int from = (int)((int64_t)rows.stored * part / parts), to = (int)((int64_t)rows.stored * (part + 1) / parts);
-  int count = runs_of(l, &rows, l->starts[(int64_t)2 * l->experts + expert], from, to, runs);
+  int count = runs_of(l, rows, 2, expert, part, parts, runs);
   for (int i = 0; i < count; i++) {
-    if (runs[i].bits == 16) down_wide(g, &rows, &runs[i]);
+    if (runs[i].bits == 16) down_wide(g, rows, &runs[i]);
     else
       for (int row = runs[i].from; row < runs[i].to; row += QUAD)
-        down_rows(g, &rows, &runs[i], row, least(QUAD, runs[i].to - row), (uint8_t *)memory + rows_bytes(l));
+        down_rows(g, rows, &runs[i], row, least(QUAD, runs[i].to - row), decoded);
   }
-  free(memory);
+  free(decoded);
   return 0;
 }
 
@@ -359,23 +363,20 @@ static int down_part(const Down *g, int expert, int part, int parts) {
 int bitsmoe_down(const Layer *l, const float *h, const float *weights, const int64_t *ids, int64_t tokens,
                  int64_t k, float *out, int threads) {
   Routing routing;
+  Index index;
   int64_t pairs = tokens * k;
   if (route(l, ids, pairs, &routing)) return -1;
-  int padded = chunks_of(l->size) * CHUNK, panels = (padded + PANEL - 1) / PANEL, failed = 0;
+  int padded = chunks_of(l->size) * CHUNK, panels = (padded + PANEL - 1) / PANEL;
   size_t bytes = (size_t)pairs * padded;
   float *of_pair = calloc((size_t)pairs * l->rank, sizeof(float));
   int8_t *inputs = malloc(2 * bytes + (size_t)pairs * panels * sizeof(float));
-  if (!of_pair || !inputs) {
-    free(of_pair);
-    free(inputs);
-    free(routing.memory);
-    return -1;
-  }
+  int failed = new_index(l, &routing, 2, 1, &index) || !of_pair || !inputs;
+  int parts = parts_of(l, routing.active), tasks = failed ? 0 : routing.active * parts, ready = !failed;
   Hidden hidden = {padded, panels, inputs + pairs * panels * sizeof(float),
                    inputs + pairs * panels * sizeof(float) + bytes, (float *)inputs};
-  int parts = parts_of(l, routing.active), tasks = routing.active * parts;
-#pragma omp parallel num_threads(threads)
-  {
+#pragma omp parallel num_threads(threads) if (tasks)
+  if (ready) {
+    fill_index(l, &routing, &index);
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < pairs * panels; i++) {
       int64_t p = i / panels, start = i % panels * PANEL, at = p * padded + start;
@@ -387,21 +388,22 @@ int bitsmoe_down(const Layer *l, const float *h, const float *weights, const int
     for (int task = 0; task < tasks; task++) {
       int active = task / parts, first = routing.first[active];
       Down g = {l, routing.pair + first, routing.first[active + 1] - first, h, weights, &hidden, of_pair};
-      if (down_part(&g, routing.expert[active], task % parts, parts)) {
+      if (down_part(&g, &index.rows[active], routing.expert[active], task % parts, parts)) {
 #pragma omp atomic write
         failed = 1;
       }
     }
 #pragma omp for schedule(static)
-    for (int64_t i = 0; i < tokens * l->rank; i++) {
-      int64_t token = i / l->rank, row = i % l->rank;
-      float sum = 0;
-      for (int64_t slot = 0; slot < k; slot++) sum += of_pair[(token * k + slot) * l->rank + row];
-      out[i] = sum;
+    for (int64_t token = 0; token < tokens; token++) {
+      float *sum = out + token * l->rank;
+      memset(sum, 0, l->rank * sizeof(float));
+      for (int64_t pair = token * k; pair < (token + 1) * k; pair++)
+        for (int i = 0; i < l->rank; i++) sum[i] += of_pair[pair * l->rank + i];
     }
   }
   free(of_pair);
   free(inputs);
+  free_index(&index);
   free(routing.memory);
   return -failed;
 }

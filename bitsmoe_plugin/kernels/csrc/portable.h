@@ -23,8 +23,19 @@ static float half_to_float(uint16_t half) {
 #endif
 }
 
-static void row_scales(const uint16_t *low, const uint16_t *step, const uint8_t *codes, int n, float *out) {
-  for (int i = 0; i < n; i++) out[i] = exp2f(half_to_float(low[i]) + codes[i] * half_to_float(step[i]));
+static void row_scales(const uint8_t *codes, const uint16_t *low, const uint16_t *step, int n, float *out) {
+  for (int i = 0; i < n; i++) out[i] = exp2f(half_to_float(low[i]) + (codes[i] & 31) * half_to_float(step[i]));
+}
+
+static int select_rows(const uint8_t *codes, int width, const float *scales, int n, int32_t *order,
+                       float *chosen) {
+  int count = 0;
+  for (int i = 0; i < n; i++) {
+    order[count] = i;
+    chosen[count] = scales[i];
+    count += codes[i] >> 5 == width;
+  }
+  return count;
 }
 
 static float quantize(const float *a, int n, int padded, int8_t *hi, int8_t *lo, int32_t *sum) {
@@ -138,4 +149,4 @@ static float half_dot(const uint16_t *row, const float *x, int n) {
   return total;
 }
 
-const Kernels KERNELS = {KERNELS_NAME, row_scales, quantize, decode_tile, tile_dot, decode_row, rows_dot, basis_dot, half_dot};
+const Kernels KERNELS = {KERNELS_NAME, row_scales, select_rows, quantize, decode_tile, tile_dot, decode_row, rows_dot, basis_dot, half_dot};

@@ -1,0 +1,111 @@
+"""``bench layer``: one MoE layer of a known model's shape, ours and others side by side."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bitsmoe_plugin.benchmarks.output import Row, add_benchmark
+from bitsmoe_plugin.packing import LayerShape
+
+SHAPES = {
+    "qwen3-30b-a3b": (LayerShape(128, 2048, 768), 8),
+    "deepseek-v2-lite": (LayerShape(64, 2048, 1408), 6),
+    "moe-tiny": (LayerShape(48, 128, 64), 4),
+}
+"""name -> sizes, experts per token"""
+COPY_BYTES = 2**28
+
+
+def add(commands: Any) -> None:
+    """``bench layer``."""
+    parser = add_benchmark(commands, "layer", "one MoE layer, ours against dense and GPTQ", measure)
+    parser.add_argument("--shape", default="qwen3-30b-a3b", choices=sorted(SHAPES))
+    parser.add_argument("--tokens", default="1,4,16,64,256", help="comma list")
+    parser.add_argument("--bits", default="2.0,3.0", help="comma list of counted bits per weight of ours")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, default=None, help="on a CPU; default: torch's")
+    parser.add_argument("--repeats", type=int, default=15, help="timed calls of each, each with new experts")
+
+
+def _clock(device: str) -> Callable[[], float]:
+    if device == "cpu":
+        return time.perf_counter
+
+    def synchronized() -> float:
+        torch.cuda.synchronize()
+        return time.perf_counter()
+
+    return synchronized
+
+
+def copy_bandwidth(device: str) -> float:
+    """Bytes per second of a large copy, read and written; the best of ten."""
+    source = torch.ones(COPY_BYTES // 4, device=device)
+    target, clock, best = torch.empty_like(source), _clock(device), float("inf")
+    for _ in range(10):
+        start = clock()
+        target.copy_(source)
+        best = min(best, clock() - start)
+    return 2 * COPY_BYTES / best
+
+
+def _inputs(shape: LayerShape, k: int, tokens: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
+    ids = torch.rand(tokens, shape.num_experts).topk(k).indices
+    weights = torch.full((tokens, k), 1 / k)
+    hidden = torch.randn(tokens, shape.hidden_size, dtype=torch.bfloat16)
+    return hidden.to(device), ids.to(device), weights.to(device)
+
+
+def _seconds(
+    forwards: Sequence[Callable[..., Tensor]], batches: Sequence[tuple[Tensor, ...]], device: str
+) -> list[float]:
+    """Median of each, taken in turns so that a slow moment of the machine hits all of them."""
+    clock = _clock(device)
+    for forward in forwards:
+        forward(*batches[0])
+    times: list[list[float]] = [[] for _ in forwards]
+    for batch in batches[1:]:
+        for forward, taken in zip(forwards, times, strict=True):
+            start = clock()
+            forward(*batch)
+            taken.append(clock() - start)
+    return [statistics.median(taken) for taken in times]
+
+
+def measure(args: argparse.Namespace) -> list[Row]:
+    """One row per number of tokens and contender."""
+    from bitsmoe_plugin.benchmarks.contenders import contenders
+
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    shape, k = SHAPES[args.shape]
+    bandwidth = copy_bandwidth(args.device)
+    entries = list(contenders(shape, [float(b) for b in args.bits.split(",")], args.device))
+    rows = []
+    for tokens in (int(n) for n in args.tokens.split(",")):
+        batches = [_inputs(shape, k, tokens, args.device) for _ in range(args.repeats + 1)]
+        with torch.no_grad():
+            seconds = _seconds([entry.forward for entry in entries], batches, args.device)
+        for entry, taken in zip(entries, seconds, strict=True):
+            moved = statistics.mean(entry.moved(ids.cpu()) for _, ids, _ in batches[1:])
+            rows.append(
+                {
+                    "shape": args.shape,
+                    "tokens": tokens,
+                    "method": entry.name,
+                    "bits_per_weight": entry.bits,
+                    "milliseconds": 1e3 * taken,
+                    "speed_over_first": seconds[0] / taken,
+                    "gigabytes_per_second": moved / taken / 1e9,
+                    "of_copy_bandwidth": moved / taken / bandwidth,
+                }
+            )
+    return rows
