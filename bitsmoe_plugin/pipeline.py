@@ -121,23 +121,20 @@ def allocate_rows(
     plans: list[LayerPlan], shapes: list[LayerShape], budget: Budget, config: BitsMoEConfig
 ) -> tuple[list[Tensor], list[Allocation]]:
     """Widths ``[3, E, r]`` int64 per layer; one allocation for all layers, or one for each."""
-    costs = [plan.costs.reshape(-1, len(config.widths)).double().numpy() for plan in plans]
-    sizes = [
-        np.tile(np.array(row_sizes(shape, config.widths), dtype=np.int64), (len(cost), 1))
-        for shape, cost in zip(shapes, costs, strict=True)
-    ]
+    costs = [plan.costs.reshape(-1, len(config.widths)).numpy() for plan in plans]
+    sizes = [row_sizes(shape, config.widths) for shape in shapes]
     if config.scope == "global":
-        results = [allocate(np.concatenate(costs), np.concatenate(sizes), budget.payload_bits)]
+        results = [allocate(costs, sizes, budget.payload_bits)]
     else:
         results = [
-            allocate(cost, size, budget.payload_bits * shape.weights // budget.weights)
+            allocate([cost], [size], budget.payload_bits * shape.weights // budget.weights)
             for shape, cost, size in zip(shapes, costs, sizes, strict=True)
         ]
     choice = torch.from_numpy(np.concatenate([result.choice for result in results]))
     pieces = choice.split([len(cost) for cost in costs])
     table = torch.tensor(config.widths)
     return [
-        table[piece].view(plan.costs.shape[:-1]) for piece, plan in zip(pieces, plans, strict=True)
+        table[piece.long()].view(plan.costs.shape[:-1]) for piece, plan in zip(pieces, plans, strict=True)
     ], results
 
 

@@ -20,6 +20,11 @@ ROW = 64
 WIDTHS = [(0, 1, 2, 4), (3, 4), (2, 3, 8), (6, 8), (0, 16), (1, 2, 3, 4), (4,), (8, 16)]
 
 
+def one_block_each(costs: np.ndarray, sizes: np.ndarray) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Arguments of ``allocate`` for units with sizes of their own."""
+    return list(costs[:, None]), list(sizes)
+
+
 def brute_force(costs: np.ndarray, sizes: np.ndarray, budget: int) -> float:
     """Least cost over all combinations."""
     choices = np.array(list(itertools.product(range(costs.shape[1]), repeat=len(costs))))
@@ -29,8 +34,12 @@ def brute_force(costs: np.ndarray, sizes: np.ndarray, budget: int) -> float:
 
 
 def check(result: Allocation, costs: np.ndarray, sizes: np.ndarray, budget: int) -> None:
-    """The numbers an allocation reports are those of its choice, and the choice is allowed."""
-    units = np.arange(len(costs))
+    """The numbers an allocation reports are those of its choice, and the choice is allowed.
+
+    Args:
+        sizes: ``[units, widths]`` or ``[widths]``.
+    """
+    units, sizes = np.arange(len(costs)), np.broadcast_to(sizes, costs.shape)
     assert np.isfinite(costs[units, result.choice]).all()
     assert result.size == sizes[units, result.choice].sum() <= budget == result.budget
     assert result.objective == pytest.approx(costs[units, result.choice].sum(), rel=1e-12)
@@ -50,13 +59,13 @@ def problems(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, int]:
         row[list(draw(st.sets(st.integers(0, len(widths) - 1), max_size=len(widths) - 1)))] = np.inf
     scale = [draw(st.sampled_from([ROW, 2 * ROW])) for _ in range(units)]
     sizes = np.outer(scale, widths).astype(np.int64)
-    least = smallest_size(sizes, costs)
+    least = smallest_size(*one_block_each(costs, sizes))
     return costs, sizes, least + draw(st.integers(0, int(sizes.max(axis=1).sum()) - least + ROW))
 
 
 def check_against_brute_force(costs: np.ndarray, sizes: np.ndarray, budget: int) -> None:
     """Costs are handed to HiGHS with the largest scaled to one, and it computes to 1e-7: the tolerance."""
-    result = allocate(costs, sizes, budget)
+    result = allocate(*one_block_each(costs, sizes), budget)
     optimum = brute_force(costs, sizes, budget)
     tolerance = 1e-7 * costs[np.isfinite(costs)].max() + 1e-12
     check(result, costs, sizes, budget)
@@ -83,7 +92,7 @@ def test_contested_budgets_are_spent_to_optimality(seed: int, widths: tuple[int,
     noise = random.uniform(0.5, 2, size=(6, len(widths)))
     costs = noise * random.integers(1, 6, size=(6, 1)) * 4.0 ** -np.array(widths)
     sizes = np.outer(random.integers(3, 8, size=6) * 32, widths)
-    budget = random.integers(smallest_size(sizes, costs), sizes.max(axis=1).sum() + 1)
+    budget = random.integers(smallest_size(*one_block_each(costs, sizes)), sizes.max(axis=1).sum() + 1)
     check_against_brute_force(costs, sizes, int(budget))
 
 
@@ -91,10 +100,10 @@ def test_contested_budgets_are_spent_to_optimality(seed: int, widths: tuple[int,
 def test_smallest_budget_gives_the_smallest_widths(widths: tuple[int, ...]) -> None:
     """Guards against overspending where the price per bit must exceed every gain."""
     costs = np.random.default_rng(0).exponential(size=(50, 1)) * 4.0 ** -np.array(widths)
-    sizes = np.tile(np.array(widths) * ROW, (50, 1))
+    sizes = np.array(widths) * ROW
     budget = 50 * widths[0] * ROW
     for spare in (0, 1, ROW - 1):
-        result = allocate(costs, sizes, budget + spare)
+        result = allocate([costs], [sizes], budget + spare)
         check(result, costs, sizes, budget + spare)
         assert (result.choice == 0).all()
 
@@ -102,8 +111,8 @@ def test_smallest_budget_gives_the_smallest_widths(widths: tuple[int, ...]) -> N
 def test_forbidden_choices_keep_the_certificate() -> None:
     """Guards against inf * 0 in the dual: forbidding the drop of one row leaves the rest optimal."""
     costs = np.array([[np.inf, 2.0, 1.0], [4.0, 2.0, 0.0]])
-    sizes = np.array([[0, 32, 64], [0, 32, 64]])
-    result = allocate(costs, sizes, 96)
+    sizes = np.array([0, 32, 64])
+    result = allocate([costs], [sizes], 96)
     check(result, costs, sizes, 96)
     assert result.choice.tolist() == [1, 2]
 
@@ -111,8 +120,7 @@ def test_forbidden_choices_keep_the_certificate() -> None:
 def test_more_than_enough_budget_takes_the_cheapest_and_of_those_the_smallest() -> None:
     """Guards against storing bits that buy nothing."""
     costs = np.array([[0.0, 0.0, 0.0], [3.0, 1.0, 1.0], [3.0, 2.0, 1.0]])
-    sizes = np.tile(np.array([0, 32, 64]), (3, 1))
-    result = allocate(costs, sizes, 10_000)
+    result = allocate([costs], [[0, 32, 64]], 10_000)
     assert result.choice.tolist() == [0, 1, 2]
     assert result.objective == result.lower_bound == 2
 
@@ -122,7 +130,7 @@ def trained_like(units: int) -> tuple[np.ndarray, np.ndarray]:
     random = np.random.default_rng(1)
     energy = 10 ** random.uniform(-4, 0, size=(units, 1))
     costs = energy * 4.0 ** -np.array(ALL_WIDTHS) * random.uniform(0.7, 1.3, size=(units, len(ALL_WIDTHS)))
-    return costs, np.tile(np.array(ALL_WIDTHS) * 768, (units, 1))
+    return costs, np.array(ALL_WIDTHS) * 768
 
 
 @pytest.mark.parametrize("bits", [0.5, 2.0, 3.7])
@@ -130,7 +138,7 @@ def test_many_units_are_proven_near_optimal(bits: float) -> None:
     """Guards the certificate at the size of a real layer: 1e-6 is far below any effect on quality."""
     costs, sizes = trained_like(20_000)
     budget = int(bits * 768 * len(costs)) + 5
-    result = allocate(costs, sizes, budget)
+    result = allocate([costs], [sizes], budget)
     check(result, costs, sizes, budget)
     assert result.relative_gap <= 1e-6
     assert budget - result.size < 768
@@ -139,7 +147,7 @@ def test_many_units_are_proven_near_optimal(bits: float) -> None:
 def test_same_problem_same_choice() -> None:
     """Guards the promise that the same input gives the same bytes."""
     costs, sizes = trained_like(2_000)
-    first, second = (allocate(costs.copy(), sizes.copy(), 3_000_000) for _ in range(2))
+    first, second = (allocate([costs.copy()], [sizes.copy()], 3_000_000) for _ in range(2))
     assert np.array_equal(first.choice, second.choice)
 
 
@@ -150,7 +158,7 @@ def test_the_solver_is_silent() -> None:
 import numpy as np
 from bitsmoe_plugin.allocation import allocate
 costs = np.array([[9.0, 3.0, 0.0], [8.0, 4.0, 0.0], [7.0, 1.0, 0.0]])
-assert allocate(costs, np.array([[0, 32, 64]] * 3), 96).core_units > 0
+assert allocate([costs], [[0, 32, 64]], 96).core_units > 0
 """
     finished = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert finished.stdout == ""
@@ -158,14 +166,13 @@ assert allocate(costs, np.array([[0, 32, 64]] * 3), 96).core_units > 0
 
 def test_unreachable_budget_names_both_numbers() -> None:
     """The user must learn what would be reachable."""
-    costs, sizes = np.array([[2.0, 1.0]] * 3), np.array([[64, 128]] * 3)
     with pytest.raises(QuantizationError, match=r"191.*192"):
-        allocate(costs, sizes, 191)
+        allocate([np.array([[2.0, 1.0]] * 3)], [[64, 128]], 191)
 
 
 def test_forbidden_choices_count_for_the_smallest_size() -> None:
     """Guards against calling a budget reachable that only forbidden choices meet."""
-    costs, sizes = np.array([[np.inf, 1.0], [2.0, 1.0]]), np.array([[0, 32]] * 2)
-    assert smallest_size(sizes, costs) == 32
+    problem = [np.array([[np.inf, 1.0], [2.0, 1.0]])], [[0, 32]]
+    assert smallest_size(*problem) == 32
     with pytest.raises(QuantizationError, match="32"):
-        allocate(costs, sizes, 31)
+        allocate(*problem, 31)
