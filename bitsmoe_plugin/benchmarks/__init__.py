@@ -9,4 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-BENCHMARKS: tuple[Callable[[Any], None], ...] = ()
+from bitsmoe_plugin.benchmarks import allocation
+
+BENCHMARKS: tuple[Callable[[Any], None], ...] = (allocation.add,)
