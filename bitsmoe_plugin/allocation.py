@@ -31,8 +31,9 @@ class Allocation:
     """Attributes:
     choice: ``[units]`` uint8, index into the widths, block after block.
     objective: cost of the choice.
-    lower_bound: no choice within the budget costs less. Its rounding errors are subtracted, except for
-        those of HiGHS, which computes to 1e-7 of the largest cost in the core.
+    lower_bound: no choice within the budget costs less; HiGHS, if it raised this bound above the dual's,
+        computes to 1e-7 of the largest cost in the core.
+    dual_bound: the same from the Lagrangian dual alone, less all rounding errors of its computation.
     size: bits used by the choice.
     budget: bits allowed.
     core_units: units that HiGHS decided.
@@ -42,6 +43,7 @@ class Allocation:
     choice: Choices
     objective: float
     lower_bound: float
+    dual_bound: float
     size: int
     budget: int
     core_units: int
@@ -160,16 +162,17 @@ def allocate(costs: Sequence[Costs], sizes: Sizes, budget: int) -> Allocation:
     spendable = budget - budget % max(1, int(np.gcd.reduce(tables.sizes, axis=None)))
     if known.unpriced <= spendable:
         free = dual.solve(tables, 0.0)
-        return Allocation(free.choice, free.cost, free.cost - free.slack, free.size, budget, 0, 0.0)
+        least = free.cost - free.slack
+        return Allocation(free.choice, free.cost, least, least - free.rounding, free.size, budget, 0, 0.0)
     contest = dual.contest(tables, spendable, known.highest)
     solution = dual.solve(tables, contest.price)
-    lower = solution.cost - solution.slack - contest.price * (spendable - solution.size) - solution.rounding
+    proven = solution.cost - solution.slack - contest.price * (spendable - solution.size) - solution.rounding
     choice = solution.choice.copy()
     choice[contest.positions] = _fill(
         contest.units, solution.choice[contest.positions], spendable - solution.size
     )
     objective, size = dual.total(tables, choice)
-    core = _find_core(contest, objective - lower)
+    core, lower = _find_core(contest, objective - proven), proven
     improved = _improve(contest, solution, core, spendable) if len(core.chosen) else None
     if improved is not None:
         candidate = solution.choice.copy()
@@ -179,4 +182,4 @@ def allocate(costs: Sequence[Costs], sizes: Sizes, budget: int) -> Allocation:
             choice, objective, size = candidate, cost, taken
         if bound is not None:
             lower = max(lower, min(objective, bound))
-    return Allocation(choice, objective, lower, size, budget, len(core.chosen), contest.price)
+    return Allocation(choice, objective, lower, proven, size, budget, len(core.chosen), contest.price)

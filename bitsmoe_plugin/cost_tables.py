@@ -104,6 +104,8 @@ class CostTables:
             raise QuantizationError(f"costs of shapes {shapes} do not fit {self.widths} sizes per block")
         if bool((np.diff(self.sizes, axis=1) <= 0).any()):
             raise QuantizationError("sizes must rise along the widths")
+        if not any(shape[0] for shape in shapes):
+            raise QuantizationError("there are no units to allocate bits to")
         self._starts = np.cumsum([0, *(len(block) for block in self._blocks)])
         self.units = int(self._starts[-1])
         self._chunks = [

@@ -96,6 +96,7 @@ def measure(args: argparse.Namespace) -> list[Row]:
             "objective": result.objective,
             "lower_bound": result.lower_bound,
             "relative_gap": result.relative_gap,
+            "dual_relative_gap": 1 - result.dual_bound / result.objective,
             "core_units": result.core_units,
             "seconds": seconds,
             "peak_rss_bytes": peak,
