@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from rich.table import Table
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -79,7 +80,7 @@ def stored_bytes(directory: Path) -> int:
             return int(json.loads(index.read_text(encoding="utf-8"))["metadata"]["total_size"])
         if single.is_file():
             return _header_bytes(single)
-    except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
         raise QuantizationError(
             f"the size of the weights in {directory} cannot be read: {type(error).__name__} {error}"
         ) from error
@@ -101,8 +102,9 @@ def _model_config(directory: Path) -> Any:
         raise QuantizationError(f"{directory / 'config.json'} does not exist; is {directory} a model?")
     try:
         config = AutoConfig.from_pretrained(directory)
-    except (ValueError, KeyError) as error:
-        raise QuantizationError(f"{directory / 'config.json'} cannot be used: {error}") from error
+    except (ValueError, KeyError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split())
+        raise QuantizationError(f"{directory / 'config.json'} cannot be used: {reason}") from error
     method = (getattr(config, "quantization_config", None) or {}).get("quant_method")
     if method:
         raise QuantizationError(

@@ -49,7 +49,8 @@ def peak_memory(work: Workload, config: BitsMoEConfig) -> dict[str, int]:
     ``model``: a quantizer that streams layers would replace this term by one decoder layer.
     ``plans``: costs, energies and bases of all layers, kept from the first pass for the second.
     ``activations``: hidden states of all tokens (inputs, exact, quantized, outputs, captured, residual,
-    drift: 7 in the model's dtype; 3 in float32 while statistics are computed).
+    drift, and captured, drift of the layer before: 9 in the model's dtype; 3 in float32 while statistics
+    are computed).
     ``layer``: see ``_layer_bytes``.
     """
     hidden = max(shape.hidden_size for shape in work.shapes)
@@ -57,7 +58,7 @@ def peak_memory(work: Workload, config: BitsMoEConfig) -> dict[str, int]:
         "process": PROCESS_BYTES,
         "model": work.model_bytes,
         "plans": sum(_plan_bytes(shape, config) for shape in work.shapes),
-        "activations": work.tokens * hidden * (7 * work.itemsize + 3 * 4),
+        "activations": work.tokens * hidden * (9 * work.itemsize + 3 * 4),
         "layer": max(map(_layer_bytes, work.shapes)),
     }
 
@@ -71,14 +72,15 @@ def _plan_bytes(shape: LayerShape, config: BitsMoEConfig) -> int:
 def _layer_bytes(shape: LayerShape) -> int:
     """The working set of a layer: the largest of three moments of ``layer.round_experts``.
 
-    Held all along: float32 factors twice (the problem's and their copy), the experts' hidden moments,
-    second moments of the layer and their eigenvectors in float64 (about 10 of [H, H]).
+    Held all along: float32 factors three times (the problem's, their copy, and those of the layer before,
+    which ``pipeline`` lets go when the next problem is complete), hidden moments of both layers' experts,
+    second moments and their eigenvectors in float64 (about 10 of [H, H]).
     """
     factor = shape.weights // 3  # values of gate, up or down
     covariance = 2 * shape.rank**2
     chunk = covariance * min(shape.num_experts, max(1, WORKING_SET // covariance))
     hidden = shape.num_experts * shape.intermediate_size**2
-    kept = 2 * 4 * shape.weights + 4 * hidden + 10 * 8 * shape.hidden_size**2
+    kept = 3 * 4 * shape.weights + 2 * 4 * hidden + 10 * 8 * shape.hidden_size**2
     pair = (4 + 4) * factor  # codes and values of one factor
     feedback = 2 * pair + _FACTORIZATION * chunk  # gate and up rounded but for the last chunk
     neurons = 4 * pair + 4 * factor + (4 + _FACTORIZATION) * hidden  # gate and up twice (joining); down
