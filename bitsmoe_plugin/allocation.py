@@ -101,22 +101,22 @@ class _Core:
     complete: bool
 
 
-def _find_core(contest: Contest, gap: float) -> _Core:
+def _find_core(contest: Contest, price: float, gap: float) -> _Core:
     """Units with more than one open choice, the most contested ones if HiGHS could not take all.
 
     A choice that costs more than the gap in the dual cannot be in a better solution than the incumbent.
     """
     gap *= 1 + 1e-9
     units = contest.units
-    choice, least = units.choose(contest.price)
-    slack = units.costs + contest.price * units.sizes - least
+    choice, least = units.choose(price)
+    slack = units.costs + price * units.sizes - least
     allowed = slack <= gap
     allowed[choice, np.arange(len(units))] = True  # its slack may be that of a tie
     several = np.flatnonzero(allowed.sum(axis=0) > 1)
     second = np.sort(slack[:, several], axis=0)[1]  # NaN comes last
     kept = several[np.argsort(second, kind="stable")]
     kept = kept[np.cumsum(allowed[:, kept].sum(axis=0)) <= CORE_COLUMNS]
-    complete = len(kept) == len(several) and gap < contest.margin
+    complete = len(kept) == len(several) and gap < contest.margin(price)
     kept.sort()
     return _Core(kept, allowed[:, kept].T, complete)
 
@@ -163,23 +163,21 @@ def allocate(costs: Sequence[Costs], sizes: Sizes, budget: int) -> Allocation:
     if known.unpriced <= spendable:
         free = dual.solve(tables, 0.0)
         least = free.cost - free.slack
-        return Allocation(free.choice, free.cost, least, least - free.rounding, free.size, budget, 0, 0.0)
+        return Allocation(free.choice, free.cost, least, free.bound(free.size), free.size, budget, 0, 0.0)
     contest = dual.contest(tables, spendable, known.highest)
-    solution = dual.solve(tables, contest.price)
-    proven = solution.cost - solution.slack - contest.price * (spendable - solution.size) - solution.rounding
-    choice = solution.choice.copy()
-    choice[contest.positions] = _fill(
-        contest.units, solution.choice[contest.positions], spendable - solution.size
-    )
+    solution = dual.solve_within(tables, contest.price, spendable)
+    proven = solution.bound(spendable)
+    choice, there = solution.choice.copy(), contest.positions
+    choice[there] = _fill(contest.units, choice[there], spendable - solution.size)
     objective, size = dual.total(tables, choice)
-    core, lower = _find_core(contest, objective - proven), proven
+    core, lower = _find_core(contest, solution.price, objective - proven), proven
     improved = _improve(contest, solution, core, spendable) if len(core.chosen) else None
     if improved is not None:
         candidate = solution.choice.copy()
-        candidate[contest.positions], bound = improved
+        candidate[there], bound = improved
         cost, taken = dual.total(tables, candidate)
         if cost <= objective and taken <= spendable:
             choice, objective, size = candidate, cost, taken
         if bound is not None:
             lower = max(lower, min(objective, bound))
-    return Allocation(choice, objective, lower, proven, size, budget, len(core.chosen), contest.price)
+    return Allocation(choice, objective, lower, proven, size, budget, len(core.chosen), solution.price)

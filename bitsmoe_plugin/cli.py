@@ -141,7 +141,7 @@ def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
 
 
 def _estimate(args: argparse.Namespace, stdout: TextIO) -> None:
-    from bitsmoe_plugin.estimate import estimate, print_estimate, to_json
+    from bitsmoe_plugin.estimate import estimate, print_estimate
 
     config = BitsMoEConfig(
         bits=args.bits,
@@ -152,7 +152,7 @@ def _estimate(args: argparse.Namespace, stdout: TextIO) -> None:
     )
     result = estimate(args.model, config)
     if args.json:
-        _print_json(to_json(result), stdout)
+        _print_json(asdict(result), stdout)
     else:
         print_estimate(result, stdout)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import struct
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -19,7 +19,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from bitsmoe_plugin.budget import find_floor, plan_budget
 from bitsmoe_plugin.config import BitsMoEConfig
 from bitsmoe_plugin.errors import QuantizationError
-from bitsmoe_plugin.families import find_moe_layers
+from bitsmoe_plugin.families import MoELayer, find_moe_layers
 from bitsmoe_plugin.inspection import table_console
 from bitsmoe_plugin.pipeline import layer_shape
 from bitsmoe_plugin.resources import Workload, peak_memory, rough_seconds
@@ -143,6 +143,23 @@ def _tensors(model: nn.Module) -> list[torch.Tensor]:
     return list({id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values()}.values())
 
 
+def _bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _workload(
+    model: Any, layers: list[MoELayer], others: list[torch.Tensor], config: BitsMoEConfig
+) -> Workload:
+    return Workload(
+        [layer_shape(layer) for layer in layers],
+        tokens=config.calibration_tokens,
+        experts_per_token=getattr(model.config, "num_experts_per_tok", None),
+        model_bytes=sum(map(_bytes, _tensors(model))),
+        active_weights=sum(tensor.numel() for tensor in others),
+        itemsize=layers[0].module.down_proj.element_size(),
+    )
+
+
 def estimate(directory: Path, config: BitsMoEConfig) -> Estimate:
     """Sizes, memory and time of quantizing the model in ``directory``; no weight is read.
 
@@ -152,29 +169,18 @@ def estimate(directory: Path, config: BitsMoEConfig) -> Estimate:
     Raises:
         QuantizationError: no model, a dense or unknown one, or a budget that cannot be met.
     """
-    directory = Path(directory)
-    stored = stored_bytes(directory)
-    model = empty_model(directory, stored)
+    stored = stored_bytes(Path(directory))
+    model = empty_model(Path(directory), stored)
     layers = find_moe_layers(model)
     shapes = [layer_shape(layer) for layer in layers]
-    budget = plan_budget(shapes, config)
-    parts = {"payload": budget.payload_bits // 8, **{k: bits // 8 for k, bits in budget.fixed.items()}}
+    floor, budget = find_floor(shapes, config), plan_budget(shapes, config)
+    parts = {part: bits // 8 for part, bits in {"payload": budget.payload_bits, **budget.fixed}.items()}
     expert_bytes = sum(parts.values())
-    tensors = _tensors(model)
-    model_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-    itemsize = layers[0].module.down_proj.element_size()
     experts = {id(tensor) for layer in layers for tensor in layer.module.parameters()}
-    others = [tensor for tensor in tensors if id(tensor) not in experts]
-    other_bytes = sum(tensor.numel() * tensor.element_size() for tensor in others)
+    others = [tensor for tensor in _tensors(model) if id(tensor) not in experts]
+    other_bytes = sum(map(_bytes, others))
     header = _HEADER_BYTES * (len(others) + _PACKED_TENSORS * len(layers))
-    work = Workload(
-        shapes,
-        config.calibration_tokens,
-        getattr(model.config, "num_experts_per_tok", None),
-        model_bytes,
-        sum(tensor.numel() for tensor in others),
-        itemsize,
-    )
+    work = _workload(model, layers, others, config)
     memory = peak_memory(work, config)
     return Estimate(
         model_type=model.config.model_type,
@@ -182,7 +188,7 @@ def estimate(directory: Path, config: BitsMoEConfig) -> Estimate:
         experts=sum(shape.num_experts for shape in shapes),
         expert_weights=budget.weights,
         bits_per_weight=8 * expert_bytes / budget.weights,
-        smallest_bits=find_floor(shapes, config).bits,
+        smallest_bits=floor.bits,
         parts=parts,
         expert_bytes=expert_bytes,
         other_bytes=other_bytes,
@@ -192,11 +198,6 @@ def estimate(directory: Path, config: BitsMoEConfig) -> Estimate:
         peak_memory_bytes=sum(memory.values()),
         seconds=rough_seconds(work, config),
     )
-
-
-def to_json(result: Estimate) -> dict[str, Any]:
-    """JSON-ready fields."""
-    return asdict(result)
 
 
 def _size(size: int) -> str:
@@ -214,14 +215,7 @@ def print_estimate(result: Estimate, stream: TextIO) -> None:
         f"(smallest reachable {result.smallest_bits:.4f})",
         highlight=False,
     )
-    table = Table("stored", "bytes", "bits per expert weight")
-    for part, size in result.parts.items():
-        table.add_row(part, _size(size), f"{8 * size / result.expert_weights:.4f}")
-    table.add_row("experts", _size(result.expert_bytes), f"{result.bits_per_weight:.4f}", style="bold")
-    table.add_row("everything else", _size(result.other_bytes))
-    table.add_row("packed checkpoint", _size(result.checkpoint_bytes), style="bold")
-    table.add_row("unquantized checkpoint", _size(result.unquantized_bytes))
-    console.print(table)
+    console.print(_storage_table(result))
     memory = Table("peak memory of quantization", "bytes")
     for part, size in result.memory.items():
         memory.add_row(part, _size(size))
@@ -231,3 +225,14 @@ def print_estimate(result: Estimate, stream: TextIO) -> None:
         hours = result.seconds / 3600
         rough = f"{hours:.1f} hours" if hours >= 1 else f"{result.seconds / 60:.1f} minutes"
         console.print(f"time on this machine: of the order of {rough}", highlight=False)
+
+
+def _storage_table(result: Estimate) -> Table:
+    table = Table("stored", "bytes", "bits per expert weight")
+    for part, size in result.parts.items():
+        table.add_row(part, _size(size), f"{8 * size / result.expert_weights:.4f}")
+    table.add_row("experts", _size(result.expert_bytes), f"{result.bits_per_weight:.4f}", style="bold")
+    table.add_row("everything else", _size(result.other_bytes))
+    table.add_row("packed checkpoint", _size(result.checkpoint_bytes), style="bold")
+    table.add_row("unquantized checkpoint", _size(result.unquantized_bytes))
+    return table

@@ -20,6 +20,10 @@ PROCESS_BYTES = 520 * 2**20
 _FACTORIZATION = 40
 """Bytes per value of a covariance while its feedback factor is computed (``rounding.feedback_factor``):
 float32 in, and four float64 matrices besides, with one more while a Cholesky factor is copied."""
+_KERNEL_BYTES = 750_000
+_KERNELS = 1024
+"""16-bit matrix products on the CPU: torch (oneDNN) compiles one for every shape, so for every number of
+tokens that an expert is given, and keeps up to 1024. Measured: 0.67 MB per shape, none in float32."""
 _SECONDS_PER_WEIGHT = 1e-5
 """Pricing and rounding on one core, measured on layers of 6 to 9 million weights: 8 to 13 microseconds."""
 
@@ -48,15 +52,19 @@ def peak_memory(work: Workload, config: BitsMoEConfig) -> dict[str, int]:
 
     ``model``: a quantizer that streams layers would replace this term by one decoder layer.
     ``plans``: costs, energies and bases of all layers, kept from the first pass for the second.
+    ``kernels``: what torch keeps of the forward passes, see ``_KERNEL_BYTES``.
     ``activations``: hidden states of all tokens (inputs, exact, quantized, outputs, captured, residual,
     drift, and captured, drift of the layer before: 9 in the model's dtype; 3 in float32 while statistics
     are computed).
     ``layer``: see ``_layer_bytes``.
     """
     hidden = max(shape.hidden_size for shape in work.shapes)
+    batches = -(-work.tokens // (config.sequence_length * config.batch_size))
+    products = 2 * batches * sum(shape.num_experts for shape in work.shapes)
     return {
         "process": PROCESS_BYTES,
         "model": work.model_bytes,
+        "kernels": _KERNEL_BYTES * min(_KERNELS, products) if work.itemsize == 2 else 0,
         "plans": sum(_plan_bytes(shape, config) for shape in work.shapes),
         "activations": work.tokens * hidden * (9 * work.itemsize + 3 * 4),
         "layer": max(map(_layer_bytes, work.shapes)),

@@ -1,8 +1,10 @@
 """``bench allocation``: one budget over all rows of a model of full size, against a budget per layer.
 
-The costs are synthetic. A row's energy is drawn: a power law over the rank whose exponent differs between
-layers, times log-normal scales of layer, expert and row. Its relative distortion at every width is
-measured: it is that of one of 1,024 Gaussian rows of the given length, as ``layer.row_costs`` computes it.
+The costs are synthetic: size, certificate, time and memory are those of a real problem, but how much a
+budget per layer loses follows from the spread that was drawn. A row's energy is a power law over the rank
+whose exponent differs between layers, times log-normal scales of layer, expert and row. Its relative
+distortion at every width is measured: it is that of one of 1,024 Gaussian rows of the given length, as
+``layer.row_costs`` computes it.
 """
 
 from __future__ import annotations
