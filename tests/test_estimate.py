@@ -131,6 +131,14 @@ def test_activations_take_memory_by_the_token(moe_tiny_path: Path) -> None:
     assert memory["activations"] == 1_000 * 128 * (9 * 2 + 3 * 4)
 
 
+def test_compiled_kernels_are_bounded(moe_tiny_path: Path) -> None:
+    """Guards against a term that grows without end with the calibration text, where torch keeps 1024, and
+    against counting any for one batch of 192 experts, two products each, beyond those 384."""
+    one = estimate(moe_tiny_path, BitsMoEConfig(calibration_tokens=4_096)).memory["kernels"]
+    endless = estimate(moe_tiny_path, BitsMoEConfig(calibration_tokens=10**9)).memory["kernels"]
+    assert endless * 384 == one * 1024
+
+
 def _dense(path: Path) -> None:
     LlamaForCausalLM(LlamaConfig(**SMALL, intermediate_size=96, num_key_value_heads=2)).save_pretrained(path)
 
