@@ -60,7 +60,7 @@ def peak_memory(work: Workload, config: BitsMoEConfig) -> dict[str, int]:
     ``layer``: see ``_layer_bytes``.
 
     Checked on the CPU only, against ``ru_maxrss`` of whole runs on models of up to 95 MB in bfloat16 and
-    of layers of up to 9 million weights alone: up to 13 % too much, 13 % too little. Nothing larger was tried.
+    of layers of up to 9 million weights alone: 13 % too little to 13 % too much. Nothing larger was tried.
     """
     hidden = max(shape.hidden_size for shape in work.shapes)
     batches = -(-work.tokens // (config.sequence_length * config.batch_size))
