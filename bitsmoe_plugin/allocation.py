@@ -1,54 +1,49 @@
 """Which width each row gets: min sum of costs subject to a budget of payload bits.
 
 A unit is one row of one factor of one expert; it takes exactly one of the allowed widths. This is
-a multiple-choice knapsack. Its Lagrangian dual bounds the optimum from below; a dual value that
-is feasible after rounding bounds it from above; every choice whose reduced cost exceeds the gap
-between the two cannot be in an optimal solution (Dyer, Kayal, Walker, 1984) and is fixed. HiGHS
-solves what remains (the core) as an integer program.
+a multiple-choice knapsack. Its Lagrangian dual (``dual``) bounds the optimum from below; a dual
+solution that is filled up to the budget bounds it from above; every choice whose reduced cost exceeds
+the gap between the two cannot be in an optimal solution (Dyer, Kayal, Walker, 1984) and is fixed.
+HiGHS solves what remains (the core) as an integer program (``core_program``).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-import highspy
 import numpy as np
-from numpy.typing import NDArray
 
+from bitsmoe_plugin import dual
+from bitsmoe_plugin.core_program import solve_core
+from bitsmoe_plugin.cost_tables import Choices, Costs, CostTables, Ints, Units
+from bitsmoe_plugin.dual import Contest, DualSolution
 from bitsmoe_plugin.errors import QuantizationError
-from bitsmoe_plugin.streams import stdout_to_stderr
-
-_HIGHS_OPTIONS = {
-    "output_flag": False,
-    "threads": 1,
-    "random_seed": 0,
-    "mip_rel_gap": 1e-9,
-    "mip_abs_gap": 1e-12,
-    "mip_max_nodes": 20_000,  # not a time limit: the result must not depend on the machine's speed
-}
-
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
 
 CORE_COLUMNS = 20_000
 """Largest integer program handed to HiGHS; choices beyond it are fixed by reduced cost."""
+
+Sizes = Sequence[Sequence[int] | Ints]
 
 
 @dataclass(frozen=True)
 class Allocation:
     """Attributes:
-    choice: ``[units]`` int64, index into the widths.
+    choice: ``[units]`` uint8, index into the widths, block after block.
     objective: cost of the choice.
-    lower_bound: no choice within the budget costs less (dual bound).
+    lower_bound: no choice within the budget costs less; HiGHS, if it raised this bound above the dual's,
+        computes to 1e-7 of the largest cost in the core.
+    dual_bound: the same from the Lagrangian dual alone, less all rounding errors of its computation.
     size: bits used by the choice.
     budget: bits allowed.
     core_units: units that HiGHS decided.
     price: cost per bit at the optimum of the dual (the Lagrange multiplier).
     """
 
-    choice: Ints
+    choice: Choices
     objective: float
     lower_bound: float
+    dual_bound: float
     size: int
     budget: int
     core_units: int
@@ -62,166 +57,127 @@ class Allocation:
         return max(0.0, (self.objective - self.lower_bound) / self.objective)
 
 
-def _choose(costs: Floats, sizes: Ints, price: float) -> Ints:
-    """Cheapest choice per unit at a price per bit; of equally cheap ones the smallest."""
-    reduced = costs + price * sizes
-    best = reduced.min(axis=1, keepdims=True)
-    tied = reduced <= best * (1 + 1e-12)
-    return np.where(tied, sizes, np.iinfo(np.int64).max).argmin(axis=1)
-
-
-def _take(table: NDArray, choice: Ints) -> NDArray:
-    return np.take_along_axis(table, choice[:, None], axis=1)[:, 0]
-
-
-def _dual_price(costs: Floats, sizes: Ints, budget: int) -> float:
-    """Smallest price per bit (to float precision) at which the cheapest choices fit the budget."""
-    if int(_take(sizes, _choose(costs, sizes, 0.0)).sum()) <= budget:
-        return 0.0
-    finite = costs[np.isfinite(costs)]
-    high = max(float(finite.max()), 1e-300)
-    while int(_take(sizes, _choose(costs, sizes, high)).sum()) > budget:
-        high *= 1e3
-    low = high * 1e-40
-    for _ in range(200):
-        middle = float(np.sqrt(low * high))
-        if int(_take(sizes, _choose(costs, sizes, middle)).sum()) <= budget:
-            high = middle
-        else:
-            low = middle
-        if high / low < 1 + 1e-12:
-            break
-    return high
-
-
-def _fill(costs: Floats, sizes: Ints, choice: Ints, budget: int) -> Ints:
-    """Spend what is left of the budget on the upgrades that gain most per bit."""
-    choice = choice.copy()
-    left = budget - int(_take(sizes, choice).sum())
-    gain = _take(costs, choice)[:, None] - np.where(np.isfinite(costs), costs, np.finfo(float).max)
-    extra = sizes - _take(sizes, choice)[:, None]
-    with np.errstate(divide="ignore", invalid="ignore"):
-        rate = np.where((extra > 0) & (extra <= left) & (gain > 0), gain / extra, 0.0)
-    best = rate.argmax(axis=1)
-    order = np.argsort(-rate.max(axis=1), kind="stable")
-    for unit in order[: 4 * CORE_COLUMNS]:
-        width = best[unit]
-        if rate[unit, width] <= 0:
-            break
-        if extra[unit, width] <= left:
-            choice[unit] = width
-            left -= int(extra[unit, width])
-    return choice
-
-
-def _solve_core(costs: Floats, sizes: Ints, budget: int) -> tuple[Ints, float] | None:
-    """HiGHS on a small multiple-choice knapsack.
-
-    Returns:
-        choice per unit and a lower bound of the optimum; None if nothing feasible was found.
-    """
-    usable = np.isfinite(costs)
-    unit_of, width_of = np.nonzero(usable)
-    scale = float(np.abs(costs[usable]).max()) or 1.0
-    with stdout_to_stderr():  # the first solver of a process prints a banner, whatever its options
-        solver = highspy.Highs()
-    for option, setting in _HIGHS_OPTIONS.items():
-        solver.setOptionValue(option, setting)
-    solver.passModel(_core_model(costs[usable] / scale, sizes[usable], unit_of, len(costs), budget))
-    solver.run()
-    info = solver.getInfo()
-    if info.primal_solution_status != 2:  # kSolutionStatusFeasible
-        return None
-    taken = np.zeros(costs.shape)
-    taken[unit_of, width_of] = solver.getSolution().col_value
-    return taken.argmax(axis=1), info.mip_dual_bound * scale
-
-
-def _core_model(costs: Floats, sizes: Ints, unit_of: Ints, units: int, budget: int) -> highspy.HighsLp:
-    """min costs x, one choice per unit, sizes x <= budget, x binary; one column per usable choice."""
-    columns = len(costs)
-    model = highspy.HighsLp()
-    model.num_col_, model.num_row_ = columns, units + 1
-    model.col_cost_ = costs
-    model.col_lower_, model.col_upper_ = np.zeros(columns), np.ones(columns)
-    model.row_lower_ = np.append(np.ones(units), -highspy.kHighsInf)
-    model.row_upper_ = np.append(np.ones(units), float(budget))
-    model.integrality_ = [highspy.HighsVarType.kInteger] * columns
-    model.a_matrix_.format_ = highspy.MatrixFormat.kColwise
-    model.a_matrix_.start_ = np.arange(0, 2 * columns + 1, 2, dtype=np.int32)
-    model.a_matrix_.index_ = np.stack([unit_of, np.full(columns, units)], 1).ravel().astype(np.int32)
-    model.a_matrix_.value_ = np.stack([np.ones(columns), sizes.astype(float)], 1).ravel()
-    return model
-
-
-def smallest_size(sizes: Ints, costs: Floats) -> int:
-    """Fewest bits any allowed choice takes.
+def smallest_size(costs: Sequence[Costs], sizes: Sizes) -> int:
+    """Fewest bits any allowed choice takes; arguments as of ``allocate``.
 
     Raises:
         QuantizationError: a unit has no allowed choice.
     """
-    if not bool(np.isfinite(costs).any(axis=1).all()):
-        raise QuantizationError("a row has no allowed width: all of its costs are infinite or NaN")
-    return int(np.where(np.isfinite(costs), sizes, np.iinfo(np.int64).max).min(axis=1).sum())
+    return dual.survey(CostTables(costs, sizes)).smallest
 
 
-def _core_units(slack: Floats, open_choice: NDArray[np.bool_]) -> Ints:
-    """Units with more than one open choice, the most contested ones if HiGHS could not take all."""
-    contested = np.flatnonzero(open_choice.sum(axis=1) > 1)
-    if not len(contested):
-        return contested
-    second = np.partition(slack[contested], 1, axis=1)[:, 1]
-    kept = contested[np.argsort(second, kind="stable")]
-    columns = np.cumsum(open_choice[kept].sum(axis=1))
-    return np.sort(kept[columns <= CORE_COLUMNS])
+def _fill(units: Units, choice: Choices, left: int) -> Choices:
+    """Spend ``left`` bits on the upgrades that gain most per bit."""
+    choice = choice.copy()
+    cost, size = units.take(choice)
+    gain = cost - np.where(np.isfinite(units.costs), units.costs, np.finfo(float).max)
+    extra = units.sizes - size
+    with np.errstate(divide="ignore", invalid="ignore"):
+        rate = np.where((extra > 0) & (extra <= left) & (gain > 0), gain / extra, 0.0)
+    best = rate.argmax(axis=0).astype(np.uint8)
+    rate = rate.max(axis=0)
+    extra = np.take_along_axis(extra, best[None].astype(np.intp), 0)[0]
+    order = np.argsort(-rate, kind="stable")[: int((rate > 0).sum())]
+    fitting = int(np.searchsorted(np.cumsum(extra[order]), left, side="right"))
+    choice[order[:fitting]] = best[order[:fitting]]
+    left -= int(extra[order[:fitting]].sum())
+    for unit in order[fitting : fitting + 4 * CORE_COLUMNS]:
+        if extra[unit] <= left:
+            choice[unit] = best[unit]
+            left -= int(extra[unit])
+    return choice
 
 
-def allocate(costs: Floats, sizes: Ints, budget: int) -> Allocation:
+@dataclass(frozen=True)
+class _Core:
+    """Attributes:
+    chosen: ``[n]`` int64, the core among the contested units.
+    allowed: ``[n, widths]`` bool, choices that may be in a better solution.
+    complete: no unit outside the core has more than one such choice.
+    """
+
+    chosen: Ints
+    allowed: np.ndarray
+    complete: bool
+
+
+def _find_core(contest: Contest, price: float, gap: float) -> _Core:
+    """Units with more than one open choice, the most contested ones if HiGHS could not take all.
+
+    A choice that costs more than the gap in the dual cannot be in a better solution than the incumbent.
+    """
+    gap *= 1 + 1e-9
+    units = contest.units
+    choice, least = units.choose(price)
+    slack = units.costs + price * units.sizes - least
+    allowed = slack <= gap
+    allowed[choice, np.arange(len(units))] = True  # its slack may be that of a tie
+    several = np.flatnonzero(allowed.sum(axis=0) > 1)
+    second = np.sort(slack[:, several], axis=0)[1]  # NaN comes last
+    kept = several[np.argsort(second, kind="stable")]
+    kept = kept[np.cumsum(allowed[:, kept].sum(axis=0)) <= CORE_COLUMNS]
+    complete = len(kept) == len(several) and gap < contest.margin(price)
+    kept.sort()
+    return _Core(kept, allowed[:, kept].T, complete)
+
+
+def _improve(
+    contest: Contest, solution: DualSolution, core: _Core, budget: int
+) -> tuple[Choices, float | None] | None:
+    """The dual solution with the core decided by HiGHS.
+
+    Returns:
+        choice of the contested units, and a lower bound of the optimum if the core is complete; None if
+        HiGHS found nothing.
+    """
+    choice = solution.choice[contest.positions]
+    units = contest.units.pick(core.chosen)
+    costs, sizes = units.take(choice[core.chosen])
+    room = budget - (solution.size - int(sizes.sum()))
+    table = np.ascontiguousarray(units.costs.T)
+    solved = solve_core(np.where(core.allowed, table, np.inf), np.ascontiguousarray(units.sizes.T), room)
+    if solved is None:
+        return None
+    choice[core.chosen], bound = solved
+    return choice, bound + solution.cost - float(costs.sum()) if core.complete else None
+
+
+def allocate(costs: Sequence[Costs], sizes: Sizes, budget: int) -> Allocation:
     """Choose one width per unit.
 
     Args:
-        costs: ``[units, widths]`` float64, >= 0; inf forbids a choice.
-        sizes: ``[units, widths]`` int64, bits that a choice stores.
+        costs: for each block of units (a layer) ``[units, widths]`` float32 or float64, >= 0; inf or NaN
+            forbids a choice. Not copied.
+        sizes: for each block ``[widths]``, bits that a choice stores, rising.
         budget: bits that all choices together may store.
 
     Raises:
-        QuantizationError: not even the smallest choices fit.
+        QuantizationError: not even the smallest choices fit, or a unit has no allowed choice.
     """
-    least = smallest_size(sizes, costs)
-    if least > budget:
-        raise QuantizationError(f"budget of {budget} payload bits is below the smallest, {least}")
+    tables = CostTables(costs, sizes)
+    known = dual.survey(tables)
+    if known.smallest > budget:
+        raise QuantizationError(f"budget of {budget} payload bits is below the smallest, {known.smallest}")
     # What is no multiple of the sizes' common divisor cannot be spent and would loosen the bound.
-    spendable = budget - budget % max(1, int(np.gcd.reduce(sizes, axis=None)))
-    price = _dual_price(costs, sizes, spendable)
-    dual = _choose(costs, sizes, price)
-    reduced = costs + price * sizes
-    cheapest = _take(reduced, dual)
-    lower = float(cheapest.sum() - price * spendable)
-    incumbent = _fill(costs, sizes, dual, spendable)
-    upper = float(_take(costs, incumbent).sum())
-    # A choice that costs more than this in the dual cannot be in a better solution than the incumbent.
-    open_choice = reduced - cheapest[:, None] <= (upper - lower) * (1 + 1e-9)
-    core = _core_units(reduced - cheapest[:, None], open_choice)
-    if price > 0 and len(core):
-        outside = np.ones(len(costs), dtype=bool)
-        outside[core] = False
-        complete = not bool((open_choice[outside].sum(axis=1) > 1).any())
-        room = spendable - int(_take(sizes, dual)[outside].sum())
-        solved = _solve_core(np.where(open_choice[core], costs[core], np.inf), sizes[core], room)
-        if solved is not None:
-            candidate = dual.copy()
-            candidate[core], bound = solved
-            cost = float(_take(costs, candidate).sum())
-            if cost <= upper and int(_take(sizes, candidate).sum()) <= spendable:
-                incumbent, upper = candidate, cost
-            if complete:
-                lower = max(lower, min(upper, bound + float(_take(costs, dual)[outside].sum())))
-    return Allocation(
-        choice=incumbent,
-        objective=upper,
-        lower_bound=lower,
-        size=int(_take(sizes, incumbent).sum()),
-        budget=budget,
-        core_units=len(core) if price > 0 else 0,
-        price=price,
-    )
+    spendable = budget - budget % max(1, int(np.gcd.reduce(tables.sizes, axis=None)))
+    if known.unpriced <= spendable:
+        free = dual.solve(tables, 0.0)
+        least = free.cost - free.slack
+        return Allocation(free.choice, free.cost, least, free.bound(free.size), free.size, budget, 0, 0.0)
+    contest = dual.contest(tables, spendable, known.highest)
+    solution = dual.solve_within(tables, contest.price, spendable)
+    proven = solution.bound(spendable)
+    choice, there = solution.choice.copy(), contest.positions
+    choice[there] = _fill(contest.units, choice[there], spendable - solution.size)
+    objective, size = dual.total(tables, choice)
+    core, lower = _find_core(contest, solution.price, objective - proven), proven
+    improved = _improve(contest, solution, core, spendable) if len(core.chosen) else None
+    if improved is not None:
+        candidate = solution.choice.copy()
+        candidate[there], bound = improved
+        cost, taken = dual.total(tables, candidate)
+        if cost <= objective and taken <= spendable:
+            choice, objective, size = candidate, cost, taken
+        if bound is not None:
+            lower = max(lower, min(objective, bound))
+    return Allocation(choice, objective, lower, proven, size, budget, len(core.chosen), solution.price)

@@ -1,4 +1,4 @@
-"""Command line: ``bitsmoe quantize | inspect | evaluate | compare | bench``."""
+"""Command line: ``bitsmoe estimate | quantize | inspect | evaluate | compare | bench``."""
 
 from __future__ import annotations
 
@@ -16,11 +16,28 @@ from bitsmoe_plugin.config import METHODS, BitsMoEConfig
 from bitsmoe_plugin.errors import BitsMoEError, ConfigError
 from bitsmoe_plugin.streams import stdout_to_stderr
 
+_FLAGS = (
+    "bits",
+    "factor_bits",
+    "dataset",
+    "calibration_tokens",
+    "sequence_length",
+    "batch_size",
+    "seed",
+    "method",
+)
+"""Options of BitsMoEConfig that ``--option`` must leave to their own flags."""
+
+
+def _add_budget(parser: argparse.ArgumentParser) -> None:
+    bits = BitsMoEConfig().bits
+    parser.add_argument("--bits", type=float, default=bits, help="counted bits per expert weight")
+    parser.add_argument("--factor-bits", type=float, help="replaces --bits: the same count without the bases")
+
 
 def _add_calibration(parser: argparse.ArgumentParser) -> None:
     defaults = BitsMoEConfig()
-    parser.add_argument("--bits", type=float, default=defaults.bits, help="counted bits per expert weight")
-    parser.add_argument("--factor-bits", type=float, help="replaces --bits: the same count without the bases")
+    _add_budget(parser)
     parser.add_argument("--dataset", required=True, help="calibration text, .txt or .jsonl")
     parser.add_argument("--calibration-tokens", type=int, default=defaults.calibration_tokens)
     parser.add_argument("--sequence-length", type=int, default=defaults.sequence_length)
@@ -33,6 +50,11 @@ def _add_quantize(commands: Any) -> None:
     parser.add_argument("model", help="model directory or hub name")
     parser.add_argument("out", type=Path, help="directory to write; must not exist or be empty")
     _add_calibration(parser)
+    _add_method(parser)
+    parser.set_defaults(run=_quantize)
+
+
+def _add_method(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--method", default="default", help=f"one of {', '.join(METHODS)}")
     parser.add_argument(
         "--option",
@@ -41,7 +63,16 @@ def _add_quantize(commands: Any) -> None:
         metavar="NAME=VALUE",
         help="any other option of BitsMoEConfig, e.g. basis_bits=8, widths=[2,3,4], refit=false",
     )
-    parser.set_defaults(run=_quantize)
+
+
+def _add_estimate(commands: Any) -> None:
+    parser = commands.add_parser("estimate", help="size, memory and time of quantizing, without doing it")
+    parser.add_argument("model", type=Path, help="model directory; of the weights only an index is needed")
+    _add_budget(parser)
+    parser.add_argument("--calibration-tokens", type=int, default=BitsMoEConfig().calibration_tokens)
+    _add_method(parser)
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(run=_estimate)
 
 
 def _add_inspect(commands: Any) -> None:
@@ -94,7 +125,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="bitsmoe", description="Quantize Mixture-of-Experts language models to 2 bits."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (_add_quantize, _add_inspect, _add_evaluate, _add_compare, _add_bench):
+    for add in (_add_estimate, _add_quantize, _add_inspect, _add_evaluate, _add_compare, _add_bench):
         add(commands)
     return parser
 
@@ -107,18 +138,37 @@ def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
     """Options from ``NAME=VALUE`` texts; values are JSON, or plain text if they are none.
 
     Raises:
-        ConfigError: a text without ``=``.
+        ConfigError: a text without ``=``, or an option that has a flag of its own.
     """
     options = {}
     for pair in pairs:
         name, equals, value = pair.partition("=")
         if not equals:
             raise ConfigError(f"--option {pair}: write NAME=VALUE, for example basis_bits=8")
+        if name in _FLAGS:
+            raise ConfigError(f"--option {pair}: use --{name.replace('_', '-')}")
         try:
             options[name] = json.loads(value)
         except ValueError:
             options[name] = value
     return options
+
+
+def _estimate(args: argparse.Namespace, stdout: TextIO) -> None:
+    from bitsmoe_plugin.estimate import estimate, print_estimate
+
+    config = BitsMoEConfig(
+        bits=args.bits,
+        factor_bits=args.factor_bits,
+        calibration_tokens=args.calibration_tokens,
+        method=args.method,
+        **parse_options(args.option),
+    )
+    result = estimate(args.model, config)
+    if args.json:
+        _print_json(asdict(result), stdout)
+    else:
+        print_estimate(result, stdout)
 
 
 def _quantize(args: argparse.Namespace, stdout: TextIO) -> None:

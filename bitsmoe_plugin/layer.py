@@ -152,11 +152,10 @@ def plan_layer(problem: LayerProblem, payload_bits: int) -> LayerPlan:
     costs, energies, feedback = row_costs(problem, experts)
     if problem.config.cost == "spectral":
         return LayerPlan(costs, energies, problem.bases, 1.0)
-    sizes = torch.tensor(row_sizes(problem.shape, widths)).expand(costs.shape)
-    flat = costs.reshape(-1, len(widths)).double().numpy()
-    least = int(sizes.amin(-1).sum())
-    trial = allocate(flat, sizes.reshape(-1, len(widths)).numpy(), max(payload_bits, least))
-    choice = torch.from_numpy(trial.choice).view(costs.shape[:-1])
+    sizes = row_sizes(problem.shape, widths)
+    least = costs.shape[:-1].numel() * sizes[0]
+    trial = allocate([costs.view(-1, len(widths)).numpy()], [sizes], max(payload_bits, least))
+    choice = torch.from_numpy(trial.choice).long().view(costs.shape[:-1])
     bits = torch.tensor(widths)[choice[:, experts]]
     rounded = round_experts(problem, bits, experts, feedback)
     estimated = costs[:, experts].gather(-1, choice[:, experts, :, None]).sum()

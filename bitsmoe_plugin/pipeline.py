@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from bitsmoe_plugin import packing
 from bitsmoe_plugin.allocation import Allocation, allocate
+from bitsmoe_plugin.budget import Budget, plan_budget
 from bitsmoe_plugin.calibration import LayerwiseForward, capture_layer
 from bitsmoe_plugin.checkpoint import layer_manifest, packed_spec
 from bitsmoe_plugin.config import BitsMoEConfig
@@ -33,60 +33,10 @@ from bitsmoe_plugin.statistics import LayerActivations
 THIN_TOKENS_PER_DIMENSION = 0.25
 
 
-@dataclass(frozen=True)
-class Budget:
-    """Attributes:
-    payload_bits: what the allocation may spend on rows, over all layers.
-    fixed: stored bits of the whole model that no allocation changes, by part.
-    weights: expert weights of the unquantized model.
-    """
-
-    payload_bits: int
-    fixed: dict[str, int]
-    weights: int
-
-
 def layer_shape(layer: MoELayer) -> LayerShape:
     """Sizes of an unquantized experts module."""
     experts, hidden, intermediate = layer.module.down_proj.shape
     return LayerShape(experts, hidden, intermediate)
-
-
-def plan_budget(shapes: list[LayerShape], config: BitsMoEConfig) -> Budget:
-    """Split the counted budget into what is fixed and what rows may use.
-
-    Raises:
-        QuantizationError: the budget cannot be met, or the bases do not fit their groups.
-    """
-    weights = sum(shape.weights for shape in shapes)
-    fixed: dict[str, int] = {}
-    least = 0
-    for shape in shapes:
-        if config.basis_bits < 16 and shape.hidden_size % config.basis_group_size:
-            raise QuantizationError(
-                f"basis_group_size={config.basis_group_size} does not divide hidden_size="
-                f"{shape.hidden_size}; use 16, 32, 64, 128 or 256 such that it does"
-            )
-        stored_parts = packing.fixed_bits(
-            shape, config.basis_bits, config.basis_group_size, config.input_bases
-        )
-        for part, stored in stored_parts.items():
-            fixed[part] = fixed.get(part, 0) + stored
-        least += 3 * shape.num_experts * shape.rank * min(row_sizes(shape, config.widths))
-    total = sum(fixed.values())
-    # (name of the option, its value, stored bits that count against it besides the rows)
-    option, bits, counted = "bits", float(config.bits), total
-    if config.factor_bits is not None:
-        option, bits, counted = "factor_bits", float(config.factor_bits), total - fixed["bases"]
-    payload = int(bits * weights) - counted
-    if payload < least:
-        raise QuantizationError(
-            f"{option}={bits:g} cannot be met: the smallest reachable is "
-            f"{(counted + least) / weights:.4f} bits per weight, of which bases, row codes and scale "
-            f"grids take {counted / weights:.4f} (smaller with basis_bits=4 and a larger "
-            "basis_group_size) and the narrowest rows the rest"
-        )
-    return Budget(payload, fixed, weights)
 
 
 def held_out_last(blocks: Tensor, share: float) -> tuple[Tensor, int]:
@@ -121,23 +71,20 @@ def allocate_rows(
     plans: list[LayerPlan], shapes: list[LayerShape], budget: Budget, config: BitsMoEConfig
 ) -> tuple[list[Tensor], list[Allocation]]:
     """Widths ``[3, E, r]`` int64 per layer; one allocation for all layers, or one for each."""
-    costs = [plan.costs.reshape(-1, len(config.widths)).double().numpy() for plan in plans]
-    sizes = [
-        np.tile(np.array(row_sizes(shape, config.widths), dtype=np.int64), (len(cost), 1))
-        for shape, cost in zip(shapes, costs, strict=True)
-    ]
+    costs = [plan.costs.reshape(-1, len(config.widths)).numpy() for plan in plans]
+    sizes = [row_sizes(shape, config.widths) for shape in shapes]
     if config.scope == "global":
-        results = [allocate(np.concatenate(costs), np.concatenate(sizes), budget.payload_bits)]
+        results = [allocate(costs, sizes, budget.payload_bits)]
     else:
         results = [
-            allocate(cost, size, budget.payload_bits * shape.weights // budget.weights)
+            allocate([cost], [size], budget.payload_bits * shape.weights // budget.weights)
             for shape, cost, size in zip(shapes, costs, sizes, strict=True)
         ]
     choice = torch.from_numpy(np.concatenate([result.choice for result in results]))
     pieces = choice.split([len(cost) for cost in costs])
     table = torch.tensor(config.widths)
     return [
-        table[piece].view(plan.costs.shape[:-1]) for piece, plan in zip(pieces, plans, strict=True)
+        table[piece.long()].view(plan.costs.shape[:-1]) for piece, plan in zip(pieces, plans, strict=True)
     ], results
 
 

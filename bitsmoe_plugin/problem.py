@@ -13,7 +13,7 @@ from bitsmoe_plugin.packing import LayerShape
 from bitsmoe_plugin.spectral import ExpertWeights, SharedBases
 from bitsmoe_plugin.statistics import ExpertRows, Gating, LayerActivations, LayerStatistics
 
-_WORKING_SET = 2**26
+WORKING_SET = 2**26
 """Experts are treated in groups whose covariances hold about this many values (256 MiB)."""
 _SECOND_MOMENT_SHRINKAGE = 1e-3
 
@@ -50,7 +50,7 @@ class LayerProblem:
 
     def chunks(self, experts: int) -> list[slice]:
         """Positions 0..experts in groups of bounded working set."""
-        size = max(1, _WORKING_SET // (2 * self.shape.rank**2))
+        size = max(1, WORKING_SET // (2 * self.shape.rank**2))
         return [slice(start, min(start + size, experts)) for start in range(0, experts, size)]
 
 

@@ -15,9 +15,9 @@ from transformers import (
 )
 
 from bitsmoe_plugin import BitsMoEConfig, ConfigError, QuantizationError
+from bitsmoe_plugin.budget import plan_budget
 from bitsmoe_plugin.integrations.transformers import quantize_to_directory
 from bitsmoe_plugin.packing import LayerShape, fixed_bits, row_widths
-from bitsmoe_plugin.pipeline import plan_budget
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 MODEL = str(EXAMPLES / "moe-tiny")

@@ -87,6 +87,35 @@ def test_compare_with_gptq() -> None:
     assert 0.001 < rows["gptq"]["kl_divergence"] < 0.05
 
 
+def test_estimate_agrees_with_what_was_stored(packed) -> None:
+    """The dry run, as a script calls it, against the real thing at the same bits."""
+    done = bitsmoe("estimate", MODEL, "--bits", "2.5", "--json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert {"parts", "memory", "peak_memory_bytes", "smallest_bits", "seconds"} <= result.keys()
+    size = (packed / "model.safetensors").stat().st_size
+    assert result["checkpoint_bytes"] == pytest.approx(size, rel=0.02)
+
+
+def test_estimate_table_names_the_parts() -> None:
+    done = bitsmoe("estimate", MODEL, "--factor-bits", "2", "--option", "basis_bits=8")
+    words = ("payload", "bases", "packed checkpoint", "peak memory", "smallest reachable", "time on this")
+    assert all(word in done.stdout for word in words), done.stderr
+
+
+def test_bench_allocation_json() -> None:
+    """Keys and meaning at a small size: a budget for all layers is never worse than one for each."""
+    size = ["--layers", "3", "--experts", "4", "--rank", "64", "--intermediate-size", "64"]
+    done = bitsmoe("bench", "allocation", *size, "--json")
+    assert done.returncode == 0, done.stderr
+    row = json.loads(done.stdout)
+    assert row["units"] == 3 * 4 * 3 * 64
+    assert row["relative_gap"] <= 1e-6
+    assert row["lower_bound"] <= row["objective"] <= row["per_layer_objective"]
+    assert row["per_layer_over_global"] == pytest.approx(row["per_layer_objective"] / row["objective"])
+    assert {"seconds", "per_layer_seconds", "peak_rss_bytes", "dual_relative_gap", "core_units"} <= row.keys()
+
+
 def test_every_method_that_help_names_can_be_run() -> None:
     assert tuple(RUNNERS) == METHODS
 
@@ -97,7 +126,11 @@ def test_every_method_that_help_names_can_be_run() -> None:
         (["quantize", MODEL, "OUT", "--dataset", "none.jsonl"], "none.jsonl does not exist"),
         (["quantize", MODEL, "OUT", "--dataset", CALIBRATION, "--bits", "99"], "bits=99.0 is not allowed"),
         (["quantize", MODEL, "OUT", "--dataset", CALIBRATION, "--option", "widths=[2,5]"], "widths=(2, 5)"),
+        (["estimate", MODEL, "--option", "bits=3"], "use --bits"),
         (["quantize", "no/such/model", "OUT", "--dataset", CALIBRATION], "no/such/model"),
+        (["estimate", "no/such/model"], "no/such/model"),
+        (["estimate", MODEL, "--bits", "0.2"], "smallest reachable is 0.2604"),
+        (["bench", "allocation", "--layers", "0"], "0 blocks"),
         (["inspect", MODEL], "not a packed BitsMoE checkpoint"),
         (["compare", MODEL, "--dataset", CALIBRATION, "--eval", EVAL, "--methods", "awq"], "'awq'"),
     ],

@@ -22,6 +22,7 @@ from transformers.quantizers.auto import (
 )
 from transformers.quantizers.base import HfQuantizer
 
+from bitsmoe_plugin.budget import plan_budget
 from bitsmoe_plugin.calibration import load_documents, token_blocks
 from bitsmoe_plugin.checkpoint import check_shape, packed_spec, stored_tensors, verify_experts, verify_headers
 from bitsmoe_plugin.config import QUANT_METHOD, BitsMoEConfig
@@ -29,7 +30,7 @@ from bitsmoe_plugin.errors import CheckpointError, ConfigError, QuantizationErro
 from bitsmoe_plugin.experts import BitsMoEExperts, replace_module
 from bitsmoe_plugin.families import find_moe_layers
 from bitsmoe_plugin.other_tensors import record
-from bitsmoe_plugin.pipeline import layer_shape, plan_budget, quantize_model
+from bitsmoe_plugin.pipeline import layer_shape, quantize_model
 
 
 class BitsMoEQuantizer(HfQuantizer):

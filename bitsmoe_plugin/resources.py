@@ -1,0 +1,138 @@
+"""Memory and time that quantization takes, estimated from sizes alone.
+
+Both describe quantization as it is done today, on the CPU, with the whole unquantized model in memory.
+Memory came within 15 % of what was measured, see ``peak_memory``; time is an order of magnitude.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from bitsmoe_plugin.config import BitsMoEConfig
+from bitsmoe_plugin.packing import LayerShape
+from bitsmoe_plugin.problem import WORKING_SET
+
+PROCESS_BYTES = 520 * 2**20
+"""Python with torch and transformers (365 MiB) and compiled trellis searches (130 MiB), measured."""
+_FACTORIZATION = 40
+"""Bytes per value of a covariance while its feedback factor is computed (``rounding.feedback_factor``):
+float32 in, and four float64 matrices besides, with one more while a Cholesky factor is copied."""
+_KERNEL_BYTES = 750_000
+_KERNELS = 1024
+"""16-bit matrix products on the CPU: torch (oneDNN) compiles one for every shape, so for every number of
+tokens that an expert is given, and keeps up to 1024. Measured: 0.67 MB per shape, none in float32."""
+_SECONDS_PER_WEIGHT = 1.5e-5
+"""Pricing and rounding on one core. Measured on a machine shared with other jobs: 8 to 14 microseconds on
+layers of 6 to 9 million weights, 23 to 32 in whole runs of models of 5 to 13 million."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Attributes:
+    shapes: of the MoE layers.
+    tokens: calibration tokens.
+    experts_per_token: of the router; None if it is unknown.
+    model_bytes: the unquantized model in memory.
+    active_weights: weights outside the routed experts, each used once per token.
+    itemsize: bytes per value of hidden states.
+    """
+
+    shapes: list[LayerShape]
+    tokens: int
+    experts_per_token: int | None
+    model_bytes: int
+    active_weights: int
+    itemsize: int
+
+
+def peak_memory(work: Workload, config: BitsMoEConfig) -> dict[str, int]:
+    """Bytes at the peak, which is the rounding of the largest layer, by part.
+
+    ``model``: a quantizer that streams layers would replace this term by one decoder layer.
+    ``plans``: costs, energies and bases of all layers, kept from the first pass for the second.
+    ``kernels``: what torch keeps of the forward passes, see ``_KERNEL_BYTES``.
+    ``activations``: hidden states of all tokens (inputs, exact, quantized, outputs, captured, residual,
+    drift, and captured, drift of the layer before: 9 in the model's dtype; 3 in float32 while statistics
+    are computed).
+    ``layer``: see ``_layer_bytes``.
+
+    Checked on the CPU only, against ``ru_maxrss`` of whole runs on models of up to 95 MB in bfloat16 and
+    of layers of up to 9 million weights alone: 13 % too little to 13 % too much. Nothing larger was tried.
+    """
+    hidden = max(shape.hidden_size for shape in work.shapes)
+    batches = -(-work.tokens // (config.sequence_length * config.batch_size))
+    products = 2 * batches * sum(shape.num_experts for shape in work.shapes)
+    return {
+        "process": PROCESS_BYTES,
+        "model": work.model_bytes,
+        "kernels": _KERNEL_BYTES * min(_KERNELS, products) if work.itemsize == 2 else 0,
+        "plans": sum(_plan_bytes(shape, config) for shape in work.shapes),
+        "activations": work.tokens * hidden * (9 * work.itemsize + 3 * 4),
+        "layer": max(map(_layer_bytes, work.shapes)),
+    }
+
+
+def _plan_bytes(shape: LayerShape, config: BitsMoEConfig) -> int:
+    """``layer.LayerPlan``, all float32."""
+    rows = 3 * shape.num_experts * shape.rank * (len(config.widths) + 1)
+    return 4 * (rows + (config.input_bases + 1) * shape.rank * shape.hidden_size)
+
+
+def _layer_bytes(shape: LayerShape) -> int:
+    """The working set of a layer: the largest of three moments of ``layer.round_experts``.
+
+    Held all along: float32 factors three times (the problem's, their copy, and those of the layer before,
+    which ``pipeline`` lets go when the next problem is complete), hidden moments of both layers' experts,
+    second moments and their eigenvectors in float64 (about 10 of [H, H]).
+    """
+    factor = shape.weights // 3  # values of gate, up or down
+    covariance = 2 * shape.rank**2
+    chunk = covariance * min(shape.num_experts, max(1, WORKING_SET // covariance))
+    hidden = shape.num_experts * shape.intermediate_size**2
+    kept = 3 * 4 * shape.weights + 2 * 4 * hidden + 10 * 8 * shape.hidden_size**2
+    pair = (4 + 4) * factor  # codes and values of one factor
+    feedback = 2 * pair + _FACTORIZATION * chunk  # gate and up rounded but for the last chunk
+    neurons = 4 * pair + 4 * factor + (4 + _FACTORIZATION) * hidden  # gate and up twice (joining); down
+    joining = 4 * pair + 4 * factor + pair + 3 * pair + 8 * hidden  # as before, down rounded, all joined
+    return kept + max(feedback, neurons, joining)
+
+
+def rough_seconds(work: Workload, config: BitsMoEConfig) -> float | None:
+    """Order of magnitude of the time on this machine; None if the experts per token are unknown.
+
+    Two terms: matrix products, counted and divided by a speed measured now (for 10 ms), and pricing and
+    rounding, in proportion to the expert weights.
+    """
+    if work.experts_per_token is None:
+        return None
+    weights = sum(shape.weights for shape in work.shapes)
+    flops = 4 * 2 * work.tokens * work.active_weights
+    flops += sum(_layer_flops(shape, work.tokens * work.experts_per_token) for shape in work.shapes)
+    return _SECONDS_PER_WEIGHT * weights / torch.get_num_threads() + flops / _matmul_speed()
+
+
+def _layer_flops(shape: LayerShape, rows: int) -> int:
+    """Multiplications and additions in matrix products for one layer.
+
+    Four forward passes (first pass; exact, captured and rounded in the second), and twice: activations and
+    outputs (8HI), covariances of gate's and up's inputs (6H^2), of hidden activations (4I^2) per routed row;
+    Gram matrices (4IH^2), feedback factors (4/3 n^3 each, in float64 at half the speed) per expert.
+    """
+    h, i = shape.hidden_size, shape.intermediate_size
+    per_row = 4 * 6 * h * i + 2 * (8 * h * i + 6 * h**2 + 4 * i**2)
+    per_expert = 2 * (4 * i * h**2 + 2 * 2 * 8 * h**3 // 3 + 2 * 8 * i**3 // 3)
+    return rows * per_row + shape.num_experts * per_expert
+
+
+def _matmul_speed() -> float:
+    """Multiplications and additions per second in float32 products, best of a few."""
+    matrix = torch.ones(512, 512)
+    best = float("inf")
+    for _ in range(4):
+        start = time.perf_counter()
+        torch.mm(matrix, matrix)
+        best = min(best, time.perf_counter() - start)
+    return 2 * 512**3 / best
