@@ -117,7 +117,7 @@ def compile_launch(launch: Launch, capability: int, dtype: torch.dtype) -> Resou
         knobs.compilation.always_compile = True
         knobs.nvidia.dump_ptxas_log = True
         compiled = triton.compile(
-            source, target=GPUTarget("cuda", capability, 32), options={"num_warps": launch.num_warps}
+            source, target=GPUTarget("cuda", capability, 32), options={"num_warps": launch.num_warps, "num_stages": launch.num_stages}
         )
     found = _USAGE.search(log.getvalue())
     if found is None:

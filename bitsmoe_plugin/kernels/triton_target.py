@@ -35,12 +35,12 @@ class BlockSizes:
     matvec_tokens: int = 1
     matmul: tuple[int, int, int] = (64, 64, 64)
     tokens: int = 64
-    gate_up: tuple[int, int] = (64, 2)
-    down: tuple[int, int] = (64, 2)
+    gate_up: tuple[int, int] = (32, 4)
+    down: tuple[int, int] = (64, 4)
     decode_warps: int = 4
     matvec_warps: int = 4
     matmul_warps: int = 4
-    prefill_warps: int = 4
+    prefill_warps: int = 8
 
 
 @dataclass(frozen=True)
@@ -103,6 +103,7 @@ class Launch:
         arguments: tensors and integers by parameter name.
         constants: ``tl.constexpr`` parameters.
         num_warps: per program.
+        num_stages: of loads that run ahead through shared memory; 1 for none.
     """
 
     kernel: Any
@@ -110,6 +111,7 @@ class Launch:
     arguments: dict[str, Any]
     constants: dict[str, Any]
     num_warps: int
+    num_stages: int = 1
 
 
 Launcher = Callable[[Launch], None]
@@ -118,4 +120,5 @@ Launcher = Callable[[Launch], None]
 
 def run(launch: Launch) -> None:
     """Launch on the current stream."""
-    launch.kernel[launch.grid](**launch.arguments, **launch.constants, num_warps=launch.num_warps)
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    launch.kernel[launch.grid](**launch.arguments, **launch.constants, **options)
