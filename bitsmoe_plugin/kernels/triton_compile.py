@@ -2,6 +2,8 @@
 
     python -m bitsmoe_plugin.kernels.triton_compile [--hidden 2048 --intermediate 768 ...] [--json]
 
+takes about a minute per architecture.
+
 Kernels are compiled for the launches that a forward pass over a layer of the given sizes makes: the
 same arguments and constants. Registers, spills and stack come from ptxas (``-v``), shared memory from
 what Triton asks the driver for at launch. ``TRITON_INTERPRET`` must not be set.
@@ -14,8 +16,8 @@ import contextlib
 import io
 import json
 import re
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -25,6 +27,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from bitsmoe_plugin import coding
 from bitsmoe_plugin.config import ALL_WIDTHS
 from bitsmoe_plugin.errors import ConfigError
 from bitsmoe_plugin.experts import PackedSpec
@@ -33,6 +36,8 @@ from bitsmoe_plugin.kernels.triton_target import Launch, Target, block_sizes
 from bitsmoe_plugin.packing import LayerShape, PackedExperts
 
 CAPABILITIES = (80, 90, 100)
+DTYPES = ("float16", "bfloat16", "float32")
+TOKENS = (1, DECODE_TOKENS, 256)
 PROCESSORS = 132
 """Of an H100; decides how far decode splits the rank, so grids, not code."""
 _POINTERS = {
@@ -55,9 +60,9 @@ class Resources:
     """What one kernel takes.
 
     Attributes:
-        kernel: name of the function, and what it was compiled for.
+        kernel: name of the function, with the bits of the basis if it reads one.
         capability: 80 for sm_80.
-        dtype: of the hidden states.
+        dtypes: of the hidden states for which this very code is launched.
         registers: per thread.
         stack, spill_stores, spill_loads: bytes per thread.
         shared: bytes per program.
@@ -66,7 +71,7 @@ class Resources:
 
     kernel: str
     capability: int
-    dtype: str
+    dtypes: str
     registers: int
     stack: int
     spill_stores: int
@@ -92,8 +97,11 @@ def launches(spec: PackedSpec, capability: int, dtype: torch.dtype, tokens: int,
     return recorded
 
 
-def compile_launch(launch: Launch, capability: int, dtype: torch.dtype) -> Resources:
+def compile_launch(launch: Launch, capability: int, dtypes: str) -> Resources:
     """Compile one kernel, from scratch, with the specialisations that a launch would get.
+
+    Args:
+        dtypes: for the result.
 
     Raises:
         ConfigError: the kernels were imported with TRITON_INTERPRET set.
@@ -104,29 +112,27 @@ def compile_launch(launch: Launch, capability: int, dtype: torch.dtype) -> Resou
     names = launch.kernel.arg_names
     given = launch.arguments | launch.constants
     constants = {name: value for name, value in given.items() if name in launch.constants or _is_one(value)}
-    signature = {name: "constexpr" if name in constants else _type(given[name]) for name in names}
     divisible = [name for name in names if name not in constants and _divisible(given[name])]
     source = ASTSource(
         launch.kernel,
-        signature,
+        {name: "constexpr" if name in constants else _type(given[name]) for name in names},
         {(names.index(name),): value for name, value in constants.items()},
         {(names.index(name),): [["tt.divisibility", 16]] for name in divisible},
     )
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
     log = io.StringIO()
     with knobs.compilation.scope(), knobs.nvidia.scope(), contextlib.redirect_stdout(log):
         knobs.compilation.always_compile = True
         knobs.nvidia.dump_ptxas_log = True
-        compiled = triton.compile(
-            source, target=GPUTarget("cuda", capability, 32), options={"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-        )
+        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     found = _USAGE.search(log.getvalue())
     if found is None:
         raise RuntimeError(f"ptxas reported no resources for {launch.kernel.__name__}:\n{log.getvalue()}")
     stack, stores, loads, registers = map(int, found.groups())
-    name = str(dtype).removeprefix("torch.")
+    bits = launch.constants.get("BITS")
+    name = launch.kernel.__name__.removesuffix("_kernel") + (f" {bits} bits" if bits else "")
     shared, warps = compiled.metadata.shared, launch.num_warps
-    kernel = launch.kernel.__name__.removesuffix("_kernel")
-    return Resources(kernel, capability, name, registers, stack, stores, loads, shared, warps)
+    return Resources(name, capability, dtypes, registers, stack, stores, loads, shared, warps)
 
 
 def _is_one(value: Any) -> bool:
@@ -142,65 +148,55 @@ def _divisible(value: Any) -> bool:
     return isinstance(value, Tensor) or value % 16 == 0
 
 
-def distinct(found: Iterable[Launch]) -> list[Launch]:
-    """Without launches that need no compilation of their own: grid and sizes may differ."""
-    seen: dict[str, Launch] = {}
-    for launch in found:
-        types = {
-            name: (_type(value), _is_one(value), _divisible(value))
-            for name, value in launch.arguments.items()
-        }
-        seen.setdefault(repr((launch.kernel.__name__, types, launch.constants, launch.num_warps)), launch)
-    return list(seen.values())
+def _code(launch: Launch) -> str:
+    """Equal for launches that share compiled code: their grids and the values of numbers may differ."""
+    types = {n: (_type(v), _is_one(v), _divisible(v)) for n, v in launch.arguments.items()}
+    return repr((launch.kernel.__name__, types, launch.constants, launch.num_warps, launch.num_stages))
 
 
-def report(
-    spec: PackedSpec, capability: int, dtype: torch.dtype, slots: int, tokens: Iterable[int]
-) -> Iterator[Resources]:
-    """Resources of every kernel that passes over ``tokens`` tokens take; 16-bit, 8-bit and 4-bit bases."""
-    found = distinct(
-        launch for count in tokens for launch in launches(spec, capability, dtype, count, slots)
-    )
-    for launch in found:
-        resources = compile_launch(launch, capability, dtype)
-        bits = launch.constants.get("BITS")
-        yield replace(resources, kernel=f"{resources.kernel} {bits} bit") if bits else resources
-
-
-def bases_only(launch: Launch) -> bool:
-    """Whether the kernel reads a basis."""
-    return "BITS" in launch.constants
+def all_launches(
+    specs: Iterable[PackedSpec], capability: int, dtypes: Iterable[str], slots: int
+) -> list[tuple[Launch, str]]:
+    """What one token, the most that decode takes and a prefill launch, once each, with their dtypes."""
+    found: dict[str, tuple[Launch, list[str]]] = {}
+    for spec in specs:
+        for dtype in dtypes:
+            for tokens in TOKENS:
+                for launch in launches(spec, capability, getattr(torch, dtype), tokens, slots):
+                    users = found.setdefault(_code(launch), (launch, []))[1]
+                    if dtype not in users:
+                        users.append(dtype)
+    return [(launch, "/".join(users)) for launch, users in found.values()]
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Print the table for one layer's sizes."""
+    """Print the table for one layer's sizes, with bases of 4, 8 and 16 bits."""
     parser = argparse.ArgumentParser(description="compile the Triton kernels and report their resources")
     parser.add_argument("--experts", type=int, default=128)
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--intermediate", type=int, default=768)
     parser.add_argument("--slots", type=int, default=8, help="experts per token")
-    parser.add_argument("--grid", choices=("trellis", "uniform"), default="trellis")
-    parser.add_argument("--basis-bits", type=int, choices=(4, 8, 16), default=4)
+    parser.add_argument("--grid", choices=coding.GRIDS, default="trellis")
+    parser.add_argument("--basis-bits", type=int, choices=(4, 8, 16), nargs="+", default=(4, 8, 16))
     parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument("--input-bases", type=int, choices=(1, 2), default=1)
-    parser.add_argument("--capability", type=int, action="append", help="80 for sm_80; repeatable")
-    parser.add_argument("--dtype", choices=("float16", "bfloat16", "float32"), action="append")
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--capability", type=int, nargs="+", default=CAPABILITIES, help="80 for sm_80")
+    parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=DTYPES[:2])
+    parser.add_argument("--json", action="store_true", help="one object per line")
     chosen = parser.parse_args(arguments)
     shape = LayerShape(chosen.experts, chosen.hidden, chosen.intermediate)
-    spec = PackedSpec(
-        shape, ALL_WIDTHS, chosen.basis_bits, chosen.group_size, chosen.input_bases, 0, chosen.grid
-    )
+    specs = [
+        PackedSpec(shape, ALL_WIDTHS, bits, chosen.group_size, chosen.input_bases, 0, chosen.grid)
+        for bits in chosen.basis_bits
+    ]
     columns = list(Resources.__dataclass_fields__)
     if not chosen.json:
         print("| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
-    for capability in chosen.capability or CAPABILITIES:
-        for dtype in chosen.dtype or ("float16", "bfloat16"):
-            tokens = (1, 64) if chosen.basis_bits == 16 else (1, DECODE_TOKENS, 64)
-            for row in report(spec, capability, getattr(torch, dtype), chosen.slots, tokens):
-                values = asdict(row)
-                line = json.dumps(values) if chosen.json else f"| {' | '.join(map(str, values.values()))} |"
-                print(line, flush=True)
+    for capability in chosen.capability:
+        for launch, dtypes in all_launches(specs, capability, chosen.dtype, chosen.slots):
+            values = asdict(compile_launch(launch, capability, dtypes))
+            line = json.dumps(values) if chosen.json else f"| {' | '.join(map(str, values.values()))} |"
+            print(line, flush=True)
 
 
 if __name__ == "__main__":

@@ -76,19 +76,21 @@ def decode_rows(start, keep, tables, BITS: tl.constexpr, TRELLIS: tl.constexpr):
     words = ()
     for i in tl.static_range(BITS):
         words = words + (tl.load(start + i, mask=keep, other=0).to(tl.uint32, bitcast=True),)
-    values = ()
+    fields = ()
     if TRELLIS and BITS <= 4:
-        table = tables + 512 * (2 ** (BITS - 1) - 1)
         for i in tl.static_range(0, 32, 2):
-            both = tl.load(table + _ring_field(words, (i + 1) * BITS - 8, 8 + BITS, BITS))
-            low = (both << 16).to(tl.float32, bitcast=True)
-            high = (both & -65536).to(tl.float32, bitcast=True)
-            values = values + (low, high)
+            # Looked up one by one: of a joined index, Triton would spread the lookups over the threads anew.
+            pair = _ring_field(words, (i + 1) * BITS - 8, 8 + BITS, BITS)
+            fields = fields + (tl.load(tables + 512 * (2 ** (BITS - 1) - 1) + pair),)
+        both = tl.reshape(interleaved(fields), [start.shape[0], 16 * start.shape[1]])
+        low = (both << 16).to(tl.float32, bitcast=True)
+        high = (both & -65536).to(tl.float32, bitcast=True)
+        return tl.reshape(tl.join(low, high), [start.shape[0], 32 * start.shape[1]])
     else:
         for i in tl.static_range(32):
-            code = _ring_field(words, i * BITS, BITS, BITS)
-            values = values + (code.to(tl.float32) - (2**BITS - 1) / 2,)
-    return tl.reshape(interleaved(values), [start.shape[0], 32 * start.shape[1]])
+            fields = fields + (_ring_field(words, i * BITS, BITS, BITS),)
+        code = tl.reshape(interleaved(fields), [start.shape[0], 32 * start.shape[1]])
+        return code.to(tl.float32) - (2**BITS - 1) / 2
 
 
 @triton.jit

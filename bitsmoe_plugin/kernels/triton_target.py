@@ -23,9 +23,9 @@ class BlockSizes:
     matvec_tokens: up to so many tokens go through the matrix-vector kernel, each on its own.
     matmul: tokens, basis rows and columns per step of the matrix kernel; columns share a scale.
     tokens: of one expert per prefill program.
-    gate_up: rows and blocks per step of a prefill program (gate and up: two sums per value).
+    gate_up: rows and blocks per step of a prefill program; one block per thread, or values change threads.
     down: the same for down.
-    decode_warps, matvec_warps, matmul_warps, prefill_warps: warps per program.
+    decode_warps, matvec_warps, matmul_warps, gate_up_warps, down_warps: warps per program.
     """
 
     blocks: int = 32
@@ -35,12 +35,13 @@ class BlockSizes:
     matvec_tokens: int = 1
     matmul: tuple[int, int, int] = (64, 64, 64)
     tokens: int = 64
-    gate_up: tuple[int, int] = (32, 4)
+    gate_up: tuple[int, int] = (64, 4)
     down: tuple[int, int] = (64, 4)
     decode_warps: int = 4
     matvec_warps: int = 4
     matmul_warps: int = 4
-    prefill_warps: int = 8
+    gate_up_warps: int = 8
+    down_warps: int = 8
 
 
 @dataclass(frozen=True)
@@ -76,8 +77,11 @@ INTERPRETER = Target(
 """For tensors on the CPU: large blocks, because the interpreter's time goes by operations, not values;
 its ``tl.dot`` is wrong for bfloat16."""
 
-_BY_CAPABILITY: dict[int, BlockSizes] = {}
-"""Major compute capability -> sizes that were tuned on such a GPU. None yet."""
+_BY_CAPABILITY: dict[int, BlockSizes] = {
+    # Operands of products stay in registers there, and the default spills.
+    8: BlockSizes(gate_up=(64, 2), gate_up_warps=4),
+}
+"""Major compute capability -> sizes; others take the default."""
 
 
 def block_sizes(major: int) -> BlockSizes:
