@@ -60,7 +60,10 @@ def random_layer(
         )
         for rows in (input_bases * h, h)
     ]
-    words = [packing.pack_expert(c, b, widths) for c, b in zip(codes.flatten(0, 1), row_bits.flatten(0, 1), strict=True)]
+    words = [
+        packing.pack_expert(c, b, widths)
+        for c, b in zip(codes.flatten(0, 1), row_bits.flatten(0, 1), strict=True)
+    ]
     packed = PackedExperts(
         packing.pack_row_codes(row_bits, scale_codes, widths),
         packing.pack_scale_grid(scale_grid),

@@ -9,7 +9,8 @@ are equal numbers of stored rows, not of ranks, so that dropped rows take no tim
 
 from __future__ import annotations
 
-import torch
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -33,10 +34,12 @@ def coordinates(
         ``[T, r]`` float32.
     """
     pairs, sizes = ids.numel(), target.blocks
+    arguments: dict[str, Any]
+    constants: dict[str, Any]
     blocks = _blocks_per_program(state.blocks, sizes)
     tiles = triton.cdiv(state.blocks, blocks)
     rows = max(1, sizes.lanes // blocks)
-    shared = {"ROWS": rows, "BLOCKS": blocks}
+    shared = {**state.constants(), "ROWS": rows, "BLOCKS": blocks}
     wanted = target.processors * sizes.programs_per_processor
     most = triton.cdiv(state.rank, rows)
 
@@ -44,19 +47,19 @@ def coordinates(
     columns = 32 * state.blocks
     partial = z.new_empty((splits, pairs, 2, columns))
     arguments = {"z": z, "ids": ids, "partial": partial, **state.pointers()}
-    constants = {**state.constants(), **shared, "TOP_K": ids.shape[1], "BASES": state.bases(z)}
+    constants = {**shared, "TOP_K": ids.shape[1], "BASES": state.bases(z)}
     launch(Launch(gate_up_kernel, (pairs, 2 * tiles, splits), arguments, constants, sizes.decode_warps))
 
     hidden = z.new_empty((pairs, columns))
-    arguments = {"partial": partial, "hidden": hidden, "splits": splits}
-    constants = {"SIZE": state.size, "COLUMNS": columns, "ACTIVATION": state.activation, "TILE": 1024}
+    arguments = {"partial": partial, "ids": ids, "hidden": hidden, "splits": splits}
+    constants = {"SIZE": state.size, "COLUMNS": columns, "EXPERTS": state.experts}
+    constants |= {"ACTIVATION": state.activation, "TILE": 1024}
     launch(Launch(activate_kernel, (pairs, triton.cdiv(columns, 1024)), arguments, constants, 4))
 
     splits = _splits(wanted, pairs * tiles, most)
     parts = z.new_empty((pairs, tiles, state.rank))
     arguments = {"hidden": hidden, "ids": ids, "weights": weights, "parts": parts, **state.pointers()}
-    constants = {**state.constants(), **shared}
-    launch(Launch(down_kernel, (pairs, tiles, splits), arguments, constants, sizes.decode_warps))
+    launch(Launch(down_kernel, (pairs, tiles, splits), arguments, shared, sizes.decode_warps))
     return combine(parts, ids, state.experts, launch)
 
 
@@ -163,10 +166,12 @@ def gate_up_kernel(
 @triton.jit
 def activate_kernel(
     partial,
+    ids,
     hidden,
     splits,
     SIZE: tl.constexpr,
     COLUMNS: tl.constexpr,
+    EXPERTS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     TILE: tl.constexpr,
 ):
@@ -175,6 +180,9 @@ def activate_kernel(
     Grid: pairs, column tiles.
     """
     pair = tl.program_id(0)
+    expert = tl.load(ids + pair)
+    if (expert < 0) | (expert >= EXPERTS):
+        return
     column = tl.program_id(1) * TILE + tl.arange(0, TILE)
     keep = column < SIZE
     gate = tl.zeros([TILE], tl.float32)
@@ -263,7 +271,7 @@ def combine_kernel(
     TILES: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """total[token]: the parts of its slots, first to last, without those of no expert. Grid: tokens, tiles."""
+    """total[token]: the parts of its slots in order, but of those with no expert. Grid: tokens, tiles."""
     token = tl.program_id(0)
     k = tl.program_id(1) * TILE + tl.arange(0, TILE)
     result = tl.zeros([TILE], tl.float32)

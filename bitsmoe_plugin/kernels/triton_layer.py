@@ -91,8 +91,11 @@ class TritonLayer:
         if tokens * slots == 0:
             return torch.zeros_like(hidden)
         chunk = max(DECODE_TOKENS, PREFILL_BYTES // (4 * slots * self.state.rank))
-        inputs = [t.contiguous().split(chunk) for t in (hidden, top_k_index, top_k_weights)]
-        return torch.cat([self._forward(*part, launch) for part in zip(*inputs, strict=True)])
+        given = hidden.contiguous(), top_k_index.contiguous(), top_k_weights.contiguous()
+        if tokens <= chunk:
+            return self._forward(*given, launch)
+        parts = zip(*(tensor.split(chunk) for tensor in given), strict=True)
+        return torch.cat([self._forward(x, ids, weights, launch) for x, ids, weights in parts])
 
     def _forward(self, hidden: Tensor, ids: Tensor, weights: Tensor, launch: Launcher) -> Tensor:
         state, target = self.state, self.target

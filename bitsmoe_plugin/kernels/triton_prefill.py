@@ -68,7 +68,12 @@ def coordinates(
     """As ``triton_decode.coordinates``, with the dtype ``operand`` of the factors of matrix products."""
     sizes = target.blocks
     tiles = group_pairs(ids, state.experts, sizes.tokens)
-    grouped = {"pairs": tiles.pairs, "ends": tiles.ends, "tile_expert": tiles.expert, "tile_first": tiles.first}
+    grouped = {
+        "pairs": tiles.pairs,
+        "ends": tiles.ends,
+        "tile_expert": tiles.expert,
+        "tile_first": tiles.first,
+    }
     constants = state.constants() | {"TOKENS": sizes.tokens, "OPERAND": _triton_dtype(operand)}
     columns = 32 * state.blocks
 
@@ -184,25 +189,28 @@ def grouped_gate_up_kernel(
     up = tl.zeros([TOKENS, 32 * BLOCKS], tl.float32)
     for factor in range(2):
         unit = factor * EXPERTS + expert
-        gate, up = up, _rows_product(
-            z + factor * (BASES - 1) * RANK,
-            payload + tl.load(starts + unit),
-            counts + unit * len(WIDTHS),
-            order + unit * RANK,
-            row_codes + unit * RANK,
-            scale_grid + factor * 2 * RANK,
-            tables,
-            token,
-            keep,
-            block,
-            RANK,
-            ROW_BLOCKS,
-            WIDTHS,
-            UNITS,
-            TRELLIS,
-            BASES,
-            OPERAND,
-            ROWS,
+        gate, up = (
+            up,
+            _rows_product(
+                z + factor * (BASES - 1) * RANK,
+                payload + tl.load(starts + unit),
+                counts + unit * len(WIDTHS),
+                order + unit * RANK,
+                row_codes + unit * RANK,
+                scale_grid + factor * 2 * RANK,
+                tables,
+                token,
+                keep,
+                block,
+                RANK,
+                ROW_BLOCKS,
+                WIDTHS,
+                UNITS,
+                TRELLIS,
+                BASES,
+                OPERAND,
+                ROWS,
+            ),
         )
     column = tl.program_id(1) * (32 * BLOCKS) + tl.arange(0, 32 * BLOCKS)
     value = tl.where((column < SIZE)[None, :], gating(gate, up, ACTIVATION), 0.0)
@@ -300,9 +308,7 @@ def grouped_down_kernel(
                 OPERAND,
                 BLOCKS,
             )
-            k, scale = order_and_scales(
-                order, row_codes, scale_grid + 4 * RANK, done + rows, keep_rows, RANK
-            )
+            k, scale = order_and_scales(order, row_codes, scale_grid + 4 * RANK, done + rows, keep_rows, RANK)
             total *= weight[:, None] * (scale * UNITS[i])[None, :]
             tl.store(parts[:, None] + k[None, :], total, mask=keep[:, None] & keep_rows[None, :])
         start += count * (ROW_BLOCKS * WIDTHS[i])

@@ -52,9 +52,9 @@ def _ring_field(words, START: tl.constexpr, LENGTH: tl.constexpr, BITS: tl.const
 
 @triton.jit
 def interleaved(values):
-    """Tensors ``[R, C]`` (a power of two of them, n) as one, ``[R, C, 2, .., 2]``: values[i] at column n c + i.
+    """Tensors ``[R, C]``, a power of two of them, as one ``[R, C, 2, .., 2]``, the last axes counting them.
 
-    Joining never moves a value to another thread.
+    Reshaped to ``[R, n C]`` they alternate. Joining never moves a value to another thread.
     """
     half: tl.constexpr = len(values) // 2
     if half == 0:
