@@ -35,12 +35,12 @@ class BlockSizes:
     matvec_tokens: int = 1
     matmul: tuple[int, int, int] = (64, 64, 64)
     tokens: int = 64
-    gate_up: tuple[int, int] = (64, 4)
+    gate_up: tuple[int, int] = (64, 2)
     down: tuple[int, int] = (64, 4)
     decode_warps: int = 4
     matvec_warps: int = 4
     matmul_warps: int = 4
-    gate_up_warps: int = 8
+    gate_up_warps: int = 4
     down_warps: int = 8
 
 
@@ -78,8 +78,8 @@ INTERPRETER = Target(
 its ``tl.dot`` is wrong for bfloat16."""
 
 _BY_CAPABILITY: dict[int, BlockSizes] = {
-    # Operands of products stay in registers there, and the default spills.
-    8: BlockSizes(gate_up=(64, 2), gate_up_warps=4),
+    # The default leaves a thread fewer registers there and spills a word or two.
+    10: BlockSizes(gate_up=(64, 4), gate_up_warps=8, matmul_warps=8),
 }
 """Major compute capability -> sizes; others take the default."""
 
