@@ -7,7 +7,7 @@ add at most 128 products, in another order, in each of four products one after t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import pytest
@@ -34,6 +34,15 @@ FLOAT32 = 1e-5
 SHAPE = LayerShape(num_experts=3, hidden_size=48, intermediate_size=40)
 DECODE, PREFILL = 3, DECODE_TOKENS + 4
 phases = pytest.mark.parametrize("tokens", [DECODE, PREFILL], ids=["decode", "prefill"])
+
+
+@pytest.fixture(autouse=True)
+def _buffers_start_as_nan() -> Iterator[None]:
+    """What a kernel fails to write shows, instead of being zero by luck: torch fills ``empty`` tensors."""
+    torch.use_deterministic_algorithms(True)
+    assert bool(torch.zeros(1).new_empty(2).isnan().all())
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 def check(
@@ -121,6 +130,21 @@ def test_experts_may_have_any_number_of_tokens(crowded: int) -> None:
     spec, packed = random_layer(SHAPE, (0, 2, 4))
     inputs = random_inputs(SHAPE, 150, k=1)
     inputs = replace(inputs, ids=torch.where(torch.arange(150) < crowded, 2, 0)[:, None])
+    check(spec, packed, inputs)
+
+
+def test_tiles_may_run_in_any_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against a tile that writes what is another's: the interpreter runs them in order, and the last
+    to write wins."""
+    spec, packed = random_layer(SHAPE, (0, 2, 4))
+    inputs = random_inputs(SHAPE, PREFILL)
+    group = triton_prefill.group_pairs
+
+    def backwards(ids: Tensor, experts: int, tile: int) -> triton_prefill.Tiles:
+        tiles = group(ids, experts, tile)
+        return replace(tiles, expert=tiles.expert.flip(0), first=tiles.first.flip(0))
+
+    monkeypatch.setattr(triton_prefill, "group_pairs", backwards)
     check(spec, packed, inputs)
 
 

@@ -278,7 +278,7 @@ def combine_kernel(
     for slot in range(SLOTS):
         pair = token * SLOTS + slot
         expert = tl.load(ids + pair)
-        keep = (k < RANK) & (expert >= 0) & (expert < EXPERTS)
-        for tile in range(TILES):
-            result += tl.load(parts + (pair * TILES + tile) * RANK + k, mask=keep, other=0.0)
+        if (expert >= 0) & (expert < EXPERTS):
+            for tile in range(TILES):
+                result += tl.load(parts + (pair * TILES + tile) * RANK + k, mask=k < RANK, other=0.0)
     tl.store(total + token * RANK + k, result, mask=k < RANK)

@@ -314,8 +314,9 @@ def grouped_down_kernel(
         start += count * (ROW_BLOCKS * WIDTHS[i])
         done += count
         tile -= tl.cdiv(count, ROWS)
-    rows = done + tile * ROWS + tl.arange(0, ROWS)
-    dropped = (tile >= 0) & (rows < RANK)
-    k = tl.load(order + rows, mask=dropped, other=0).to(tl.int32)
-    zeros = tl.zeros([TOKENS, ROWS], tl.float32)
-    tl.store(parts[:, None] + k[None, :], zeros, mask=keep[:, None] & dropped[None, :])
+    if tile >= 0:
+        rows = done + tile * ROWS + tl.arange(0, ROWS)
+        dropped = rows < RANK
+        k = tl.load(order + rows, mask=dropped, other=0).to(tl.int32)
+        zeros = tl.zeros([TOKENS, ROWS], tl.float32)
+        tl.store(parts[:, None] + k[None, :], zeros, mask=keep[:, None] & dropped[None, :])
