@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+# Triton decides when it is imported, and torch imports it, whether its functions are compiled or interpreted.
+os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest
 import torch
