@@ -19,7 +19,7 @@ from bitsmoe_plugin import packing, sharding, trellis
 from bitsmoe_plugin.coding import GRIDS
 from bitsmoe_plugin.config import ALL_WIDTHS
 from bitsmoe_plugin.errors import ConfigError
-from bitsmoe_plugin.experts import PackedSpec
+from bitsmoe_plugin.packed_spec import PackedSpec
 from bitsmoe_plugin.packing import LayerShape, PackedExperts
 
 pytest.importorskip("triton", reason="Triton is published for Linux only")

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from bitsmoe_plugin import coding, packing
 from bitsmoe_plugin.config import ALL_WIDTHS
-from bitsmoe_plugin.experts import PackedSpec
+from bitsmoe_plugin.kernels.reference import ReferenceLayer
+from bitsmoe_plugin.packed_spec import PackedSpec
 from bitsmoe_plugin.packing import LayerShape, PackedExperts
 from bitsmoe_plugin.rounding import SCALE_LEVELS, ScaleGrid
-from bitsmoe_plugin.serving import PackedLayer, gating
+from bitsmoe_plugin.serving import gating
 from bitsmoe_plugin.spectral import quantize_basis
 
 
@@ -86,7 +87,7 @@ def random_inputs(shape: LayerShape, tokens: int, k: int = 2, seed: int = 0) -> 
 
 def reference(spec: PackedSpec, packed: PackedExperts, inputs: Inputs, activation: str = "silu") -> Tensor:
     """The float32 reference of ``kernels.reference``, for float32 inputs."""
-    return PackedLayer.prepare(spec, packed, gating(activation)).forward(*inputs.tensors())
+    return ReferenceLayer.prepare(spec, packed, gating(activation)).forward(*inputs.tensors())
 
 
 def relative_error(value: Tensor, wanted: Tensor) -> float:

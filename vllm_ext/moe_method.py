@@ -46,7 +46,6 @@ class BitsMoEMethod(FusedMoEMethodBase):
             )
         self._refuse_variants(layer)
         gating(layer.activation.value)
-        ops.check_platform(self.name)
 
     def _refuse_variants(self, layer: Any) -> None:
         """Experts that compute something else than down(act(gate) * up), weighted on the way out."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import warnings
+from importlib.util import find_spec
 from typing import Protocol
 
 from torch import Tensor
 
+from bitsmoe_plugin import serving
 from bitsmoe_plugin.packed_spec import PackedSpec
 from bitsmoe_plugin.packing import PackedExperts
 from bitsmoe_plugin.statistics import Gating
@@ -33,16 +35,34 @@ class Runtime(Protocol):
 
 
 def prepare(spec: PackedSpec, packed: PackedExperts, gating: Gating) -> Runtime:
-    """The fastest implementation for the device that the tensors are on."""
-    from bitsmoe_plugin.kernels import cpu
+    """The fastest implementation for the device that the tensors are on; says so if it is the slow one."""
     from bitsmoe_plugin.kernels.reference import ReferenceLayer
 
-    if packed.payload.device.type == "cpu":
-        if cpu.library() is not None:
-            return cpu.CpuLayer.prepare(spec, packed, gating)
-        warnings.warn(
-            "bitsmoe: the kernels for the CPU were not compiled when the package was installed, so packed "
-            "experts run 10 times slower, in plain torch. Install a C compiler (gcc or clang) and reinstall.",
-            stacklevel=2,
-        )
+    device = packed.payload.device.type
+    runtime, missing = _on_cpu(spec, packed, gating) if device == "cpu" else _on_gpu(spec, packed, gating)
+    if runtime is not None:
+        return runtime
+    warnings.warn(f"packed experts on {device} run in plain torch, much slower: {missing}", stacklevel=2)
     return ReferenceLayer.prepare(spec, packed, gating)
+
+
+def _on_cpu(spec: PackedSpec, packed: PackedExperts, gating: Gating) -> tuple[Runtime | None, str]:
+    from bitsmoe_plugin.kernels import cpu
+
+    if cpu.library() is None:
+        return None, (
+            "the kernels were not compiled when bitsmoe-plugin was installed. Install a C compiler (gcc or "
+            "clang) and reinstall"
+        )
+    return cpu.CpuLayer.prepare(spec, packed, gating), ""
+
+
+def _on_gpu(spec: PackedSpec, packed: PackedExperts, gating: Gating) -> tuple[Runtime | None, str]:
+    activation = serving.activation_of(gating)
+    if activation is None:
+        return None, "the GPU kernels do not know their activation"
+    if find_spec("triton") is None:
+        return None, "Triton is not installed"
+    from bitsmoe_plugin.kernels.triton_layer import TritonLayer
+
+    return TritonLayer.prepare(spec, packed, activation), ""

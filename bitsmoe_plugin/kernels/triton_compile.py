@@ -30,9 +30,9 @@ from triton.compiler import ASTSource
 from bitsmoe_plugin import coding
 from bitsmoe_plugin.config import ALL_WIDTHS
 from bitsmoe_plugin.errors import ConfigError
-from bitsmoe_plugin.experts import PackedSpec
 from bitsmoe_plugin.kernels.triton_layer import DECODE_TOKENS, TritonLayer
 from bitsmoe_plugin.kernels.triton_target import Launch, Target, block_sizes
+from bitsmoe_plugin.packed_spec import PackedSpec
 from bitsmoe_plugin.packing import LayerShape, PackedExperts
 
 CAPABILITIES = (80, 90, 100)

@@ -1,4 +1,4 @@
-"""Forward pass of a packed layer by Triton kernels; the contract of ``serving.PackedLayer``.
+"""Forward pass of a packed layer by Triton kernels; the contract of ``kernels.Runtime``.
 
 z = input basis x; rows of gate and up; activation; rows of down; sum over the token's experts;
 y = output basis c. Up to ``DECODE_TOKENS`` tokens by ``triton_decode``, more by ``triton_prefill``.
@@ -13,11 +13,11 @@ from torch import Tensor
 
 from bitsmoe_plugin import serving
 from bitsmoe_plugin.errors import ConfigError
-from bitsmoe_plugin.experts import PackedSpec
 from bitsmoe_plugin.kernels import triton_decode, triton_prefill
 from bitsmoe_plugin.kernels.triton_basis import PackedBasis, multiply
 from bitsmoe_plugin.kernels.triton_state import LayerState
 from bitsmoe_plugin.kernels.triton_target import Launcher, Target, run, target_of
+from bitsmoe_plugin.packed_spec import PackedSpec
 from bitsmoe_plugin.packing import PackedExperts
 
 DECODE_TOKENS = 16
@@ -32,12 +32,14 @@ class TritonLayer:
     """A packed layer or shard, ready to compute.
 
     Attributes:
+        packed: the tensors.
         state: its rows.
         input_basis: ``[n * r, H]``, n = 1 or 2.
         output_basis: ``[H, r]``.
         target: block sizes.
     """
 
+    packed: PackedExperts
     state: LayerState
     input_basis: PackedBasis
     output_basis: PackedBasis
@@ -59,6 +61,7 @@ class TritonLayer:
         serving.gating(activation)
         bits, hidden = spec.basis_bits, spec.shape.hidden_size
         return cls(
+            packed,
             LayerState.derive(spec, packed, activation),
             PackedBasis.of(packed.input_basis, packed.input_scales, bits, hidden),
             PackedBasis.of(packed.output_basis, packed.output_scales, bits, spec.shape.rank),

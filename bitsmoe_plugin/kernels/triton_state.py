@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from bitsmoe_plugin import coding, packing
-from bitsmoe_plugin.experts import PackedSpec
 from bitsmoe_plugin.grids import STEP
 from bitsmoe_plugin.kernels.triton_rows import pair_tables
+from bitsmoe_plugin.packed_spec import PackedSpec
 from bitsmoe_plugin.packing import PackedExperts
 
 
