@@ -38,7 +38,7 @@ static int select_rows(const uint8_t *codes, int width, const float *scales, int
   return count;
 }
 
-static float quantize(const float *a, int n, int padded, int8_t *hi, int8_t *lo, int32_t *sum) {
+static float quantize(const float *a, int n, int padded, int16_t *q, int32_t *sum) {
   float largest = 0, poison = 0;
   for (int i = 0; i < n; i++) {
     float size = fabsf(a[i]);
@@ -48,30 +48,27 @@ static float quantize(const float *a, int n, int padded, int8_t *hi, int8_t *lo,
   float inverse = largest > 0x1p-100f && poison == 0 ? LIMIT / largest : 0;
   int32_t total = 0;
   for (int i = 0; i < n; i++) {
-    int32_t q = inverse ? (int32_t)lrintf(a[i] * inverse) : 0;
-    lo[i] = (int8_t)(q & 255);
-    hi[i] = (int8_t)((q - lo[i]) >> 8);
-    total += q;
+    q[i] = inverse ? (int16_t)lrintf(a[i] * inverse) : 0;
+    total += q[i];
   }
-  memset(hi + n, 0, padded - n);
-  memset(lo + n, 0, padded - n);
+  memset(q + n, 0, (padded - n) * sizeof(int16_t));
   *sum = total;
   return largest / LIMIT + poison;
 }
 
 /* A block of `bits` words is a ring; code i's field ends at bit (i + 1) * bits of it. */
 static inline __attribute__((always_inline)) void decode_block_of(const Decoder *d, const uint32_t *words,
-                                                                  int bits, int trellis, uint8_t *out) {
+                                                                  int bits, int trellis, int16_t *out) {
   int offset = trellis ? bits - 8 + 32 * bits : 0;
   for (int i = 0; i < BLOCK; i++) {
     int start = (i * bits + offset) % (32 * bits), word = start / 32;
     uint64_t pair = words[word] | (uint64_t)words[(word + 1) % bits] << 32;
     uint32_t field = (uint32_t)(pair >> (start % 32));
-    out[i] = trellis ? d->table[field & 255] : field & ((1u << bits) - 1);
+    out[i] = (int16_t)(trellis ? d->table[field & 255] : field & ((1u << bits) - 1));
   }
 }
 
-static void decode_block(const Decoder *d, const uint32_t *words, uint8_t *out) {
+static void decode_block(const Decoder *d, const uint32_t *words, int16_t *out) {
   switch (d->bits * 2 + d->trellis) {
     case 3: decode_block_of(d, words, 1, 1, out); break;
     case 5: decode_block_of(d, words, 2, 1, out); break;
@@ -83,35 +80,29 @@ static void decode_block(const Decoder *d, const uint32_t *words, uint8_t *out) 
   }
 }
 
-static void decode_row(const Decoder *d, const uint32_t *words, int chunks, int tail, uint8_t *out) {
+static void decode_row(const Decoder *d, const uint32_t *words, int chunks, int tail, int16_t *out) {
   int blocks = 2 * chunks - tail;
   for (int b = 0; b < blocks; b++) decode_block(d, words + b * d->bits, out + b * BLOCK);
-  memset(out + blocks * BLOCK, 0, (2 * chunks - blocks) * BLOCK);
+  memset(out + blocks * BLOCK, 0, (2 * chunks - blocks) * BLOCK * sizeof(int16_t));
 }
 
 static void decode_tile(const Decoder *d, const uint32_t *words, int64_t stride, int rows, int tail,
-                        uint8_t *tile) {
+                        int16_t *tile) {
   for (int r = 0; r < rows; r++) decode_row(d, words + r * stride, 1, tail, tile + r * CHUNK);
 }
 
-static void tile_dot(const uint8_t *tile, int rows, const int8_t *hi, const int8_t *lo, int32_t offset2_sum,
-                     float factor, float *out) {
+static void tile_dot(const int16_t *tile, int rows, const int16_t *q, int32_t offset2_sum, float factor,
+                     float *out) {
   int32_t sums[CHUNK] = {0};
-  for (int r = 0; r < rows; r++) {
-    int32_t q = hi[r] * 256 + lo[r];
-    for (int i = 0; i < CHUNK; i++) sums[i] += q * tile[r * CHUNK + i];
-  }
+  for (int r = 0; r < rows; r++)
+    for (int i = 0; i < CHUNK; i++) sums[i] += q[r] * tile[r * CHUNK + i];
   for (int i = 0; i < CHUNK; i++) out[i] += factor * (float)(2 * sums[i] - offset2_sum);
 }
 
-static void rows_dot(const uint8_t *rows, int64_t stride, int chunks, const int8_t *hi, const int8_t *lo,
-                     int32_t offset2, float factor, float *out) {
-  int16_t q[PANEL];
+static void rows_dot(const int16_t *rows, int64_t stride, int chunks, const int16_t *q, int32_t offset2,
+                     float factor, float *out) {
   int32_t offset = 0;
-  for (int i = 0; i < chunks * CHUNK; i++) {
-    q[i] = (int16_t)(hi[i] * 256 + lo[i]);
-    offset += q[i];
-  }
+  for (int i = 0; i < chunks * CHUNK; i++) offset += q[i];
   for (int r = 0; r < QUAD; r++) {
     float sum = 0;
     for (int c = 0; c < chunks; c++) { /* a chunk's sum fits 32 bits, a panel's need not */
@@ -123,16 +114,15 @@ static void rows_dot(const uint8_t *rows, int64_t stride, int chunks, const int8
   }
 }
 
-static void basis_dot(const uint8_t *rows, int64_t stride, int columns, const int8_t *hi, const int8_t *lo,
-                      const float *input_scales, int32_t offset2, const uint16_t *scales, int64_t scales_stride,
-                      int group, float *out) {
+static void basis_dot(const int16_t *rows, int64_t stride, int columns, const int16_t *q, const float *input_scales,
+                      int32_t offset2, const uint16_t *scales, int64_t scales_stride, int group, float *out) {
   int step = group < CHUNK ? group : CHUNK;
   for (int r = 0; r < QUAD; r++) {
     float sum = 0;
     for (int start = 0; start < columns; start += step) {
       int32_t part = 0;
       for (int i = start; i < start + step && i < columns; i++)
-        part += (hi[i] * 256 + lo[i]) * (2 * rows[r * stride + i] - offset2);
+        part += q[i] * (2 * rows[r * stride + i] - offset2);
       sum += (float)part * input_scales[start / CHUNK] * half_to_float(scales[r * scales_stride + start / group]);
     }
     out[r] = sum;
