@@ -26,6 +26,7 @@ typedef struct {
   int32_t trellis;   /* bytes are table[window], otherwise codes */
   int32_t offset2;   /* 2 * offset */
   float step;
+  const uint8_t *joint; /* bytes of several codes at once, see lookup.h; of a trellis */
   uint8_t table[256];
   uint8_t perm[CHUNK], shift[CHUNK]; /* vector code: source bytes, then bits, of each code of a chunk */
 } Decoder;
@@ -78,5 +79,7 @@ extern const Kernels bitsmoe_portable;
 #if defined(__x86_64__)
 extern const Kernels bitsmoe_avx2, bitsmoe_avx512;
 #endif
+
+const uint8_t *bitsmoe_joint_table(int bits, const uint8_t *table);
 
 #endif

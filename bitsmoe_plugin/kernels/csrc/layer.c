@@ -31,8 +31,8 @@ const char *bitsmoe_select(const char *name) {
 
 int64_t bitsmoe_layer_bytes(void) { return sizeof(Layer); }
 
-/* The vector constants of a decoder whose bits, trellis and table are set. */
-void bitsmoe_prepare_decoder(Decoder *d) {
+/* What follows from the bits, trellis and table of a decoder. Returns 0, or -1 without memory. */
+int bitsmoe_prepare_decoder(Decoder *d) {
   int ring = 4 * d->bits; /* bytes of a block */
   for (int i = 0; i < CHUNK; i++) {
     int block = i / BLOCK, first = i % BLOCK / 8 * 8; /* first code of this 64-bit lane, in the block */
@@ -40,6 +40,8 @@ void bitsmoe_prepare_decoder(Decoder *d) {
     d->perm[i] = (uint8_t)(block * ring + (lane_start / 8 + i % 8) % ring);
     d->shift[i] = (uint8_t)(lane_start % 8 + i % 8 * d->bits);
   }
+  d->joint = d->trellis ? bitsmoe_joint_table(d->bits, d->table) : NULL;
+  return d->trellis && !d->joint ? -1 : 0;
 }
 
 static int least(int a, int b) { return a < b ? a : b; }
