@@ -7,6 +7,7 @@ typedef struct Joint {
   struct Joint *next;
   int bits;
   uint8_t table[256];
+  uint8_t before[ENTRY]; /* zeros, see lookup.h */
   uint8_t entries[];
 } Joint;
 

@@ -16,20 +16,30 @@ enum { WINDOW = 8, ENTRY = 4 };
 INLINE int joint_codes(int bits) { return bits == 1 ? 4 : bits == 2 ? 3 : 2; }
 INLINE int joint_bits(int bits) { return WINDOW + (joint_codes(bits) - 1) * bits; }
 
-/* Blocks of `bits` words, each a ring; code i's window ends at bit (i + 1) * bits of it. A rotation where a
- * shift would do: x86 has one that leaves its source in place. */
+/* The entry of code i and those after it. A block of `bits` words is a ring; code i's window ends at bit
+ * (i + 1) * bits of it. A rotation where a shift would do: x86 has one that leaves its source in place. */
+INLINE const uint8_t *joint_entry(const uint8_t *joint, const uint32_t *words, int bits, int i) {
+  int ring = BLOCK * bits, start = ((i + 1) * bits - WINDOW + ring) % ring, word = start / 32, shift = start % 32;
+  uint64_t pair = words[word] | (uint64_t)words[(word + 1) % bits] << 32;
+  return joint + ENTRY * ((pair >> shift | pair << (-shift & 63)) & ((1u << joint_bits(bits)) - 1));
+}
+
+INLINE uint32_t word_at(const uint8_t *from) {
+  uint32_t word;
+  memcpy(&word, from, sizeof word);
+  return word;
+}
+
 INLINE void lookup_blocks_of(const uint8_t *joint, const uint32_t *restrict words, int bits, int blocks,
                              uint8_t *restrict out) {
-  int codes = joint_codes(bits), ring = BLOCK * bits;
-  uint32_t mask = (1u << joint_bits(bits)) - 1;
+  int codes = joint_codes(bits);
   for (; blocks > 0; blocks--, words += bits, out += BLOCK) {
 #pragma GCC unroll 16
-    for (int i = 0; i < BLOCK; i += codes) {
-      int start = ((i + 1) * bits - WINDOW + ring) % ring, word = start / 32, shift = start % 32;
-      uint64_t pair = words[word] | (uint64_t)words[(word + 1) % bits] << 32;
-      const uint8_t *found = joint + ENTRY * ((pair >> shift | pair << (-shift & 63)) & mask);
-      if (i + ENTRY <= BLOCK && codes > 2) memcpy(out + i, found, ENTRY);
-      else memcpy(out + i, found, 2); /* a third code would lie beyond the block */
+    for (int i = 0; i < BLOCK; i += codes > 2 ? codes : 4) {
+      uint32_t found = word_at(joint_entry(joint, words, bits, i));
+      /* two bytes before an entry of two codes there are the zeros of the one before */
+      if (codes == 2) found |= word_at(joint_entry(joint, words, bits, i + 2) - 2);
+      memcpy(out + i, &found, i + ENTRY <= BLOCK ? ENTRY : 2); /* a block's last two codes: no third */
     }
   }
 }
