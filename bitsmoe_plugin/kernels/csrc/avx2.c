@@ -163,8 +163,8 @@ static void decode_row(const Decoder *d, const uint32_t *words, int chunks, int 
   int blocks = 2 * chunks - tail;
   if (!d->trellis) {
     Fields f = fields_of(d->bits);
-    for (int half = 0; half < 2 * blocks; half++)
-      store(out + half * LANES, fields(&f, words + half / 2 * d->bits, half % 2));
+    for (int block = 0; block < blocks; block++, words += f.bits)
+      for (int half = 0; half < 2; half++) store(out + block * BLOCK + half * LANES, fields(&f, words, half));
   } else {
     enum { PIECE = 32 }; /* blocks: long enough for stored bytes to be in the cache before vectors are read */
     uint8_t bytes[PIECE * BLOCK];
@@ -183,23 +183,36 @@ INLINE void store_pair(int16_t *tile, int vector, __m256i a, __m256i b) {
   store(tile + (2 * vector + 1) * LANES, _mm256_unpackhi_epi16(a, b));
 }
 
-static void decode_tile(const Decoder *d, const uint32_t *words, int64_t stride, int rows, int tail,
-                        int16_t *tile) {
+INLINE void trellis_tile(const Decoder *d, const uint32_t *words, int64_t stride, int rows, int blocks,
+                         int16_t *tile) {
   uint8_t bytes[ROWS * CHUNK];
-  Fields f = fields_of(d->bits);
-  if (tail) memset(tile, 0, (rows + 1) / 2 * 2 * CHUNK * sizeof(int16_t));
-  if (d->trellis)
-    for (int r = 0; r < rows; r++) lookup_blocks(d, words + r * stride, 2 - tail, bytes + r * CHUNK);
+  for (int r = 0; r < rows; r++) lookup_blocks(d, words + r * stride, blocks, bytes + r * CHUNK);
   for (int r = 0; r < rows; r += 2, tile += 2 * CHUNK) {
-    int next = r + 1 < rows ? r + 1 : r; /* beyond the last row: that row again, its q is zero */
-    for (int v = 0; v < (tail ? VECTORS / 2 : VECTORS); v++) {
-      if (d->trellis) store_pair(tile, v, widen(bytes + r * CHUNK + v * LANES), widen(bytes + next * CHUNK + v * LANES));
-      else {
-        const uint32_t *block = words + v / 2 * d->bits;
-        store_pair(tile, v, fields(&f, block + r * stride, v % 2), fields(&f, block + next * stride, v % 2));
-      }
+    int next = r + 1 < rows ? CHUNK : 0; /* beyond the last row: that row again, its q is zero */
+    for (int v = 0; v < 2 * blocks; v++) {
+      const uint8_t *from = bytes + r * CHUNK + v * LANES;
+      store_pair(tile, v, widen(from), widen(from + next));
     }
   }
+}
+
+INLINE void fields_tile(const Decoder *d, const uint32_t *words, int64_t stride, int rows, int blocks,
+                        int16_t *tile) {
+  Fields f = fields_of(d->bits);
+  for (int r = 0; r < rows; r += 2, words += 2 * stride, tile += 2 * CHUNK) {
+    int64_t next = r + 1 < rows ? stride : 0;
+    for (int v = 0; v < 2 * blocks; v++) {
+      const uint32_t *block = words + v / 2 * f.bits;
+      store_pair(tile, v, fields(&f, block, v % 2), fields(&f, block + next, v % 2));
+    }
+  }
+}
+
+static void decode_tile(const Decoder *d, const uint32_t *words, int64_t stride, int rows, int tail,
+                        int16_t *tile) {
+  if (tail) memset(tile, 0, ROWS * CHUNK * sizeof(int16_t));
+  if (d->trellis) trellis_tile(d, words, stride, rows, 2 - tail, tile);
+  else fields_tile(d, words, stride, rows, 2 - tail, tile);
 }
 
 static void tile_dot(const int16_t *tile, int rows, const int16_t *q, int32_t offset2_sum, float factor,

@@ -50,12 +50,13 @@ static float quantize(const float *a, int n, int padded, int16_t *q, int32_t *su
   return largest / LIMIT + poison;
 }
 
-/* Codes of a uniform grid. */
-INLINE void decode_block_of(const uint32_t *words, int bits, int16_t *out) {
+/* A block on a uniform grid. */
+INLINE void fields_of(const uint32_t *words, int bits, int16_t *out) {
+#pragma GCC unroll 32
   for (int i = 0; i < BLOCK; i++) {
-    int start = i * bits, word = start / 32;
-    uint64_t pair = words[word] | (uint64_t)words[(word + 1) % bits] << 32;
-    out[i] = pair >> start % 32 & ((1u << bits) - 1);
+    int word = i * bits / 32, next = word + 1 < bits ? word + 1 : word; /* the last field ends with its word */
+    uint64_t pair = words[word] | (uint64_t)words[next] << 32;
+    out[i] = (int16_t)(pair >> i * bits % 32 & ((1u << bits) - 1));
   }
 }
 
@@ -64,9 +65,9 @@ static void decode_block(const Decoder *d, const uint32_t *words, int16_t *out) 
   if (d->trellis) {
     lookup_blocks(d, words, 1, bytes);
     for (int i = 0; i < BLOCK; i++) out[i] = bytes[i];
-  } else if (d->bits == 4) decode_block_of(words, 4, out);
-  else if (d->bits == 8) decode_block_of(words, 8, out);
-  else decode_block_of(words, d->bits, out);
+  } else if (d->bits == 4) fields_of(words, 4, out);
+  else if (d->bits == 8) fields_of(words, 8, out);
+  else fields_of(words, d->bits, out);
 }
 
 static void decode_row(const Decoder *d, const uint32_t *words, int chunks, int tail, int16_t *out) {
