@@ -198,3 +198,12 @@ def test_a_runtime_holds_no_copy_of_the_payload() -> None:
     runtime = kernels.prepare(spec, packed, gating("silu"))
     assert isinstance(runtime, cpu.CpuLayer)
     assert runtime.layer.payload == packed.payload.data_ptr()
+
+
+def test_layers_share_the_lookup_tables() -> None:
+    """One of 8 to 16 KB for each width, not for each layer of a model."""
+    spec, packed = random_layer(LayerShape(2, 64, 40), widths=(1, 2), shares=[1, 1])
+    layers = [cpu.CpuLayer.prepare(spec, packed, gating("silu")).layer for _ in range(2)]
+    first, second = ([layer.decoders[i].joint for i in range(2)] for layer in layers)
+    assert first == second
+    assert len({None, *first}) == 3

@@ -38,6 +38,7 @@ class _Decoder(ctypes.Structure):
         ("trellis", c_int32),
         ("offset2", c_int32),
         ("step", c_float),
+        ("joint", c_void_p),
         ("table", c_uint8 * 256),
         ("perm", c_uint8 * 64),
         ("shift", c_uint8 * 64),
@@ -98,6 +99,10 @@ def _decoder(bits: int, grid: str) -> _Decoder:
         decoder.table = (c_uint8 * 256)(*(trellis.TABLES[bits].astype(np.int16) + 128).tolist())
     else:
         decoder.offset2, decoder.step = 2**bits - 1, grids.STEP[bits]
+    lib = library()
+    assert lib is not None, "only asked for where there is one"
+    if lib.bitsmoe_prepare_decoder(ctypes.byref(decoder)):
+        raise MemoryError(f"no memory for the decoder of {bits} bits")
     return decoder
 
 
@@ -132,8 +137,6 @@ class CpuLayer:
         Args:
             packed: contiguous, on the CPU.
         """
-        lib = library()
-        assert lib is not None, "asked for by kernels.prepare only where there is one"
         shape, widths = spec.shape, spec.widths
         starts = torch.tensor(packing.index_rows(packed.row_codes, widths, shape).starts)
         layer = _Layer(
@@ -153,10 +156,8 @@ class CpuLayer:
         for i, width in enumerate(widths):
             if width:
                 layer.decoders[i] = _decoder(width, spec.grid)
-                lib.bitsmoe_prepare_decoder(ctypes.byref(layer.decoders[i]))
         if spec.basis_bits < 16:
             layer.basis = _decoder(spec.basis_bits, "uniform")
-            lib.bitsmoe_prepare_decoder(ctypes.byref(layer.basis))
         return cls(spec, packed, starts, gating, layer)
 
     @torch.no_grad()

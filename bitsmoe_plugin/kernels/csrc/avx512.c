@@ -53,7 +53,12 @@ static int select_rows(const uint8_t *codes, int width, const float *scales, int
   return count;
 }
 
-static float quantize(const float *a, int n, int padded, int8_t *hi, int8_t *lo, int32_t *sum) {
+/* q is 256 * hi + lo, both signed: a chunk of inputs is CHUNK bytes hi, then CHUNK bytes lo. */
+INLINE int8_t *hi_of(int16_t *q, int i) { return (int8_t *)q + i / CHUNK * 2 * CHUNK + i % CHUNK; }
+INLINE __m512i load_hi(const int16_t *q, int chunk) { return _mm512_loadu_si512(q + chunk * CHUNK); }
+INLINE __m512i load_lo(const int16_t *q, int chunk) { return _mm512_loadu_si512(q + chunk * CHUNK + CHUNK / 2); }
+
+static float quantize(const float *a, int n, int padded, int16_t *q, int32_t *sum) {
   __m512 largest = _mm512_setzero_ps(), poison = _mm512_setzero_ps();
   for (int i = 0; i < n; i += 16) {
     __mmask16 mask = n - i >= 16 ? 0xffff : (__mmask16)((1u << (n - i)) - 1);
@@ -67,12 +72,13 @@ static float quantize(const float *a, int n, int padded, int8_t *hi, int8_t *lo,
   for (int i = 0; i < padded; i += 16) {
     int left = n - i;
     __mmask16 mask = left >= 16 ? 0xffff : left <= 0 ? 0 : (__mmask16)((1u << left) - 1);
-    __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_maskz_loadu_ps(mask, a + i), inverse));
-    if (bad != 0) q = _mm512_setzero_si512();
-    total = _mm512_add_epi32(total, q);
-    __m512i low = _mm512_srai_epi32(_mm512_slli_epi32(q, 24), 24);
-    _mm_storeu_si128((__m128i *)(lo + i), _mm512_cvtepi32_epi8(q));
-    _mm_storeu_si128((__m128i *)(hi + i), _mm512_cvtepi32_epi8(_mm512_srai_epi32(_mm512_sub_epi32(q, low), 8)));
+    __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_maskz_loadu_ps(mask, a + i), inverse));
+    if (bad != 0) whole = _mm512_setzero_si512();
+    total = _mm512_add_epi32(total, whole);
+    __m512i low = _mm512_srai_epi32(_mm512_slli_epi32(whole, 24), 24);
+    __m512i high = _mm512_srai_epi32(_mm512_sub_epi32(whole, low), 8);
+    _mm_storeu_si128((__m128i *)hi_of(q, i), _mm512_cvtepi32_epi8(high));
+    _mm_storeu_si128((__m128i *)(hi_of(q, i) + CHUNK), _mm512_cvtepi32_epi8(low));
   }
   *sum = _mm512_reduce_add_epi32(total);
   return top / LIMIT + bad;
@@ -105,7 +111,7 @@ INLINE __mmask64 bytes_of(int blocks, int bits) {
   return bytes >= 64 ? ~(__mmask64)0 : ((__mmask64)1 << bytes) - 1;
 }
 
-INLINE void decode_row_of(const Decoder *d, const uint32_t *words, int chunks, int tail, uint8_t *out,
+INLINE void decode_row_of(const Decoder *d, const uint32_t *words, int chunks, int tail, int16_t *out,
                           int trellis) {
   Constants c = constants_of(d);
   __mmask64 bytes = bytes_of(2, d->bits);
@@ -115,7 +121,7 @@ INLINE void decode_row_of(const Decoder *d, const uint32_t *words, int chunks, i
   }
 }
 
-static void decode_row(const Decoder *d, const uint32_t *words, int chunks, int tail, uint8_t *out) {
+static void decode_row(const Decoder *d, const uint32_t *words, int chunks, int tail, int16_t *out) {
   if (d->trellis) decode_row_of(d, words, chunks, tail, out, 1);
   else decode_row_of(d, words, chunks, tail, out, 0);
 }
@@ -142,15 +148,15 @@ INLINE void decode_tile_of(const Decoder *d, const uint32_t *words, int64_t stri
 }
 
 static void decode_tile(const Decoder *d, const uint32_t *words, int64_t stride, int rows, int tail,
-                        uint8_t *tile) {
-  if (d->trellis) decode_tile_of(d, words, stride, rows, tail, tile, 1);
-  else decode_tile_of(d, words, stride, rows, tail, tile, 0);
+                        int16_t *tile) {
+  if (d->trellis) decode_tile_of(d, words, stride, rows, tail, (uint8_t *)tile, 1);
+  else decode_tile_of(d, words, stride, rows, tail, (uint8_t *)tile, 0);
 }
 
-INLINE int32_t word_at(const int8_t *bytes, int i) {
+INLINE __m512i broadcast(const int16_t *bytes, int i) {
   int32_t word;
-  memcpy(&word, bytes + 4 * i, 4);
-  return word;
+  memcpy(&word, (const int8_t *)bytes + 4 * i, 4);
+  return _mm512_set1_epi32(word);
 }
 
 /* 2 * (256 * hi + lo) - offset2_sum */
@@ -159,15 +165,15 @@ INLINE __m512i combine(__m512i hi, __m512i lo, __m512i offset2_sum) {
   return _mm512_sub_epi32(_mm512_add_epi32(sum, sum), offset2_sum);
 }
 
-static void tile_dot(const uint8_t *tile, int rows, const int8_t *hi, const int8_t *lo, int32_t offset2_sum,
-                     float factor, float *out) {
+static void tile_dot(const int16_t *tile, int rows, const int16_t *q, int32_t offset2_sum, float factor,
+                     float *out) {
   __m512i h[4], l[4];
   for (int p = 0; p < 4; p++) h[p] = l[p] = _mm512_setzero_si512();
   int quads = (rows + QUAD - 1) / QUAD;
-  for (int q = 0; q < quads; q++) {
-    __m512i high = _mm512_set1_epi32(word_at(hi, q)), low = _mm512_set1_epi32(word_at(lo, q));
+  for (int i = 0; i < quads; i++) {
+    __m512i high = broadcast(q, i), low = broadcast(q + CHUNK / 2, i);
     for (int p = 0; p < 4; p++) {
-      __m512i u = _mm512_loadu_si512(tile + q * QUAD * CHUNK + 64 * p);
+      __m512i u = _mm512_loadu_si512((const uint8_t *)tile + i * QUAD * CHUNK + 64 * p);
       h[p] = _mm512_dpbusd_epi32(h[p], u, high);
       l[p] = _mm512_dpbusd_epi32(l[p], u, low);
     }
@@ -195,13 +201,13 @@ INLINE __m128 reduce4(const __m512 v[4]) {
   return _mm_hadd_ps(_mm_hadd_ps(part[0], part[1]), _mm_hadd_ps(part[2], part[3]));
 }
 
-static void rows_dot(const uint8_t *rows, int64_t stride, int chunks, const int8_t *hi, const int8_t *lo,
-                     int32_t offset2, float factor, float *out) {
+static void rows_dot(const int16_t *rows, int64_t stride, int chunks, const int16_t *q, int32_t offset2,
+                     float factor, float *out) {
   __m512i h[QUAD], l[QUAD], offset_hi = _mm512_setzero_si512(), offset_lo = _mm512_setzero_si512();
   __m512i ones = _mm512_set1_epi8(1);
   for (int r = 0; r < QUAD; r++) h[r] = l[r] = _mm512_setzero_si512();
   for (int c = 0; c < chunks; c++) {
-    __m512i high = _mm512_loadu_si512(hi + c * CHUNK), low = _mm512_loadu_si512(lo + c * CHUNK);
+    __m512i high = load_hi(q, c), low = load_lo(q, c);
     offset_hi = _mm512_dpbusd_epi32(offset_hi, ones, high);
     offset_lo = _mm512_dpbusd_epi32(offset_lo, ones, low);
     for (int r = 0; r < QUAD; r++) {
@@ -217,9 +223,8 @@ static void rows_dot(const uint8_t *rows, int64_t stride, int chunks, const int8
   _mm_storeu_ps(out, _mm_fmadd_ps(reduce4(sums), _mm_set1_ps(factor), _mm_loadu_ps(out)));
 }
 
-static void basis_dot(const uint8_t *rows, int64_t stride, int columns, const int8_t *hi, const int8_t *lo,
-                      const float *input_scales, int32_t offset2, const uint16_t *scales, int64_t scales_stride,
-                      int group, float *out) {
+static void basis_dot(const int16_t *rows, int64_t stride, int columns, const int16_t *q, const float *input_scales,
+                      int32_t offset2, const uint16_t *scales, int64_t scales_stride, int group, float *out) {
   __m512 sums[QUAD];
   for (int r = 0; r < QUAD; r++) sums[r] = _mm512_setzero_ps();
   __m512i ones = _mm512_set1_epi8(1), factor2 = _mm512_set1_epi32(offset2);
@@ -232,7 +237,7 @@ static void basis_dot(const uint8_t *rows, int64_t stride, int columns, const in
     group_of_lane = _mm512_loadu_si512(lanes);
   }
   for (int c = 0; c * CHUNK < columns; c++) {
-    __m512i high = _mm512_loadu_si512(hi + c * CHUNK), low = _mm512_loadu_si512(lo + c * CHUNK);
+    __m512i high = load_hi(q, c), low = load_lo(q, c);
     __m512i zero = _mm512_setzero_si512();
     __m512i offset = _mm512_add_epi32(_mm512_slli_epi32(_mm512_dpbusd_epi32(zero, ones, high), 8),
                                       _mm512_dpbusd_epi32(zero, ones, low));

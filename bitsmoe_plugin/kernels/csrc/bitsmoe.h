@@ -1,9 +1,9 @@
 /* Expert layers computed from their packed rows on a CPU; see bitsmoe_plugin/packing.py for the layout.
  *
  * Codes become unsigned bytes u with value = step * (u - offset) * scale, in every grid. Inputs become
- * 16-bit integers q = 256 * hi + lo with a scale for each short stretch of them, so that a sum over codes
- * is two integer dot products of bytes, exact, and the rounding of the inputs (below 2^-15 of the
- * stretch's largest) is all that is lost. Everything else is float32.
+ * 16-bit integers q with a scale for each short stretch of them, so that a sum over codes is an integer
+ * dot product, exact, and the rounding of the inputs (below 2^-15 of the stretch's largest) is all that
+ * is lost. Everything else is float32.
  */
 #ifndef BITSMOE_H
 #define BITSMOE_H
@@ -16,7 +16,7 @@ enum {
   ROWS = 64,     /* rows whose inputs share a scale in gate_up */
   PANEL = 2048,  /* inputs that share a scale in down: the most whose integer sums fit 32 bits */
   QUAD = 4,      /* rows decoded and multiplied together */
-  LIMIT = 32639, /* largest |q|: 127 * 256 + 127 */
+  LIMIT = 32639, /* largest |q|: 127 * 256 + 127, two signed bytes */
   MAX_WIDTHS = 8
 };
 
@@ -26,6 +26,7 @@ typedef struct {
   int32_t trellis;   /* bytes are table[window], otherwise codes */
   int32_t offset2;   /* 2 * offset */
   float step;
+  const uint8_t *joint; /* bytes of several codes at once, see lookup.h; of a trellis */
   uint8_t table[256];
   uint8_t perm[CHUNK], shift[CHUNK]; /* vector code: source bytes, then bits, of each code of a chunk */
 } Decoder;
@@ -47,7 +48,8 @@ typedef struct {
 } Layer;
 
 /* What depends on the instruction set. Rows are decoded in chunks; `tail` says that a row's last chunk
- * has one block instead of two, whose bytes must not be read. */
+ * has one block instead of two: what follows must not be read. Inputs q and decoded u have 16 bits of room
+ * each; in what form and order they stand within a chunk is known to their instruction set only. */
 typedef struct {
   const char *name;
   /* out[i] = exp2(low[i] + step[i] * (code[i] & 31)) */
@@ -55,22 +57,20 @@ typedef struct {
   /* The rows among n whose code is width << 5 and something: their indices to order, their scales to chosen,
    * each with room for 16 more; returns how many. */
   int (*select_rows)(const uint8_t *codes, int width, const float *scales, int n, int32_t *order, float *chosen);
-  /* q = round(a / s) into hi and lo (n to padded: zeros); returns s, NaN if an input is not finite */
-  float (*quantize)(const float *a, int n, int padded, int8_t *hi, int8_t *lo, int32_t *sum);
-  /* one chunk of `rows` <= ROWS rows, in an order that tile_dot knows */
-  void (*decode_tile)(const Decoder *d, const uint32_t *words, int64_t stride, int rows, int tail, uint8_t *tile);
+  /* q = round(a / s), zeros from n to padded (whole chunks); returns s, NaN if an input is not finite */
+  float (*quantize)(const float *a, int n, int padded, int16_t *q, int32_t *sum);
+  /* one chunk of `rows` <= ROWS rows */
+  void (*decode_tile)(const Decoder *d, const uint32_t *words, int64_t stride, int rows, int tail, int16_t *tile);
   /* out[64] += factor * (2 * sum over rows of q * u - offset2_sum) */
-  void (*tile_dot)(const uint8_t *tile, int rows, const int8_t *hi, const int8_t *lo, int32_t offset2_sum,
-                   float factor, float *out);
+  void (*tile_dot)(const int16_t *tile, int rows, const int16_t *q, int32_t offset2_sum, float factor, float *out);
   /* `chunks` chunks of one row */
-  void (*decode_row)(const Decoder *d, const uint32_t *words, int chunks, int tail, uint8_t *out);
+  void (*decode_row)(const Decoder *d, const uint32_t *words, int chunks, int tail, int16_t *out);
   /* out[4] += factor * sum over columns of q * (2 u - offset2), chunks <= PANEL / CHUNK */
-  void (*rows_dot)(const uint8_t *rows, int64_t stride, int chunks, const int8_t *hi, const int8_t *lo,
-                   int32_t offset2, float factor, float *out);
+  void (*rows_dot)(const int16_t *rows, int64_t stride, int chunks, const int16_t *q, int32_t offset2,
+                   float factor, float *out);
   /* out[4] = sum over columns of q * (2 u - offset2) * input_scales[column / 64] * scales[row][column / group] */
-  void (*basis_dot)(const uint8_t *rows, int64_t stride, int columns, const int8_t *hi, const int8_t *lo,
-                    const float *input_scales, int32_t offset2, const uint16_t *scales, int64_t scales_stride,
-                    int group, float *out);
+  void (*basis_dot)(const int16_t *rows, int64_t stride, int columns, const int16_t *q, const float *input_scales,
+                    int32_t offset2, const uint16_t *scales, int64_t scales_stride, int group, float *out);
   /* sum of row[i] * x[i], row in float16 */
   float (*half_dot)(const uint16_t *row, const float *x, int n);
 } Kernels;
@@ -79,5 +79,7 @@ extern const Kernels bitsmoe_portable;
 #if defined(__x86_64__)
 extern const Kernels bitsmoe_avx2, bitsmoe_avx512;
 #endif
+
+const uint8_t *bitsmoe_joint_table(int bits, const uint8_t *table);
 
 #endif

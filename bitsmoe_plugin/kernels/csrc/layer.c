@@ -31,8 +31,8 @@ const char *bitsmoe_select(const char *name) {
 
 int64_t bitsmoe_layer_bytes(void) { return sizeof(Layer); }
 
-/* The vector constants of a decoder whose bits, trellis and table are set. */
-void bitsmoe_prepare_decoder(Decoder *d) {
+/* What follows from the bits, trellis and table of a decoder. Returns 0, or -1 without memory. */
+int bitsmoe_prepare_decoder(Decoder *d) {
   int ring = 4 * d->bits; /* bytes of a block */
   for (int i = 0; i < CHUNK; i++) {
     int block = i / BLOCK, first = i % BLOCK / 8 * 8; /* first code of this 64-bit lane, in the block */
@@ -40,6 +40,8 @@ void bitsmoe_prepare_decoder(Decoder *d) {
     d->perm[i] = (uint8_t)(block * ring + (lane_start / 8 + i % 8) % ring);
     d->shift[i] = (uint8_t)(lane_start % 8 + i % 8 * d->bits);
   }
+  d->joint = d->trellis ? bitsmoe_joint_table(d->bits, d->table) : NULL;
+  return d->trellis && !d->joint ? -1 : 0;
 }
 
 static int least(int a, int b) { return a < b ? a : b; }
@@ -178,7 +180,7 @@ static float wide_value(const Decoder *d, const uint32_t *words, int i) {
 enum { AHEAD = 8192 }; /* bytes by which down runs ahead of itself */
 
 typedef struct {
-  int8_t hi[ROWS], lo[ROWS];
+  int16_t q[ROWS];
   int32_t sum;
   float scale;
 } Inputs;
@@ -207,12 +209,12 @@ static void gate_up_wide(const GateUp *g, const Rows *rows, const Run *run) {
 static void gate_up_rows(const GateUp *g, const Rows *rows, const Run *run, int row, int count, Inputs *inputs) {
   const Layer *l = g->layer;
   const Decoder *d = run->decoder;
-  uint8_t tile[ROWS * CHUNK];
+  int16_t tile[ROWS * CHUNK];
   for (int m = 0; m < g->count; m++) {
     float a[ROWS];
     const float *z = g->z + (int64_t)(g->pair[m] / g->k) * l->bases * l->rank;
     for (int i = 0; i < count; i++) a[i] = rows->scale[row + i] * z[rows->order[row + i]];
-    inputs[m].scale = kernels->quantize(a, count, ROWS, inputs[m].hi, inputs[m].lo, &inputs[m].sum);
+    inputs[m].scale = kernels->quantize(a, count, ROWS, inputs[m].q, &inputs[m].sum);
   }
   const uint32_t *words = run->words + (row - run->from) * run->stride;
   int chunks = chunks_of(l->size);
@@ -223,8 +225,8 @@ static void gate_up_rows(const GateUp *g, const Rows *rows, const Run *run, int 
     prefetch(words, bytes + bytes * c / chunks, bytes + bytes * (c + 1) / chunks);
     kernels->decode_tile(d, words + (int64_t)c * 2 * d->bits, run->stride, count, tail, tile);
     for (int m = 0; m < g->count; m++)
-      kernels->tile_dot(tile, count, inputs[m].hi, inputs[m].lo, d->offset2 * inputs[m].sum,
-                        inputs[m].scale * d->step / 2, g->out + (int64_t)g->pair[m] * 2 * g->padded + c * CHUNK);
+      kernels->tile_dot(tile, count, inputs[m].q, d->offset2 * inputs[m].sum, inputs[m].scale * d->step / 2,
+                        g->out + (int64_t)g->pair[m] * 2 * g->padded + c * CHUNK);
   }
 }
 
@@ -291,12 +293,17 @@ int bitsmoe_gate_up(const Layer *l, const float *z, const int64_t *ids, int64_t 
   return -failed;
 }
 
-/* Inputs of down, in 16-bit integers: of pair p at hi + p * padded, a scale for each panel. */
+/* Inputs of down, in 16-bit integers: of pair p at q + p * padded, a scale for each panel. */
 typedef struct {
   int padded, panels;
-  int8_t *hi, *lo;
+  int16_t *q; /* scale lies behind them */
   float *scale;
 } Hidden;
+
+static Hidden new_hidden(int64_t count, int padded, int panels) {
+  int16_t *q = malloc(count * (padded * sizeof(int16_t) + panels * sizeof(float)));
+  return (Hidden){padded, panels, q, q ? (float *)(q + count * padded) : NULL};
+}
 
 typedef struct {
   const Layer *layer;
@@ -319,7 +326,7 @@ static void down_wide(const Down *g, const Rows *rows, const Run *run) {
     }
 }
 
-static void down_rows(const Down *g, const Rows *rows, const Run *run, int row, int count, uint8_t *decoded) {
+static void down_rows(const Down *g, const Rows *rows, const Run *run, int row, int count, int16_t *decoded) {
   const Layer *l = g->layer;
   const Hidden *hidden = g->hidden;
   const Decoder *d = run->decoder;
@@ -334,9 +341,8 @@ static void down_rows(const Down *g, const Rows *rows, const Run *run, int row, 
     for (int panel = 0; panel < hidden->panels; panel++) {
       int64_t start = panel * PANEL;
       int chunks = least(PANEL, hidden->padded - (int)start) / CHUNK;
-      kernels->rows_dot(decoded + start, hidden->padded, chunks, hidden->hi + p * hidden->padded + start,
-                        hidden->lo + p * hidden->padded + start, d->offset2,
-                        hidden->scale[p * hidden->panels + panel] * d->step / 2, sums);
+      kernels->rows_dot(decoded + start, hidden->padded, chunks, hidden->q + p * hidden->padded + start,
+                        d->offset2, hidden->scale[p * hidden->panels + panel] * d->step / 2, sums);
     }
     for (int i = 0; i < count; i++)
       g->out[p * l->rank + rows->order[row + i]] = g->weights[p] * rows->scale[row + i] * sums[i];
@@ -345,7 +351,7 @@ static void down_rows(const Down *g, const Rows *rows, const Run *run, int row, 
 
 static int down_part(const Down *g, const Rows *rows, int expert, int part, int parts) {
   const Layer *l = g->layer;
-  uint8_t *decoded = calloc(QUAD, g->hidden->padded);
+  int16_t *decoded = calloc(QUAD * sizeof(int16_t), g->hidden->padded);
   if (!decoded) return -1;
   Run runs[MAX_WIDTHS];
   int count = runs_of(l, rows, 2, expert, part, parts, runs);
@@ -367,13 +373,10 @@ int bitsmoe_down(const Layer *l, const float *h, const float *weights, const int
   int64_t pairs = tokens * k;
   if (route(l, ids, pairs, &routing)) return -1;
   int padded = chunks_of(l->size) * CHUNK, panels = (padded + PANEL - 1) / PANEL;
-  size_t bytes = (size_t)pairs * padded;
   float *of_pair = calloc((size_t)pairs * l->rank, sizeof(float));
-  int8_t *inputs = malloc(2 * bytes + (size_t)pairs * panels * sizeof(float));
-  int failed = new_index(l, &routing, 2, 1, &index) || !of_pair || !inputs;
+  Hidden hidden = new_hidden(pairs, padded, panels);
+  int failed = new_index(l, &routing, 2, 1, &index) || !of_pair || !hidden.q;
   int parts = parts_of(l, routing.active), tasks = failed ? 0 : routing.active * parts, ready = !failed;
-  Hidden hidden = {padded, panels, inputs + pairs * panels * sizeof(float),
-                   inputs + pairs * panels * sizeof(float) + bytes, (float *)inputs};
 #pragma omp parallel num_threads(threads) if (tasks)
   if (ready) {
     fill_index(l, &routing, &index);
@@ -382,7 +385,7 @@ int bitsmoe_down(const Layer *l, const float *h, const float *weights, const int
       int64_t p = i / panels, start = i % panels * PANEL, at = p * padded + start;
       int32_t sum;
       hidden.scale[i] = kernels->quantize(h + p * l->size + start, least(PANEL, l->size - (int)start),
-                                          least(PANEL, padded - (int)start), hidden.hi + at, hidden.lo + at, &sum);
+                                          least(PANEL, padded - (int)start), hidden.q + at, &sum);
     }
 #pragma omp for schedule(dynamic)
     for (int task = 0; task < tasks; task++) {
@@ -402,7 +405,7 @@ int bitsmoe_down(const Layer *l, const float *h, const float *weights, const int
     }
   }
   free(of_pair);
-  free(inputs);
+  free(hidden.q);
   free_index(&index);
   free(routing.memory);
   return -failed;
@@ -422,27 +425,23 @@ static Basis basis_of(const Layer *l, int output) {
 /* Rows row to row + 3 of a basis times all tokens. Groups of 16 and more divide the columns and there are
  * as many rows, so rows come in fours. */
 static void basis_rows(const Layer *l, const Basis *b, int row, const Hidden *x, int64_t tokens,
-                       uint8_t *decoded, float *out) {
+                       int16_t *decoded, float *out) {
   int64_t stride = (int64_t)(b->columns + BLOCK - 1) / BLOCK * l->basis_bits, groups = b->columns / l->basis_group;
   for (int i = 0; i < QUAD; i++)
     kernels->decode_row(&l->basis, b->words + (row + i) * stride, chunks_of(b->columns), tail_of(b->columns),
                         decoded + (int64_t)i * x->padded);
   for (int64_t t = 0; t < tokens; t++) {
     float sums[QUAD];
-    kernels->basis_dot(decoded, x->padded, b->columns, x->hi + t * x->padded, x->lo + t * x->padded,
-                       x->scale + t * x->panels, l->basis.offset2, b->scales + row * groups, groups,
-                       l->basis_group, sums);
+    kernels->basis_dot(decoded, x->padded, b->columns, x->q + t * x->padded, x->scale + t * x->panels,
+                       l->basis.offset2, b->scales + row * groups, groups, l->basis_group, sums);
     for (int i = 0; i < QUAD; i++) out[t * b->rows + row + i] = l->basis.step / 2 * sums[i];
   }
 }
 
 static int basis_product(const Layer *l, const Basis *b, const float *x, int64_t tokens, float *out, int threads) {
   int padded = chunks_of(b->columns) * CHUNK, chunks = padded / CHUNK, failed = 0;
-  size_t bytes = (size_t)tokens * padded;
-  int8_t *inputs = malloc(2 * bytes + (size_t)tokens * chunks * sizeof(float));
-  if (!inputs) return -1;
-  Hidden hidden = {padded, chunks, inputs + tokens * chunks * sizeof(float),
-                   inputs + tokens * chunks * sizeof(float) + bytes, (float *)inputs};
+  Hidden hidden = new_hidden(tokens, padded, chunks);
+  if (!hidden.q) return -1;
 #pragma omp parallel num_threads(threads)
   {
 #pragma omp for schedule(static)
@@ -450,9 +449,9 @@ static int basis_product(const Layer *l, const Basis *b, const float *x, int64_t
       int64_t token = i / chunks, start = i % chunks * CHUNK, at = token * padded + start;
       int32_t sum;
       hidden.scale[i] = kernels->quantize(x + token * b->columns + start, least(CHUNK, b->columns - (int)start),
-                                          CHUNK, hidden.hi + at, hidden.lo + at, &sum);
+                                          CHUNK, hidden.q + at, &sum);
     }
-    uint8_t *decoded = malloc((size_t)QUAD * padded);
+    int16_t *decoded = malloc(QUAD * sizeof(int16_t) * padded);
     if (!decoded) {
 #pragma omp atomic write
       failed = 1;
@@ -462,7 +461,7 @@ static int basis_product(const Layer *l, const Basis *b, const float *x, int64_t
       if (decoded) basis_rows(l, b, row, &hidden, tokens, decoded, out);
     free(decoded);
   }
-  free(inputs);
+  free(hidden.q);
   return -failed;
 }
 

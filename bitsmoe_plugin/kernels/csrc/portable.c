@@ -1,3 +1,132 @@
-#define KERNELS bitsmoe_portable
-#define KERNELS_NAME "portable"
-#include "portable.h"
+/* The kernels in plain C, for the compiler to vectorise. */
+#include <math.h>
+
+#include "lookup.h"
+
+static float half_to_float(uint16_t half) {
+  uint32_t sign = (uint32_t)(half & 0x8000) << 16, magnitude = half & 0x7fff, bits;
+  float value;
+  if (magnitude >= 0x7c00) {
+    bits = sign | 0x7f800000 | (magnitude & 0x3ff) << 13;
+    memcpy(&value, &bits, 4);
+    return value;
+  }
+  bits = magnitude << 13; /* 2^112 too small: the exponents' biases differ by that, subnormals included */
+  memcpy(&value, &bits, 4);
+  value *= 0x1p112f;
+  return sign ? -value : value;
+}
+
+static void row_scales(const uint8_t *codes, const uint16_t *low, const uint16_t *step, int n, float *out) {
+  for (int i = 0; i < n; i++) out[i] = exp2f(half_to_float(low[i]) + (codes[i] & 31) * half_to_float(step[i]));
+}
+
+static int select_rows(const uint8_t *codes, int width, const float *scales, int n, int32_t *order,
+                       float *chosen) {
+  int count = 0;
+  for (int i = 0; i < n; i++) {
+    order[count] = i;
+    chosen[count] = scales[i];
+    count += codes[i] >> 5 == width;
+  }
+  return count;
+}
+
+static float quantize(const float *a, int n, int padded, int16_t *q, int32_t *sum) {
+  float largest = 0, poison = 0;
+  for (int i = 0; i < n; i++) {
+    float size = fabsf(a[i]);
+    largest = size > largest ? size : largest;
+    poison += a[i] * 0.0f; /* NaN if a[i] is not finite */
+  }
+  float inverse = largest > 0x1p-100f && poison == 0 ? LIMIT / largest : 0;
+  int32_t total = 0;
+  for (int i = 0; i < n; i++) {
+    q[i] = inverse ? (int16_t)lrintf(a[i] * inverse) : 0;
+    total += q[i];
+  }
+  memset(q + n, 0, (padded - n) * sizeof(int16_t));
+  *sum = total;
+  return largest / LIMIT + poison;
+}
+
+/* A block on a uniform grid. */
+INLINE void fields_of(const uint32_t *words, int bits, int16_t *out) {
+#pragma GCC unroll 32
+  for (int i = 0; i < BLOCK; i++) {
+    int word = i * bits / 32, next = word + 1 < bits ? word + 1 : word; /* the last field ends with its word */
+    uint64_t pair = words[word] | (uint64_t)words[next] << 32;
+    out[i] = (int16_t)(pair >> i * bits % 32 & ((1u << bits) - 1));
+  }
+}
+
+static void decode_block(const Decoder *d, const uint32_t *words, int16_t *out) {
+  uint8_t bytes[BLOCK];
+  if (d->trellis) {
+    lookup_blocks(d, words, 1, bytes);
+    for (int i = 0; i < BLOCK; i++) out[i] = bytes[i];
+  } else if (d->bits == 4) fields_of(words, 4, out);
+  else if (d->bits == 8) fields_of(words, 8, out);
+  else fields_of(words, d->bits, out);
+}
+
+static void decode_row(const Decoder *d, const uint32_t *words, int chunks, int tail, int16_t *out) {
+  int blocks = 2 * chunks - tail;
+  for (int b = 0; b < blocks; b++) decode_block(d, words + b * d->bits, out + b * BLOCK);
+  memset(out + blocks * BLOCK, 0, (2 * chunks - blocks) * BLOCK * sizeof(int16_t));
+}
+
+static void decode_tile(const Decoder *d, const uint32_t *words, int64_t stride, int rows, int tail,
+                        int16_t *tile) {
+  for (int r = 0; r < rows; r++) decode_row(d, words + r * stride, 1, tail, tile + r * CHUNK);
+}
+
+static void tile_dot(const int16_t *tile, int rows, const int16_t *q, int32_t offset2_sum, float factor,
+                     float *out) {
+  int32_t sums[CHUNK] = {0};
+  for (int r = 0; r < rows; r++)
+    for (int i = 0; i < CHUNK; i++) sums[i] += q[r] * tile[r * CHUNK + i];
+  for (int i = 0; i < CHUNK; i++) out[i] += factor * (float)(2 * sums[i] - offset2_sum);
+}
+
+static void rows_dot(const int16_t *rows, int64_t stride, int chunks, const int16_t *q, int32_t offset2,
+                     float factor, float *out) {
+  int32_t offset = 0;
+  for (int i = 0; i < chunks * CHUNK; i++) offset += q[i];
+  for (int r = 0; r < QUAD; r++) {
+    float sum = 0;
+    for (int c = 0; c < chunks; c++) { /* a chunk's sum fits 32 bits, a panel's need not */
+      int32_t part = 0;
+      for (int i = c * CHUNK; i < (c + 1) * CHUNK; i++) part += q[i] * rows[r * stride + i];
+      sum += (float)part;
+    }
+    out[r] += factor * (2 * sum - (float)offset2 * (float)offset);
+  }
+}
+
+static void basis_dot(const int16_t *rows, int64_t stride, int columns, const int16_t *q, const float *input_scales,
+                      int32_t offset2, const uint16_t *scales, int64_t scales_stride, int group, float *out) {
+  int step = group < CHUNK ? group : CHUNK;
+  for (int r = 0; r < QUAD; r++) {
+    float sum = 0;
+    for (int start = 0; start < columns; start += step) {
+      int32_t part = 0;
+      for (int i = start; i < start + step && i < columns; i++)
+        part += q[i] * (2 * rows[r * stride + i] - offset2);
+      sum += (float)part * input_scales[start / CHUNK] * half_to_float(scales[r * scales_stride + start / group]);
+    }
+    out[r] = sum;
+  }
+}
+
+static float half_dot(const uint16_t *row, const float *x, int n) {
+  float sums[16] = {0}, total = 0;
+  int i = 0;
+  for (; i + 16 <= n; i += 16)
+    for (int j = 0; j < 16; j++) sums[j] += half_to_float(row[i + j]) * x[i + j];
+  for (; i < n; i++) total += half_to_float(row[i]) * x[i];
+  for (int j = 0; j < 16; j++) total += sums[j];
+  return total;
+}
+
+const Kernels bitsmoe_portable = {"portable", row_scales, select_rows, quantize, decode_tile, tile_dot, decode_row, rows_dot, basis_dot, half_dot};
