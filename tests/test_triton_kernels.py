@@ -161,7 +161,7 @@ def test_block_sizes_for_gpus_agree_with_the_reference(tokens: int) -> None:
     """Guards the loops over tiles and the sums over splits, which small shapes in large blocks skip."""
     shape = LayerShape(num_experts=4, hidden_size=160, intermediate_size=200)
     spec, packed = random_layer(shape, (0, 2, 3, 6), group_size=32, input_bases=2)
-    target = Target(BlockSizes(blocks=2, matvec=(4, 8)), processors=16, float32_operands=True)
+    target = Target(BlockSizes(lanes=32, matvec=(4, 8)), processors=24, float32_operands=True)
     check(spec, packed, random_inputs(shape, tokens), target=target)
 
 
