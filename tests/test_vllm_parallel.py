@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from transformers import AutoModelForCausalLM
-from vllm_support import compare, needs_vllm, pack_small, run_vllm, small_model
+from vllm_support import TOLERANCE, compare, needs_vllm, pack_small, run_vllm, small_model
 
 pytestmark = [needs_vllm, pytest.mark.filterwarnings("ignore:.*calibration token")]
 
@@ -33,12 +33,12 @@ def results(packed_moe_tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.mark.parametrize("degree", DEGREES)
 def test_two_processes_agree_with_transformers(degree: str, packed_moe_tiny: Path, results) -> None:
-    """Guards shards that overlap, that are missing, or that are added twice. 1e-4: as in one process."""
+    """Guards shards that overlap, that are missing, or that are added twice."""
     model = AutoModelForCausalLM.from_pretrained(packed_moe_tiny, dtype="float32")
     for sequence in results[degree]["sequences"]:
         difference, behind = compare(model, sequence)
-        assert difference < 1e-4
-        assert behind < 1e-4
+        assert difference < TOLERANCE
+        assert behind < TOLERANCE
 
 
 def test_rows_that_two_processes_cannot_share_stop_vllm(tmp_path: Path) -> None:

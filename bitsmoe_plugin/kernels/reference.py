@@ -134,5 +134,5 @@ class ReferenceLayer:
 def _positions(used: list[int], index: Tensor) -> Tensor:
     """``index`` with each id replaced by its position in ``used`` (rising), -1 if it is not there."""
     ids = torch.tensor(used, device=index.device)
-    position = torch.searchsorted(ids, index.long()).clamp_max(len(used) - 1)
+    position = torch.searchsorted(ids, index.long().contiguous()).clamp_max(len(used) - 1)
     return torch.where(ids[position] == index, position, -1)
