@@ -28,8 +28,8 @@ needs_vllm = pytest.mark.skipif(
 TOLERANCE = 5e-4
 """In log-probabilities, between vLLM and transformers in float32. Both run the same kernels, but add up in
 another order what goes into them; the kernels round their inputs to 16 bits, so a last bit more or less can
-become 2^-16 of the largest input. Measured: up to 1.4e-4 (4e-6 with the reference in their place). 4 bits instead
-of 16 would make 1e-2."""
+become 2^-16 of the largest input. Measured: up to 1.4e-4 (4e-6 with the reference in their place). 4 bits
+instead of 16 would make 1e-2."""
 ENVIRONMENT = {
     **os.environ,
     "VLLM_CPU_KVCACHE_SPACE": "1",
