@@ -111,7 +111,7 @@ def measure(args: argparse.Namespace) -> list[Row]:
             done = subprocess.run(command, input=json.dumps(task), stdout=subprocess.PIPE, text=True)
             if done.returncode:
                 raise BitsMoEError(f"{engine} could not run {model}; its own message is above")
-            speeds.append(json.loads(done.stdout))
+            speeds.append(json.loads(done.stdout.splitlines()[0]))  # vLLM says good-bye on stdout
         rows += [
             {
                 "engine": engine,
@@ -131,7 +131,7 @@ def main() -> None:
     import bitsmoe_plugin  # noqa: F401  (registers with transformers)
 
     with stdout_to_stderr() as stdout:
-        json.dump(run(json.load(sys.stdin)), stdout)
+        print(json.dumps(run(json.load(sys.stdin))), file=stdout)
 
 
 if __name__ == "__main__":
