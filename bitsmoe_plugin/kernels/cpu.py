@@ -162,15 +162,7 @@ class CpuLayer:
 
     @torch.no_grad()
     def forward(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """Output of these experts.
-
-        Args:
-            hidden: ``[T, H]``.
-            top_k_index: ``[T, k]`` integer; ids outside 0..E-1 are skipped.
-            top_k_weights: ``[T, k]``.
-
-        Returns:
-            ``[T, H]`` in the dtype of ``hidden``; of a shard, its part of the sum over shards.
+        """See ``kernels.Runtime``.
 
         Raises:
             MemoryError: no memory for intermediate results.

@@ -92,16 +92,7 @@ class ReferenceLayer:
 
     @torch.no_grad()
     def forward(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """Output of these experts, the reference in pure torch.
-
-        Args:
-            hidden: ``[T, H]``.
-            top_k_index: ``[T, k]`` integer; ids outside 0..E-1 are skipped.
-            top_k_weights: ``[T, k]``.
-
-        Returns:
-            ``[T, H]`` in the dtype of ``hidden``; of a shard, its part of the sum over shards.
-        """
+        """See ``kernels.Runtime``."""
         used = [e for e in torch.unique(top_k_index).tolist() if 0 <= e < self.spec.shape.num_experts]
         if not used:
             return torch.zeros_like(hidden)
