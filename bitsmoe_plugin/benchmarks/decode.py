@@ -1,7 +1,6 @@
 """``bench decode``: generated tokens per second of whole models, through transformers and vLLM.
 
-Every model runs in a process of its own: ``python -m bitsmoe_plugin.benchmarks.decode`` with the task as
-JSON on stdin.
+Every model runs in a process of its own, which is given the task as JSON on stdin.
 """
 
 from __future__ import annotations
@@ -107,7 +106,7 @@ def measure(args: argparse.Namespace) -> list[Row]:
         for model in args.models:
             task = {"engine": engine, "model": model, "batches": batches}
             task |= {"new_tokens": args.new_tokens, "dtype": args.dtype}
-            command = [sys.executable, "-m", "bitsmoe_plugin.benchmarks.decode"]
+            command = [sys.executable, "-c", f"from {__name__} import main; main()"]
             done = subprocess.run(command, input=json.dumps(task), stdout=subprocess.PIPE, text=True)
             if done.returncode:
                 raise BitsMoEError(f"{engine} could not run {model}; its own message is above")
@@ -132,7 +131,3 @@ def main() -> None:
 
     with stdout_to_stderr() as stdout:
         print(json.dumps(run(json.load(sys.stdin))), file=stdout)
-
-
-if __name__ == "__main__":
-    main()
