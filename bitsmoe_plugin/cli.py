@@ -26,7 +26,7 @@ _FLAGS = (
     "seed",
     "method",
 )
-"""Options of BitsMoEConfig that ``--option`` must leave to their own flags."""
+"""Options of BitsMoEConfig that have a flag of their own; ``--option`` leaves them to it."""
 
 
 def _add_budget(parser: argparse.ArgumentParser) -> None:
@@ -154,17 +154,16 @@ def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
     return options
 
 
+def _config(args: argparse.Namespace) -> BitsMoEConfig:
+    """The options that a command's flags and ``--option`` give."""
+    given = {name: getattr(args, name) for name in _FLAGS if hasattr(args, name)}
+    return BitsMoEConfig(**given, **parse_options(args.option))
+
+
 def _estimate(args: argparse.Namespace, stdout: TextIO) -> None:
     from bitsmoe_plugin.estimate import estimate, print_estimate
 
-    config = BitsMoEConfig(
-        bits=args.bits,
-        factor_bits=args.factor_bits,
-        calibration_tokens=args.calibration_tokens,
-        method=args.method,
-        **parse_options(args.option),
-    )
-    result = estimate(args.model, config)
+    result = estimate(args.model, _config(args))
     if args.json:
         _print_json(asdict(result), stdout)
     else:
@@ -175,18 +174,7 @@ def _quantize(args: argparse.Namespace, stdout: TextIO) -> None:
     from bitsmoe_plugin.inspection import inspect_checkpoint
     from bitsmoe_plugin.integrations.transformers import quantize_to_directory
 
-    config = BitsMoEConfig(
-        bits=args.bits,
-        factor_bits=args.factor_bits,
-        dataset=args.dataset,
-        calibration_tokens=args.calibration_tokens,
-        sequence_length=args.sequence_length,
-        batch_size=args.batch_size,
-        seed=args.seed,
-        method=args.method,
-        **parse_options(args.option),
-    )
-    quantize_to_directory(args.model, args.out, config)
+    quantize_to_directory(args.model, args.out, _config(args))
     size = inspect_checkpoint(args.out)
     print(f"{args.out}: {size['bits_per_weight']:.4f} bits per expert weight", file=sys.stderr)
 

@@ -2,8 +2,6 @@
 
     python -m bitsmoe_plugin.kernels.triton_compile [--hidden 2048 --intermediate 768 ...] [--json]
 
-takes about a minute per architecture.
-
 Kernels are compiled for the launches that a forward pass over a layer of the given sizes makes: the
 same arguments and constants. Registers, spills and stack come from ptxas (``-v``), shared memory from
 what Triton asks the driver for at launch. ``TRITON_INTERPRET`` must not be set. About a minute per GPU.

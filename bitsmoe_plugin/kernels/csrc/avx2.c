@@ -261,7 +261,7 @@ static void rows_dot(const int16_t *rows, int64_t stride, int chunks, const int1
 }
 
 static void basis_dot(const int16_t *rows, int64_t stride, int columns, const int16_t *q, const float *input_scales,
-                      int32_t offset2, const uint16_t *scales, int64_t scales_stride, int group, float *out) {
+                      int32_t offset2, const uint16_t *scales, int group, float *out) {
   __m256 sums[QUAD], part[QUAD];
   for (int r = 0; r < QUAD; r++) sums[r] = _mm256_setzero_ps();
   int step = group < CHUNK ? group : CHUNK, shift = __builtin_ctz(group);
@@ -269,7 +269,7 @@ static void basis_dot(const int16_t *rows, int64_t stride, int columns, const in
     quad_dot(rows + start, stride, step / LANES, q + start, offset2, part);
     __m256 input_scale = _mm256_set1_ps(input_scales[start / CHUNK]);
     for (int r = 0; r < QUAD; r++) {
-      __m256 scale = _mm256_cvtph_ps(_mm_set1_epi16((short)scales[r * scales_stride + (start >> shift)]));
+      __m256 scale = _mm256_cvtph_ps(_mm_set1_epi16((short)scales[(r * columns + start) >> shift]));
       sums[r] = _mm256_fmadd_ps(part[r], _mm256_mul_ps(scale, input_scale), sums[r]);
     }
   }

@@ -224,7 +224,7 @@ static void rows_dot(const int16_t *rows, int64_t stride, int chunks, const int1
 }
 
 static void basis_dot(const int16_t *rows, int64_t stride, int columns, const int16_t *q, const float *input_scales,
-                      int32_t offset2, const uint16_t *scales, int64_t scales_stride, int group, float *out) {
+                      int32_t offset2, const uint16_t *scales, int group, float *out) {
   __m512 sums[QUAD];
   for (int r = 0; r < QUAD; r++) sums[r] = _mm512_setzero_ps();
   __m512i ones = _mm512_set1_epi8(1), factor2 = _mm512_set1_epi32(offset2);
@@ -248,7 +248,7 @@ static void basis_dot(const int16_t *rows, int64_t stride, int columns, const in
     for (int r = 0; r < QUAD; r++) {
       __m512i u = _mm512_loadu_si512(rows + r * stride + c * CHUNK);
       __m512i sum = combine(_mm512_dpbusd_epi32(zero, u, high), _mm512_dpbusd_epi32(zero, u, low), offset);
-      __m128i halves = _mm_maskz_loadu_epi16(mask, scales + r * scales_stride + first);
+      __m128i halves = _mm_maskz_loadu_epi16(mask, scales + r * count + first);
       __m512 scale = _mm512_permutexvar_ps(group_of_lane, _mm512_castps256_ps512(_mm256_cvtph_ps(halves)));
       sums[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), _mm512_mul_ps(scale, input_scale), sums[r]);
     }

@@ -70,7 +70,7 @@ typedef struct {
                    float factor, float *out);
   /* out[4] = sum over columns of q * (2 u - offset2) * input_scales[column / 64] * scales[row][column / group] */
   void (*basis_dot)(const int16_t *rows, int64_t stride, int columns, const int16_t *q, const float *input_scales,
-                    int32_t offset2, const uint16_t *scales, int64_t scales_stride, int group, float *out);
+                    int32_t offset2, const uint16_t *scales, int group, float *out);
   /* sum of row[i] * x[i], row in float16 */
   float (*half_dot)(const uint16_t *row, const float *x, int n);
 } Kernels;

@@ -4,10 +4,6 @@
 
 #include "bitsmoe.h"
 
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-
 static const Kernels *kernels = &bitsmoe_portable;
 
 /* Choose the instruction set: NULL for the best of this machine. Returns its name, NULL if it is not to be had. */
@@ -433,7 +429,7 @@ static void basis_rows(const Layer *l, const Basis *b, int row, const Hidden *x,
   for (int64_t t = 0; t < tokens; t++) {
     float sums[QUAD];
     kernels->basis_dot(decoded, x->padded, b->columns, x->q + t * x->padded, x->scale + t * x->panels,
-                       l->basis.offset2, b->scales + row * groups, groups, l->basis_group, sums);
+                       l->basis.offset2, b->scales + row * groups, l->basis_group, sums);
     for (int i = 0; i < QUAD; i++) out[t * b->rows + row + i] = l->basis.step / 2 * sums[i];
   }
 }

@@ -105,7 +105,7 @@ static void rows_dot(const int16_t *rows, int64_t stride, int chunks, const int1
 }
 
 static void basis_dot(const int16_t *rows, int64_t stride, int columns, const int16_t *q, const float *input_scales,
-                      int32_t offset2, const uint16_t *scales, int64_t scales_stride, int group, float *out) {
+                      int32_t offset2, const uint16_t *scales, int group, float *out) {
   int step = group < CHUNK ? group : CHUNK;
   for (int r = 0; r < QUAD; r++) {
     float sum = 0;
@@ -113,7 +113,7 @@ static void basis_dot(const int16_t *rows, int64_t stride, int columns, const in
       int32_t part = 0;
       for (int i = start; i < start + step && i < columns; i++)
         part += q[i] * (2 * rows[r * stride + i] - offset2);
-      sum += (float)part * input_scales[start / CHUNK] * half_to_float(scales[r * scales_stride + start / group]);
+      sum += (float)part * input_scales[start / CHUNK] * half_to_float(scales[(r * columns + start) / group]);
     }
     out[r] = sum;
   }
