@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import torch
@@ -128,15 +129,50 @@ def token_stream(documents: Iterable[Any], tokenizer: Any, limit: int | None = N
     return stream
 
 
+def _sampled(documents: Sequence[Any], tokenizer: Any, length: int, limit: int, seed: int) -> list[int]:
+    """At most ``limit`` tokens from as many documents as it takes: a random piece of up to ``length``
+    tokens of each, in random order, and the other pieces only if that is not enough; all in order if
+    all fits.
+
+    Text from few documents is too much alike: on SmolLM2 cut into experts, at 2 bits and with 9,216
+    tokens, the perplexity was 2.37 times that of full precision with the file's first tokens, 2.05 times
+    with tokens of many documents.
+    """
+    random = Random(seed)
+    order = list(range(len(documents)))
+    random.shuffle(order)
+    stream: list[int] = []
+    spare: list[list[int]] = []
+    read: dict[int, list[int]] = {}
+    for index in order:
+        tokens = read[index] = token_stream([documents[index]], tokenizer)
+        pieces = [tokens[start : start + length] for start in range(0, len(tokens), length)]
+        random.shuffle(pieces)
+        stream.extend(pieces[0] if pieces else [])
+        spare.extend(pieces[1:])
+        if len(stream) >= limit:
+            return stream[:limit]
+    if sum(map(len, read.values())) <= limit:
+        return [token for index in sorted(read) for token in read[index]]
+    random.shuffle(spare)
+    for piece in spare:
+        stream.extend(piece)
+    return stream[:limit]
+
+
 def token_blocks(
-    documents: Iterable[Any],
+    documents: Sequence[Any],
     tokenizer: Any,
     *,
     sequence_length: int,
     max_tokens: int,
     vocab_size: int,
+    seed: int = 0,
 ) -> Tensor:
-    """Blocks of equal length cut from the joined documents; the remainder is dropped.
+    """Blocks of equal length cut from joined pieces of the documents; the remainder is dropped.
+
+    Args:
+        seed: of the choice of pieces, if there is more text than is used.
 
     Returns:
         ``[blocks, sequence_length]`` int64 with at most ``max_tokens`` tokens, but at least one block.
@@ -144,7 +180,7 @@ def token_blocks(
     Raises:
         QuantizationError: less than one block, or ids outside the vocabulary.
     """
-    stream = token_stream(documents, tokenizer, limit=max(max_tokens, sequence_length))
+    stream = _sampled(documents, tokenizer, sequence_length, max(max_tokens, sequence_length), seed)
     blocks = len(stream) // sequence_length
     if blocks == 0:
         raise QuantizationError(

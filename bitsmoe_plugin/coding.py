@@ -69,7 +69,7 @@ def encode(rows: Tensor, scales: Tensor, weights: Tensor, bits: Tensor, grid: st
             fill = (0, codes.shape[-1] - n)
             scaled = torch.nn.functional.pad(chosen / scale, fill)
             coded = trellis.encode(scaled, torch.nn.functional.pad(weights[pick], fill), width)
-            codes[pick] = coded.to(torch.int32)
+            codes[pick] = coded
         else:
             codes[..., :n][pick] = grids.encode(chosen, scale, width).to(torch.int32)
     return codes

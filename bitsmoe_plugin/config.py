@@ -95,7 +95,7 @@ class BitsMoEConfig(QuantizationConfigMixin):
             with a column ``text`` or ``input_ids``, or a path to a .txt or .jsonl file. Needed to
             quantize, not stored in the checkpoint (its token count and hash are).
         tokenizer: name, path or tokenizer object; default: the one saved with the model.
-        calibration_tokens: use at most this many tokens of ``dataset``.
+        calibration_tokens: use at most this many tokens, sampled from all documents of ``dataset``.
         sequence_length: tokens per calibration sequence.
         batch_size: sequences per forward pass.
         held_out: share of the calibration sequences that no statistic sees; the output error of each
@@ -124,7 +124,7 @@ class BitsMoEConfig(QuantizationConfigMixin):
         sequential: calibrate a layer on the outputs of the quantized layers before it.
         scope: "global" spends one budget over all layers, "layer" the same budget on each.
         damping: share of the mean diagonal added to second moments before they are inverted.
-        seed: of the few random choices (stand-in tokens for thin experts).
+        seed: of the few random choices (pieces of calibration text, stand-in tokens for thin experts).
         format_version, layers, calibration, other_tensors: written into checkpoints, not for users.
 
     Raises:

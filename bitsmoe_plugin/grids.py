@@ -14,6 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from bitsmoe_plugin import fast_rounding
+
 # Steps of the optimal uniform quantizer of a unit Gaussian with 2**bits levels. 16 bits: the
 # step that spans +-6.3 standard deviations, beyond which a larger scale takes over anyway.
 STEP = {
@@ -103,6 +105,14 @@ def best_scale(rows: Tensor, weights: Tensor, bits: int) -> tuple[Tensor, Tensor
     Returns:
         scale ``[..., 1]`` and distortion ``[...]`` = sum of weights * error**2, both float32.
     """
+    if fast_rounding.available(rows, weights):
+        scales, distortions = fast_rounding.best_scales(rows, weights, bits, STEP)
+        return scales[..., None], distortions
+    return best_scale_reference(rows, weights, bits)
+
+
+def best_scale_reference(rows: Tensor, weights: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """``best_scale`` in plain torch."""
     if bits == 0:
         return torch.zeros_like(rows[..., :1]), (weights * rows.square()).sum(-1)
     best = torch.full_like(rows[..., 0], torch.inf)
@@ -113,3 +123,14 @@ def best_scale(rows: Tensor, weights: Tensor, bits: int) -> tuple[Tensor, Tensor
         best = torch.where(better, error, best)
         chosen = torch.where(better.unsqueeze(-1), scale, chosen)
     return chosen, best
+
+
+def best_scales(rows: Tensor, weights: Tensor, bits: Tensor) -> Tensor:
+    """Scales ``[...]`` of ``best_scale`` with a width per row, ``[...]`` int64; 0 at width 0."""
+    if fast_rounding.available(rows, weights):
+        return fast_rounding.best_scales(rows, weights, bits, STEP)[0]
+    scales, weights = torch.zeros_like(rows[..., 0]), weights.expand_as(rows)
+    for width in torch.unique(bits).tolist():
+        pick = bits == width
+        scales[pick] = best_scale(rows[pick], weights[pick], width)[0].squeeze(-1)
+    return scales

@@ -15,6 +15,7 @@ from bitsmoe_plugin import bound, coding, grids, packing, rounding
 from bitsmoe_plugin.allocation import allocate
 from bitsmoe_plugin.packing import LayerShape, PackedExperts
 from bitsmoe_plugin.problem import LayerProblem, error_feedback, rank_feedback
+from bitsmoe_plugin.rounding import RankFeedback
 from bitsmoe_plugin.spectral import SharedBases
 
 GATE_UP_WEIGHT = 2.0
@@ -59,19 +60,16 @@ class RoundedExperts:
     scale_grid: rounding.ScaleGrid
 
 
-def _output_weights(
-    problem: LayerProblem, feedback: Tensor, chosen: slice
-) -> tuple[list[Tensor], list[Tensor]]:
+def _output_weights(problem: LayerProblem, rank: Tensor, chosen: slice) -> tuple[list[Tensor], list[Tensor]]:
     """What a unit of squared error in a factor's values costs at the layer's output, to first order.
 
     Args:
-        feedback: ``[2, e, r, r]`` of the chosen experts.
+        rank: ``[2, e, r]``, conditional variances of the chosen experts' gate and up inputs.
 
     Returns:
         for gate, up and down the weights within a row, ``[e, 1, I]``, and of whole rows, ``[e, r]``.
     """
     statistics = problem.statistics
-    rank = rounding.conditional_variance(feedback)
     hidden = rounding.conditional_variance(error_feedback(statistics.hidden_moment[chosen], problem.config))
     reach = problem.output_basis.square().sum(0).expand(rank.shape[1], -1)
     neuron = statistics.neuron_weights[:, chosen, None]
@@ -94,7 +92,7 @@ def _spectral_weights(problem: LayerProblem, chosen: slice) -> tuple[list[Tensor
     return [ones, ones, ones], [z_energy[0], z_energy[-1], hidden]
 
 
-def row_costs(problem: LayerProblem, keep: list[int]) -> tuple[Tensor, Tensor, dict[int, Tensor]]:
+def row_costs(problem: LayerProblem, keep: list[int]) -> tuple[Tensor, Tensor, dict[int, RankFeedback]]:
     """What the rows of a layer cost at every width.
 
     Args:
@@ -102,21 +100,24 @@ def row_costs(problem: LayerProblem, keep: list[int]) -> tuple[Tensor, Tensor, d
 
     Returns:
         costs ``[3, E, r, widths]`` and energies ``[3, E, r]`` float32: estimated output error of
-        each row, and the first-order error of dropping it; feedback ``[2, r, r]`` of ``keep``.
+        each row, and the first-order error of dropping it; feedback of ``keep``.
     """
     config, shape = problem.config, problem.shape
     costs = torch.empty(3, shape.num_experts, shape.rank, len(config.widths))
     energies = torch.empty(3, shape.num_experts, shape.rank)
     spectral = config.cost == "spectral"
-    kept: dict[int, Tensor] = {}
+    kept: dict[int, RankFeedback] = {}
     for chosen in problem.chunks(shape.num_experts):
         if spectral:
             inner, outer = _spectral_weights(problem, chosen)
         else:
-            experts = range(chosen.start, chosen.stop)
-            feedback = rank_feedback(problem, experts)
-            kept.update({e: feedback[:, i].clone() for i, e in enumerate(experts) if e in keep})
-            inner, outer = _output_weights(problem, feedback, chosen)
+            variances = []
+            for expert in range(chosen.start, chosen.stop):
+                feedback = rank_feedback(problem, expert)
+                variances.append(feedback.variance)
+                if expert in keep:
+                    kept[expert] = feedback
+            inner, outer = _output_weights(problem, torch.stack(variances, 1), chosen)
         for factor in range(3):
             rows = problem.factors[factor, chosen]
             energies[factor, chosen] = (rows.square() * inner[factor]).sum(-1) * outer[factor]
@@ -165,18 +166,21 @@ def plan_layer(problem: LayerProblem, payload_bits: int) -> LayerPlan:
 
 
 def round_experts(
-    problem: LayerProblem, bits: Tensor, experts: list[int], feedback: dict[int, Tensor] | None = None
+    problem: LayerProblem, bits: Tensor, experts: list[int], feedback: dict[int, RankFeedback] | None = None
 ) -> RoundedExperts:
     """Round some experts at given widths.
 
     Args:
         bits: ``[3, e, r]`` int64.
         experts: their ids.
-        feedback: ``[2, r, r]`` of each, if known.
+        feedback: of each, if known.
     """
 
-    def rank_feedback_of(part: list[int]) -> Tensor:
-        return torch.stack([feedback[e] for e in part], 1) if feedback else rank_feedback(problem, part)
+    def rank_feedback_of(part: list[int]) -> RankFeedback:
+        found = [feedback[e] if feedback else rank_feedback(problem, e) for e in part]
+        return RankFeedback(
+            torch.stack([f.unit for f in found], 1), torch.stack([f.variance for f in found], 1)
+        )
 
     factors, config = problem.factors[:, experts], problem.config
     neuron = problem.statistics.neuron_weights[:, experts]

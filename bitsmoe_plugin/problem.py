@@ -10,6 +10,7 @@ from torch import Tensor
 from bitsmoe_plugin import rounding, spectral, statistics
 from bitsmoe_plugin.config import BitsMoEConfig
 from bitsmoe_plugin.packing import LayerShape
+from bitsmoe_plugin.rounding import RankFeedback
 from bitsmoe_plugin.spectral import ExpertWeights, SharedBases
 from bitsmoe_plugin.statistics import ExpertRows, Gating, LayerActivations, LayerStatistics
 
@@ -27,6 +28,7 @@ class LayerProblem:
             that of the unquantized model; None if the layer shall not make up for it.
         factors: ``[3, E, r, I]`` float32, exact in the quantized bases.
         input_bases: ``[1 or 2, r, H]`` float32, dequantized; the first is of gate, the last of up.
+        pooled: ``[1 or 2, r, r]`` float32, see ``statistics.pooled_covariance``.
         output_basis: ``[H, r]`` float32, dequantized.
     """
 
@@ -39,6 +41,7 @@ class LayerProblem:
     bases: SharedBases
     factors: Tensor
     input_bases: Tensor
+    pooled: Tensor
     output_basis: Tensor
     config: BitsMoEConfig
     drift: Tensor | None = None
@@ -92,6 +95,7 @@ def build_problem(
     rows = statistics.expert_rows(activations, weights.num_experts, config.seed)
     stats = statistics.collect(weights, activations, rows, gating, config.neuron_weighting)
     bases = bases or shared_bases(weights, stats, config)
+    input_bases = bases.input_bases()
     return LayerProblem(
         name,
         weights,
@@ -101,7 +105,8 @@ def build_problem(
         stats,
         bases,
         spectral.expert_factors(weights, bases),
-        bases.input_bases(),
+        input_bases,
+        statistics.pooled_covariance(input_bases, stats),
         bases.output_basis.dequantize(),
         config,
         drift,
@@ -115,16 +120,16 @@ def error_feedback(moment: Tensor, config: BitsMoEConfig) -> Tensor:
     return rounding.feedback_factor(moment, config.damping)
 
 
-def rank_feedback(problem: LayerProblem, experts: range | list[int]) -> Tensor:
-    """``[2, e, r, r]`` feedback factors of gate and up."""
-    moments = [
-        statistics.input_covariance(
-            problem.input_bases,
-            problem.statistics,
-            problem.activations,
-            problem.rows[expert],
-            problem.config.covariance_prior,
-        )
-        for expert in experts
-    ]
-    return error_feedback(torch.stack(moments, 1), problem.config)
+def rank_feedback(problem: LayerProblem, expert: int) -> RankFeedback:
+    """Feedback of an expert's gate and up: unit ``[2, r, r]``, variance ``[2, r]``."""
+    moments = statistics.input_covariance(
+        problem.input_bases,
+        problem.pooled,
+        problem.statistics,
+        problem.activations,
+        problem.rows[expert],
+        problem.config.covariance_prior,
+    )
+    if not problem.config.feedback:
+        moments = torch.diag_embed(moments.diagonal(dim1=-2, dim2=-1))
+    return RankFeedback.of(moments, problem.config.damping)

@@ -7,12 +7,12 @@ All functions are batched over experts; widths differ from row to row.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
-from bitsmoe_plugin import coding, grids
+from bitsmoe_plugin import coding, fast_rounding, grids, trellis
 
 SCALE_LEVELS = 32
 """A row's scale is one of 32 (5 bits), equally spaced in the logarithm; see ``ScaleGrid``."""
@@ -22,6 +22,8 @@ _LAZY = 32
 """Rows between which errors are passed on at once; rows further on get theirs in one product."""
 _NEARBY = 2
 """Scale codes tried on either side of the planned one when a row's turn comes."""
+_SAMPLE = 256
+"""Values of a row from which the trellis's best scale is learnt: 8 blocks."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,40 @@ def conditional_variance(feedback: Tensor) -> Tensor:
     return feedback.diagonal(dim1=-2, dim2=-1).square().reciprocal()
 
 
+@dataclass(frozen=True)
+class RankFeedback:
+    """Covariances C = unit diag(variance) unit^T of gate's and up's inputs, for rounding row after row.
+
+    With d the errors (row minus value) of the rows rounded so far, row k is rounded to make up for
+    them, that is, towards row + unit[:k, k]^T d; what is then left of its target costs variance[k] per square.
+    (QuIP's form of the feedback, arXiv 2307.13304; GPTQ's, from the inverse of C, has the same targets.)
+
+    Attributes:
+        unit: ``[..., r, r]`` float32, upper triangular, ones on the diagonal.
+        variance: ``[..., r]`` float32.
+    """
+
+    unit: Tensor
+    variance: Tensor
+
+    @staticmethod
+    def of(moments: Tensor, damping: float) -> RankFeedback:
+        """Of damped second moments ``[..., r, r]``; ``damping`` is the share of the mean diagonal added."""
+        unit, variance = torch.empty_like(moments), torch.empty_like(moments[..., 0])
+        size = moments.shape[-1]
+        # One at a time: in double precision each takes four times the memory of what is kept of it.
+        for matrix, out, left in zip(
+            moments.view(-1, size, size), unit.view(-1, size, size), variance.view(-1, size), strict=True
+        ):
+            flipped = matrix.double().flip(0, 1)
+            diagonal = flipped.diagonal()
+            diagonal += damping * diagonal.mean().clamp_min(1e-30)
+            root = torch.linalg.cholesky(flipped).flip(0, 1)
+            scale = root.diagonal()
+            out[:], left[:] = root / scale, scale.square()
+        return RankFeedback(unit, variance)
+
+
 def best_scales(rows: Tensor, weights: Tensor, bits: Tensor, grid: str) -> Tensor:
     """Scale of least weighted squared error of every row at its width.
 
@@ -130,18 +166,19 @@ def best_scales(rows: Tensor, weights: Tensor, bits: Tensor, grid: str) -> Tenso
     Returns:
         ``[...]`` float32; 0 for rows of width 0.
     """
-    scales = torch.zeros_like(rows[..., 0])
-    weights = weights.expand_as(rows)
-    for width in torch.unique(bits).tolist():
-        if width:
-            pick = bits == width
-            scales[pick] = grids.best_scale(rows[pick], weights[pick], width)[0].squeeze(-1)
+    scales = grids.best_scales(rows, weights, bits)
     if grid == "uniform":
         return scales
     # The trellis's best scale is another one than that of the uniform grid.
+    rows, weights = _sample(rows), _sample(weights)
     values = coding.round_rows(rows, scales, weights, bits, grid)
     ratio = (weights * rows * values).sum(-1) / (weights * values.square()).sum(-1).clamp_min(1e-30)
     return scales * ratio.clamp(0.5, 2.0)
+
+
+def _sample(rows: Tensor) -> Tensor:
+    """The values of rows from which their scales are learnt: their neurons stand in no order."""
+    return rows[..., :_SAMPLE]
 
 
 def unbiased_scales(rows: Tensor, weights: Tensor, bits: Tensor, grid: str) -> Tensor:
@@ -153,6 +190,7 @@ def unbiased_scales(rows: Tensor, weights: Tensor, bits: Tensor, grid: str) -> T
     for gate and up (perplexity of the bundled model at 2 bits: loss 3.8 % -> 3.1 %).
     """
     scales = best_scales(rows, weights, bits, grid)
+    rows, weights = _sample(rows), _sample(weights)
     values = coding.round_rows(rows, scales, weights, bits, grid)
     energy, kept = rows.square().sum(-1), (values * rows).sum(-1)
     ratio = (energy / kept.clamp_min(1e-30)).clamp(1.0, 2.0)
@@ -161,10 +199,13 @@ def unbiased_scales(rows: Tensor, weights: Tensor, bits: Tensor, grid: str) -> T
 
 def _choose_scales(
     rows: Tensor, weights: Tensor, bits: Tensor, start: Tensor, low: Tensor, step: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Scale codes near ``start`` ``[...]`` and the scales themselves, for rows ``[..., n]``.
+) -> Tensor:
+    """Scale codes ``[...]`` uint8 near ``start`` ``[...]``, for rows ``[..., n]``.
 
     Judged on the uniform grid, which ranks neighbouring scales like the trellis, but is faster.
+
+    Args:
+        low, step: broadcast against ``start``, see ``ScaleGrid``.
     """
     offsets = torch.arange(-_NEARBY, _NEARBY + 1).view(-1, *[1] * start.dim())
     codes = (start + offsets).clamp(0, SCALE_LEVELS - 1)
@@ -174,57 +215,103 @@ def _choose_scales(
         (grids.round_to_grid(rows, scale[..., None], width) - rows).square_().mul_(weights).sum(-1)
         for scale in scales
     ]
-    index = torch.stack(errors).argmin(0)[None]
-    return codes.gather(0, index)[0], scales.gather(0, index)[0]
+    return codes.gather(0, torch.stack(errors).argmin(0)[None])[0].to(torch.uint8)
+
+
+@dataclass(frozen=True)
+class _RankLoop:
+    """Tensors of ``round_along_rank``.
+
+    Attributes:
+        work: ``[2, e, r, I]``: rows not yet rounded; of the others, row minus value.
+        start, low, step: planned scale codes ``[2, e, r]`` and scale grids ``[2, r]``.
+        rows: what is being filled.
+    """
+
+    work: Tensor
+    bits: Tensor
+    unit: Tensor
+    weights: Tensor
+    start: Tensor
+    low: Tensor
+    step: Tensor
+    rows: RoundedRows
+
+    def round(self, first: int, last: int, target: Tensor, grid: str) -> None:
+        """Round rows ``first`` to ``last`` towards target ``[2, e, last - first, I]``."""
+        size = target.shape[-1]
+        for k in range(first, last):
+            row, width = target[:, :, k - first], self.bits[:, :, k].long()
+            low, step = self.low[:, None, k], self.step[:, None, k]
+            code = _choose_scales(row, self.weights, width, self.start[:, :, k], low, step)
+            scale = torch.exp2(low + code * step)
+            coded = coding.encode(row, scale, self.weights, width, grid)
+            value = coding.decode(coded, scale, width, size, grid)
+            left = (row - value).square() * self.weights
+            self.rows.codes[:, :, k], self.rows.scale_codes[:, :, k] = coded, code
+            self.rows.values[:, :, k], self.rows.errors[:, :, k] = value, left.sum(-1)
+            self.work[:, :, k] -= value
+            share = self.unit[:, :, k, k + 1 : last, None]
+            target[:, :, k + 1 - first :] += share * self.work[:, :, k, None]
+
+    def round_fast(self, first: int, last: int, target: Tensor, grid: str) -> None:
+        """The same, compiled."""
+        tables = {bits: trellis.table(bits) for bits in trellis.WIDTHS if coding.uses_trellis(bits, grid)}
+        parts = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "rows"}
+        rows = {field.name: getattr(self.rows, field.name) for field in fields(self.rows)}
+        fast_rounding.round_rank(first, last, target=target, steps=grids.STEP, tables=tables, **parts, **rows)
 
 
 def round_along_rank(
     factors: Tensor,
     bits: Tensor,
-    feedback: Tensor,
+    feedback: RankFeedback,
     neuron_weights: Tensor,
     scale_grid: ScaleGrid,
     scales: Tensor,
     grid: str,
+    fast: bool = True,
 ) -> RoundedRows:
-    """Round gate and up factors, row after row, passing each row's error on to later rows.
+    """Round gate and up factors, row after row, each row making up for the errors of the rows before it.
 
     Args:
         factors: ``[2, experts, rank, I]`` float32.
         bits: ``[2, experts, rank]`` int64.
-        feedback: ``[2, experts, rank, rank]``, from ``feedback_factor``.
+        feedback: ``[2, experts]`` of rank ``rank``.
         neuron_weights: ``[2, experts, I]``.
         scale_grid: ``[2, rank]``.
         scales: ``[2, experts, rank]``, free scales to start from.
         grid: see ``coding``.
+        fast: use compiled code, if there is any.
 
     Returns:
         see ``RoundedRows``.
     """
     rank, size = factors.shape[-2:]
-    work, values = factors.clone(), torch.empty_like(factors)
-    codes = torch.empty(*bits.shape, coding.padded(size), dtype=torch.int32)
-    scale_codes = torch.empty(bits.shape, dtype=torch.uint8)
-    remaining = torch.empty(bits.shape)
-    start = scale_grid.encode(scales)
-    low, step = scale_grid.low.float()[:, None], scale_grid.step.float()[:, None]
+    rows = RoundedRows(
+        torch.empty(*bits.shape, coding.padded(size), dtype=torch.int32),
+        torch.empty(bits.shape, dtype=torch.uint8),
+        torch.empty(factors.shape),
+        torch.empty(bits.shape),
+    )
+    loop = _RankLoop(
+        factors.clone(memory_format=torch.contiguous_format),
+        bits.to(torch.uint8).contiguous(),
+        feedback.unit.contiguous(),
+        neuron_weights.contiguous(),
+        scale_grid.encode(scales).contiguous(),
+        scale_grid.low.float().contiguous(),
+        scale_grid.step.float().contiguous(),
+        rows,
+    )
+    round_part = loop.round_fast if fast and fast_rounding.available(factors) else loop.round
     for first in range(0, rank, _LAZY):
         last = min(first + _LAZY, rank)
-        errors = torch.empty_like(factors[:, :, first:last])
-        for k in range(first, last):
-            row, width = work[:, :, k], bits[:, :, k]
-            code, scale = _choose_scales(
-                row, neuron_weights, width, start[:, :, k], low[..., k], step[..., k]
-            )
-            coded = coding.encode(row, scale, neuron_weights, width, grid)
-            value = coding.decode(coded, scale, width, size, grid)
-            codes[:, :, k], scale_codes[:, :, k], values[:, :, k] = coded, code.to(torch.uint8), value
-            error = (row - value) / feedback[:, :, k, k, None]
-            work[:, :, k + 1 : last] -= feedback[:, :, k, k + 1 : last, None] * error[:, :, None]
-            errors[:, :, k - first] = error
-            remaining[:, :, k] = (error.square() * neuron_weights).sum(-1)
-        work[:, :, last:] -= feedback[:, :, first:last, last:].transpose(-1, -2) @ errors
-    return RoundedRows(codes, scale_codes, values, remaining)
+        target = loop.unit[:, :, :first, first:last].transpose(-1, -2) @ loop.work[:, :, :first]
+        target += loop.work[:, :, first:last]
+        round_part(first, last, target, grid)
+    rows.errors.mul_(feedback.variance)
+    return rows
 
 
 def _round_columns(target: Tensor, scale: Tensor, bits: Tensor, feedback: Tensor) -> Tensor:
@@ -256,7 +343,12 @@ def round_along_neurons(
     work, values = factor.clone(), torch.empty_like(factor)
     weights = conditional_variance(feedback)[:, None]
     low, step = scale_grid.low.float(), scale_grid.step.float()
-    scale_codes, scale = _choose_scales(factor, weights, bits, scale_grid.encode(scales), low, step)
+    start = scale_grid.encode(scales)
+    if fast_rounding.available(factor):
+        scale_codes = fast_rounding.choose_scales(factor, weights, bits, start, low, step, grids.STEP)
+    else:
+        scale_codes = _choose_scales(factor, weights, bits, start, low, step)
+    scale = torch.exp2(low + scale_codes * step)
     codes = torch.empty(*bits.shape, coding.padded(size), dtype=torch.int32)
     remaining = torch.zeros(bits.shape)
     for first in range(0, size, coding.BLOCK):
@@ -273,4 +365,4 @@ def round_along_neurons(
         error = (target - value) @ root
         remaining += error.square().sum(-1)
         work[:, :, last:] -= error @ feedback[:, first:last, last:]
-    return RoundedRows(codes, scale_codes.to(torch.uint8), values, remaining)
+    return RoundedRows(codes, scale_codes, values, remaining)

@@ -196,8 +196,15 @@ def collect(
     )
 
 
+def pooled_covariance(bases: Tensor, statistics: LayerStatistics) -> Tensor:
+    """Second moment ``[1 or 2, rank, rank]`` float32 of z = input basis times x over the whole layer."""
+    exact = bases.double()
+    return (exact @ statistics.second_moment @ exact.transpose(1, 2)).float()
+
+
 def input_covariance(
     bases: Tensor,
+    pooled: Tensor,
     statistics: LayerStatistics,
     activations: LayerActivations,
     rows: ExpertRows,
@@ -210,12 +217,11 @@ def input_covariance(
 
     Args:
         bases: ``[1 or 2, rank, H]`` float32, dequantized: of gate and up together or of each.
+        pooled: from ``pooled_covariance``.
 
     Returns:
         ``[2, rank, rank]`` float32 (gate, up), normalised to unit total weight.
     """
-    exact = bases.double()
-    pooled = (exact @ statistics.second_moment @ exact.transpose(1, 2)).float()
     tokens = rows.tokens[: rows.routed]
     prior = prior_strength * bases.shape[1]
     share = rows.routed / max(rows.routed + prior, 1e-9)

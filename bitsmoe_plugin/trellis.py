@@ -17,14 +17,17 @@ its own words: decoding is parallel, and a tensor parallel shard is still a rang
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 import torch
 from torch import Tensor
 
+from bitsmoe_plugin import viterbi
 from bitsmoe_plugin.trellis_tables import TABLES
 
-WINDOW = 8
-BLOCK = 32
+WINDOW = viterbi.WINDOW
+BLOCK = viterbi.BLOCK
 WIDTHS = (1, 2, 3, 4)
 """Wider rows use the uniform grid: at 6 bits the window would hold hardly more than one code."""
 
@@ -32,6 +35,7 @@ STEP = 1 / 32
 """Unit of the stored tables (int8)."""
 
 
+@cache
 def table(bits: int) -> Tensor:
     """Values ``[2**WINDOW]`` float32 of a width's windows, for rows of standard deviation 1."""
     return torch.from_numpy(TABLES[bits].astype(np.float32) * STEP)
@@ -61,10 +65,6 @@ def encode(rows: Tensor, weights: Tensor, bits: int) -> Tensor:
         bits: member of ``WIDTHS``.
 
     Returns:
-        ``[n, columns]`` uint8, each below 2**bits.
+        ``[n, columns]`` int32, each below 2**bits.
     """
-    # Not at the top: numba takes a second to import, and vLLM 0.32 on a CPU cannot start once llvmlite is
-    # loaded (it reads attributes of whatever modules hold). Decoding does without.
-    from bitsmoe_plugin.viterbi import search
-
-    return torch.from_numpy(search(table(bits).numpy(), rows, weights, bits))
+    return viterbi.search(table(bits).to(rows.device), rows, weights, bits)

@@ -26,8 +26,8 @@ def gaussian_error(values: np.ndarray, bits: int, seed: int, blocks: int = 20_00
 
 def _encoded(values: np.ndarray, bits: int, seed: int, blocks: int) -> tuple[np.ndarray, np.ndarray]:
     samples = torch.randn(blocks, trellis.BLOCK, generator=torch.Generator().manual_seed(seed))
-    codes = viterbi.search(values, samples, torch.ones_like(samples), bits)
-    return samples.numpy(), trellis.windows(torch.from_numpy(codes), bits).numpy()
+    codes = viterbi.search(torch.from_numpy(values), samples, torch.ones_like(samples), bits)
+    return samples.numpy(), trellis.windows(codes, bits).numpy()
 
 
 def linear_start(bits: int, random: np.random.Generator) -> np.ndarray:

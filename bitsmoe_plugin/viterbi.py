@@ -1,28 +1,26 @@
-"""Search for the best trellis codes of many blocks at once (numba; needed to quantize only).
+"""Search for the best trellis codes of many blocks at once, and the reference for the compiled search.
 
-A Viterbi search per block of 32 values. The ring of a block is closed in two passes: the first
-runs across the seam to learn a good state there, the second is bound to begin and end in it.
+A Viterbi search per block of 32 values. The ring of a block is closed in one pass where it can be: begun some
+values before the seam, the best path tells the state at the seam, and the best path that ends in that state
+mostly began in it, too. Blocks where it did not are searched again, bound to begin and end there.
 """
 
 from __future__ import annotations
 
-import numba
-import numpy as np
 import torch
 from torch import Tensor
 
-from bitsmoe_plugin.trellis import BLOCK, WINDOW
+from bitsmoe_plugin import fast_rounding
 
-_LANES = 64
-"""Blocks that are searched side by side, as vector lanes. 64 is 20 times faster than 16."""
+BLOCK, WINDOW = 32, 8
 _WARM = 24
-"""Values on either side of a block's seam that settle its state there. Error of a 2-bit Gaussian
-at 12, 16, 24 and 32: 0.0829, 0.0816, 0.0801, 0.0795."""
+"""Values before a block's seam that settle its state there. Error of a 2-bit Gaussian at 12, 16, 24 and 32:
+0.0829, 0.0816, 0.0801, 0.0795."""
 _UNREACHABLE = 1e30
-_MAX_THREADS = numba.get_num_threads()
+_BATCH = 2**13
 
 
-def search(values: np.ndarray, rows: Tensor, weights: Tensor, bits: int) -> np.ndarray:
+def search(values: Tensor, rows: Tensor, weights: Tensor, bits: int) -> Tensor:
     """Codes of least weighted squared error, up to the choice of the state at a block's seam.
 
     Args:
@@ -32,89 +30,65 @@ def search(values: np.ndarray, rows: Tensor, weights: Tensor, bits: int) -> np.n
         bits: 1 to 4.
 
     Returns:
-        ``[n, columns]`` uint8, each below 2**bits.
+        ``[n, columns]`` int32, each below 2**bits.
     """
-    blocks = rows.reshape(-1, BLOCK).contiguous().numpy()
-    # Only ratios of weights within a block matter; unit size keeps sums in float32's best range.
+    if fast_rounding.available(rows, weights):
+        return fast_rounding.trellis_codes(values, rows, weights, bits)
+    return search_reference(values, rows, weights, bits)
+
+
+def search_reference(values: Tensor, rows: Tensor, weights: Tensor, bits: int) -> Tensor:
+    """``search`` in plain torch."""
+    blocks = rows.reshape(-1, BLOCK).split(_BATCH)
     scaled = weights.reshape(-1, BLOCK)
+    # Only ratios of weights within a block matter; unit size keeps sums in float32's best range.
     scaled = scaled / scaled.amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-    numba.set_num_threads(min(torch.get_num_threads(), _MAX_THREADS))
-    codes = _encode_blocks(blocks, scaled.contiguous().numpy(), values, bits)
-    return codes.reshape(rows.shape)
+    codes = [_search_blocks(values, x, w, bits) for x, w in zip(blocks, scaled.split(_BATCH), strict=True)]
+    return torch.cat(codes).view(rows.shape) if codes else torch.empty(rows.shape, dtype=torch.int32)
 
 
-@numba.njit(fastmath=True, cache=True)
-def _advance(x, weights, values, bits, first, count, metric, trace):  # type: ignore[no-untyped-def]
-    """Run the trellis over ``count`` values from ``first`` on, around the ring.
+def _advance(
+    values: Tensor, x: Tensor, weights: Tensor, bits: int, metric: Tensor
+) -> tuple[Tensor, list[Tensor]]:
+    """Run the trellis over values ``[n, count]``.
 
     Args:
-        x, weights: ``[BLOCK, LANES]``.
-        metric: ``[states, LANES]`` cost of the best path into every state, updated. A state is
-            the upper WINDOW - bits bits of the window before.
-        trace: ``[count, states, LANES]`` int32, the lower ``bits`` bits of the best window.
+        metric: ``[n, states]`` cost of the best path into every state. A state is the upper
+            WINDOW - bits bits of the window before.
+
+    Returns:
+        the costs after the last value, and for each value the best windows' lower bits ``[n, states]``.
     """
-    states, branches = 1 << (WINDOW - bits), 1 << bits
-    after = np.empty_like(metric)
-    best, choice = np.empty(_LANES, np.float32), np.empty(_LANES, np.int32)
-    for step in range(count):
-        i = (first + step) % BLOCK
-        for state in range(states):
-            best[:] = np.float32(_UNREACHABLE)
-            choice[:] = 0  # stays if costs overflow: any code is as good, but it must be one
-            for branch in range(branches):
-                window = (state << bits) | branch
-                before, value, mark = window & (states - 1), values[window], np.int32(branch)
-                for lane in range(_LANES):  # selects instead of branches, so that this vectorises
-                    error = x[i, lane] - value
-                    cost = metric[before, lane] + weights[i, lane] * error * error
-                    better = cost < best[lane]
-                    best[lane] = cost if better else best[lane]
-                    choice[lane] = mark if better else choice[lane]
-            for lane in range(_LANES):
-                after[state, lane] = best[lane]
-                trace[step, state, lane] = choice[lane]
-        metric[:] = after
-
-
-@numba.njit(fastmath=True, cache=True)
-def _encode_lanes(x, weights, values, bits, codes):  # type: ignore[no-untyped-def]
-    """Codes ``[LANES, BLOCK]`` uint8 of the blocks in the lanes of x ``[BLOCK, LANES]``."""
     states = 1 << (WINDOW - bits)
-    metric = np.zeros((states, _LANES), np.float32)
-    trace = np.empty((2 * _WARM, states, _LANES), np.int32)
-    seam = np.empty(_LANES, np.int64)
-    # First across the seam, to learn in which state the ring should be closed.
-    _advance(x, weights, values, bits, 2 * BLOCK - _WARM, 2 * _WARM, metric, trace)
-    for lane in range(_LANES):
-        state = np.argmin(metric[:, lane])
-        for step in range(2 * _WARM - 1, _WARM - 1, -1):
-            state = ((state << bits) | trace[step, state, lane]) & (states - 1)
-        seam[lane] = state
-    metric[:] = np.float32(_UNREACHABLE)
-    for lane in range(_LANES):
-        metric[seam[lane], lane] = 0
-    _advance(x, weights, values, bits, 0, BLOCK, metric, trace)
-    for lane in range(_LANES):
-        state = seam[lane]
-        for step in range(BLOCK - 1, -1, -1):
-            window = (state << bits) | trace[step, state, lane]
-            codes[lane, step] = window >> (WINDOW - bits)
-            state = window & (states - 1)
+    windows = torch.arange(1 << WINDOW, device=x.device).view(states, 1 << bits)
+    before, value, trace = windows & (states - 1), values[windows], []
+    for i in range(x.shape[1]):
+        cost = metric[:, before] + weights[:, i, None, None] * (x[:, i, None, None] - value).square()
+        metric, choice = cost.min(-1)
+        trace.append(choice)
+    return metric, trace
 
 
-@numba.njit(parallel=True, cache=True)
-def _encode_blocks(blocks, weights, values, bits):  # type: ignore[no-untyped-def]
-    count = blocks.shape[0]
-    groups = (count + _LANES - 1) // _LANES
-    codes = np.empty((groups * _LANES, BLOCK), np.uint8)
-    for group in numba.prange(groups):
-        start = group * _LANES
-        used = min(_LANES, count - start)
-        x = np.zeros((BLOCK, _LANES), np.float32)
-        w = np.zeros((BLOCK, _LANES), np.float32)
-        for lane in range(used):
-            for i in range(BLOCK):
-                x[i, lane] = blocks[start + lane, i]
-                w[i, lane] = weights[start + lane, i]
-        _encode_lanes(x, w, values, bits, codes[start : start + _LANES])
-    return codes[:count]
+def _trace_back(trace: list[Tensor], bits: int, state: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes ``[n, count]`` of the best paths into ``state`` ``[n]``, and the states where they began."""
+    codes = []
+    for choice in reversed(trace):
+        window = (state << bits) | choice.gather(1, state[:, None])[:, 0]
+        codes.append(window >> (WINDOW - bits))
+        state = window & ((1 << (WINDOW - bits)) - 1)
+    return torch.stack(codes[::-1], 1).to(torch.int32), state
+
+
+def _search_blocks(values: Tensor, x: Tensor, weights: Tensor, bits: int) -> Tensor:
+    """Codes ``[n, BLOCK]`` int32."""
+    metric = x.new_zeros(len(x), 1 << (WINDOW - bits))
+    metric, _ = _advance(values, x[:, -_WARM:], weights[:, -_WARM:], bits, metric)
+    metric, trace = _advance(values, x, weights, bits, metric)
+    _, seam = _trace_back(trace, bits, metric.argmin(-1))
+    codes, begun = _trace_back(trace, bits, seam)
+    again = torch.nonzero(begun != seam).flatten()
+    if len(again):
+        bound = torch.full_like(metric[again], _UNREACHABLE).scatter_(1, seam[again, None], 0.0)
+        _, trace = _advance(values, x[again], weights[again], bits, bound)
+        codes[again] = _trace_back(trace, bits, seam[again])[0]
+    return codes

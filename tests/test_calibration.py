@@ -116,6 +116,24 @@ def test_blocks_are_cut_in_order_and_the_remainder_is_dropped() -> None:
         blocks_of(7, 8)
 
 
+def test_text_is_sampled_from_all_documents() -> None:
+    """More text than is used: a piece of every document before a second one of any, none twice; which and in
+    what order depends on the seed alone."""
+    documents = [[100 * d + i for i in range(40)] for d in range(8)]
+
+    def sample(most: int, seed: int = 0) -> Tensor:
+        return token_blocks(documents, None, sequence_length=8, max_tokens=most, vocab_size=1000, seed=seed)
+
+    few = sample(64)
+    assert sorted((few[:, 0] // 100).tolist()) == list(range(8))
+    assert torch.equal(few, sample(64))
+    assert not torch.equal(few, sample(64, seed=1))
+    many = sample(128)
+    assert torch.equal(many[:8], few)
+    assert len(many.unique()) == 128
+    assert torch.equal(sample(320), torch.tensor(documents).view(-1, 8))
+
+
 def test_ids_outside_the_vocabulary_are_refused() -> None:
     """Text tokenized for another model would index past the embedding; the error names the id."""
     for ids, wrong in (([0, 99, 100, 3], "100"), ([0, -1, 50, 3], "-1")):

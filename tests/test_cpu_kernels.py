@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bitsmoe_plugin import kernels
+from bitsmoe_plugin import compiled, kernels
 from bitsmoe_plugin.benchmarks.synthetic import random_layer
 from bitsmoe_plugin.config import ALL_WIDTHS
 from bitsmoe_plugin.kernels import cpu
@@ -25,10 +25,10 @@ their norm they err by at most sqrt(2048 / 12) * 2^-16 = 2e-4 if one value rules
 
 @pytest.fixture(params=["avx512", "avx2", "portable"], autouse=True)
 def _instruction_set(request: pytest.FixtureRequest) -> Iterator[None]:
-    if cpu.select(request.param) is None:
+    if compiled.select(request.param) is None:
         pytest.skip(f"this machine has no {request.param}")
     yield
-    cpu.select(None)
+    compiled.select(None)
 
 
 def routing(tokens: int, experts: int, k: int, seed: int) -> tuple[Tensor, Tensor]:

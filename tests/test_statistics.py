@@ -103,6 +103,11 @@ def test_thin_experts_are_topped_up_to_the_median_expert(layer, make_layer) -> N
     assert all(len(r.tokens) == r.routed >= PRIOR_TOKENS for r in plenty)
 
 
+def covariance_of(bases: Tensor, stats, activations, rows, prior: float) -> Tensor:
+    pooled = statistics.pooled_covariance(bases, stats)
+    return statistics.input_covariance(bases, pooled, stats, activations, rows, prior)
+
+
 def test_unrouted_expert_gets_the_statistics_of_a_typical_one(make_layer) -> None:
     """Guards against zero cost, hence zero bits, for an expert that calibration never reached."""
     layer = make_layer(E, SIZE, H, 600, K)
@@ -115,7 +120,7 @@ def test_unrouted_expert_gets_the_statistics_of_a_typical_one(make_layer) -> Non
         assert bool(torch.isfinite(value).all())
     mass = stats.neuron_weights.sum(-1)
     assert bool((mass[:, 2] > mass[:, [0, 1, 3]].amin(1) / 4).all())
-    covariance = statistics.input_covariance(torch.eye(H)[None], stats, activations, rows[2], 1.0)
+    covariance = covariance_of(torch.eye(H)[None], stats, activations, rows[2], 1.0)
     torch.testing.assert_close(covariance, stats.second_moment.float().expand(2, H, H))
 
 
@@ -161,9 +166,7 @@ def test_neuron_weight_and_covariance_predict_the_error_of_a_neuron(make_layer, 
     changed = getattr(layer.weights, part).clone()
     changed[3, 0] += d
     index = ("gate", "up").index(part)
-    covariance = statistics.input_covariance(torch.eye(H)[None], stats, layer.activations, rows[3], 0.0)[
-        index
-    ]
+    covariance = covariance_of(torch.eye(H)[None], stats, layer.activations, rows[3], 0.0)[index]
     predicted = float(stats.neuron_weights[index, 3, 0] * (d @ covariance @ d))
     changed_weights = replace(layer.weights, **{part: changed})
     assert predicted == pytest.approx(measured_error(layer, changed_weights), rel=0.01)
@@ -175,8 +178,8 @@ def test_covariance_blends_by_token_count(layer, bases: int) -> None:
     rows = routed_only(layer, E)
     stats = collect(layer, rows)
     basis = torch.randn(bases, H, H)
-    own = statistics.input_covariance(basis, stats, layer.activations, rows[0], 0.0)
-    blended = statistics.input_covariance(basis, stats, layer.activations, rows[0], 0.5)
+    own = covariance_of(basis, stats, layer.activations, rows[0], 0.0)
+    blended = covariance_of(basis, stats, layer.activations, rows[0], 0.5)
     pooled = basis @ stats.second_moment.float() @ basis.transpose(1, 2)
     share = rows[0].routed / (rows[0].routed + 0.5 * H)
     torch.testing.assert_close(blended, share * own + (1 - share) * pooled, rtol=1e-4, atol=1e-4)
@@ -187,9 +190,9 @@ def test_gate_and_up_have_the_covariance_of_their_own_basis(layer) -> None:
     rows = statistics.expert_rows(layer.activations, E, seed=0)
     stats = collect(layer, rows)
     bases = torch.randn(2, H, H)
-    both = statistics.input_covariance(bases, stats, layer.activations, rows[1], 0.5)
+    both = covariance_of(bases, stats, layer.activations, rows[1], 0.5)
     for part in range(2):
-        alone = statistics.input_covariance(bases[part, None], stats, layer.activations, rows[1], 0.5)
+        alone = covariance_of(bases[part, None], stats, layer.activations, rows[1], 0.5)
         torch.testing.assert_close(both[part], alone[part], **TOLERANCE)
 
 

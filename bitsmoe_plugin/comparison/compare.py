@@ -115,6 +115,7 @@ def _peer(module: str, options: tuple[str, ...], task: ComparisonTask, scratch: 
         sequence_length=task.sequence_length,
         max_tokens=task.calibration_tokens,
         vocab_size=len(tokenizer),
+        seed=task.seed,
     )
     calibration, out = scratch / "calibration.json", scratch / "peer"
     calibration.write_text(json.dumps(blocks.tolist()))

@@ -89,6 +89,7 @@ class BitsMoEQuantizer(HfQuantizer):
             sequence_length=config.sequence_length,
             max_tokens=config.calibration_tokens,
             vocab_size=model.get_input_embeddings().num_embeddings,
+            seed=config.seed,
         )
         quantize_model(model, blocks, config)
 

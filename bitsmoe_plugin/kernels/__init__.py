@@ -9,6 +9,7 @@ from typing import Protocol
 from torch import Tensor
 
 from bitsmoe_plugin import serving
+from bitsmoe_plugin.compiled import library
 from bitsmoe_plugin.packed_spec import PackedSpec
 from bitsmoe_plugin.packing import PackedExperts
 from bitsmoe_plugin.statistics import Gating
@@ -49,7 +50,7 @@ def prepare(spec: PackedSpec, packed: PackedExperts, gating: Gating) -> Runtime:
 def _on_cpu(spec: PackedSpec, packed: PackedExperts, gating: Gating) -> tuple[Runtime | None, str]:
     from bitsmoe_plugin.kernels import cpu
 
-    if cpu.library() is None:
+    if library() is None:
         return None, (
             "the kernels were not compiled when bitsmoe-plugin was installed. Install a C compiler (gcc or "
             "clang) and reinstall"

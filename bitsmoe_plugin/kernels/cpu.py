@@ -12,17 +12,16 @@ exact or float32: relative to ``kernels.reference`` the output differs by about 
 from __future__ import annotations
 
 import ctypes
-import importlib.machinery
-from ctypes import POINTER, c_char_p, c_float, c_int, c_int32, c_int64, c_uint8, c_void_p
+from ctypes import POINTER, c_float, c_int, c_int32, c_int64, c_uint8, c_void_p
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from bitsmoe_plugin import coding, grids, packing, trellis
+from bitsmoe_plugin.compiled import library, pointer
 from bitsmoe_plugin.packed_spec import PackedSpec
 from bitsmoe_plugin.packing import PackedExperts
 from bitsmoe_plugin.statistics import Gating
@@ -59,36 +58,18 @@ class _Layer(ctypes.Structure):
 
 
 @cache
-def library() -> ctypes.CDLL | None:
-    """The compiled kernels, None if the package was installed without a C compiler."""
-    for suffix in importlib.machinery.EXTENSION_SUFFIXES:
-        path = Path(__file__).parent / f"_cpu{suffix}"
-        if path.exists():
-            break
-    else:
-        return None
-    lib = ctypes.CDLL(str(path))
-    lib.bitsmoe_select.argtypes, lib.bitsmoe_select.restype = [c_char_p], c_char_p
+def _library() -> ctypes.CDLL:
+    """The library; only asked for where there is one."""
+    lib = library()
+    assert lib is not None
     lib.bitsmoe_layer_bytes.restype = c_int64
     lib.bitsmoe_prepare_decoder.argtypes = [POINTER(_Decoder)]
-    pointer, layer = c_void_p, POINTER(_Layer)
-    lib.bitsmoe_basis.argtypes = [layer, c_int, pointer, c_int64, pointer, c_int]
-    lib.bitsmoe_gate_up.argtypes = [layer, pointer, pointer, c_int64, c_int64, pointer, c_int]
-    lib.bitsmoe_down.argtypes = [layer, pointer, pointer, pointer, c_int64, c_int64, pointer, c_int]
+    address, layer = c_void_p, POINTER(_Layer)
+    lib.bitsmoe_basis.argtypes = [layer, c_int, address, c_int64, address, c_int]
+    lib.bitsmoe_gate_up.argtypes = [layer, address, address, c_int64, c_int64, address, c_int]
+    lib.bitsmoe_down.argtypes = [layer, address, address, address, c_int64, c_int64, address, c_int]
     assert lib.bitsmoe_layer_bytes() == ctypes.sizeof(_Layer), "cpu.py and csrc/bitsmoe.h disagree"
-    lib.bitsmoe_select(None)
     return lib
-
-
-def select(name: str | None) -> str | None:
-    """Use the kernels of one instruction set ("avx512", "avx2", "portable"), None: the best of this machine.
-
-    Returns:
-        the name of the kernels now in use; None if this machine cannot run them, and nothing changed.
-    """
-    lib = library()
-    chosen = None if lib is None else lib.bitsmoe_select(None if name is None else name.encode())
-    return None if chosen is None else chosen.decode()
 
 
 def _decoder(bits: int, grid: str) -> _Decoder:
@@ -99,17 +80,9 @@ def _decoder(bits: int, grid: str) -> _Decoder:
         decoder.table = (c_uint8 * 256)(*(trellis.TABLES[bits].astype(np.int16) + 128).tolist())
     else:
         decoder.offset2, decoder.step = 2**bits - 1, grids.STEP[bits]
-    lib = library()
-    assert lib is not None, "only asked for where there is one"
-    if lib.bitsmoe_prepare_decoder(ctypes.byref(decoder)):
+    if _library().bitsmoe_prepare_decoder(ctypes.byref(decoder)):
         raise MemoryError(f"no memory for the decoder of {bits} bits")
     return decoder
-
-
-def _pointer(tensor: Tensor) -> int:
-    assert tensor.is_contiguous()
-    assert tensor.device.type == "cpu"
-    return tensor.data_ptr()
 
 
 @dataclass(frozen=True)
@@ -150,8 +123,8 @@ class CpuLayer:
             widths=len(widths),
             width_bits=(c_int32 * MAX_WIDTHS)(*widths),
             falling=(c_int32 * MAX_WIDTHS)(*sorted(range(len(widths)), key=lambda i: -widths[i])),
-            starts=_pointer(starts),
-            **{name.removeprefix("bitsmoe_"): _pointer(tensor) for name, tensor in packed.tensors()},
+            starts=pointer(starts),
+            **{name.removeprefix("bitsmoe_"): pointer(tensor) for name, tensor in packed.tensors()},
         )
         for i, width in enumerate(widths):
             if width:
@@ -176,22 +149,21 @@ class CpuLayer:
         return out.to(hidden.dtype)
 
     def _forward(self, x: Tensor, ids: Tensor, weights: Tensor, out: Tensor) -> None:
-        lib, layer = library(), ctypes.byref(self.layer)
-        assert lib is not None
+        lib, layer = _library(), ctypes.byref(self.layer)
         shape, threads = self.spec.shape, torch.get_num_threads()
         tokens, k = ids.shape
         chunked = -(-shape.intermediate_size // 64) * 64
         z = x.new_empty(tokens, self.spec.input_bases * shape.rank)
         gate_up = x.new_empty(tokens * k, 2, chunked)
         coordinates = x.new_empty(tokens, shape.rank)
-        chosen = _pointer(ids)
-        failed = lib.bitsmoe_basis(layer, 0, _pointer(x), tokens, _pointer(z), threads)
-        failed |= lib.bitsmoe_gate_up(layer, _pointer(z), chosen, tokens, k, _pointer(gate_up), threads)
+        chosen = pointer(ids)
+        failed = lib.bitsmoe_basis(layer, 0, pointer(x), tokens, pointer(z), threads)
+        failed |= lib.bitsmoe_gate_up(layer, pointer(z), chosen, tokens, k, pointer(gate_up), threads)
         gate, up = gate_up[:, :, : shape.intermediate_size].unbind(1)
         h = self.gating(gate, up).contiguous()
         failed |= lib.bitsmoe_down(
-            layer, _pointer(h), _pointer(weights), chosen, tokens, k, _pointer(coordinates), threads
+            layer, pointer(h), pointer(weights), chosen, tokens, k, pointer(coordinates), threads
         )
-        failed |= lib.bitsmoe_basis(layer, 1, _pointer(coordinates), tokens, _pointer(out), threads)
+        failed |= lib.bitsmoe_basis(layer, 1, pointer(coordinates), tokens, pointer(out), threads)
         if failed:
             raise MemoryError(f"no memory for the experts' intermediate results of {tokens} tokens")

@@ -6,6 +6,8 @@
 
 static const Kernels *kernels = &bitsmoe_portable;
 
+void bitsmoe_select_rounding(const char *name);
+
 /* Choose the instruction set: NULL for the best of this machine. Returns its name, NULL if it is not to be had. */
 const char *bitsmoe_select(const char *name) {
   const Kernels *usable[3];
@@ -21,7 +23,11 @@ const char *bitsmoe_select(const char *name) {
 #endif
   usable[count++] = &bitsmoe_portable;
   for (int i = 0; i < count; i++)
-    if (!name || !strcmp(name, usable[i]->name)) return (kernels = usable[i])->name;
+    if (!name || !strcmp(name, usable[i]->name)) {
+      kernels = usable[i];
+      bitsmoe_select_rounding(kernels->name);
+      return kernels->name;
+    }
   return NULL;
 }
 

@@ -1,0 +1,164 @@
+/* Rounding of many rows, shared out over threads; see rounding.h. */
+#include "rounding.h"
+
+static const Rounding *rounding = &bitsmoe_rounding_portable;
+
+/* As bitsmoe_select, which calls it: the same instruction set for rounding. */
+void bitsmoe_select_rounding(const char *name) {
+  rounding = &bitsmoe_rounding_portable;
+#if defined(__x86_64__)
+  if (!strcmp(name, "avx2")) rounding = &bitsmoe_rounding_avx2;
+  if (!strcmp(name, "avx512")) rounding = &bitsmoe_rounding_avx512;
+#endif
+}
+
+static void *new_search(void) { return aligned_alloc(64, (rounding->search_bytes + 63) / 64 * 64); }
+
+/* Codes of blocks [n, 32] with weights alike. Returns 0, or -1 without memory. */
+int bitsmoe_trellis_codes(const float *blocks, const float *weights, int64_t n, const float *table, int bits,
+                          int32_t *codes, int threads) {
+  enum { BATCH = 256 };
+  int failed = 0;
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+  for (int64_t start = 0; start < n; start += BATCH) {
+    const int count = n - start < BATCH ? (int)(n - start) : BATCH;
+    void *search = new_search();
+    float *root = malloc(BATCH * BLOCK * sizeof *root);
+    Block queue[BATCH];
+    if (search && root) {
+      rounding->root_weights(weights + start * BLOCK, count * BLOCK, root);
+      for (int i = 0; i < count; i++)
+        queue[i] = (Block){blocks + (start + i) * BLOCK, root + i * BLOCK, 1, BLOCK, codes + (start + i) * BLOCK};
+      rounding->search_blocks(search, queue, count, table, bits);
+    } else {
+#pragma omp atomic write
+      failed = -1;
+    }
+    free(search);
+    free(root);
+  }
+  return failed;
+}
+
+/* grids.best_scale of rows [n, size], row j at bits[j] and with weights[j / per]. */
+void bitsmoe_best_scales(const Grids *grids, const float *rows, const float *weights, int64_t per, int64_t n,
+                         int size, const uint8_t *bits, float *scales, float *distortions, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t j = 0; j < n; j++)
+    rounding->best_scale(rows + j * size, weights + j / per * size, size, bits[j], grids->step[bits[j]], scales + j,
+               distortions + j);
+}
+
+/* rounding._choose_scales of rows [n, size]; row j has low[j % rank], step[j % rank] and weights[j / per]. */
+void bitsmoe_choose_scales(const Grids *grids, const float *rows, const float *weights, int64_t per, int64_t n,
+                           int size, const uint8_t *bits, const float *start, const float *low, const float *step,
+                           int64_t rank, uint8_t *codes, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t j = 0; j < n; j++)
+    codes[j] = (uint8_t)rounding->choose_scale(rows + j * size, weights + j / per * size, size, bits[j],
+                                     grids->step[bits[j]], start[j], low[j % rank], step[j % rank]);
+}
+
+/* Factors that are rounded row after row, P = factors times experts of them. */
+typedef struct {
+  int64_t problems, rank, first, last; /* P, r; rows of this call */
+  int32_t size, padded, experts;       /* I, whole blocks, experts per factor */
+  const float *weights;                /* [P, I] */
+  const float *unit;                   /* [P, r, r] unit upper factor of the covariance */
+  const uint8_t *bits;                 /* [P, r] */
+  const float *start;                  /* [P, r] planned scale codes */
+  const float *low, *step;             /* [P / experts, r] scale grids */
+  float *work;                         /* [P, r, I] rows; those before `first`, then all: row - value */
+  float *target;                       /* [P, last - first, I] rows with the errors of those before `first` */
+  uint8_t *scale_codes;                /* [P, r] */
+  int32_t *codes;                      /* [P, r, padded] */
+  float *values;                       /* [P, r, I] */
+  float *errors;                       /* [P, r] weighted squares of what is left of each row's target */
+} RankRows;
+
+/* Values of codes; a block's first window reaches around its ring. */
+static void decode_row(const Grids *grids, const int32_t *codes, int size, int bits, float scale, float *values) {
+  if (bits == 0) {
+    memset(values, 0, size * sizeof *values);
+    return;
+  }
+  const float *table = bits <= TRELLIS_BITS ? grids->table[bits] : NULL;
+  if (!table) {
+    const float step = scale * grids->step[bits], half = (float)((1 << bits) - 1) / 2;
+    for (int i = 0; i < size; i++) values[i] = ((float)codes[i] - half) * step;
+    return;
+  }
+  for (int first = 0; first < size; first += BLOCK) {
+    unsigned window = 0;
+    for (int i = BLOCK - WINDOW; i < BLOCK; i++) window = window >> bits | (unsigned)codes[first + i] << (WINDOW - bits);
+    for (int i = 0; i < BLOCK && first + i < size; i++) {
+      window = window >> bits | (unsigned)codes[first + i] << (WINDOW - bits);
+      values[first + i] = table[window] * scale;
+    }
+  }
+}
+
+/* Rows first..last of the problems from..to, in lockstep: row k of all of them is searched together. */
+static void round_some(const Grids *grids, const RankRows *r, int64_t from, int64_t to, void *search, float *root,
+                       Block *queue) {
+  const int blocks = r->padded / BLOCK;
+  const int64_t room = (to - from) * blocks, called = r->last - r->first;
+  for (int64_t p = from; p < to; p++) rounding->root_weights(r->weights + p * r->size, r->size, root + (p - from) * r->size);
+  for (int64_t k = r->first; k < r->last; k++) {
+    int64_t count[TRELLIS_BITS + 1] = {0};
+    for (int64_t p = from; p < to; p++) {
+      const int64_t at = p * r->rank + k, grid = p / r->experts * r->rank + k;
+      const float *row = r->target + (p * called + k - r->first) * r->size;
+      const int bits = r->bits[at];
+      int32_t *codes = r->codes + at * r->padded;
+      const int code = rounding->choose_scale(row, r->weights + p * r->size, r->size, bits, grids->step[bits], r->start[at],
+                                    r->low[grid], r->step[grid]);
+      const float scale = exp2f(r->low[grid] + code * r->step[grid]);
+      r->scale_codes[at] = (uint8_t)code;
+      if (bits == 0 || bits > TRELLIS_BITS || !grids->table[bits]) {
+        memset(codes, 0, r->padded * sizeof *codes);
+        if (bits) rounding->uniform_codes(row, r->size, scale * grids->step[bits], bits, codes);
+        continue;
+      }
+      for (int b = 0; b < blocks; b++) {
+        const int left = r->size - b * BLOCK;
+        queue[bits * room + count[bits]++] =
+            (Block){row + b * BLOCK, root + (p - from) * r->size + b * BLOCK, 1.f / scale,
+                    left < BLOCK ? left : BLOCK, codes + b * BLOCK};
+      }
+    }
+    for (int bits = 1; bits <= TRELLIS_BITS; bits++)
+      if (count[bits]) rounding->search_blocks(search, queue + bits * room, count[bits], grids->table[bits], bits);
+    for (int64_t p = from; p < to; p++) {
+      const int64_t at = p * r->rank + k, grid = p / r->experts * r->rank + k;
+      float *value = r->values + at * r->size;
+      decode_row(grids, r->codes + at * r->padded, r->size, r->bits[at],
+                 exp2f(r->low[grid] + r->scale_codes[at] * r->step[grid]), value);
+      r->errors[at] = rounding->pass_on(r->work + at * r->size, value, r->target + (p * called + k - r->first) * r->size,
+                              r->weights + p * r->size, r->size, r->unit + at * r->rank + k, (int)(r->last - k));
+    }
+  }
+}
+
+/* Returns 0, or -1 without memory. */
+int bitsmoe_round_rank(const Grids *grids, const RankRows *r, int threads) {
+  const int64_t share = (r->problems + threads - 1) / threads;
+  int failed = 0;
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int t = 0; t < threads; t++) {
+    const int64_t from = t * share, to = from + share < r->problems ? from + share : r->problems;
+    if (from >= to) continue;
+    void *search = new_search();
+    float *root = malloc(share * r->size * sizeof *root);
+    Block *queue = malloc((TRELLIS_BITS + 1) * share * (r->padded / BLOCK) * sizeof *queue);
+    if (search && root && queue) round_some(grids, r, from, to, search, root, queue);
+    else {
+#pragma omp atomic write
+      failed = -1;
+    }
+    free(search);
+    free(root);
+    free(queue);
+  }
+  return failed;
+}
