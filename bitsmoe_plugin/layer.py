@@ -83,7 +83,7 @@ def _spectral_weights(problem: LayerProblem, chosen: slice) -> tuple[list[Tensor
     """
     energies = []
     for rows in problem.rows[chosen]:
-        z = problem.activations.hidden[rows.tokens].float() @ problem.input_bases.transpose(1, 2)
+        z = problem.z[:, rows.tokens]
         energies.append((z.square() * rows.weights[:, None]).sum(1))
     z_energy = torch.stack(energies, 1)
     moments = problem.statistics.hidden_moment[chosen]
@@ -216,9 +216,9 @@ def _expert_hidden(problem: LayerProblem, expert: int, values: Tensor) -> tuple[
     Args:
         values: ``[2, r, I]``, decoded gate and up.
     """
-    x = problem.activations.hidden[problem.rows[expert].tokens].float()
+    tokens = problem.rows[expert].tokens
+    x, z = problem.activations.hidden[tokens].float(), problem.z[:, tokens]
     gate, up = problem.weights.gate[expert].float(), problem.weights.up[expert].float()
-    z = x @ problem.input_bases.transpose(1, 2)
     return problem.gating(x @ gate.T, x @ up.T), problem.gating(z[0] @ values[0], z[-1] @ values[1])
 
 
@@ -240,7 +240,9 @@ def refit_down(problem: LayerProblem, values: Tensor, experts: list[int]) -> tup
     if not problem.config.refit:
         return down, moments
     size, h = problem.shape.intermediate_size, problem.shape.hidden_size
-    output_inverse = torch.linalg.inv(problem.output_basis.double()).float()
+    drift = None
+    if problem.drift is not None:  # in the coordinates of the output basis
+        drift = problem.drift.float() @ torch.linalg.inv(problem.output_basis.double()).float().T
     for i, expert in enumerate(experts):
         exact, rounded = _expert_hidden(problem, expert, values[:, i])
         a = problem.rows[expert].weights[:, None] / h
@@ -248,8 +250,8 @@ def refit_down(problem: LayerProblem, values: Tensor, experts: list[int]) -> tup
         ridge = _REFIT_RIDGE * own.diagonal().mean().clamp_min(1e-30) * torch.eye(size)
         wanted = down[i] @ (cross + ridge)
         routed = problem.rows[expert].routed
-        if problem.drift is not None:
-            missing = _missing_output(problem, expert, problem.drift) @ output_inverse.T
+        if drift is not None:
+            missing = _missing_output(problem, expert, drift)
             wanted += (a[:routed] * missing).T @ rounded[:routed]
         fitted = torch.linalg.solve(own + ridge, wanted.T).T
         down[i] += routed / (routed + 2 * size) * (fitted - down[i])
@@ -258,7 +260,7 @@ def refit_down(problem: LayerProblem, values: Tensor, experts: list[int]) -> tup
 
 
 def _missing_output(problem: LayerProblem, expert: int, drift: Tensor) -> Tensor:
-    """An expert's part ``[routed, H]`` in making up for what earlier layers lost at its tokens.
+    """An expert's part ``[routed, r]`` in making up for what earlier layers lost at its tokens, ``[T, r]``.
 
     With p the router's weights of a token, drift * p / sum(p^2): the parts, weighted by p, add up
     to the whole drift. (GPTAQ, arXiv 2504.02692, aims at the unquantized model's outputs likewise.)
@@ -267,7 +269,7 @@ def _missing_output(problem: LayerProblem, expert: int, drift: Tensor) -> Tensor
     tokens = rows.tokens[: rows.routed]
     weights = problem.activations.top_k_weights[tokens]
     share = weights.gather(1, rows.slots[:, None]) / weights.square().sum(-1, keepdim=True).clamp_min(1e-12)
-    return drift[tokens].float() * share
+    return drift[tokens] * share
 
 
 def sampled_error(problem: LayerProblem, experts: list[int], values: Tensor) -> float:

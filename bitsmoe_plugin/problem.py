@@ -27,7 +27,8 @@ class LayerProblem:
         drift: ``[T, H]``, how far the residual stream after this layer, with its experts exact, is from
             that of the unquantized model; None if the layer shall not make up for it.
         factors: ``[3, E, r, I]`` float32, exact in the quantized bases.
-        input_bases: ``[1 or 2, r, H]`` float32, dequantized; the first is of gate, the last of up.
+        z: ``[1 or 2, T, r]`` float32, input bases (as they will be stored) times inputs; the first is
+            of gate, the last of up.
         pooled: ``[1 or 2, r, r]`` float32, see ``statistics.pooled_covariance``.
         output_basis: ``[H, r]`` float32, dequantized.
     """
@@ -40,7 +41,7 @@ class LayerProblem:
     statistics: LayerStatistics
     bases: SharedBases
     factors: Tensor
-    input_bases: Tensor
+    z: Tensor
     pooled: Tensor
     output_basis: Tensor
     config: BitsMoEConfig
@@ -50,6 +51,11 @@ class LayerProblem:
     def shape(self) -> LayerShape:
         w = self.weights
         return LayerShape(w.num_experts, w.hidden_size, w.intermediate_size)
+
+    @property
+    def input_bases(self) -> Tensor:
+        """``[1 or 2, r, H]`` float32, dequantized; the first is of gate, the last of up."""
+        return self.bases.input_bases()
 
     def chunks(self, experts: int) -> list[slice]:
         """Positions 0..experts in groups of bounded working set."""
@@ -105,7 +111,7 @@ def build_problem(
         stats,
         bases,
         spectral.expert_factors(weights, bases),
-        input_bases,
+        activations.hidden.float() @ input_bases.transpose(1, 2),
         statistics.pooled_covariance(input_bases, stats),
         bases.output_basis.dequantize(),
         config,
@@ -123,10 +129,9 @@ def error_feedback(moment: Tensor, config: BitsMoEConfig) -> Tensor:
 def rank_feedback(problem: LayerProblem, expert: int) -> RankFeedback:
     """Feedback of an expert's gate and up: unit ``[2, r, r]``, variance ``[2, r]``."""
     moments = statistics.input_covariance(
-        problem.input_bases,
+        problem.z,
         problem.pooled,
         problem.statistics,
-        problem.activations,
         problem.rows[expert],
         problem.config.covariance_prior,
     )

@@ -125,7 +125,7 @@ class RankFeedback:
     """Covariances C = unit diag(variance) unit^T of gate's and up's inputs, for rounding row after row.
 
     With d the errors (row minus value) of the rows rounded so far, row k is rounded to make up for
-    them, that is, towards row + unit[:k, k]^T d; what is then left of its target costs variance[k] per square.
+    them, that is, towards row + unit[:k, k]^T d; what is left of its target costs variance[k] per square.
     (QuIP's form of the feedback, arXiv 2307.13304; GPTQ's, from the inverse of C, has the same targets.)
 
     Attributes:

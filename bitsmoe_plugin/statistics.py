@@ -203,12 +203,7 @@ def pooled_covariance(bases: Tensor, statistics: LayerStatistics) -> Tensor:
 
 
 def input_covariance(
-    bases: Tensor,
-    pooled: Tensor,
-    statistics: LayerStatistics,
-    activations: LayerActivations,
-    rows: ExpertRows,
-    prior_strength: float,
+    z: Tensor, pooled: Tensor, statistics: LayerStatistics, rows: ExpertRows, prior_strength: float
 ) -> Tensor:
     """Second moments of z = input basis times x as one expert's gate and up see it.
 
@@ -216,16 +211,16 @@ def input_covariance(
     as if ``prior_strength * rank`` tokens of it had been seen.
 
     Args:
-        bases: ``[1 or 2, rank, H]`` float32, dequantized: of gate and up together or of each.
+        z: ``[1 or 2, T, rank]`` float32, of gate and up together or of each.
         pooled: from ``pooled_covariance``.
 
     Returns:
         ``[2, rank, rank]`` float32 (gate, up), normalised to unit total weight.
     """
     tokens = rows.tokens[: rows.routed]
-    prior = prior_strength * bases.shape[1]
+    prior = prior_strength * z.shape[-1]
     share = rows.routed / max(rows.routed + prior, 1e-9)
-    z = activations.hidden[tokens].float() @ bases.transpose(1, 2)
+    z = z[:, tokens]
     moments = []
     for part in range(2):
         weight = statistics.slot_weights[part, tokens, rows.slots]

@@ -105,7 +105,8 @@ def test_thin_experts_are_topped_up_to_the_median_expert(layer, make_layer) -> N
 
 def covariance_of(bases: Tensor, stats, activations, rows, prior: float) -> Tensor:
     pooled = statistics.pooled_covariance(bases, stats)
-    return statistics.input_covariance(bases, pooled, stats, activations, rows, prior)
+    z = activations.hidden.float() @ bases.transpose(1, 2)
+    return statistics.input_covariance(z, pooled, stats, rows, prior)
 
 
 def test_unrouted_expert_gets_the_statistics_of_a_typical_one(make_layer) -> None:
