@@ -1,6 +1,6 @@
-"""Rounding in compiled C (``kernels/csrc/rounding*``): fast paths of ``grids``, ``viterbi``, ``rounding``.
+"""Rounding and packing in compiled C (``kernels/csrc/rounding*``): the fast paths of four modules.
 
-Each function does what the function that calls it defines, which stays as the reference and is used without
+Each function does what the function that calls it (in ``grids``, ``viterbi``, ``rounding`` or ``packing``) defines, which stays as the reference and is used without
 the compiled library. Sums are taken in another order, so that a choice between nearly equal codes may differ.
 """
 
@@ -39,6 +39,7 @@ def _library() -> ctypes.CDLL:
     assert lib is not None
     address, grids, size = c_void_p, POINTER(_Grids), c_int64
     lib.bitsmoe_trellis_codes.argtypes = [address, address, size, address, c_int, address, c_int]
+    lib.bitsmoe_pack.argtypes, lib.bitsmoe_pack.restype = [address, size, c_int, address, c_int], None
     lib.bitsmoe_best_scales.argtypes = [grids, address, address, size, size, c_int, *[address] * 3, c_int]
     lib.bitsmoe_best_scales.restype = None
     lib.bitsmoe_choose_scales.argtypes = [
@@ -83,6 +84,14 @@ def trellis_codes(table: Tensor, rows: Tensor, weights: Tensor, bits: int) -> Te
     ):
         raise MemoryError("no memory for the trellis search")
     return codes
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """See ``packing.pack_codes``; codes ``[rows, n]`` int32, whole blocks."""
+    words = torch.empty(codes.shape[0], codes.shape[1] // 32 * bits, dtype=torch.int32)
+    codes, threads = codes.contiguous(), torch.get_num_threads()
+    _library().bitsmoe_pack(pointer(codes), codes.numel() // 32, bits, pointer(words), threads)
+    return words
 
 
 def best_scales(

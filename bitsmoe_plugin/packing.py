@@ -36,7 +36,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from bitsmoe_plugin import coding, grids, trellis
+from bitsmoe_plugin import coding, fast_rounding, grids, trellis
 from bitsmoe_plugin.rounding import SCALE_LEVELS, ScaleGrid
 from bitsmoe_plugin.spectral import QuantizedBasis
 
@@ -99,8 +99,15 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
     Returns:
         ``[rows, ceil(n / 32) * bits]`` int32.
     """
-    rows, n = codes.shape
-    padded = torch.nn.functional.pad(codes.to(torch.int64), (0, -n % BLOCK))
+    padded = torch.nn.functional.pad(codes, (0, -codes.shape[1] % BLOCK))
+    if fast_rounding.available() and codes.device.type == "cpu":
+        return fast_rounding.pack(padded.to(torch.int32), bits)
+    return pack_codes_reference(padded.to(torch.int64), bits)
+
+
+def pack_codes_reference(padded: Tensor, bits: int) -> Tensor:
+    """``pack_codes`` in plain torch, of whole blocks ``[rows, n]`` int64."""
+    rows = len(padded)
     values = padded.view(rows, -1, BLOCK)
     words = torch.zeros(rows, values.shape[1], bits + 1, dtype=torch.int64)
     for i in range(BLOCK):

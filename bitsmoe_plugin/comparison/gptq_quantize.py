@@ -78,7 +78,7 @@ def _import_gptqmodel() -> Any:
     return gptqmodel
 
 
-def _quantize_config(settings: GptqSettings) -> Any:
+def quantize_config(settings: GptqSettings) -> Any:
     """Translate our settings to a gptqmodel ``QuantizeConfig`` that only touches experts."""
     from gptqmodel.quantization.config import Fallback, QuantizeConfig
 
@@ -132,7 +132,7 @@ def quantize_experts(
     backend = gptqmodel.BACKEND.GPTQ_TORCH
     examples = [{"input_ids": list(tokens), "attention_mask": [1] * len(tokens)} for tokens in calibration]
     with scratch_directory():
-        model = gptqmodel.GPTQModel.load(str(model_dir), _quantize_config(settings), backend=backend)
+        model = gptqmodel.GPTQModel.load(str(model_dir), quantize_config(settings), backend=backend)
         start = time.perf_counter()
         log = model.quantize(examples, batch_size=batch_size, backend=backend)
         seconds = time.perf_counter() - start

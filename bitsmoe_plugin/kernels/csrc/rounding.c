@@ -40,6 +40,25 @@ int bitsmoe_trellis_codes(const float *blocks, const float *weights, int64_t n, 
   return failed;
 }
 
+/* Bit strings [n, bits words] of blocks of codes [n, 32], as packing.pack_codes. */
+void bitsmoe_pack(const int32_t *codes, int64_t n, int bits, uint32_t *words, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t b = 0; b < n; b++) {
+    uint64_t string = 0;
+    int filled = 0;
+    uint32_t *out = words + b * bits;
+    for (int i = 0; i < BLOCK; i++) {
+      string |= (uint64_t)(uint32_t)codes[b * BLOCK + i] << filled;
+      filled += bits;
+      if (filled >= 32) {
+        *out++ = (uint32_t)string;
+        string >>= 32;
+        filled -= 32;
+      }
+    }
+  }
+}
+
 /* grids.best_scale of rows [n, size], row j at bits[j] and with weights[j / per]. */
 void bitsmoe_best_scales(const Grids *grids, const float *rows, const float *weights, int64_t per, int64_t n,
                          int size, const uint8_t *bits, float *scales, float *distortions, int threads) {
