@@ -1,7 +1,8 @@
 """Rounding and packing in compiled C (``kernels/csrc/rounding*``): the fast paths of four modules.
 
-Each function does what the function that calls it (in ``grids``, ``viterbi``, ``rounding`` or ``packing``) defines, which stays as the reference and is used without
-the compiled library. Sums are taken in another order, so that a choice between nearly equal codes may differ.
+Each function does what the function that calls it defines (in ``grids``, ``viterbi``, ``rounding`` or
+``packing``), which stays as the reference and is used without the compiled library. Sums are taken in
+another order, so that a choice between nearly equal codes may differ.
 """
 
 from __future__ import annotations

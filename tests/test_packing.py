@@ -59,6 +59,14 @@ def test_largest_codes_set_every_bit(bits: int) -> None:
     assert packing.pack_codes(codes, bits).tolist() == [[-1] * bits]
 
 
+@pytest.mark.parametrize("bits", range(1, 17))
+def test_compiled_packing_is_that_of_the_reference(bits: int) -> None:
+    """Guards the format: bitwise the same words, for any width and for a last block that is not full."""
+    codes = torch.randint(2**bits, (7, 72), generator=torch.Generator().manual_seed(bits))
+    padded = torch.nn.functional.pad(codes, (0, 24))
+    assert torch.equal(packing.pack_codes(codes, bits), packing.pack_codes_reference(padded, bits))
+
+
 @given(
     bits=st.integers(1, 16),
     blocks=st.integers(1, 4),

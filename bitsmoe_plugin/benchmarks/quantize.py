@@ -1,8 +1,8 @@
 """``bench quantize``: time to quantize one layer of a known model's shape, part by part, against GPTQ.
 
 Weights and inputs are random, with spectra that fall as a power law: for time, not for quality. GPTQ
-(gptqmodel, if it is installed) quantizes some of the experts from the same tokens; its time per expert does not
-depend on how many there are, so it is scaled up to all.
+(gptqmodel, if it is installed) quantizes some of the experts from the same tokens; its time per expert
+does not depend on how many there are, so it is scaled up to all.
 """
 
 from __future__ import annotations
