@@ -21,8 +21,8 @@ from bitsmoe_plugin.config import BitsMoEConfig
 from bitsmoe_plugin.errors import QuantizationError
 from bitsmoe_plugin.families import MoELayer, find_moe_layers
 from bitsmoe_plugin.inspection import table_console
-from bitsmoe_plugin.pipeline import layer_shape
 from bitsmoe_plugin.resources import Workload, peak_memory, rough_seconds
+from bitsmoe_plugin.sources import layer_shape
 
 _HEADER_BYTES = 128
 """Per tensor in the header of a safetensors file; 110 to 120 measured, more with longer names."""

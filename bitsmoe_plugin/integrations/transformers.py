@@ -29,8 +29,10 @@ from bitsmoe_plugin.config import QUANT_METHOD, BitsMoEConfig
 from bitsmoe_plugin.errors import CheckpointError, ConfigError, QuantizationError
 from bitsmoe_plugin.experts import BitsMoEExperts, replace_module
 from bitsmoe_plugin.families import find_moe_layers
+from bitsmoe_plugin.integrations.streaming import StreamedExperts, can_stream
 from bitsmoe_plugin.other_tensors import record
-from bitsmoe_plugin.pipeline import layer_shape, quantize_model
+from bitsmoe_plugin.pipeline import quantize_model
+from bitsmoe_plugin.sources import ExpertSource, LoadedExperts
 
 
 class BitsMoEQuantizer(HfQuantizer):
@@ -43,6 +45,7 @@ class BitsMoEQuantizer(HfQuantizer):
         # A copy, because the manifest of this model is written into it: one config object given to
         # two models must not end up describing the second in both.
         super().__init__(copy.copy(quantization_config), **kwargs)
+        self._source: ExpertSource | None = None
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Refuse to quantize without calibration text before any weight is read."""
@@ -56,11 +59,12 @@ class BitsMoEQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
-        layers = find_moe_layers(model)
         config = self.quantization_config
         if not self.pre_quantized:
-            plan_budget([layer_shape(layer) for layer in layers], config)
+            self._source = _expert_source(model, checkpoint_files)
+            plan_budget(self._source.shapes, config)
             return
+        layers = find_moe_layers(model)
         surplus = set(config.layers) - {layer.name for layer in layers}
         if surplus:
             raise CheckpointError(
@@ -81,7 +85,9 @@ class BitsMoEQuantizer(HfQuantizer):
                 if isinstance(module, BitsMoEExperts):
                     verify_experts(name, module, self.quantization_config)
             return
-        config = self.quantization_config
+        config, source = self.quantization_config, self._source
+        if isinstance(source, StreamedExperts):
+            source.model_is_loaded()
         documents = load_documents(config.dataset)
         blocks = token_blocks(
             documents,
@@ -90,7 +96,8 @@ class BitsMoEQuantizer(HfQuantizer):
             max_tokens=config.calibration_tokens,
             vocab_size=model.get_input_embeddings().num_embeddings,
         )
-        quantize_model(model, blocks, config)
+        quantize_model(model, blocks, config, source)
+        self._source = None  # it holds the model
 
     def _tokenizer(self, model: Any, needed: bool) -> Any:
         given = self.quantization_config.tokenizer
@@ -120,6 +127,17 @@ class BitsMoEQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return False
+
+
+def _expert_source(model: nn.Module, files: list[str] | None) -> ExpertSource:
+    """Where the experts' weights will come from, for a model that is not loaded yet."""
+    if files and can_stream(files):
+        return StreamedExperts(model, files)
+    warnings.warn(
+        "the model is not loaded from safetensors files, so all of it is in memory while it is quantized",
+        stacklevel=2,
+    )
+    return LoadedExperts(model)
 
 
 def register() -> None:
