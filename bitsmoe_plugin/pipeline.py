@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,13 +30,17 @@ from bitsmoe_plugin.config import BitsMoEConfig
 from bitsmoe_plugin.errors import QuantizationError
 from bitsmoe_plugin.experts import BitsMoEExperts, replace_module
 from bitsmoe_plugin.families import MoELayer, apply_gating
+from bitsmoe_plugin.interruption import Interrupted, deferred_interrupt
 from bitsmoe_plugin.layer import LayerPlan, bits_over_bound, plan_layer, round_layer, row_sizes
 from bitsmoe_plugin.packing import LayerShape, PackedExperts
 from bitsmoe_plugin.problem import build_problem
 from bitsmoe_plugin.progress import Hidden, PackedLayer, Progress, ProgressInMemory, Widths
+from bitsmoe_plugin.run_identity import identity
+from bitsmoe_plugin.saved_progress import ProgressOnDisk
 from bitsmoe_plugin.sources import ExpertSource, LoadedExperts, layer_shape, weights_digest
 from bitsmoe_plugin.spectral import ExpertWeights
 from bitsmoe_plugin.statistics import LayerActivations
+from bitsmoe_plugin.work_directory import WorkDirectory, locked
 
 THIN_TOKENS_PER_DIMENSION = 0.25
 
@@ -138,6 +143,7 @@ class _Run:
         layers: number of decoder layers.
         moe: index of a decoder layer -> its MoE layer, in forward order; dense ones are left out.
         tokens: statistics see the first so many, the others are held out.
+        stop: tells whether to stop at the next layer's edge.
     """
 
     model: nn.Module
@@ -149,6 +155,7 @@ class _Run:
     budget: Budget
     tokens: int
     config: BitsMoEConfig
+    stop: Callable[[], bool]
 
     @contextmanager
     def loaded(self, layer: MoELayer) -> Iterator[ExpertWeights]:
@@ -157,10 +164,19 @@ class _Run:
             self.progress.check_weights(layer.name, weights_digest(layer))
             yield weights
 
-    def remaining(self, first: int, text: str) -> Iterable[int]:
-        """Indices of the decoder layers from ``first`` on, with a progress bar."""
-        bar = logging.tqdm(range(first, self.layers), desc=text, initial=first, total=self.layers)
-        return cast(Iterable[int], bar)
+    def remaining(self, first: int, text: str) -> Iterator[int]:
+        """Indices of the decoder layers from ``first`` on, with a progress bar.
+
+        Raises:
+            Interrupted: before a layer, if it is time to stop.
+        """
+        for index in logging.tqdm(range(first, self.layers), desc=text, initial=first, total=self.layers):
+            if self.stop():
+                raise Interrupted(
+                    f"{text.lower()} stopped after {index} of {self.layers}; {self.config.work_dir} holds "
+                    "what is finished. Start the same again to go on"
+                )
+            yield index
 
 
 def _plan(run: _Run) -> None:
@@ -293,7 +309,7 @@ def quantize_model(
     config: BitsMoEConfig,
     source: ExpertSource | None = None,
 ) -> BitsMoEConfig:
-    """Quantize the routed experts of a model in place.
+    """Quantize the routed experts of a model in place; goes on where ``config.work_dir`` says it ended.
 
     Args:
         model: transformers causal language model; all weights loaded, those of the experts too if ``source``
@@ -306,9 +322,29 @@ def quantize_model(
         the config with the manifest of the packed layers.
 
     Raises:
-        QuantizationError: no MoE layers, unknown family, NaN weights, or budget out of reach.
+        QuantizationError: no MoE layers, unknown family, NaN weights, budget out of reach, or a work
+            directory of another run.
+        Interrupted: Ctrl-C, after a layer, if there is a work directory.
     """
     source = source or LoadedExperts(model)
+    if config.work_dir is None:
+        return _quantize(model, blocks, config, source, ProgressInMemory(), lambda: False)
+    path = Path(config.work_dir)
+    with locked(path), deferred_interrupt() as stop:
+        bound_to = identity(model, blocks, config, source)
+        progress = ProgressOnDisk(WorkDirectory(path), bound_to, next(model.parameters()).device)
+        return _quantize(model, blocks, config, source, progress, stop)
+
+
+def _quantize(
+    model: nn.Module,
+    blocks: Tensor,
+    config: BitsMoEConfig,
+    source: ExpertSource,
+    progress: Progress,
+    stop: Callable[[], bool],
+) -> BitsMoEConfig:
+    """``quantize_model`` from what ``progress`` has on."""
     budget = plan_budget(source.shapes, config)
     modules, moe = _moe_by_index(model, source.layers)
     training = model.training
@@ -317,11 +353,10 @@ def quantize_model(
         blocks, seen = held_out_last(blocks, config.held_out)
         tokens = seen * blocks.shape[1]
         forward = LayerwiseForward(model, modules, blocks, config.batch_size)
-        progress = ProgressInMemory()
-        run = _Run(model, forward, len(modules), moe, source, progress, budget, tokens, config)
-        _plan(run)
+        run = _Run(model, forward, len(modules), moe, source, progress, budget, tokens, config, stop)
         widths = progress.widths
         if widths is None:
+            _plan(run)
             plans = {index: progress.plan(index) for index in moe}
             widths = allocate_rows(plans, source.shapes, budget, config)
             del plans

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import os
-import shutil
-import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
@@ -30,9 +28,11 @@ from bitsmoe_plugin.errors import CheckpointError, ConfigError, QuantizationErro
 from bitsmoe_plugin.experts import BitsMoEExperts, replace_module
 from bitsmoe_plugin.families import find_moe_layers
 from bitsmoe_plugin.integrations.streaming import StreamedExperts, can_stream
+from bitsmoe_plugin.interruption import Interrupted
 from bitsmoe_plugin.other_tensors import record
 from bitsmoe_plugin.pipeline import quantize_model
 from bitsmoe_plugin.sources import ExpertSource, LoadedExperts
+from bitsmoe_plugin.work_directory import OUTPUT, has_progress, locked, remove, sync_directory, sync_tree
 
 
 class BitsMoEQuantizer(HfQuantizer):
@@ -159,27 +159,49 @@ def check_output_directory(out: Path) -> None:
 def quantize_to_directory(model: str, out: Path, config: BitsMoEConfig) -> None:
     """Quantize a saved model and write it packed, with its tokenizer.
 
-    Everything is written to a hidden sibling of ``out`` that takes its name at the end, so ``out``
-    is either absent or complete.
+    Finished layers are kept in a work directory (``config.work_dir``, or ``out`` with ".work" appended)
+    until all is done: the same call continues there if this one ends early. ``out`` takes its name at the
+    end, so it is either absent or complete.
 
     Raises:
-        BitsMoEError: bad input; nothing is left behind.
+        BitsMoEError: bad input. Nothing is left behind but layers that were finished.
+        Interrupted: Ctrl-C; says how to go on.
     """
-    out = Path(out)
+    out = Path(out).resolve()
     check_output_directory(out)
-    quantized = AutoModelForCausalLM.from_pretrained(model, quantization_config=config)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
-    try:
-        quantized.save_pretrained(partial)
+    config = copy.copy(config)
+    config.work_dir = work = Path(config.work_dir or out.with_name(f"{out.name}.work"))
+    with locked(work):
         try:
-            AutoTokenizer.from_pretrained(model).save_pretrained(partial)
-        except (OSError, ValueError) as error:
-            warnings.warn(f"no tokenizer saved: none found at {model} ({error})", stacklevel=2)
-        partial.chmod(0o755)
-        if out.exists():
-            out.rmdir()
-        os.replace(partial, out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+            quantized = AutoModelForCausalLM.from_pretrained(model, quantization_config=config)
+            _write_checkpoint(quantized, model, work / OUTPUT, out)
+        except BaseException as error:
+            if not has_progress(work):
+                remove(work)
+                if isinstance(error, Interrupted):  # which says that there is something to go on with
+                    raise KeyboardInterrupt from error
+            elif isinstance(error, KeyboardInterrupt) and not isinstance(error, Interrupted):
+                raise Interrupted(
+                    f"stopped; {work} holds the layers that are finished. Start the same again to go on"
+                ) from error
+            raise
+        remove(work)
+
+
+def _write_checkpoint(quantized: Any, model: str, partial: Path, out: Path) -> None:
+    """Save at ``partial``, which then becomes ``out``.
+
+    Args:
+        model: where the tokenizer is.
+    """
+    partial.mkdir()
+    quantized.save_pretrained(partial)
+    try:
+        AutoTokenizer.from_pretrained(model).save_pretrained(partial)
+    except (OSError, ValueError) as error:
+        warnings.warn(f"no tokenizer saved: none found at {model} ({error})", stacklevel=3)
+    sync_tree(partial)
+    if out.exists():
+        out.rmdir()
+    os.replace(partial, out)
+    sync_directory(out.parent)
