@@ -6,7 +6,7 @@ same on disk, where a run that was interrupted finds it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -14,6 +14,7 @@ from torch import Tensor
 from bitsmoe_plugin.errors import QuantizationError
 from bitsmoe_plugin.layer import LayerPlan
 from bitsmoe_plugin.packing import PackedExperts
+from bitsmoe_plugin.spectral import SharedBases
 
 Hidden = list[Tensor]
 """Hidden states of all calibration tokens, ``[blocks, sequence_length, H]`` per batch."""
@@ -92,6 +93,18 @@ def check_digest(known: dict[str, str], name: str, digest: str) -> None:
         )
 
 
+def with_contiguous_bases(plan: LayerPlan) -> LayerPlan:
+    """The plan with its bases laid out as a file would return them.
+
+    Matrix products of strided operands may be rounded otherwise, and rounding reuses the bases.
+    """
+    bases = [
+        replace(basis, codes=basis.codes.contiguous(), scales=basis.scales.contiguous())
+        for basis in (plan.bases.input_basis, plan.bases.output_basis)
+    ]
+    return replace(plan, bases=SharedBases(*bases))
+
+
 class ProgressInMemory:
     """Progress of a run that cannot be continued by another; see ``Progress``."""
 
@@ -107,7 +120,7 @@ class ProgressInMemory:
 
     def finish_plan(self, index: int, plan: LayerPlan | None, hidden: Hidden) -> None:
         if plan is not None:
-            self._plans[index] = plan
+            self._plans[index] = with_contiguous_bases(plan)
         self.planned = index + 1
 
     def plan(self, index: int) -> LayerPlan:

@@ -20,7 +20,13 @@ TOKENS = torch.randint(1, 64, (8, 32), generator=torch.Generator().manual_seed(1
 OPTIONS: dict[str, Any] = {"bits": 8, "sequence_length": 32, "basis_group_size": 16, "held_out": 0.25}
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["resume_support"])
+_context.set_forkserver_preload(
+    [
+        "bitsmoe_plugin.pipeline",
+        "transformers.models.deepseek_v3.modeling_deepseek_v3",
+        "transformers.models.auto.tokenization_auto",
+    ]
+)
 
 
 def config(**changes: Any) -> BitsMoEConfig:
