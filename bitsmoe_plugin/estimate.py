@@ -154,7 +154,7 @@ def _workload(
         [layer_shape(layer) for layer in layers],
         tokens=config.calibration_tokens,
         experts_per_token=getattr(model.config, "num_experts_per_tok", None),
-        model_bytes=sum(map(_bytes, _tensors(model))),
+        other_bytes=sum(map(_bytes, others)),
         active_weights=sum(tensor.numel() for tensor in others),
         itemsize=layers[0].module.down_proj.element_size(),
     )

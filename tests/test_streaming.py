@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from bitsmoe_plugin import BitsMoEConfig, QuantizationError
+from bitsmoe_plugin import BitsMoEConfig, ConfigError, QuantizationError
+from bitsmoe_plugin.benchmarks.checkpoint import qwen3_moe, write_checkpoint
 from bitsmoe_plugin.experts import BitsMoEExperts
 from bitsmoe_plugin.families import find_moe_layers
 from bitsmoe_plugin.integrations import streaming
@@ -203,3 +207,52 @@ def test_progress_bars_are_as_they_were(tiny_model: Any, tmp_path: Path) -> None
             assert logging.is_progress_bar_enabled() == shown
         finally:
             logging.enable_progress_bar()
+
+
+def test_peak_memory_does_not_grow_with_depth(tmp_path: Path) -> None:
+    """Guards the bound, from outside: 6 further layers are 38 MB of experts, more than twice that in the
+    float32 of the computation. Allocation looks at some bytes for every row of the model, and files are
+    mapped into memory; together they have taken 11 MB.
+
+    What is no memory of ours is kept out: torch's cache of compiled 16-bit products, which grows with the
+    number of shapes, and what the allocator has been given back, but not returned to the system.
+    """
+    quiet = {
+        "LRU_CACHE_CAPACITY": "1",
+        "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "0",
+        "MALLOC_ARENA_MAX": "1",
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+        "MALLOC_TRIM_THRESHOLD_": "65536",
+    }
+    sizes = {"hidden_size": 64, "moe_intermediate_size": 512, "num_experts": 32, "num_experts_per_tok": 4}
+    small = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 32, "vocab_size": 256}
+    peaks = []
+    for layers in (2, 8):
+        model = tmp_path / f"model{layers}"
+        write_checkpoint(model, qwen3_moe(layers, **sizes, **small))
+        script = Path(__file__).with_name("peak_memory.py")
+        command = [sys.executable, str(script), str(model), f"{model}-out"]
+        environment = {**os.environ, **quiet}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+        assert done.returncode == 0, done.stderr
+        peaks.append(json.loads(done.stdout))
+    growth = {kind: peaks[1][kind] - peaks[0][kind] for kind in ("anonymous", "resident")}
+    print(f"peak at 2 layers {peaks[0]}, at 8 layers {peaks[1]}")
+    assert growth["anonymous"] < 18e6
+    assert growth["resident"] < 30e6
+
+
+def test_written_checkpoint_loads_and_is_the_same_twice(tmp_path: Path) -> None:
+    """Guards the random checkpoints that measurements are made on: all weights are there, and seeded."""
+    config = qwen3_moe(2, hidden_size=32, moe_intermediate_size=16, num_experts=4, vocab_size=64, head_dim=16)
+    for name in ("a", "b"):
+        size = write_checkpoint(tmp_path / name, config)
+    _, info = AutoModelForCausalLM.from_pretrained(tmp_path / "a", output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    for path in (tmp_path / "a").glob("*.safetensors"):
+        assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
+    assert size == sum(
+        t.nbytes for path in (tmp_path / "a").glob("*.safetensors") for t in load_file(path).values()
+    )
+    with pytest.raises(ConfigError, match="not empty"):
+        write_checkpoint(tmp_path / "a", config)

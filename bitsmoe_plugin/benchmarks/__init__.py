@@ -9,6 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from bitsmoe_plugin.benchmarks import allocation, decode, layer
+from bitsmoe_plugin.benchmarks import allocation, checkpoint, decode, layer
 
-BENCHMARKS: tuple[Callable[[Any], None], ...] = (layer.add, decode.add, allocation.add)
+BENCHMARKS: tuple[Callable[[Any], None], ...] = (layer.add, decode.add, allocation.add, checkpoint.add)
