@@ -30,7 +30,7 @@ def anonymous() -> int:
 def main(model: str, out: str) -> None:
     """See the module."""
     torch.set_num_threads(1)
-    tokens = torch.randint(1, 256, (512,), generator=torch.Generator().manual_seed(0)).tolist()
+    tokens = torch.randint(1, 256, (256,), generator=torch.Generator().manual_seed(0)).tolist()
     config = BitsMoEConfig(
         bits=2.5, dataset=[tokens], sequence_length=64, method="paper-v2", widths=(0, 2, 4)
     )

@@ -210,9 +210,8 @@ def test_progress_bars_are_as_they_were(tiny_model: Any, tmp_path: Path) -> None
 
 
 def test_peak_memory_does_not_grow_with_depth(tmp_path: Path) -> None:
-    """Guards the bound, from outside: 6 further layers are 38 MB of experts, more than twice that in the
-    float32 of the computation. Allocation looks at some bytes for every row of the model, and files are
-    mapped into memory; together they have taken 11 MB.
+    """Guards the bound, from outside: 6 further layers are 28 MB of experts, 57 MB in the float32 of the
+    computation. They have taken 2 MB of memory, and 9 MB with the pages of files that are mapped.
 
     What is no memory of ours is kept out: torch's cache of compiled 16-bit products, which grows with the
     number of shapes, and what the allocator has been given back, but not returned to the system.
@@ -221,10 +220,10 @@ def test_peak_memory_does_not_grow_with_depth(tmp_path: Path) -> None:
         "LRU_CACHE_CAPACITY": "1",
         "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "0",
         "MALLOC_ARENA_MAX": "1",
-        "MALLOC_MMAP_THRESHOLD_": "65536",
-        "MALLOC_TRIM_THRESHOLD_": "65536",
+        "MALLOC_MMAP_THRESHOLD_": "524288",
+        "MALLOC_TRIM_THRESHOLD_": "524288",
     }
-    sizes = {"hidden_size": 64, "moe_intermediate_size": 512, "num_experts": 32, "num_experts_per_tok": 4}
+    sizes = {"hidden_size": 64, "moe_intermediate_size": 512, "num_experts": 24, "num_experts_per_tok": 4}
     small = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 32, "vocab_size": 256}
     peaks = []
     for layers in (2, 8):
@@ -238,8 +237,8 @@ def test_peak_memory_does_not_grow_with_depth(tmp_path: Path) -> None:
         peaks.append(json.loads(done.stdout))
     growth = {kind: peaks[1][kind] - peaks[0][kind] for kind in ("anonymous", "resident")}
     print(f"peak at 2 layers {peaks[0]}, at 8 layers {peaks[1]}")
-    assert growth["anonymous"] < 18e6
-    assert growth["resident"] < 30e6
+    assert growth["anonymous"] < 12e6
+    assert growth["resident"] < 20e6
 
 
 def test_written_checkpoint_loads_and_is_the_same_twice(tmp_path: Path) -> None:
