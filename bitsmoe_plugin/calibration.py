@@ -261,7 +261,8 @@ class LayerwiseForward:
         outputs = []
         for hidden, (args, kwargs) in zip(inputs or self.hidden, self._calls[index], strict=True):
             out = layer(hidden, *args, **kwargs)
-            outputs.append(out[0] if isinstance(out, tuple) else out)
+            # Contiguous, as hidden states are when they are read from a file: see ``saved_progress``.
+            outputs.append((out[0] if isinstance(out, tuple) else out).contiguous())
         return outputs
 
     def restart(self) -> None:

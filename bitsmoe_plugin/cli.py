@@ -46,7 +46,13 @@ def _add_calibration(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_quantize(commands: Any) -> None:
-    parser = commands.add_parser("quantize", help="quantize a model and save it packed")
+    parser = commands.add_parser(
+        "quantize",
+        help="quantize a model and save it packed; may be interrupted",
+        description="Quantize a model and save it packed. Finished layers are kept in OUT.work until all is "
+        "done: after Ctrl-C (once: stops after the layer, twice: at once), a crash or a reboot, the same "
+        "command continues there, with the same result.",
+    )
     parser.add_argument("model", help="model directory or hub name")
     parser.add_argument("out", type=Path, help="directory to write; must not exist or be empty")
     _add_calibration(parser)
@@ -246,7 +252,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (BitsMoEError, OSError) as error:  # OSError: transformers on a path without a model
         print(f"bitsmoe: error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("bitsmoe: interrupted; nothing was written", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print(f"bitsmoe: {error or 'interrupted; nothing was written'}", file=sys.stderr)
         return 130
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -22,7 +23,7 @@ _FLAGS = (
     "compensation",
     "sequential",
 )
-_RUNTIME_ONLY = ("dataset", "tokenizer")
+_RUNTIME_ONLY = ("dataset", "tokenizer", "work_dir")
 
 
 def _fail(option: str, value: Any, allowed: str) -> None:
@@ -125,6 +126,9 @@ class BitsMoEConfig(QuantizationConfigMixin):
         scope: "global" spends one budget over all layers, "layer" the same budget on each.
         damping: share of the mean diagonal added to second moments before they are inverted.
         seed: of the few random choices (pieces of calibration text, stand-in tokens for thin experts).
+        work_dir: directory in which finished layers are saved while a model is quantized; if the process
+            ends, the same call continues after the last of them, with the same result. Remove it when the
+            packed model is saved: until then it holds the model's packed tensors. Not stored.
         format_version, layers, calibration, other_tensors: written into checkpoints, not for users.
 
     Raises:
@@ -178,6 +182,7 @@ class BitsMoEConfig(QuantizationConfigMixin):
         scope: str | None = None,
         damping: float = 0.01,
         seed: int = 0,
+        work_dir: str | Path | None = None,
         format_version: int = FORMAT_VERSION,
         layers: dict[str, dict[str, Any]] | None = None,
         calibration: dict[str, Any] | None = None,
@@ -214,6 +219,7 @@ class BitsMoEConfig(QuantizationConfigMixin):
         self.basis_group_size = basis_group_size
         self.damping = damping
         self.seed = seed
+        self.work_dir = work_dir
         self.format_version = format_version
         self.layers = layers or {}
         self.calibration = calibration or {}
@@ -272,6 +278,10 @@ class BitsMoEConfig(QuantizationConfigMixin):
         _check_number("covariance_prior", self.covariance_prior, 0, 1e6)
         _check_number("damping", self.damping, 1e-6, 1.0)
         _check_number("seed", self.seed, 0, 2**63 - 1, whole=True)
+        if self.work_dir is not None and (
+            not isinstance(self.work_dir, (str, Path)) or not str(self.work_dir)
+        ):
+            _fail("work_dir", self.work_dir, "the path of a directory, or None")
         _check_number("format_version", self.format_version, FORMAT_VERSION, FORMAT_VERSION, whole=True)
         for part in ("layers", "calibration", "other_tensors"):
             if not isinstance(getattr(self, part), dict):

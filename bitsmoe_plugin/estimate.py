@@ -21,8 +21,8 @@ from bitsmoe_plugin.config import BitsMoEConfig
 from bitsmoe_plugin.errors import QuantizationError
 from bitsmoe_plugin.families import MoELayer, find_moe_layers
 from bitsmoe_plugin.inspection import table_console
-from bitsmoe_plugin.pipeline import layer_shape
 from bitsmoe_plugin.resources import Workload, peak_memory, rough_seconds
+from bitsmoe_plugin.sources import layer_shape
 
 _HEADER_BYTES = 128
 """Per tensor in the header of a safetensors file; 110 to 120 measured, more with longer names."""
@@ -154,7 +154,7 @@ def _workload(
         [layer_shape(layer) for layer in layers],
         tokens=config.calibration_tokens,
         experts_per_token=getattr(model.config, "num_experts_per_tok", None),
-        model_bytes=sum(map(_bytes, _tensors(model))),
+        other_bytes=sum(map(_bytes, others)),
         active_weights=sum(tensor.numel() for tensor in others),
         itemsize=layers[0].module.down_proj.element_size(),
     )

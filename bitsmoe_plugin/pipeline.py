@@ -2,41 +2,47 @@
 
 Two passes over the layers. The first collects costs on the unquantized model; the allocation
 spends one budget over all of them; the second rounds, each layer on what the quantized layers
-before it put out (``sequential``).
+before it put out (``sequential``). Of the experts, only those of one layer are in memory at a time if their
+source reads them from files.
 """
 
 from __future__ import annotations
 
 import hashlib
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from bitsmoe_plugin.allocation import Allocation, allocate
+from bitsmoe_plugin.allocation import allocate
 from bitsmoe_plugin.budget import Budget, plan_budget
 from bitsmoe_plugin.calibration import LayerwiseForward, capture_layer
 from bitsmoe_plugin.checkpoint import layer_manifest, packed_spec
 from bitsmoe_plugin.config import BitsMoEConfig
 from bitsmoe_plugin.errors import QuantizationError
 from bitsmoe_plugin.experts import BitsMoEExperts, replace_module
-from bitsmoe_plugin.families import MoELayer, apply_gating, find_moe_layers, read_experts
+from bitsmoe_plugin.families import MoELayer, apply_gating
+from bitsmoe_plugin.interruption import Interrupted, deferred_interrupt
 from bitsmoe_plugin.layer import LayerPlan, bits_over_bound, plan_layer, round_layer, row_sizes
-from bitsmoe_plugin.packing import LayerShape
+from bitsmoe_plugin.packing import LayerShape, PackedExperts
 from bitsmoe_plugin.problem import build_problem
+from bitsmoe_plugin.progress import Hidden, PackedLayer, Progress, ProgressInMemory, Widths
+from bitsmoe_plugin.run_identity import identity
+from bitsmoe_plugin.saved_progress import ProgressOnDisk
+from bitsmoe_plugin.sources import ExpertSource, LoadedExperts, layer_shape, weights_digest
+from bitsmoe_plugin.spectral import ExpertWeights
 from bitsmoe_plugin.statistics import LayerActivations
+from bitsmoe_plugin.work_directory import WorkDirectory, locked
 
 THIN_TOKENS_PER_DIMENSION = 0.25
-
-
-def layer_shape(layer: MoELayer) -> LayerShape:
-    """Sizes of an unquantized experts module."""
-    experts, hidden, intermediate = layer.module.down_proj.shape
-    return LayerShape(experts, hidden, intermediate)
 
 
 def held_out_last(blocks: Tensor, share: float) -> tuple[Tensor, int]:
@@ -68,10 +74,14 @@ def warn_about_thin_calibration(name: str, activations: LayerActivations, shape:
 
 
 def allocate_rows(
-    plans: list[LayerPlan], shapes: list[LayerShape], budget: Budget, config: BitsMoEConfig
-) -> tuple[list[Tensor], list[Allocation]]:
-    """Widths ``[3, E, r]`` int64 per layer; one allocation for all layers, or one for each."""
-    costs = [plan.costs.reshape(-1, len(config.widths)).numpy() for plan in plans]
+    plans: dict[int, LayerPlan], shapes: list[LayerShape], budget: Budget, config: BitsMoEConfig
+) -> Widths:
+    """Widths of all rows of all layers; one allocation for all layers, or one for each.
+
+    Args:
+        plans: in the order of ``shapes``.
+    """
+    costs = [plan.costs.reshape(-1, len(config.widths)).numpy() for plan in plans.values()]
     sizes = [row_sizes(shape, config.widths) for shape in shapes]
     if config.scope == "global":
         results = [allocate(costs, sizes, budget.payload_bits)]
@@ -80,12 +90,14 @@ def allocate_rows(
             allocate([cost], [size], budget.payload_bits * shape.weights // budget.weights)
             for shape, cost, size in zip(shapes, costs, sizes, strict=True)
         ]
-    choice = torch.from_numpy(np.concatenate([result.choice for result in results]))
-    pieces = choice.split([len(cost) for cost in costs])
-    table = torch.tensor(config.widths)
-    return [
-        table[piece.long()].view(plan.costs.shape[:-1]) for piece, plan in zip(pieces, plans, strict=True)
-    ], results
+    choice = np.concatenate([result.choice for result in results])
+    pieces = np.split(choice, np.cumsum([len(cost) for cost in costs])[:-1])
+    table = np.array(config.widths, dtype=np.uint8)
+    rows = {
+        index: torch.from_numpy(table[piece]).view(plan.costs.shape[:-1])
+        for (index, plan), piece in zip(plans.items(), pieces, strict=True)
+    }
+    return Widths(rows, max(result.relative_gap for result in results))
 
 
 def _estimated_error(plan: LayerPlan, row_bits: Tensor, config: BitsMoEConfig) -> float:
@@ -109,15 +121,8 @@ def _output_errors(exact: list[Tensor], rounded: list[Tensor], token_weights: Te
     return torch.cat(squares) * token_weights
 
 
-@dataclass(frozen=True)
-class _Decoder:
-    """The decoder layers of a model and the MoE layer of each, None for dense ones."""
-
-    layers: nn.ModuleList
-    moe: list[MoELayer | None]
-
-
-def _decoder(model: nn.Module, layers: list[MoELayer]) -> _Decoder:
+def _moe_by_index(model: nn.Module, layers: list[MoELayer]) -> tuple[nn.ModuleList, dict[int, MoELayer]]:
+    """The decoder layers of a model, and the MoE layer of each that has one."""
     path = {layer.layer_name.rpartition(".")[0] for layer in layers}
     names = [layer.layer_name for layer in layers]
     if len(path) != 1 or len(set(names)) != len(names):
@@ -127,115 +132,243 @@ def _decoder(model: nn.Module, layers: list[MoELayer]) -> _Decoder:
         )
     modules = model.get_submodule(path.pop())
     assert isinstance(modules, nn.ModuleList)  # by decoder_layer_name
-    by_index = {int(layer.layer_name.rpartition(".")[2]): layer for layer in layers}
-    return _Decoder(modules, [by_index.get(i) for i in range(len(modules))])
+    return modules, {int(layer.layer_name.rpartition(".")[2]): layer for layer in layers}
 
 
-def _plan(
-    forward: LayerwiseForward, decoder: _Decoder, tokens: int, budget: Budget, config: BitsMoEConfig
-) -> list[LayerPlan]:
-    """First pass: costs of all rows of all layers, on the unquantized model.
+@dataclass(frozen=True)
+class _Run:
+    """What the two passes share.
+
+    Attributes:
+        layers: number of decoder layers.
+        moe: index of a decoder layer -> its MoE layer, in forward order; dense ones are left out.
+        tokens: statistics see the first so many, the others are held out.
+        stop: tells whether to stop at the next layer's edge.
+    """
+
+    model: nn.Module
+    forward: LayerwiseForward
+    layers: int
+    moe: dict[int, MoELayer]
+    source: ExpertSource
+    progress: Progress
+    budget: Budget
+    tokens: int
+    config: BitsMoEConfig
+    stop: Callable[[], bool]
+
+    @contextmanager
+    def loaded(self, layer: MoELayer) -> Iterator[ExpertWeights]:
+        """The weights of a layer, the same as when it was loaded before."""
+        with self.source.loaded(layer) as weights:
+            self.progress.check_weights(layer.name, weights_digest(layer))
+            yield weights
+
+    def remaining(self, first: int, text: str) -> Iterator[int]:
+        """Indices of the decoder layers from ``first`` on, with a progress bar.
+
+        Raises:
+            Interrupted: before a layer, if it is time to stop.
+        """
+        for index in logging.tqdm(range(first, self.layers), desc=text, initial=first, total=self.layers):
+            if self.stop():
+                raise Interrupted(
+                    f"{text.lower()} stopped after {index} of {self.layers}; {self.config.work_dir} holds "
+                    "what is finished. Start the same again to go on"
+                )
+            yield index
+
+
+def _plan(run: _Run) -> None:
+    """First pass: costs of all rows of all layers, on the unquantized model."""
+    kept = run.progress.plan_hidden()
+    if kept is not None:
+        run.forward.advance(kept)
+    for index in run.remaining(run.progress.planned, "Calibrating layers"):
+        plan, outputs = _plan_layer(run, index)
+        run.forward.advance(outputs)
+        run.progress.finish_plan(index, plan, outputs)
+
+
+def _plan_layer(run: _Run, index: int) -> tuple[LayerPlan | None, Hidden]:
+    """The plan of a decoder layer's experts, None if it is dense, and the layer's outputs."""
+    layer = run.moe.get(index)
+    if layer is None:
+        return None, run.forward.run(index)
+    with run.loaded(layer) as weights:
+        activations, outputs = capture_layer(run.forward, index, layer.module, run.config.token_weighting)
+        gating = partial(apply_gating, layer.module)
+        problem = build_problem(layer.name, weights, activations.first(run.tokens), gating, run.config)
+        share = run.budget.payload_bits * weights.numel() // run.budget.weights
+        return plan_layer(problem, share), outputs
+
+
+def _round(run: _Run, widths: Widths) -> None:
+    """Second pass: round and replace the experts of every layer, and write the manifest."""
+    progress, exact = run.progress, run.forward.hidden
+    for index in range(progress.rounded):
+        if index in run.moe:
+            _replace(run, run.moe[index], progress.packed(index))
+    kept = progress.layer_hidden()
+    if kept is not None:
+        exact, hidden = kept
+        run.forward.advance(hidden)
+    for index in run.remaining(progress.rounded, "Rounding layers"):
+        # exact: as the unquantized model goes on; forward.hidden is the quantized one's.
+        layer, exact, hidden = _round_layer(run, index, exact, widths)
+        run.forward.advance(hidden)
+        progress.finish_layer(index, layer, exact, hidden)
+        if layer is not None:  # from now on computed from where the progress keeps it
+            _replace(run, run.moe[index], progress.packed(index))
+
+
+def _replace(run: _Run, layer: MoELayer, packed: PackedLayer) -> None:
+    """Put packed experts in the place of a layer's unquantized ones, whose memory is freed."""
+    run.config.layers[layer.name] = packed.entry
+    device = next(run.model.get_submodule(layer.layer_name).parameters()).device
+    module = BitsMoEExperts(layer.module, packed_spec(layer.name, run.config))
+    module.drop_original_weights()
+    module.load_packed(packed.packed)
+    replace_module(run.model, layer.name, module.to(device))
+
+
+@dataclass(frozen=True)
+class _FittedLayer:
+    """Experts rounded and packed, and what is needed to judge them.
+
+    Attributes:
+        exact: outputs of the decoder layer in the unquantized model.
+        outputs: of the same with unquantized experts after quantized layers.
+        token_weights: ``[T]``.
+        report: of the layer, but for what must be measured.
+    """
+
+    packed: PackedExperts
+    shape: LayerShape
+    exact: Hidden
+    outputs: Hidden
+    token_weights: Tensor
+    report: dict[str, Any]
+
+
+def _round_layer(
+    run: _Run, index: int, exact: Hidden, widths: Widths
+) -> tuple[PackedLayer | None, Hidden, Hidden]:
+    """Quantize a decoder layer's experts; those of the model are replaced.
 
     Args:
-        tokens: statistics see the first so many, the others are held out.
+        exact: inputs of the layer in the unquantized model.
+
+    Returns:
+        None if it is dense; its outputs in the unquantized and in the quantized model.
     """
-    plans = []
-    for index in logging.tqdm(range(len(decoder.layers)), desc="Calibrating layers"):
-        layer = decoder.moe[index]
-        if layer is None:
-            forward.advance(forward.run(index))
-            continue
-        activations, outputs = capture_layer(forward, index, layer.module, config.token_weighting)
-        shape = layer_shape(layer)
-        gating = partial(apply_gating, layer.module)
-        weights = read_experts(layer.module)
-        problem = build_problem(layer.name, weights, activations.first(tokens), gating, config)
-        plans.append(plan_layer(problem, budget.payload_bits * shape.weights // budget.weights))
-        forward.advance(outputs)
-    return plans
+    if index not in run.moe:
+        return None, run.forward.run(index, exact), run.forward.run(index)
+    fitted = _fit_layer(run, index, exact, widths.rows[index].long())
+    entry = {**layer_manifest(fitted.shape, fitted.packed), "report": fitted.report}
+    layer = PackedLayer(run.moe[index].name, fitted.packed, entry)
+    _replace(run, run.moe[index], layer)
+    rounded = run.forward.run(index)
+    errors = _output_errors(fitted.outputs, rounded, fitted.token_weights)
+    fitted.report["calibration_error"] = float(errors[: run.tokens].mean())
+    unseen = errors[run.tokens :]
+    fitted.report["unseen_error"] = float(unseen.mean()) if len(unseen) else None
+    return layer, fitted.exact, rounded if run.config.sequential else fitted.outputs
 
 
-def _round(
-    model: nn.Module,
-    forward: LayerwiseForward,
-    decoder: _Decoder,
-    plans: list[LayerPlan],
-    widths: list[Tensor],
-    tokens: int,
-    config: BitsMoEConfig,
-) -> None:
-    """Second pass: round and replace the experts of every layer, and write the manifest."""
-    pending = iter(zip(plans, widths, strict=True))
-    exact = forward.hidden  # as the unquantized model goes on; forward.hidden is the quantized one's
-    for index in logging.tqdm(range(len(decoder.layers)), desc="Rounding layers"):
-        layer = decoder.moe[index]
-        if layer is None:
-            exact = forward.run(index, exact)
-            forward.advance(forward.run(index))
-            continue
-        plan, row_bits = next(pending)
-        exact = forward.run(index, exact)
-        activations, outputs = capture_layer(forward, index, layer.module, config.token_weighting)
-        shape = layer_shape(layer)
-        seen = activations.first(tokens)
-        drift = _drift(exact, outputs)[:tokens] if config.compensation else None
+def _fit_layer(run: _Run, index: int, exact: Hidden, row_bits: Tensor) -> _FittedLayer:
+    """Round the experts of an MoE layer on what the layers before it put out.
+
+    Args:
+        row_bits: ``[3, E, r]`` int64.
+    """
+    layer, config, plan = run.moe[index], run.config, run.progress.plan(index)
+    with run.loaded(layer) as weights:
+        exact = run.forward.run(index, exact)
+        activations, outputs = capture_layer(run.forward, index, layer.module, config.token_weighting)
+        shape, gating = layer_shape(layer), partial(apply_gating, layer.module)
+        seen = activations.first(run.tokens)
+        drift = _drift(exact, outputs)[: run.tokens] if config.compensation else None
         counts = warn_about_thin_calibration(layer.name, seen, shape)
-        weights, gating = read_experts(layer.module), partial(apply_gating, layer.module)
         problem = build_problem(layer.name, weights, seen, gating, config, plan.bases, drift)
         result = round_layer(problem, row_bits)
-        config.layers[layer.name] = layer_manifest(shape, result.packed)
-        module = BitsMoEExperts(layer.module, packed_spec(layer.name, config))
-        module.load_packed(result.packed)
-        module.to(layer.module.down_proj.device)
-        module.drop_original_weights()
-        replace_module(model, layer.name, module)
-        rounded = forward.run(index)
-        errors = _output_errors(outputs, rounded, activations.token_weights)
-        config.layers[layer.name]["report"] = {
-            "estimated_error": _estimated_error(plan, row_bits, config),
-            "calibration_error": float(errors[:tokens].mean()),
-            "unseen_error": float(errors[tokens:].mean()) if len(errors) > tokens else None,
-            "bits_over_bound": bits_over_bound(plan, result, shape) if config.cost == "output" else None,
-            "output_energy": problem.statistics.output_energy,
-            "tokens_per_expert": counts.tolist(),
-        }
-        forward.advance(rounded if config.sequential else outputs)
+    report = {
+        "estimated_error": _estimated_error(plan, row_bits, config),
+        "calibration_error": None,
+        "unseen_error": None,
+        "bits_over_bound": bits_over_bound(plan, result, shape) if config.cost == "output" else None,
+        "output_energy": problem.statistics.output_energy,
+        "tokens_per_expert": counts.tolist(),
+    }
+    return _FittedLayer(result.packed, shape, exact, outputs, activations.token_weights, report)
 
 
-def quantize_model(model: nn.Module, blocks: Tensor, config: BitsMoEConfig) -> BitsMoEConfig:
-    """Quantize the routed experts of a loaded model in place.
+def quantize_model(
+    model: nn.Module,
+    blocks: Tensor,
+    config: BitsMoEConfig,
+    source: ExpertSource | None = None,
+) -> BitsMoEConfig:
+    """Quantize the routed experts of a model in place; goes on where ``config.work_dir`` says it ended.
 
     Args:
-        model: transformers causal language model, all weights loaded.
+        model: transformers causal language model; all weights loaded, those of the experts too if ``source``
+            is not given.
         blocks: ``[blocks, sequence_length]`` int64 calibration tokens.
         config: options; its manifest is replaced.
+        source: where the experts' weights come from; default: the model.
 
     Returns:
         the config with the manifest of the packed layers.
 
     Raises:
-        QuantizationError: no MoE layers, unknown family, NaN weights, or budget out of reach.
+        QuantizationError: no MoE layers, unknown family, NaN weights, budget out of reach, or a work
+            directory of another run.
+        Interrupted: Ctrl-C, after a layer, if there is a work directory.
     """
-    moe = find_moe_layers(model)
-    shapes = [layer_shape(layer) for layer in moe]
-    budget = plan_budget(shapes, config)
-    decoder = _decoder(model, moe)
+    source = source or LoadedExperts(model)
+    if config.work_dir is None:
+        return _quantize(model, blocks, config, source, ProgressInMemory(), lambda: False)
+    path = Path(config.work_dir)
+    with locked(path), deferred_interrupt() as stop:
+        bound_to = identity(model, blocks, config, source)
+        progress = ProgressOnDisk(WorkDirectory(path), bound_to, next(model.parameters()).device)
+        return _quantize(model, blocks, config, source, progress, stop)
+
+
+def _quantize(
+    model: nn.Module,
+    blocks: Tensor,
+    config: BitsMoEConfig,
+    source: ExpertSource,
+    progress: Progress,
+    stop: Callable[[], bool],
+) -> BitsMoEConfig:
+    """``quantize_model`` from what ``progress`` has on."""
+    budget = plan_budget(source.shapes, config)
+    modules, moe = _moe_by_index(model, source.layers)
     training = model.training
     model.eval()
     with torch.no_grad():
         blocks, seen = held_out_last(blocks, config.held_out)
         tokens = seen * blocks.shape[1]
-        forward = LayerwiseForward(model, decoder.layers, blocks, config.batch_size)
-        plans = _plan(forward, decoder, tokens, budget, config)
-        widths, allocations = allocate_rows(plans, shapes, budget, config)
+        forward = LayerwiseForward(model, modules, blocks, config.batch_size)
+        run = _Run(model, forward, len(modules), moe, source, progress, budget, tokens, config, stop)
+        widths = progress.widths
+        if widths is None:
+            _plan(run)
+            plans = {index: progress.plan(index) for index in moe}
+            widths = allocate_rows(plans, source.shapes, budget, config)
+            del plans
+            progress.finish_widths(widths)
         config.layers = {}
         forward.restart()
-        _round(model, forward, decoder, plans, widths, tokens, config)
+        _round(run, widths)
     model.train(training)
     config.calibration = {
         "tokens": tokens,
         "held_out_tokens": blocks.numel() - tokens,
         "sha256": hashlib.sha256(blocks.contiguous().numpy().tobytes()).hexdigest(),
-        "allocation_relative_gap": max(result.relative_gap for result in allocations),
+        "allocation_relative_gap": widths.relative_gap,
     }
     return config

@@ -1,6 +1,7 @@
 """Memory and time that quantization takes, estimated from sizes alone.
 
-Both describe quantization as it is done today, on the CPU, with the whole unquantized model in memory.
+Both describe quantization as ``bitsmoe quantize`` does it on the CPU: experts are read layer by layer, plans
+and packed layers kept in files (whose mapped pages the kernel may take back; they are not counted).
 Memory came within 15 % of what was measured, see ``peak_memory``; time is an order of magnitude.
 """
 
@@ -35,7 +36,7 @@ class Workload:
     shapes: of the MoE layers.
     tokens: calibration tokens.
     experts_per_token: of the router; None if it is unknown.
-    model_bytes: the unquantized model in memory.
+    other_bytes: all of the unquantized model but the routed experts.
     active_weights: weights outside the routed experts, each used once per token.
     itemsize: bytes per value of hidden states.
     """
@@ -43,7 +44,7 @@ class Workload:
     shapes: list[LayerShape]
     tokens: int
     experts_per_token: int | None
-    model_bytes: int
+    other_bytes: int
     active_weights: int
     itemsize: int
 
@@ -51,26 +52,30 @@ class Workload:
 def peak_memory(work: Workload, config: BitsMoEConfig) -> dict[str, int]:
     """Bytes at the peak, which is the rounding of the largest layer, by part.
 
-    ``model``: a quantizer that streams layers would replace this term by one decoder layer.
-    ``plans``: costs, energies and bases of all layers, kept from the first pass for the second.
+    Nothing here grows with the depth of the model, but ``kernels`` up to its limit.
+
+    ``model``: the weights outside the routed experts.
+    ``experts``: the unquantized ones of one layer.
+    ``plan``: costs, energies and bases of one layer.
     ``kernels``: what torch keeps of the forward passes, see ``_KERNEL_BYTES``.
-    ``activations``: hidden states of all tokens (inputs, exact, quantized, outputs, captured, residual,
-    drift, and captured, drift of the layer before: 9 in the model's dtype; 3 in float32 while statistics
-    are computed).
+    ``activations``: hidden states of all tokens (embedded, inputs, exact, outputs, captured, residual,
+    drift: 7 in the model's dtype; 3 in float32 while statistics are computed).
     ``layer``: see ``_layer_bytes``.
 
-    Checked on the CPU only, against ``ru_maxrss`` of whole runs on models of up to 95 MB in bfloat16 and
-    of layers of up to 9 million weights alone: 13 % too little to 13 % too much. Nothing larger was tried.
+    Checked on the CPU only, against ``ru_maxrss`` of whole runs. With the model in memory it was 13 % too
+    little to 13 % too much, on models of up to 95 MB in bfloat16; layer by layer it has been compared on
+    layers of 5 million weights alone. Nothing larger was tried.
     """
     hidden = max(shape.hidden_size for shape in work.shapes)
     batches = -(-work.tokens // (config.sequence_length * config.batch_size))
     products = 2 * batches * sum(shape.num_experts for shape in work.shapes)
     return {
         "process": PROCESS_BYTES,
-        "model": work.model_bytes,
+        "model": work.other_bytes,
+        "experts": work.itemsize * max(shape.weights for shape in work.shapes),
         "kernels": _KERNEL_BYTES * min(_KERNELS, products) if work.itemsize == 2 else 0,
-        "plans": sum(_plan_bytes(shape, config) for shape in work.shapes),
-        "activations": work.tokens * hidden * (9 * work.itemsize + 3 * 4),
+        "plan": max(_plan_bytes(shape, config) for shape in work.shapes),
+        "activations": work.tokens * hidden * (7 * work.itemsize + 3 * 4),
         "layer": max(map(_layer_bytes, work.shapes)),
     }
 
@@ -84,15 +89,14 @@ def _plan_bytes(shape: LayerShape, config: BitsMoEConfig) -> int:
 def _layer_bytes(shape: LayerShape) -> int:
     """The working set of a layer: the largest of three moments of ``layer.round_experts``.
 
-    Held all along: float32 factors three times (the problem's, their copy, and those of the layer before,
-    which ``pipeline`` lets go when the next problem is complete), hidden moments of both layers' experts,
-    second moments and their eigenvectors in float64 (about 10 of [H, H]).
+    Held all along: float32 factors twice (the problem's and their copy), hidden moments, second moments and
+    their eigenvectors in float64 (about 10 of [H, H]).
     """
     factor = shape.weights // 3  # values of gate, up or down
     covariance = 2 * shape.rank**2
     chunk = covariance * min(shape.num_experts, max(1, WORKING_SET // covariance))
     hidden = shape.num_experts * shape.intermediate_size**2
-    kept = 3 * 4 * shape.weights + 2 * 4 * hidden + 10 * 8 * shape.hidden_size**2
+    kept = 2 * 4 * shape.weights + 4 * hidden + 10 * 8 * shape.hidden_size**2
     pair = (4 + 4) * factor  # codes and values of one factor
     feedback = 2 * pair + _FACTORIZATION * chunk  # gate and up rounded but for the last chunk
     neurons = 4 * pair + 4 * factor + (4 + _FACTORIZATION) * hidden  # gate and up twice (joining); down

@@ -170,7 +170,15 @@ def test_unknown_option_is_refused_with_the_known_ones() -> None:
     with pytest.raises(ConfigError, match=r"unknown option width; known: .*widths") as error:
         BitsMoEConfig(width=(2,))
     known = str(error.value).split("known: ")[1].split(", ")
-    assert set(INVALID) | {"dataset", "tokenizer"} == set(known)
+    assert set(INVALID) | {"dataset", "tokenizer", "work_dir"} == set(known)
+
+
+@pytest.mark.parametrize("value", ["", 3, True])
+def test_work_directory_that_is_no_path_is_refused(value: Any) -> None:
+    """Guards against a run that seems to be saved; it is not stored, so it is not among the options above."""
+    with pytest.raises(ConfigError, match=r"work_dir=.* the path of a directory"):
+        BitsMoEConfig(work_dir=value)
+    assert "work_dir" not in BitsMoEConfig(work_dir="somewhere").to_dict()
 
 
 def test_older_format_version_asks_to_quantize_again() -> None:

@@ -9,6 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from bitsmoe_plugin.benchmarks import allocation, decode, layer, quantize
+from bitsmoe_plugin.benchmarks import allocation, checkpoint, decode, layer, quantize
 
-BENCHMARKS: tuple[Callable[[Any], None], ...] = (layer.add, decode.add, quantize.add, allocation.add)
+BENCHMARKS: tuple[Callable[[Any], None], ...] = (
+    layer.add,
+    decode.add,
+    quantize.add,
+    allocation.add,
+    checkpoint.add,
+)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import os
-import shutil
-import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
@@ -29,8 +27,12 @@ from bitsmoe_plugin.config import QUANT_METHOD, BitsMoEConfig
 from bitsmoe_plugin.errors import CheckpointError, ConfigError, QuantizationError
 from bitsmoe_plugin.experts import BitsMoEExperts, replace_module
 from bitsmoe_plugin.families import find_moe_layers
+from bitsmoe_plugin.integrations.streaming import StreamedExperts, can_stream
+from bitsmoe_plugin.interruption import Interrupted
 from bitsmoe_plugin.other_tensors import record
-from bitsmoe_plugin.pipeline import layer_shape, quantize_model
+from bitsmoe_plugin.pipeline import quantize_model
+from bitsmoe_plugin.sources import ExpertSource, LoadedExperts
+from bitsmoe_plugin.work_directory import OUTPUT, has_progress, locked, remove, sync_directory, sync_tree
 
 
 class BitsMoEQuantizer(HfQuantizer):
@@ -43,6 +45,7 @@ class BitsMoEQuantizer(HfQuantizer):
         # A copy, because the manifest of this model is written into it: one config object given to
         # two models must not end up describing the second in both.
         super().__init__(copy.copy(quantization_config), **kwargs)
+        self._source: ExpertSource | None = None
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Refuse to quantize without calibration text before any weight is read."""
@@ -56,11 +59,12 @@ class BitsMoEQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
-        layers = find_moe_layers(model)
         config = self.quantization_config
         if not self.pre_quantized:
-            plan_budget([layer_shape(layer) for layer in layers], config)
+            self._source = _expert_source(model, checkpoint_files)
+            plan_budget(self._source.shapes, config)
             return
+        layers = find_moe_layers(model)
         surplus = set(config.layers) - {layer.name for layer in layers}
         if surplus:
             raise CheckpointError(
@@ -81,7 +85,9 @@ class BitsMoEQuantizer(HfQuantizer):
                 if isinstance(module, BitsMoEExperts):
                     verify_experts(name, module, self.quantization_config)
             return
-        config = self.quantization_config
+        config, source = self.quantization_config, self._source
+        if isinstance(source, StreamedExperts):
+            source.model_is_loaded()
         documents = load_documents(config.dataset)
         blocks = token_blocks(
             documents,
@@ -91,7 +97,8 @@ class BitsMoEQuantizer(HfQuantizer):
             vocab_size=model.get_input_embeddings().num_embeddings,
             seed=config.seed,
         )
-        quantize_model(model, blocks, config)
+        quantize_model(model, blocks, config, source)
+        self._source = None  # it holds the model
 
     def _tokenizer(self, model: Any, needed: bool) -> Any:
         given = self.quantization_config.tokenizer
@@ -123,6 +130,17 @@ class BitsMoEQuantizer(HfQuantizer):
         return False
 
 
+def _expert_source(model: nn.Module, files: list[str] | None) -> ExpertSource:
+    """Where the experts' weights will come from, for a model that is not loaded yet."""
+    if files and can_stream(files):
+        return StreamedExperts(model, files)
+    warnings.warn(
+        "the model is not loaded from safetensors files, so all of it is in memory while it is quantized",
+        stacklevel=2,
+    )
+    return LoadedExperts(model)
+
+
 def register() -> None:
     """Make transformers know ``quant_method: bitsmoe``. Safe to call more than once."""
     if QUANT_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
@@ -142,27 +160,49 @@ def check_output_directory(out: Path) -> None:
 def quantize_to_directory(model: str, out: Path, config: BitsMoEConfig) -> None:
     """Quantize a saved model and write it packed, with its tokenizer.
 
-    Everything is written to a hidden sibling of ``out`` that takes its name at the end, so ``out``
-    is either absent or complete.
+    Finished layers are kept in a work directory (``config.work_dir``, or ``out`` with ".work" appended)
+    until all is done: the same call continues there if this one ends early. ``out`` takes its name at the
+    end, so it is either absent or complete.
 
     Raises:
-        BitsMoEError: bad input; nothing is left behind.
+        BitsMoEError: bad input. Nothing is left behind but layers that were finished.
+        Interrupted: Ctrl-C; says how to go on.
     """
-    out = Path(out)
+    out = Path(out).resolve()
     check_output_directory(out)
-    quantized = AutoModelForCausalLM.from_pretrained(model, quantization_config=config)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
-    try:
-        quantized.save_pretrained(partial)
+    config = copy.copy(config)
+    config.work_dir = work = Path(config.work_dir or out.with_name(f"{out.name}.work"))
+    with locked(work):
         try:
-            AutoTokenizer.from_pretrained(model).save_pretrained(partial)
-        except (OSError, ValueError) as error:
-            warnings.warn(f"no tokenizer saved: none found at {model} ({error})", stacklevel=2)
-        partial.chmod(0o755)
-        if out.exists():
-            out.rmdir()
-        os.replace(partial, out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+            quantized = AutoModelForCausalLM.from_pretrained(model, quantization_config=config)
+            _write_checkpoint(quantized, model, work / OUTPUT, out)
+        except BaseException as error:
+            if not has_progress(work):
+                remove(work)
+                if isinstance(error, Interrupted):  # which says that there is something to go on with
+                    raise KeyboardInterrupt from error
+            elif isinstance(error, KeyboardInterrupt) and not isinstance(error, Interrupted):
+                raise Interrupted(
+                    f"stopped; {work} holds the layers that are finished. Start the same again to go on"
+                ) from error
+            raise
+        remove(work)
+
+
+def _write_checkpoint(quantized: Any, model: str, partial: Path, out: Path) -> None:
+    """Save at ``partial``, which then becomes ``out``.
+
+    Args:
+        model: where the tokenizer is.
+    """
+    partial.mkdir()
+    quantized.save_pretrained(partial)
+    try:
+        AutoTokenizer.from_pretrained(model).save_pretrained(partial)
+    except (OSError, ValueError) as error:
+        warnings.warn(f"no tokenizer saved: none found at {model} ({error})", stacklevel=3)
+    sync_tree(partial)
+    if out.exists():
+        out.rmdir()
+    os.replace(partial, out)
+    sync_directory(out.parent)

@@ -1,0 +1,39 @@
+"""Ctrl-C while work is saved layer by layer: once stops after the layer, twice at once."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+
+class Interrupted(KeyboardInterrupt):
+    """Stopped on request where nothing is lost; says how to go on."""
+
+
+@contextmanager
+def deferred_interrupt() -> Iterator[Callable[[], bool]]:
+    """Inside, the first Ctrl-C only makes the yielded function return True; the second acts as usual.
+
+    Has no effect outside the main thread, or where the program handles Ctrl-C in its own way.
+    """
+    requested = False
+    usual = signal.getsignal(signal.SIGINT)
+
+    def note(_signal: int, _frame: FrameType | None) -> None:
+        nonlocal requested
+        requested = True
+        signal.signal(signal.SIGINT, usual)
+        print("\nstopping when this layer is finished; Ctrl-C again stops at once", file=sys.stderr)
+
+    ours = threading.current_thread() is threading.main_thread() and usual is signal.default_int_handler
+    if ours:
+        signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: requested
+    finally:
+        if ours:
+            signal.signal(signal.SIGINT, usual)

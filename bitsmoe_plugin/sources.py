@@ -1,0 +1,66 @@
+"""Where the weights of a layer's experts come from when its turn comes.
+
+Quantization reads every layer twice, once in each pass. A model that is in memory has them at hand; one
+that is loaded for quantization reads them from its files and drops them again (``integrations.streaming``).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from bitsmoe_plugin.families import MoELayer, find_moe_layers, read_experts
+from bitsmoe_plugin.packing import LayerShape
+from bitsmoe_plugin.spectral import ExpertWeights
+
+
+class ExpertSource(Protocol):
+    """The MoE layers of a model and their weights, one layer at a time."""
+
+    layers: list[MoELayer]
+    shapes: list[LayerShape]
+    files: list[Path]
+    """What the weights are read from, layer by layer; empty if they are in memory."""
+
+    def loaded(self, layer: MoELayer) -> AbstractContextManager[ExpertWeights]:
+        """While this is entered, the layer's module holds its weights (and is what is yielded made of)."""
+
+
+class LoadedExperts:
+    """Experts that are in memory with the rest of the model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        """
+        Raises:
+            QuantizationError: no MoE layers, or unknown ones.
+        """
+        self.layers = find_moe_layers(model)
+        self.shapes = [layer_shape(layer) for layer in self.layers]
+        self.files: list[Path] = []
+
+    @contextmanager
+    def loaded(self, layer: MoELayer) -> Iterator[ExpertWeights]:
+        """See ``ExpertSource``."""
+        yield read_experts(layer.module)
+
+
+def layer_shape(layer: MoELayer) -> LayerShape:
+    """Sizes of an unquantized experts module."""
+    experts, hidden, intermediate = layer.module.down_proj.shape
+    return LayerShape(experts, hidden, intermediate)
+
+
+def weights_digest(layer: MoELayer) -> str:
+    """SHA-256 over the parameters of a layer's experts module, with their names, dtypes and shapes."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(layer.module.named_parameters(recurse=False)):
+        digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)} ".encode())
+        flat = parameter.detach().cpu().contiguous().flatten()
+        digest.update(flat.view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,54 @@
+"""Quantize a model and print the peak of this process's memory in bytes. Run by test_streaming.
+
+``python peak_memory.py MODEL OUT`` prints a JSON object: ``resident`` (all that was mapped in, files
+included) and ``anonymous`` (what the kernel cannot take back).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import resource
+import sys
+import threading
+import time
+from pathlib import Path
+
+import torch
+
+from bitsmoe_plugin import BitsMoEConfig
+from bitsmoe_plugin.integrations.transformers import quantize_to_directory
+
+
+def anonymous() -> int:
+    """Bytes of anonymous memory now."""
+    found = re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return 1024 * int(found[1])
+
+
+def main(model: str, out: str) -> None:
+    """See the module."""
+    torch.set_num_threads(1)
+    tokens = torch.randint(1, 256, (256,), generator=torch.Generator().manual_seed(0)).tolist()
+    config = BitsMoEConfig(
+        bits=2.5, dataset=[tokens], sequence_length=64, method="paper-v2", widths=(0, 2, 4)
+    )
+    peak, done = [anonymous()], threading.Event()
+
+    def watch() -> None:
+        while not done.is_set():
+            peak[0] = max(peak[0], anonymous())
+            time.sleep(0.002)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    quantize_to_directory(model, Path(out), config)
+    done.set()
+    watcher.join()
+    resident = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(json.dumps({"resident": resident, "anonymous": peak[0]}))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

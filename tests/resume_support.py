@@ -1,0 +1,93 @@
+"""Quantization in child processes that may be killed; imported by a server that forks them, to be quick."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bitsmoe_plugin import BitsMoEConfig
+from bitsmoe_plugin.integrations.transformers import quantize_to_directory
+
+TOKENS = torch.randint(1, 64, (8, 32), generator=torch.Generator().manual_seed(1)).flatten().tolist()
+OPTIONS: dict[str, Any] = {"bits": 8, "sequence_length": 32, "basis_group_size": 16, "held_out": 0.25}
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(
+    [
+        "bitsmoe_plugin.pipeline",
+        "transformers.models.deepseek_v3.modeling_deepseek_v3",
+        "transformers.models.auto.tokenization_auto",
+    ]
+)
+
+
+def config(**changes: Any) -> BitsMoEConfig:
+    """Options of a quick run."""
+    return BitsMoEConfig(**{**OPTIONS, "dataset": [TOKENS], **changes})
+
+
+def _quantize(model: str, out: str, options: dict[str, Any], dies_at: int, errors: str) -> None:
+    torch.set_num_threads(1)
+    os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if dies_at:
+        _die_at_rename(dies_at)
+    try:
+        quantize_to_directory(model, Path(out), config(**options))
+    except BaseException as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        sys.stderr.flush()
+        os._exit(1)
+
+
+def _die_at_rename(number: int) -> None:
+    """Kill this process around its so-many-th rename: before it if the number is odd, or else after it."""
+    calls, rename = [0], os.replace
+
+    def replace(source: Any, target: Any) -> None:
+        calls[0] += 1
+        if calls[0] == number and number % 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        rename(source, target)
+        if calls[0] == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    os.replace = replace  # type: ignore[assignment]
+
+
+def start(model: Path, out: Path, dies_at: int = 0, **options: Any) -> Any:
+    """A child process that quantizes ``model`` to ``out``; its stderr is appended to ``out``.stderr."""
+    arguments = (str(model), str(out), options, dies_at, f"{out}.stderr")
+    child = _context.Process(target=_quantize, args=arguments)
+    child.start()
+    return child
+
+
+def finish(model: Path, out: Path, dies_at: int = 0, **options: Any) -> int:
+    """Exit code of such a child when it has ended."""
+    child = start(model, out, dies_at, **options)
+    child.join(120)
+    assert child.exitcode is not None
+    return int(child.exitcode)
+
+
+def wait_until(condition: Callable[[], bool], child: Any) -> None:
+    """Wait, for as long as the child lives, at most a minute."""
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert child.is_alive(), "ended too early"
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def stderr(out: Path) -> str:
+    """What the children that wrote to ``out`` have printed."""
+    return Path(f"{out}.stderr").read_text()
