@@ -16,8 +16,8 @@ from bitsmoe_plugin.config import BitsMoEConfig
 from bitsmoe_plugin.packing import LayerShape
 from bitsmoe_plugin.problem import WORKING_SET
 
-PROCESS_BYTES = 520 * 2**20
-"""Python with torch and transformers (365 MiB) and compiled trellis searches (130 MiB), measured."""
+PROCESS_BYTES = 390 * 2**20
+"""Python with torch and transformers, measured."""
 _FACTORIZATION = 40
 """Bytes per value of a covariance while its feedback factor is computed (``rounding.feedback_factor``):
 float32 in, and four float64 matrices besides, with one more while a Cholesky factor is copied."""
@@ -25,9 +25,8 @@ _KERNEL_BYTES = 750_000
 _KERNELS = 1024
 """16-bit matrix products on the CPU: torch (oneDNN) compiles one for every shape, so for every number of
 tokens that an expert is given, and keeps up to 1024. Measured: 0.67 MB per shape, none in float32."""
-_SECONDS_PER_WEIGHT = 1.5e-5
-"""Pricing and rounding on one core. Measured on a machine shared with other jobs: 8 to 14 microseconds on
-layers of 6 to 9 million weights, 23 to 32 in whole runs of models of 5 to 13 million."""
+_SECONDS_PER_WEIGHT = 6e-7
+"""Pricing, rounding and packing without their matrix products, one core with AVX-512 (``bench quantize``)."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,7 @@ def peak_memory(work: Workload, config: BitsMoEConfig) -> dict[str, int]:
         "kernels": _KERNEL_BYTES * min(_KERNELS, products) if work.itemsize == 2 else 0,
         "plan": max(_plan_bytes(shape, config) for shape in work.shapes),
         "activations": work.tokens * hidden * (7 * work.itemsize + 3 * 4),
-        "layer": max(map(_layer_bytes, work.shapes)),
+        "layer": max(_layer_bytes(shape, work.tokens * config.input_bases) for shape in work.shapes),
     }
 
 
@@ -86,19 +85,19 @@ def _plan_bytes(shape: LayerShape, config: BitsMoEConfig) -> int:
     return 4 * (rows + (config.input_bases + 1) * shape.rank * shape.hidden_size)
 
 
-def _layer_bytes(shape: LayerShape) -> int:
+def _layer_bytes(shape: LayerShape, coordinates: int) -> int:
     """The working set of a layer: the largest of three moments of ``layer.round_experts``.
 
     Held all along: float32 factors twice (the problem's and their copy), hidden moments, second moments and
-    their eigenvectors in float64 (about 10 of [H, H]).
+    their eigenvectors in float64 (about 10 of [H, H]), inputs in the basis (``coordinates`` of [r]).
     """
     factor = shape.weights // 3  # values of gate, up or down
     covariance = 2 * shape.rank**2
     chunk = covariance * min(shape.num_experts, max(1, WORKING_SET // covariance))
     hidden = shape.num_experts * shape.intermediate_size**2
-    kept = 2 * 4 * shape.weights + 4 * hidden + 10 * 8 * shape.hidden_size**2
+    kept = 2 * 4 * shape.weights + 4 * hidden + 10 * 8 * shape.hidden_size**2 + 4 * coordinates * shape.rank
     pair = (4 + 4) * factor  # codes and values of one factor
-    feedback = 2 * pair + _FACTORIZATION * chunk  # gate and up rounded but for the last chunk
+    feedback = 2 * pair + 2 * 4 * chunk + 5 * 8 * shape.rank**2  # gate and up rounded but for the last chunk
     neurons = 4 * pair + 4 * factor + (4 + _FACTORIZATION) * hidden  # gate and up twice (joining); down
     joining = 4 * pair + 4 * factor + pair + 3 * pair + 8 * hidden  # as before, down rounded, all joined
     return kept + max(feedback, neurons, joining)
@@ -114,21 +113,22 @@ def rough_seconds(work: Workload, config: BitsMoEConfig) -> float | None:
         return None
     weights = sum(shape.weights for shape in work.shapes)
     flops = 4 * 2 * work.tokens * work.active_weights
-    flops += sum(_layer_flops(shape, work.tokens * work.experts_per_token) for shape in work.shapes)
+    flops += sum(_layer_flops(shape, work.tokens, work.experts_per_token) for shape in work.shapes)
     return _SECONDS_PER_WEIGHT * weights / torch.get_num_threads() + flops / _matmul_speed()
 
 
-def _layer_flops(shape: LayerShape, rows: int) -> int:
+def _layer_flops(shape: LayerShape, tokens: int, experts_per_token: int) -> int:
     """Multiplications and additions in matrix products for one layer.
 
     Four forward passes (first pass; exact, captured and rounded in the second), and twice: activations and
-    outputs (8HI), covariances of gate's and up's inputs (6H^2), of hidden activations (4I^2) per routed row;
-    Gram matrices (4IH^2), feedback factors (4/3 n^3 each, in float64 at half the speed) per expert.
+    outputs (8HI), covariances of gate's and up's inputs (4H^2), of hidden activations (4I^2) per routed row;
+    inputs in the basis (2H^2) per token; Gram matrices (4IH^2), feedback factors (1/3 n^3 for gate and up,
+    4/3 n^3 for down, in float64 at half the speed) and factors (6IH^2) per expert.
     """
     h, i = shape.hidden_size, shape.intermediate_size
-    per_row = 4 * 6 * h * i + 2 * (8 * h * i + 6 * h**2 + 4 * i**2)
-    per_expert = 2 * (4 * i * h**2 + 2 * 2 * 8 * h**3 // 3 + 2 * 8 * i**3 // 3)
-    return rows * per_row + shape.num_experts * per_expert
+    per_row = 4 * 6 * h * i + 2 * (8 * h * i + 4 * h**2 + 4 * i**2)
+    per_expert = 2 * (10 * i * h**2 + 2 * 2 * 2 * h**3 // 3 + 2 * 8 * i**3 // 3)
+    return tokens * (experts_per_token * per_row + 2 * 2 * h**2) + shape.num_experts * per_expert
 
 
 def _matmul_speed() -> float:
