@@ -87,3 +87,18 @@ def plan_budget(shapes: list[LayerShape], config: BitsMoEConfig) -> Budget:
             "with basis_bits=4 and a larger basis_group_size) and the narrowest rows the rest"
         )
     return Budget(payload, floor.fixed, floor.weights)
+
+
+def reserve(budget: Budget, part: str, bits: int) -> Budget:
+    """The budget without ``bits`` that are stored as they were.
+
+    Raises:
+        QuantizationError: there are fewer.
+    """
+    if bits > budget.payload_bits:
+        raise QuantizationError(
+            f"{part} take {bits / budget.weights:.4f} bits per weight in their original precision, of "
+            f"{budget.payload_bits / budget.weights:.4f} that are left for rows; raise bits, or keep fewer "
+            "experts (super_experts)"
+        )
+    return Budget(budget.payload_bits - bits, {**budget.fixed, part: bits}, budget.weights)

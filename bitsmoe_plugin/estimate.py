@@ -19,9 +19,8 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from bitsmoe_plugin.budget import find_floor, plan_budget
 from bitsmoe_plugin.config import BitsMoEConfig
 from bitsmoe_plugin.errors import QuantizationError
-from bitsmoe_plugin.families import MoELayer, find_moe_layers
+from bitsmoe_plugin.families import MoELayer, find_moe_layers, layer_shape
 from bitsmoe_plugin.inspection import table_console
-from bitsmoe_plugin.pipeline import layer_shape
 from bitsmoe_plugin.resources import Workload, peak_memory, rough_seconds
 
 _HEADER_BYTES = 128
@@ -151,7 +150,7 @@ def _workload(
     model: Any, layers: list[MoELayer], others: list[torch.Tensor], config: BitsMoEConfig
 ) -> Workload:
     return Workload(
-        [layer_shape(layer) for layer in layers],
+        [layer_shape(layer.module) for layer in layers],
         tokens=config.calibration_tokens,
         experts_per_token=getattr(model.config, "num_experts_per_tok", None),
         model_bytes=sum(map(_bytes, _tensors(model))),
@@ -172,7 +171,7 @@ def estimate(directory: Path, config: BitsMoEConfig) -> Estimate:
     stored = stored_bytes(Path(directory))
     model = empty_model(Path(directory), stored)
     layers = find_moe_layers(model)
-    shapes = [layer_shape(layer) for layer in layers]
+    shapes = [layer_shape(layer.module) for layer in layers]
     floor, budget = find_floor(shapes, config), plan_budget(shapes, config)
     parts = {part: bits // 8 for part, bits in {"payload": budget.payload_bits, **budget.fixed}.items()}
     expert_bytes = sum(parts.values())

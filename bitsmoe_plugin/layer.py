@@ -215,7 +215,10 @@ def _expert_hidden(problem: LayerProblem, expert: int, values: Tensor) -> tuple[
     x = problem.activations.hidden[problem.rows[expert].tokens].float()
     gate, up = problem.weights.gate[expert].float(), problem.weights.up[expert].float()
     z = x @ problem.input_bases.transpose(1, 2)
-    return problem.gating(x @ gate.T, x @ up.T), problem.gating(z[0] @ values[0], z[-1] @ values[1])
+    return (
+        problem.hidden(x @ gate.T, x @ up.T, expert),
+        problem.hidden(z[0] @ values[0], z[-1] @ values[1], expert),
+    )
 
 
 def refit_down(problem: LayerProblem, values: Tensor, experts: list[int]) -> tuple[Tensor, Tensor]:

@@ -34,6 +34,7 @@ def slow_statistics(layer, rows) -> LayerStatistics:
     moment = torch.zeros(E, SIZE, SIZE, dtype=torch.double)
     neurons = torch.zeros(2, E, SIZE, dtype=torch.double)
     slots = torch.zeros(2, T, K, dtype=torch.double)
+    peaks = torch.zeros(E, dtype=torch.double)
     mass = 0.0
     for e in range(E):
         matrices = [w.gate[e].double(), w.up[e].double()]
@@ -51,13 +52,14 @@ def slow_statistics(layer, rows) -> LayerStatistics:
                 q = slope**2 * (down**2).sum(0) / H
                 neurons[part, e] += weight * q
                 if n < rows[e].routed:
+                    peaks[e] = max(peaks[e], y.abs().max())
                     slots[part, t, rows[e].slots[n]] = weight * q.sum()
         for part in range(2):
             for i in range(SIZE):
                 gram[part] += neurons[part, e, i] * torch.outer(matrices[part][i], matrices[part][i])
     y = layer.forward(a.hidden, a.top_k_index, a.top_k_weights)
     energy = float((a.token_weights.double() * (y**2).sum(1) / H).mean())
-    return LayerStatistics(second / mass, gram, outputs, moment, neurons, slots, energy)
+    return LayerStatistics(second / mass, gram, outputs, moment, neurons, slots, energy, peaks)
 
 
 @pytest.fixture

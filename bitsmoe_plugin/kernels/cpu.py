@@ -45,6 +45,10 @@ class _Decoder(ctypes.Structure):
     )
 
 
+_ROWS = ("row_codes", "scale_grid", "payload")
+_BASES = ("input_basis", "output_basis", "input_scales", "output_scales")
+
+
 class _Layer(ctypes.Structure):
     _fields_ = (
         *((name, c_int32) for name in ("experts", "hidden", "rank", "size", "bases")),
@@ -53,8 +57,7 @@ class _Layer(ctypes.Structure):
         ("falling", c_int32 * MAX_WIDTHS),
         ("decoders", _Decoder * MAX_WIDTHS),
         ("basis", _Decoder),
-        *((name, c_void_p) for name in ("row_codes", "scale_grid", "payload", "starts")),
-        *((name, c_void_p) for name in ("input_basis", "output_basis", "input_scales", "output_scales")),
+        *((name, c_void_p) for name in (*_ROWS, "starts", *_BASES)),
     )
 
 
@@ -151,7 +154,7 @@ class CpuLayer:
             width_bits=(c_int32 * MAX_WIDTHS)(*widths),
             falling=(c_int32 * MAX_WIDTHS)(*sorted(range(len(widths)), key=lambda i: -widths[i])),
             starts=_pointer(starts),
-            **{name.removeprefix("bitsmoe_"): _pointer(tensor) for name, tensor in packed.tensors()},
+            **{name: _pointer(getattr(packed, name)) for name in (*_ROWS, *_BASES)},
         )
         for i, width in enumerate(widths):
             if width:
@@ -187,7 +190,7 @@ class CpuLayer:
         chosen = _pointer(ids)
         failed = lib.bitsmoe_basis(layer, 0, _pointer(x), tokens, _pointer(z), threads)
         failed |= lib.bitsmoe_gate_up(layer, _pointer(z), chosen, tokens, k, _pointer(gate_up), threads)
-        gate, up = gate_up[:, :, : shape.intermediate_size].unbind(1)
+        gate, up = self._add_bias(gate_up[:, :, : shape.intermediate_size], ids).unbind(1)
         h = self.gating(gate, up).contiguous()
         failed |= lib.bitsmoe_down(
             layer, _pointer(h), _pointer(weights), chosen, tokens, k, _pointer(coordinates), threads
@@ -195,3 +198,10 @@ class CpuLayer:
         failed |= lib.bitsmoe_basis(layer, 1, _pointer(coordinates), tokens, _pointer(out), threads)
         if failed:
             raise MemoryError(f"no memory for the experts' intermediate results of {tokens} tokens")
+
+    def _add_bias(self, gate_up: Tensor, ids: Tensor) -> Tensor:
+        """``[tokens * k, 2, I]``, with the biases of gate and up of each slot's expert, if they have any."""
+        if self.packed.input_bias is None:
+            return gate_up
+        here = ids.clamp(0, self.spec.shape.num_experts - 1).flatten()  # others' values are not used
+        return gate_up + self.spec.original(self.packed.input_bias)[here].float()
