@@ -69,6 +69,8 @@ class BitsMoEExperts(nn.Module):
         row_codes = self.get_buffer("bitsmoe_row_codes")
         if int(row_codes.max()) // packing.SCALE_LEVELS >= len(self.spec.widths):
             raise CheckpointError(f"{name}.bitsmoe_row_codes holds a width that the config lacks")
+        if not packing.experts_without_rows(row_codes, self.spec.widths, self.spec.kept):
+            raise CheckpointError(f"{name}: a kept expert has rows; kept_experts in config.json was altered")
         words = packing.index_rows(row_codes, self.spec.widths, self.spec.shape).words
         if words != self.spec.payload_words:
             raise CheckpointError(

@@ -192,6 +192,11 @@ def row_widths(row_codes: Tensor, widths: tuple[int, ...]) -> Tensor:
     return table[(row_codes // SCALE_LEVELS).long()]
 
 
+def experts_without_rows(row_codes: Tensor, widths: tuple[int, ...], experts: tuple[int, ...]) -> bool:
+    """True if none of ``experts`` stores a row."""
+    return not bool(row_widths(row_codes, widths)[:, list(experts)].any())
+
+
 def index_rows(row_codes: Tensor, widths: tuple[int, ...], shape: LayerShape) -> RowIndex:
     """Derive order and offsets of all rows from the row codes ``[3, E, r]`` uint8."""
     bits = row_widths(row_codes, widths)
