@@ -1,4 +1,4 @@
-"""Experts that keep their original weights: which they are, what they cost, and that they compute the same."""
+"""Experts that keep their original weights: which they are, what they cost, what they compute."""
 
 from __future__ import annotations
 
@@ -169,3 +169,37 @@ def test_gating_of_the_module_is_used(tiny_model) -> None:
     limit = module.limit
     wanted = (1 - limit) * limit * torch.sigmoid(torch.tensor(limit * module.alpha))
     assert float(apply_gating(module, gate, up)) == pytest.approx(float(wanted))
+
+
+def test_quality_is_kept_on_a_trained_model_with_a_planted_super_expert(moe_tiny_path, tmp_path) -> None:
+    """A trained expert is given an output of some thousand times the residual stream's median; measured
+    against that model, so what counts is that quantization keeps what the expert does."""
+    from transformers import AutoTokenizer
+
+    from bitsmoe_plugin.evaluation import evaluate_model, evaluation_text
+
+    model = AutoModelForCausalLM.from_pretrained(moe_tiny_path).eval()
+    experts = model.get_submodule(LAYER)
+    experts.down_proj.data[19, 127] += 2e4 * experts.down_proj.data[19].float().mean(0).bfloat16()
+    model.save_pretrained(tmp_path / "planted")
+    AutoTokenizer.from_pretrained(moe_tiny_path).save_pretrained(tmp_path / "planted")
+    data = moe_tiny_path.parent / "data"
+    quick = {"method": "paper-v2", "grid": "trellis", "basis_bits": 4, "joint_basis": True}
+    config = BitsMoEConfig(
+        bits=4.0,
+        dataset=str(data / "calibration.jsonl"),
+        calibration_tokens=1024,
+        sequence_length=256,
+        **quick,
+    )
+    quantized = AutoModelForCausalLM.from_pretrained(tmp_path / "planted", quantization_config=config)
+    layers = quantized.config.quantization_config.layers
+    assert {name: entry["kept_experts"] for name, entry in layers.items() if "kept_experts" in entry} == {
+        LAYER: [19]
+    }
+    tokenizer = AutoTokenizer.from_pretrained(moe_tiny_path)
+    texts = evaluation_text(str(data / "eval.jsonl"), tokenizer, sequence_length=256, max_tokens=2048)
+    result = evaluate_model(quantized, texts, reference=model)
+    full = evaluate_model(model, texts).perplexity
+    print(full, result)
+    assert result.perplexity == pytest.approx(full, rel=0.03)
