@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from bitsmoe_plugin import packing
 from bitsmoe_plugin.config import BitsMoEConfig
@@ -38,22 +38,27 @@ class Floor:
 class Budget:
     """Attributes:
     payload_bits: what the allocation may spend on rows, over all layers.
+    narrowest: the least of it that rows take.
     fixed: stored bits of the whole model that no allocation changes, by part.
     weights: expert weights of the unquantized model.
     """
 
     payload_bits: int
+    narrowest: int
     fixed: dict[str, int]
     weights: int
 
 
-def find_floor(shapes: list[LayerShape], config: BitsMoEConfig) -> Floor:
+def find_floor(shapes: list[LayerShape], config: BitsMoEConfig, biases: int = 0) -> Floor:
     """The least that layers of these shapes take.
+
+    Args:
+        biases: bits of their biases, which are stored as they are.
 
     Raises:
         QuantizationError: the bases do not fit their groups.
     """
-    fixed: Counter[str] = Counter()
+    fixed: Counter[str] = Counter(biases=biases)
     narrowest = 0
     for shape in shapes:
         if config.basis_bits < 16 and shape.hidden_size % config.basis_group_size:
@@ -69,13 +74,16 @@ def find_floor(shapes: list[LayerShape], config: BitsMoEConfig) -> Floor:
     return Floor(dict(fixed), narrowest, counted, sum(shape.weights for shape in shapes))
 
 
-def plan_budget(shapes: list[LayerShape], config: BitsMoEConfig) -> Budget:
+def plan_budget(shapes: list[LayerShape], config: BitsMoEConfig, biases: int = 0) -> Budget:
     """Split the counted budget into what is fixed and what rows may use.
+
+    Args:
+        biases: see ``find_floor``.
 
     Raises:
         QuantizationError: the budget cannot be met, or the bases do not fit their groups.
     """
-    floor = find_floor(shapes, config)
+    floor = find_floor(shapes, config, biases)
     option, bits = "bits", float(config.bits)
     if config.factor_bits is not None:
         option, bits = "factor_bits", float(config.factor_bits)
@@ -83,7 +91,23 @@ def plan_budget(shapes: list[LayerShape], config: BitsMoEConfig) -> Budget:
     if payload < floor.narrowest:
         raise QuantizationError(
             f"{option}={bits:g} cannot be met: the smallest reachable is {floor.bits:.4f} bits per weight, "
-            f"of which bases, row codes and scale grids take {floor.counted / floor.weights:.4f} (smaller "
-            "with basis_bits=4 and a larger basis_group_size) and the narrowest rows the rest"
+            f"of which bases, row codes, scale grids and biases take {floor.counted / floor.weights:.4f} "
+            "(smaller with basis_bits=4 and a larger basis_group_size) and the narrowest rows the rest"
         )
-    return Budget(payload, floor.fixed, floor.weights)
+    return Budget(payload, floor.narrowest, floor.fixed, floor.weights)
+
+
+def reserve(budget: Budget, part: str, bits: int) -> Budget:
+    """The budget without ``bits`` that are stored as they were.
+
+    Raises:
+        QuantizationError: there are fewer.
+    """
+    left = budget.payload_bits - budget.narrowest
+    if bits > left:
+        raise QuantizationError(
+            f"{part} take {bits / budget.weights:.4f} bits per weight in their original precision, of "
+            f"{left / budget.weights:.4f} that are left beside the narrowest rows; raise bits, or keep "
+            "fewer experts (super_experts)"
+        )
+    return replace(budget, payload_bits=budget.payload_bits - bits, fixed={**budget.fixed, part: bits})

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from bitsmoe_plugin.errors import QuantizationError
+from bitsmoe_plugin.families import routed_inputs
 from bitsmoe_plugin.statistics import LayerActivations
 
 Tokenizer = Callable[..., Any]
@@ -294,7 +295,7 @@ def capture_layer(
     seen: list[tuple[Tensor, ...]] = []
 
     def record(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        hidden, top_k_index, top_k_weights = [*args, *kwargs.values()][:3]
+        hidden, top_k_index, top_k_weights = routed_inputs(experts, [*args, *kwargs.values()])
         # Copies, because a model may go on to change what it passed in place.
         captured = (hidden.detach(), top_k_index, top_k_weights.float())
         seen.append(tuple(tensor.clone().cpu() for tensor in captured))

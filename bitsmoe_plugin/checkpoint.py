@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from bitsmoe_plugin import packing
 from bitsmoe_plugin.config import BitsMoEConfig
 from bitsmoe_plugin.errors import CheckpointError
 from bitsmoe_plugin.experts import BitsMoEExperts
+from bitsmoe_plugin.families import layer_shape
 from bitsmoe_plugin.packed_spec import PackedSpec
 from bitsmoe_plugin.packing import LayerShape, PackedExperts
 
@@ -32,9 +34,24 @@ def tensor_digest(packed: PackedExperts) -> str:
     return digest.hexdigest()
 
 
-def layer_manifest(shape: LayerShape, packed: PackedExperts) -> dict[str, Any]:
-    """Entry of one layer in ``BitsMoEConfig.layers``."""
+def layer_manifest(
+    shape: LayerShape, packed: PackedExperts, original_dtype: torch.dtype, kept: Sequence[int] = ()
+) -> dict[str, Any]:
+    """Entry of one layer in ``BitsMoEConfig.layers``.
+
+    Args:
+        original_dtype: of biases and kept experts.
+        kept: ids of the experts that are stored as they were.
+    """
+    extra: dict[str, Any] = {}
+    if packed.input_bias is not None:
+        extra["has_bias"] = True
+    if kept:
+        extra["kept_experts"] = list(kept)
+    if extra:
+        extra["original_dtype"] = str(original_dtype).removeprefix("torch.")
     return {
+        **extra,
         "num_experts": shape.num_experts,
         "hidden_size": shape.hidden_size,
         "intermediate_size": shape.intermediate_size,
@@ -69,13 +86,25 @@ def packed_spec(name: str, config: BitsMoEConfig) -> PackedSpec:
         input_bases=config.input_bases,
         payload_words=entry["payload_words"],
         grid=config.grid,
+        **_originals(name, entry, shape.num_experts),
     )
 
 
+def _originals(name: str, entry: dict[str, Any], experts: int) -> dict[str, Any]:
+    """What the manifest says about tensors that are stored as they were."""
+    has_bias, kept = entry.get("has_bias", False), entry.get("kept_experts", [])
+    dtype = entry.get("original_dtype", "bfloat16")
+    ids = isinstance(kept, list) and all(type(e) is int and 0 <= e < experts for e in kept)
+    if not ids or sorted(set(kept)) != kept:
+        raise CheckpointError(f"{name}: kept_experts={kept!r} is no rising list of ids below {experts}")
+    if type(has_bias) is not bool or dtype not in packing.ORIGINAL_DTYPES:
+        raise CheckpointError(f"{name}: has_bias={has_bias!r}, original_dtype={dtype!r} are not sensible")
+    return {"has_bias": has_bias, "kept": tuple(kept), "original_dtype": dtype}
+
+
 def check_shape(name: str, spec: PackedSpec, module: Any) -> None:
-    """Refuse a manifest whose sizes differ from the experts module ``[E, H, I]`` of the model."""
-    wanted = tuple(module.down_proj.shape)
-    found = (spec.shape.num_experts, spec.shape.hidden_size, spec.shape.intermediate_size)
+    """Refuse a manifest whose sizes differ from the experts module of the model."""
+    wanted, found = astuple(layer_shape(module)), astuple(spec.shape)
     if wanted != found:
         raise CheckpointError(
             f"{name}: the model has (experts, hidden_size, intermediate_size) = {wanted}, "

@@ -89,7 +89,7 @@ def _add_inspect(commands: Any) -> None:
 
 
 def _add_evaluate(commands: Any) -> None:
-    parser = commands.add_parser("evaluate", help="perplexity of a model, packed or not")
+    parser = commands.add_parser("evaluate", help="perplexity of a model, packed, of GPTQ or not quantized")
     parser.add_argument("model", help="model directory or hub name")
     _add_evaluation_options(parser, "--dataset")
     parser.add_argument("--batch-size", type=int, default=8)
@@ -110,6 +110,9 @@ def _add_compare(commands: Any) -> None:
     _add_evaluation_options(parser, "--eval")
     parser.add_argument("--methods", default="full,rtn,bitsmoe", help=f"comma list of {', '.join(COMPARED)}")
     parser.add_argument("--group-size", type=int, default=64, help="of round-to-nearest and GPTQ")
+    parser.add_argument(
+        "--checkpoint", help="directory of a GPTQ or packed checkpoint, for the method checkpoint"
+    )
     parser.add_argument(
         "--prompt", default=None, help="also print a continuation of this text by each method"
     )
@@ -232,6 +235,7 @@ def _compare(args: argparse.Namespace, stdout: TextIO) -> None:
         group_size=args.group_size,
         prompt=args.prompt,
         new_tokens=args.new_tokens,
+        checkpoint=args.checkpoint,
     )
     results = compare(task, tuple(args.methods.split(",")))
     if args.json:

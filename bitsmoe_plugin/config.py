@@ -42,6 +42,13 @@ def _check_choice(option: str, value: Any, choices: tuple[Any, ...]) -> None:
         _fail(option, value, ", ".join(repr(choice) for choice in choices))
 
 
+def _is_expert_table(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(name, str) and isinstance(ids, list) and all(type(i) is int and i >= 0 for i in ids)
+        for name, ids in value.items()
+    )
+
+
 _PAPER = {
     "widths": ALL_WIDTHS,
     "grid": "uniform",
@@ -125,6 +132,10 @@ class BitsMoEConfig(QuantizationConfigMixin):
         sequential: calibrate a layer on the outputs of the quantized layers before it.
         scope: "global" spends one budget over all layers, "layer" the same budget on each.
         damping: share of the mean diagonal added to second moments before they are inverted.
+        super_experts: experts that keep their original weights, inside the budget: "auto" finds those whose
+            output is extreme (``super_experts``), {} keeps none, {"path.of.experts": [ids]} these.
+        all_experts: statistics of every expert see all calibration tokens, those that are not routed to it
+            with little weight. The model itself routes as ever. Slower by experts / experts per token.
         seed: of the few random choices (pieces of calibration text, stand-in tokens for thin experts).
         work_dir: directory in which finished layers are saved while a model is quantized; if the process
             ends, the same call continues after the last of them, with the same result. Remove it when the
@@ -181,6 +192,8 @@ class BitsMoEConfig(QuantizationConfigMixin):
         sequential: bool | None = None,
         scope: str | None = None,
         damping: float = 0.01,
+        super_experts: str | dict[str, list[int]] = "auto",
+        all_experts: bool = False,
         seed: int = 0,
         work_dir: str | Path | None = None,
         format_version: int = FORMAT_VERSION,
@@ -218,6 +231,8 @@ class BitsMoEConfig(QuantizationConfigMixin):
         self.held_out = held_out
         self.basis_group_size = basis_group_size
         self.damping = damping
+        self.super_experts = super_experts
+        self.all_experts = all_experts
         self.seed = seed
         self.work_dir = work_dir
         self.format_version = format_version
@@ -277,6 +292,9 @@ class BitsMoEConfig(QuantizationConfigMixin):
         _check_choice("scope", self.scope, ("global", "layer"))
         _check_number("covariance_prior", self.covariance_prior, 0, 1e6)
         _check_number("damping", self.damping, 1e-6, 1.0)
+        _check_choice("all_experts", self.all_experts, (True, False))
+        if self.super_experts != "auto" and not _is_expert_table(self.super_experts):
+            _fail("super_experts", self.super_experts, '"auto", {} or {"path.of.experts": [expert ids]}')
         _check_number("seed", self.seed, 0, 2**63 - 1, whole=True)
         if self.work_dir is not None and (
             not isinstance(self.work_dir, (str, Path)) or not str(self.work_dir)

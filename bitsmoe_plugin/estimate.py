@@ -16,13 +16,14 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from bitsmoe_plugin.budget import find_floor, plan_budget
+from bitsmoe_plugin.budget import find_floor, reserve
 from bitsmoe_plugin.config import BitsMoEConfig
 from bitsmoe_plugin.errors import QuantizationError
-from bitsmoe_plugin.families import MoELayer, find_moe_layers
+from bitsmoe_plugin.families import layout_of
 from bitsmoe_plugin.inspection import table_console
+from bitsmoe_plugin.kept import bias_bits, kept_bits, model_budget, named_kept
 from bitsmoe_plugin.resources import Workload, peak_memory, rough_seconds
-from bitsmoe_plugin.sources import layer_shape
+from bitsmoe_plugin.sources import LoadedExperts
 
 _HEADER_BYTES = 128
 """Per tensor in the header of a safetensors file; 110 to 120 measured, more with longer names."""
@@ -148,15 +149,23 @@ def _bytes(tensor: torch.Tensor) -> int:
 
 
 def _workload(
-    model: Any, layers: list[MoELayer], others: list[torch.Tensor], config: BitsMoEConfig
+    model: Any, source: LoadedExperts, others: list[torch.Tensor], config: BitsMoEConfig
 ) -> Workload:
     return Workload(
-        [layer_shape(layer) for layer in layers],
+        source.shapes,
         tokens=config.calibration_tokens,
         experts_per_token=getattr(model.config, "num_experts_per_tok", None),
         other_bytes=sum(map(_bytes, others)),
         active_weights=sum(tensor.numel() for tensor in others),
-        itemsize=layers[0].module.down_proj.element_size(),
+        itemsize=source.dtypes[0].itemsize,
+    )
+
+
+def _packed_tensors(source: LoadedExperts, kept: list[tuple[int, ...]]) -> int:
+    """Number of packed tensors of all layers."""
+    return sum(
+        _PACKED_TENSORS + 2 * layout_of(layer.module).has_bias + 2 * bool(ids)
+        for layer, ids in zip(source.layers, kept, strict=True)
     )
 
 
@@ -165,22 +174,24 @@ def estimate(directory: Path, config: BitsMoEConfig) -> Estimate:
 
     Args:
         config: as for quantization; ``dataset`` is not needed, ``calibration_tokens`` is taken as given.
+            Super experts that quantization would find by itself are not counted, only those named here.
 
     Raises:
         QuantizationError: no model, a dense or unknown one, or a budget that cannot be met.
     """
     stored = stored_bytes(Path(directory))
     model = empty_model(Path(directory), stored)
-    layers = find_moe_layers(model)
-    shapes = [layer_shape(layer) for layer in layers]
-    floor, budget = find_floor(shapes, config), plan_budget(shapes, config)
+    source = LoadedExperts(model)
+    layers, shapes = source.layers, source.shapes
+    kept = named_kept(source, config) or [()] * len(layers)
+    budget = reserve(model_budget(source, config), "kept_experts", kept_bits(source, kept))
     parts = {part: bits // 8 for part, bits in {"payload": budget.payload_bits, **budget.fixed}.items()}
     expert_bytes = sum(parts.values())
     experts = {id(tensor) for layer in layers for tensor in layer.module.parameters()}
     others = [tensor for tensor in _tensors(model) if id(tensor) not in experts]
     other_bytes = sum(map(_bytes, others))
-    header = _HEADER_BYTES * (len(others) + _PACKED_TENSORS * len(layers))
-    work = _workload(model, layers, others, config)
+    header = _HEADER_BYTES * (len(others) + _packed_tensors(source, kept))
+    work = _workload(model, source, others, config)
     memory = peak_memory(work, config)
     return Estimate(
         model_type=model.config.model_type,
@@ -188,7 +199,7 @@ def estimate(directory: Path, config: BitsMoEConfig) -> Estimate:
         experts=sum(shape.num_experts for shape in shapes),
         expert_weights=budget.weights,
         bits_per_weight=8 * expert_bytes / budget.weights,
-        smallest_bits=floor.bits,
+        smallest_bits=find_floor(shapes, config, bias_bits(source)).bits,
         parts=parts,
         expert_bytes=expert_bytes,
         other_bytes=other_bytes,
@@ -230,7 +241,8 @@ def print_estimate(result: Estimate, stream: TextIO) -> None:
 def _storage_table(result: Estimate) -> Table:
     table = Table("stored", "bytes", "bits per expert weight")
     for part, size in result.parts.items():
-        table.add_row(part, _size(size), f"{8 * size / result.expert_weights:.4f}")
+        if size:
+            table.add_row(part, _size(size), f"{8 * size / result.expert_weights:.4f}")
     table.add_row("experts", _size(result.expert_bytes), f"{result.bits_per_weight:.4f}", style="bold")
     table.add_row("everything else", _size(result.other_bytes))
     table.add_row("packed checkpoint", _size(result.checkpoint_bytes), style="bold")

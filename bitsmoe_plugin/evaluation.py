@@ -141,10 +141,13 @@ def evaluate_path(
     max_tokens: int | None = None,
     batch_size: int = 8,
 ) -> Evaluation:
-    """Perplexity of a saved model, packed or not, read with its own tokenizer."""
+    """Perplexity of a saved model, packed, of GPTQ or not quantized, read with its own tokenizer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from bitsmoe_plugin.comparison.gptq_checkpoint import is_gptq, load_gptq_model
 
     tokenizer = AutoTokenizer.from_pretrained(model)
     texts = evaluation_text(dataset, tokenizer, sequence_length=sequence_length, max_tokens=max_tokens)
-    loaded = AutoModelForCausalLM.from_pretrained(model).eval()
+    load = load_gptq_model if is_gptq(model) else AutoModelForCausalLM.from_pretrained
+    loaded = load(model).eval()
     return evaluate_model(loaded, texts, batch_size=batch_size)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from bitsmoe_plugin import kernels, packing
 from bitsmoe_plugin.errors import CheckpointError
-from bitsmoe_plugin.families import apply_gating
+from bitsmoe_plugin.families import apply_gating, layout_of
 from bitsmoe_plugin.packed_spec import PackedSpec
 from bitsmoe_plugin.packing import PackedExperts
 
@@ -69,6 +69,8 @@ class BitsMoEExperts(nn.Module):
         row_codes = self.get_buffer("bitsmoe_row_codes")
         if int(row_codes.max()) // packing.SCALE_LEVELS >= len(self.spec.widths):
             raise CheckpointError(f"{name}.bitsmoe_row_codes holds a width that the config lacks")
+        if not packing.experts_without_rows(row_codes, self.spec.widths, self.spec.kept):
+            raise CheckpointError(f"{name}: a kept expert has rows; kept_experts in config.json was altered")
         words = packing.index_rows(row_codes, self.spec.widths, self.spec.shape).words
         if words != self.spec.payload_words:
             raise CheckpointError(
@@ -87,9 +89,26 @@ class BitsMoEExperts(nn.Module):
             runtime = self._runtime = kernels.prepare(self.spec, packed, self._gating)
         return runtime
 
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """``[T, H]`` from ``[T, H]``, ``[T, k]`` and ``[T, k]``, see ``kernels``."""
+    def forward(self, hidden_states: Tensor, *routing: Tensor) -> Tensor:
+        """``[T, H]`` from ``[T, H]`` and, as routing, ``[T, k]`` and ``[T, k]``, see ``kernels``.
+
+        ``[E * T, H]`` from ``[E * T, H]`` for families that pass one copy per expert (``families.Layout``).
+        """
+        if layout_of(self._original[0]).takes_copies:
+            return self._forward_copies(hidden_states)
+        top_k_index, top_k_weights = routing
         return self._prepare().forward(hidden_states, top_k_index, top_k_weights)
+
+    def _forward_copies(self, copies: Tensor) -> Tensor:
+        """Each copy that is not zero is a token of its own."""
+        tokens = len(copies) // self.num_experts
+        rows = torch.nonzero(copies.ne(0).any(-1)).flatten()
+        out = torch.zeros_like(copies)
+        experts = (rows // tokens)[:, None]
+        out[rows] = self._prepare().forward(
+            copies[rows], experts, torch.ones_like(experts, dtype=copies.dtype)
+        )
+        return out
 
     def extra_repr(self) -> str:
         shape = self.spec.shape
@@ -104,7 +123,8 @@ class BitsMoEExperts(nn.Module):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> BitsMoEExperts:
         copy = BitsMoEExperts(self._original[0], self.spec)
-        copy.load_packed(PackedExperts(*(tensor.clone() for _, tensor in self.packed().tensors())))
+        for name, tensor in self.packed().tensors():
+            copy._buffers[name] = tensor.clone()
         return copy
 
 

@@ -25,6 +25,10 @@ _PARTS = {
     "bitsmoe_input_scales": "bases",
     "bitsmoe_output_basis": "bases",
     "bitsmoe_output_scales": "bases",
+    "bitsmoe_input_bias": "biases",
+    "bitsmoe_output_bias": "biases",
+    "bitsmoe_kept_input": "kept_experts",
+    "bitsmoe_kept_output": "kept_experts",
 }
 
 
@@ -53,9 +57,9 @@ def inspect_checkpoint(directory: Path) -> dict[str, Any]:
     Returns:
         ``bits_per_weight``, ``expert_bytes``, ``expert_weights``, ``parts`` (bits per weight by
         part), ``calibration``, and ``layers``: for each ``bits_per_weight``, ``widths`` (projection
-        -> width -> rows), ``tokens_per_dimension`` and what was measured while quantizing: errors
-        (absolute, per token and hidden value, token-weighted), ``output_energy``,
-        ``bits_over_bound``, ``tokens_per_expert``.
+        -> width -> rows), ``kept_experts`` (ids), ``tokens_per_dimension`` and what was
+        measured while quantizing: errors (absolute, per token and hidden value,
+        token-weighted), ``output_energy``, ``bits_over_bound``, ``tokens_per_expert``, ``output_peaks``.
     """
     config = read_config(directory)
     specs = {layer: packed_spec(layer, config) for layer in config.layers}
@@ -79,6 +83,7 @@ def inspect_checkpoint(directory: Path) -> dict[str, Any]:
                 factor: {str(w): int((widths[i] == w).sum()) for w in config.widths}
                 for i, factor in enumerate(packing.FACTORS)
             },
+            "kept_experts": list(spec.kept),
             **config.layers[layer].get("report", {}),
             "tokens_per_dimension": _tokens_per_dimension(config.layers[layer], spec.shape.hidden_size),
         }
@@ -121,12 +126,16 @@ def _layer_summary(layer: dict[str, Any]) -> list[str]:
 def print_inspection(report: dict[str, Any], stream: TextIO) -> None:
     """The report as tables."""
     console = table_console(stream)
-    parts = ", ".join(f"{part} {bits:.4f}" for part, bits in report["parts"].items())
+    parts = ", ".join(f"{part} {bits:.4f}" for part, bits in report["parts"].items() if bits)
     console.print(
         f"{report['bits_per_weight']:.4f} bits per expert weight = {parts}\n"
         f"{report['expert_bytes']:,} bytes for {report['expert_weights']:,} expert weights",
         highlight=False,
     )
+    for name, layer in report["layers"].items():
+        if layer["kept_experts"]:
+            ids = ", ".join(map(str, layer["kept_experts"]))
+            console.print(f"kept in original precision: {name}, expert {ids}", highlight=False)
     widths = list(next(iter(next(iter(report["layers"].values()))["widths"].values())))
     columns = [*(f"{w} bit" for w in widths), *_ERRORS.values(), "over bound", "tokens/dim"]
     table = Table("layer", "projection", "bits", *columns)

@@ -219,7 +219,10 @@ def _expert_hidden(problem: LayerProblem, expert: int, values: Tensor) -> tuple[
     tokens = problem.rows[expert].tokens
     x, z = problem.activations.hidden[tokens].float(), problem.z[:, tokens]
     gate, up = problem.weights.gate[expert].float(), problem.weights.up[expert].float()
-    return problem.gating(x @ gate.T, x @ up.T), problem.gating(z[0] @ values[0], z[-1] @ values[1])
+    return (
+        problem.hidden(x @ gate.T, x @ up.T, expert),
+        problem.hidden(z[0] @ values[0], z[-1] @ values[1], expert),
+    )
 
 
 def refit_down(problem: LayerProblem, values: Tensor, experts: list[int]) -> tuple[Tensor, Tensor]:
@@ -304,7 +307,7 @@ def sampled_error(problem: LayerProblem, experts: list[int], values: Tensor) -> 
 class RoundedLayer:
     """Attributes:
     packed: the layer as it is stored.
-    errors: ``[3]`` first-order output error of gate, up and down.
+    errors: ``[3, E]`` first-order output error of gate, up and down of each expert.
     """
 
     packed: PackedExperts
@@ -336,20 +339,26 @@ def round_layer(problem: LayerProblem, row_bits: Tensor) -> RoundedLayer:
         output_basis=output_basis,
         output_scales=output_scales,
     )
-    errors = rows.errors.sum((1, 2))
-    reach = problem.output_basis.square().sum(0)
-    errors[2] = (rows.errors[2] * reach).sum()
+    errors = rows.errors.sum(2)
+    errors[2] = rows.errors[2] @ problem.output_basis.square().sum(0)
     return RoundedLayer(packed, errors)
 
 
-def bits_over_bound(plan: LayerPlan, rounded: RoundedLayer, shape: LayerShape) -> float:
+def bits_over_bound(
+    plan: LayerPlan, rounded: RoundedLayer, shape: LayerShape, others: Tensor | None = None
+) -> float:
     """Stored bits per weight of the rows beyond what the rate-distortion bound asks for.
 
     Both sides count the same first-order output error; the rows' bits are payload, row codes and
     scale grids, without the bases.
+
+    Args:
+        others: ``[E]`` bool, experts that have rows; default: all.
     """
-    size = shape.intermediate_size
-    least = bound.water_filling_bits(plan.energies, float(rounded.errors.sum()), size)
+    energies, errors = plan.energies, rounded.errors
+    if others is not None:
+        energies, errors = energies[:, others], errors[:, others]
+    least = bound.water_filling_bits(energies, float(errors.sum()), shape.intermediate_size)
     stored = 32 * rounded.packed.payload.numel()
     for tensor in (rounded.packed.row_codes, rounded.packed.scale_grid):
         stored += 8 * tensor.numel() * tensor.element_size()

@@ -7,6 +7,7 @@ whatever its memory held.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -65,3 +66,31 @@ def _check(name: str, tensor: Tensor, recorded: str | None) -> None:
         raise CheckpointError(f"{name} is in the checkpoint, but was not when it was written")
     if fingerprint(tensor) != recorded:
         raise CheckpointError(f"{name} differs from what was written; the checkpoint is damaged or altered")
+
+
+def prediction_layers(model: Any, files: Iterable[str | Path]) -> dict[str, str]:
+    """Tensors of a checkpoint that transformers has no module for but that belong to the model.
+
+    Those are layers for multi-token prediction, which a model class declares as ignored or which are numbered
+    like decoder layers beyond the last.
+
+    Returns:
+        name -> file.
+    """
+    patterns = model._keys_to_ignore_on_load_unexpected or ()
+    own = {_place(name) for name in model.state_dict()}
+    found = {}
+    for path in (str(file) for file in files if str(file).endswith(".safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 (it is no dict)
+                place = _place(name)
+                declared = any(re.search(pattern, name) for pattern in patterns)
+                if place not in own and (declared or re.sub(r"\d+\.$", "0.", place) in own):
+                    found[name] = path
+    return found
+
+
+def _place(name: str) -> str:
+    """A name up to its first number, or to its first dot if it has none."""
+    match = re.match(r".*?\.\d+\.", name) or re.match(r"[^.]*\.", name)
+    return match[0] if match else name

@@ -75,6 +75,8 @@ def verify_rows(name: str, packed: PackedExperts, spec: PackedSpec) -> None:
     """
     if int(packed.row_codes.max()) // SCALE_LEVELS >= len(spec.widths):
         raise CheckpointError(f"{name}.bitsmoe_row_codes holds a width that the config lacks")
+    if not packing.experts_without_rows(packed.row_codes, spec.widths, spec.kept):
+        raise CheckpointError(f"{name}: a kept expert has rows; kept_experts in config.json was altered")
     words = packing.index_rows(packed.row_codes, spec.widths, spec.shape).words
     if words != packed.payload.numel():
         raise CheckpointError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from bitsmoe_plugin import packing
 from bitsmoe_plugin.packing import LayerShape
@@ -22,6 +23,9 @@ class PackedSpec:
         input_bases: 1 for gate and up together, 2 for one each.
         payload_words: length of the payload.
         grid: of the rows, see ``coding``.
+        has_bias: the experts have biases.
+        kept: ids of the experts that are stored as they were.
+        original_dtype: of biases and kept experts, a name of ``packing.ORIGINAL_DTYPES``.
     """
 
     shape: LayerShape
@@ -31,6 +35,9 @@ class PackedSpec:
     input_bases: int
     payload_words: int
     grid: str
+    has_bias: bool = False
+    kept: tuple[int, ...] = ()
+    original_dtype: str = "bfloat16"
 
     def tensors(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Name -> (dtype, shape) of every stored tensor, see ``packing``."""
@@ -44,7 +51,7 @@ class PackedSpec:
         def groups(columns: int) -> int:
             return columns // self.basis_group_size
 
-        return {
+        found: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
             "bitsmoe_row_codes": (torch.uint8, (3, e, r)),
             "bitsmoe_scale_grid": (torch.int16, (3, 2, r)),
             "bitsmoe_payload": (torch.int32, (self.payload_words,)),
@@ -53,3 +60,17 @@ class PackedSpec:
             "bitsmoe_output_basis": (basis, (h, width(r))),
             "bitsmoe_output_scales": (torch.int16, (0,) if dense else (h, groups(r))),
         }
+        i, original = self.shape.intermediate_size, packing.stored_dtype(self.original_dtype)
+        if self.has_bias:
+            found |= {"bitsmoe_input_bias": (original, (e, 2, i)), "bitsmoe_output_bias": (original, (e, h))}
+        if self.kept:
+            n = len(self.kept)
+            found |= {
+                "bitsmoe_kept_input": (original, (n, 2, i, h)),
+                "bitsmoe_kept_output": (original, (n, h, i)),
+            }
+        return found
+
+    def original(self, stored: Tensor) -> Tensor:
+        """A bias or kept expert as it was."""
+        return stored.view(packing.ORIGINAL_DTYPES[self.original_dtype])

@@ -15,8 +15,19 @@ bitsmoe_output_basis   int32    [H, r * bits / 32]      as the input basis
 bitsmoe_output_scales  int16    [H, r / group]
 =====================  =======  ======================  =========================================
 
-int16 tensors hold the bits of float16 values: an integer dtype is left alone by everything that
-casts a model (``model.to(dtype)``, loaders that convert floats to the model's dtype).
+Families whose experts have biases, and layers with experts that are kept as they were (n of them), also
+have, in the original dtype:
+
+=====================  =======  ======================  =========================================
+bitsmoe_input_bias     int16    [E, 2, I]               of gate and up
+bitsmoe_output_bias    int16    [E, H]                  of down
+bitsmoe_kept_input     int16    [n, 2, I, H]            gate and up of the kept experts
+bitsmoe_kept_output    int16    [n, H, I]               their down; their rows all have width 0
+=====================  =======  ======================  =========================================
+
+(int32 if the original is float32.) int16 tensors hold the bits of float16 values, or of the original: an
+integer dtype is left alone by everything that casts a model (``model.to(dtype)``, loaders that convert
+floats to the model's dtype).
 
 The first axis of three is the factor: gate, up, down. ``payload`` holds factor after factor,
 expert after expert; the rows of one expert are ordered by falling width, then by rank index, and
@@ -69,7 +80,10 @@ class LayerShape:
 
 @dataclass(frozen=True)
 class PackedExperts:
-    """The packed tensors of one layer; names, dtypes and shapes as in the module text."""
+    """The packed tensors of one layer; names, dtypes and shapes as in the module text.
+
+    Those that a layer does not have are None.
+    """
 
     row_codes: Tensor
     scale_grid: Tensor
@@ -78,15 +92,36 @@ class PackedExperts:
     input_scales: Tensor
     output_basis: Tensor
     output_scales: Tensor
+    input_bias: Tensor | None = None
+    output_bias: Tensor | None = None
+    kept_input: Tensor | None = None
+    kept_output: Tensor | None = None
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """(buffer name, tensor) of every stored tensor."""
         for field in fields(self):
-            yield f"bitsmoe_{field.name}", getattr(self, field.name)
+            tensor = getattr(self, field.name)
+            if tensor is not None:
+                yield f"bitsmoe_{field.name}", tensor
 
     def stored_bits(self) -> int:
         """Everything that is stored for the experts of this layer."""
         return sum(8 * t.numel() * t.element_size() for _, t in self.tensors())
+
+
+_BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
+ORIGINAL_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in _BITS}
+"""Name -> dtype that original tensors can have."""
+
+
+def store_bits(tensor: Tensor) -> Tensor:
+    """The bits of a float tensor as integers."""
+    return tensor.contiguous().view(_BITS[tensor.dtype])
+
+
+def stored_dtype(original: str) -> torch.dtype:
+    """Dtype of ``store_bits`` of a tensor of a dtype of ``ORIGINAL_DTYPES``."""
+    return _BITS[ORIGINAL_DTYPES[original]]
 
 
 def pack_codes(codes: Tensor, bits: int) -> Tensor:
@@ -162,6 +197,11 @@ def row_widths(row_codes: Tensor, widths: tuple[int, ...]) -> Tensor:
     """Bits of every row, ``[3, E, r]`` int64."""
     table = torch.tensor(widths, device=row_codes.device)
     return table[(row_codes // SCALE_LEVELS).long()]
+
+
+def experts_without_rows(row_codes: Tensor, widths: tuple[int, ...], experts: tuple[int, ...]) -> bool:
+    """True if none of ``experts`` stores a row."""
+    return not bool(row_widths(row_codes, widths)[:, list(experts)].any())
 
 
 def index_rows(row_codes: Tensor, widths: tuple[int, ...], shape: LayerShape) -> RowIndex:

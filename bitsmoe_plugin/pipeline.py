@@ -23,23 +23,25 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from bitsmoe_plugin.allocation import allocate
-from bitsmoe_plugin.budget import Budget, plan_budget
+from bitsmoe_plugin.budget import Budget, reserve
 from bitsmoe_plugin.calibration import LayerwiseForward, capture_layer
 from bitsmoe_plugin.checkpoint import layer_manifest, packed_spec
 from bitsmoe_plugin.config import BitsMoEConfig
 from bitsmoe_plugin.errors import QuantizationError
 from bitsmoe_plugin.experts import BitsMoEExperts, replace_module
-from bitsmoe_plugin.families import MoELayer, apply_gating
+from bitsmoe_plugin.families import MoELayer, apply_gating, check_computation, layer_shape, read_biases
 from bitsmoe_plugin.interruption import Interrupted, deferred_interrupt
+from bitsmoe_plugin.kept import choose_kept, kept_bits, model_budget, with_originals
 from bitsmoe_plugin.layer import LayerPlan, bits_over_bound, plan_layer, round_layer, row_sizes
 from bitsmoe_plugin.packing import LayerShape, PackedExperts
 from bitsmoe_plugin.problem import build_problem
-from bitsmoe_plugin.progress import Hidden, PackedLayer, Progress, ProgressInMemory, Widths
+from bitsmoe_plugin.progress import Hidden, PackedLayer, PlannedLayer, Progress, ProgressInMemory, Widths
 from bitsmoe_plugin.run_identity import identity
 from bitsmoe_plugin.saved_progress import ProgressOnDisk
-from bitsmoe_plugin.sources import ExpertSource, LoadedExperts, layer_shape, weights_digest
+from bitsmoe_plugin.sources import ExpertSource, LoadedExperts, weights_digest
 from bitsmoe_plugin.spectral import ExpertWeights
 from bitsmoe_plugin.statistics import LayerActivations
+from bitsmoe_plugin.super_experts import ExpertOutputs, forms_massive_activations
 from bitsmoe_plugin.work_directory import WorkDirectory, locked
 
 THIN_TOKENS_PER_DIMENSION = 0.25
@@ -61,27 +63,34 @@ def warn_about_thin_calibration(name: str, activations: LayerActivations, shape:
     if unrouted:
         warnings.warn(
             f"{name}: no calibration token was routed to expert {', '.join(map(str, unrouted))}; "
-            "treated as typical experts of the layer. More or more varied calibration text helps.",
+            "treated as typical experts of the layer. More or more varied calibration text helps, or "
+            "all_experts=True.",
             stacklevel=2,
         )
     if float(counts.float().median()) < THIN_TOKENS_PER_DIMENSION * shape.hidden_size:
         warnings.warn(
             f"{name}: the median expert saw {int(counts.float().median())} calibration tokens for "
-            f"hidden_size {shape.hidden_size}; use more calibration text (calibration_tokens).",
+            f"hidden_size {shape.hidden_size}, the one with fewest {int(counts.min())}; use more "
+            "calibration text (calibration_tokens), or all_experts=True.",
             stacklevel=2,
         )
     return counts
 
 
 def allocate_rows(
-    plans: dict[int, LayerPlan], shapes: list[LayerShape], budget: Budget, config: BitsMoEConfig
+    plans: dict[int, LayerPlan],
+    shapes: list[LayerShape],
+    budget: Budget,
+    config: BitsMoEConfig,
+    kept: dict[int, tuple[int, ...]],
 ) -> Widths:
     """Widths of all rows of all layers; one allocation for all layers, or one for each.
 
     Args:
         plans: in the order of ``shapes``.
+        kept: experts of each layer that have no rows.
     """
-    costs = [plan.costs.reshape(-1, len(config.widths)).numpy() for plan in plans.values()]
+    costs = [_costs(plan, kept[index]) for index, plan in plans.items()]
     sizes = [row_sizes(shape, config.widths) for shape in shapes]
     if config.scope == "global":
         results = [allocate(costs, sizes, budget.payload_bits)]
@@ -93,16 +102,31 @@ def allocate_rows(
     choice = np.concatenate([result.choice for result in results])
     pieces = np.split(choice, np.cumsum([len(cost) for cost in costs])[:-1])
     table = np.array(config.widths, dtype=np.uint8)
-    rows = {
-        index: torch.from_numpy(table[piece]).view(plan.costs.shape[:-1])
-        for (index, plan), piece in zip(plans.items(), pieces, strict=True)
-    }
-    return Widths(rows, max(result.relative_gap for result in results))
+    rows = {}
+    for (index, plan), piece in zip(plans.items(), pieces, strict=True):
+        rows[index] = torch.zeros(plan.costs.shape[:-1], dtype=torch.uint8)
+        own = _others(plan, kept[index])
+        rows[index][:, own] = torch.from_numpy(table[piece]).view(3, -1, plan.costs.shape[2])
+    return Widths(rows, kept, max(result.relative_gap for result in results))
 
 
-def _estimated_error(plan: LayerPlan, row_bits: Tensor, config: BitsMoEConfig) -> float:
+def _others(plan: LayerPlan, kept: tuple[int, ...]) -> Tensor:
+    """``[E]`` bool: the experts that have rows."""
+    others = torch.ones(plan.costs.shape[1], dtype=torch.bool)
+    others[list(kept)] = False
+    return others
+
+
+def _costs(plan: LayerPlan, kept: tuple[int, ...]) -> np.ndarray:
+    """``[units, widths]``; no copy if all experts have rows."""
+    costs = plan.costs[:, _others(plan, kept)] if kept else plan.costs
+    return costs.reshape(-1, costs.shape[-1]).numpy()
+
+
+def _estimated_error(plan: LayerPlan, row_bits: Tensor, others: Tensor, config: BitsMoEConfig) -> float:
     index = torch.searchsorted(torch.tensor(config.widths), row_bits)
-    return float(plan.costs.gather(-1, index[..., None]).double().sum())
+    costs = plan.costs.gather(-1, index[..., None])
+    return float(costs[:, others].double().sum())
 
 
 def _drift(exact: list[Tensor], outputs: list[Tensor]) -> Tensor:
@@ -185,22 +209,38 @@ def _plan(run: _Run) -> None:
     if kept is not None:
         run.forward.advance(kept)
     for index in run.remaining(run.progress.planned, "Calibrating layers"):
-        plan, outputs = _plan_layer(run, index)
+        planned, outputs = _plan_layer(run, index)
         run.forward.advance(outputs)
-        run.progress.finish_plan(index, plan, outputs)
+        run.progress.finish_plan(index, planned, outputs)
 
 
-def _plan_layer(run: _Run, index: int) -> tuple[LayerPlan | None, Hidden]:
-    """The plan of a decoder layer's experts, None if it is dense, and the layer's outputs."""
+def _plan_layer(run: _Run, index: int) -> tuple[PlannedLayer | None, Hidden]:
+    """What is found out about a decoder layer's experts, None if it is dense, and the layer's outputs."""
     layer = run.moe.get(index)
     if layer is None:
         return None, run.forward.run(index)
     with run.loaded(layer) as weights:
         activations, outputs = capture_layer(run.forward, index, layer.module, run.config.token_weighting)
-        gating = partial(apply_gating, layer.module)
-        problem = build_problem(layer.name, weights, activations.first(run.tokens), gating, run.config)
+        seen = activations.first(run.tokens)
+        check_computation(
+            layer.name, layer.module, weights, (seen.hidden, seen.top_k_index, seen.top_k_weights)
+        )
+        gating, biases = partial(apply_gating, layer.module), read_biases(layer.module)
+        problem = build_problem(layer.name, weights, seen, gating, run.config, biases=biases)
         share = run.budget.payload_bits * weights.numel() // run.budget.weights
-        return plan_layer(problem, share), outputs
+        plan = plan_layer(problem, share)
+    massive = forms_massive_activations(run.forward.hidden, outputs)
+    return PlannedLayer(plan, ExpertOutputs(problem.statistics.output_peaks, massive)), outputs
+
+
+def _allocate(run: _Run) -> Widths:
+    """Choose the experts that are kept, and widths of the others' rows."""
+    planned = {index: run.progress.plan(index) for index in run.moe}
+    kept = choose_kept(run.source, [layer.outputs for layer in planned.values()], run.config)
+    budget = reserve(run.budget, "kept_experts", kept_bits(run.source, kept))
+    plans = {index: layer.plan for index, layer in planned.items()}
+    by_index = dict(zip(run.moe, kept, strict=True))
+    return allocate_rows(plans, run.source.shapes, budget, run.config, by_index)
 
 
 def _round(run: _Run, widths: Widths) -> None:
@@ -237,6 +277,7 @@ class _FittedLayer:
     """Experts rounded and packed, and what is needed to judge them.
 
     Attributes:
+        entry: of the layer in ``BitsMoEConfig.layers``, without the report.
         exact: outputs of the decoder layer in the unquantized model.
         outputs: of the same with unquantized experts after quantized layers.
         token_weights: ``[T]``.
@@ -244,7 +285,7 @@ class _FittedLayer:
     """
 
     packed: PackedExperts
-    shape: LayerShape
+    entry: dict[str, Any]
     exact: Hidden
     outputs: Hidden
     token_weights: Tensor
@@ -264,9 +305,8 @@ def _round_layer(
     """
     if index not in run.moe:
         return None, run.forward.run(index, exact), run.forward.run(index)
-    fitted = _fit_layer(run, index, exact, widths.rows[index].long())
-    entry = {**layer_manifest(fitted.shape, fitted.packed), "report": fitted.report}
-    layer = PackedLayer(run.moe[index].name, fitted.packed, entry)
+    fitted = _fit_layer(run, index, exact, widths)
+    layer = PackedLayer(run.moe[index].name, fitted.packed, {**fitted.entry, "report": fitted.report})
     _replace(run, run.moe[index], layer)
     rounded = run.forward.run(index)
     errors = _output_errors(fitted.outputs, rounded, fitted.token_weights)
@@ -276,31 +316,34 @@ def _round_layer(
     return layer, fitted.exact, rounded if run.config.sequential else fitted.outputs
 
 
-def _fit_layer(run: _Run, index: int, exact: Hidden, row_bits: Tensor) -> _FittedLayer:
-    """Round the experts of an MoE layer on what the layers before it put out.
-
-    Args:
-        row_bits: ``[3, E, r]`` int64.
-    """
-    layer, config, plan = run.moe[index], run.config, run.progress.plan(index)
+def _fit_layer(run: _Run, index: int, exact: Hidden, widths: Widths) -> _FittedLayer:
+    """Round the experts of an MoE layer on what the layers before it put out."""
+    layer, config, plan = run.moe[index], run.config, run.progress.plan(index).plan
+    row_bits, kept = widths.rows[index].long(), widths.kept[index]
     with run.loaded(layer) as weights:
         exact = run.forward.run(index, exact)
         activations, outputs = capture_layer(run.forward, index, layer.module, config.token_weighting)
-        shape, gating = layer_shape(layer), partial(apply_gating, layer.module)
+        shape, gating = layer_shape(layer.module), partial(apply_gating, layer.module)
         seen = activations.first(run.tokens)
         drift = _drift(exact, outputs)[: run.tokens] if config.compensation else None
         counts = warn_about_thin_calibration(layer.name, seen, shape)
-        problem = build_problem(layer.name, weights, seen, gating, config, plan.bases, drift)
+        biases = read_biases(layer.module)
+        problem = build_problem(layer.name, weights, seen, gating, config, plan.bases, drift, biases)
         result = round_layer(problem, row_bits)
+        packed = with_originals(result.packed, weights, biases, kept)
+        entry = layer_manifest(shape, packed, layer.module.down_proj.dtype, kept)
+    others = _others(plan, kept)
+    over = bits_over_bound(plan, result, shape, others) if config.cost == "output" else None
     report = {
-        "estimated_error": _estimated_error(plan, row_bits, config),
+        "estimated_error": _estimated_error(plan, row_bits, others, config),
         "calibration_error": None,
         "unseen_error": None,
-        "bits_over_bound": bits_over_bound(plan, result, shape) if config.cost == "output" else None,
+        "bits_over_bound": over,
         "output_energy": problem.statistics.output_energy,
         "tokens_per_expert": counts.tolist(),
+        "output_peaks": problem.statistics.output_peaks.tolist(),
     }
-    return _FittedLayer(result.packed, shape, exact, outputs, activations.token_weights, report)
+    return _FittedLayer(packed, entry, exact, outputs, activations.token_weights, report)
 
 
 def quantize_model(
@@ -345,7 +388,7 @@ def _quantize(
     stop: Callable[[], bool],
 ) -> BitsMoEConfig:
     """``quantize_model`` from what ``progress`` has on."""
-    budget = plan_budget(source.shapes, config)
+    budget = model_budget(source, config)
     modules, moe = _moe_by_index(model, source.layers)
     training = model.training
     model.eval()
@@ -357,9 +400,7 @@ def _quantize(
         widths = progress.widths
         if widths is None:
             _plan(run)
-            plans = {index: progress.plan(index) for index in moe}
-            widths = allocate_rows(plans, source.shapes, budget, config)
-            del plans
+            widths = _allocate(run)
             progress.finish_widths(widths)
         config.layers = {}
         forward.restart()

@@ -11,7 +11,7 @@ from bitsmoe_plugin import rounding, spectral, statistics
 from bitsmoe_plugin.config import BitsMoEConfig
 from bitsmoe_plugin.packing import LayerShape
 from bitsmoe_plugin.rounding import RankFeedback
-from bitsmoe_plugin.spectral import ExpertWeights, SharedBases
+from bitsmoe_plugin.spectral import ExpertBiases, ExpertWeights, SharedBases
 from bitsmoe_plugin.statistics import ExpertRows, Gating, LayerActivations, LayerStatistics
 
 WORKING_SET = 2**26
@@ -31,6 +31,7 @@ class LayerProblem:
             of gate, the last of up.
         pooled: ``[1 or 2, r, r]`` float32, see ``statistics.pooled_covariance``.
         output_basis: ``[H, r]`` float32, dequantized.
+        biases: of the experts, None if they have none.
     """
 
     name: str
@@ -46,6 +47,7 @@ class LayerProblem:
     output_basis: Tensor
     config: BitsMoEConfig
     drift: Tensor | None = None
+    biases: ExpertBiases | None = None
 
     @property
     def shape(self) -> LayerShape:
@@ -56,6 +58,10 @@ class LayerProblem:
     def input_bases(self) -> Tensor:
         """``[1 or 2, r, H]`` float32, dequantized; the first is of gate, the last of up."""
         return self.bases.input_bases()
+
+    def hidden(self, gate: Tensor, up: Tensor, expert: int) -> Tensor:
+        """Hidden activations ``[n, I]`` of an expert from its gate and up products ``[n, I]``."""
+        return self.gating(*((gate, up) if self.biases is None else self.biases.add(gate, up, expert)))
 
     def chunks(self, experts: int) -> list[slice]:
         """Positions 0..experts in groups of bounded working set."""
@@ -88,18 +94,19 @@ def build_problem(
     config: BitsMoEConfig,
     bases: SharedBases | None = None,
     drift: Tensor | None = None,
+    biases: ExpertBiases | None = None,
 ) -> LayerProblem:
     """Collect the statistics and factors of one layer; ``bases`` are computed if not given.
 
     Args:
-        drift: see ``LayerProblem``.
+        drift, biases: see ``LayerProblem``.
 
     Raises:
         QuantizationError: NaN or infinity in weights or activations.
     """
     statistics.check_finite(name, weights, activations)
-    rows = statistics.expert_rows(activations, weights.num_experts, config.seed)
-    stats = statistics.collect(weights, activations, rows, gating, config.neuron_weighting)
+    rows = statistics.expert_rows(activations, weights.num_experts, config.seed, config.all_experts)
+    stats = statistics.collect(weights, activations, rows, gating, config.neuron_weighting, biases)
     bases = bases or shared_bases(weights, stats, config)
     input_bases = bases.input_bases()
     return LayerProblem(
@@ -116,6 +123,7 @@ def build_problem(
         bases.output_basis.dequantize(),
         config,
         drift,
+        biases,
     )
 
 

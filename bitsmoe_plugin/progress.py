@@ -15,9 +15,23 @@ from bitsmoe_plugin.errors import QuantizationError
 from bitsmoe_plugin.layer import LayerPlan
 from bitsmoe_plugin.packing import PackedExperts
 from bitsmoe_plugin.spectral import SharedBases
+from bitsmoe_plugin.super_experts import ExpertOutputs
 
 Hidden = list[Tensor]
 """Hidden states of all calibration tokens, ``[blocks, sequence_length, H]`` per batch."""
+
+
+@dataclass(frozen=True)
+class PlannedLayer:
+    """What the first pass finds out about an MoE layer.
+
+    Attributes:
+        plan: what its rows would cost.
+        outputs: what its experts put out.
+    """
+
+    plan: LayerPlan
+    outputs: ExpertOutputs
 
 
 @dataclass(frozen=True)
@@ -26,10 +40,12 @@ class Widths:
 
     Attributes:
         rows: index of the decoder layer -> ``[3, E, r]`` uint8, bits of each row.
+        kept: index of the decoder layer -> experts that keep their original weights; their rows have 0 bits.
         relative_gap: see ``Allocation``; the largest, if there were several.
     """
 
     rows: dict[int, Tensor]
+    kept: dict[int, tuple[int, ...]]
     relative_gap: float
 
 
@@ -58,11 +74,11 @@ class Progress(Protocol):
     def check_weights(self, name: str, digest: str) -> None:
         """Refuse weights other than those that were read for this layer before."""
 
-    def finish_plan(self, index: int, plan: LayerPlan | None, hidden: Hidden) -> None:
+    def finish_plan(self, index: int, layer: PlannedLayer | None, hidden: Hidden) -> None:
         """Layer ``index`` is planned and puts out ``hidden``."""
 
-    def plan(self, index: int) -> LayerPlan:
-        """The plan of an MoE layer."""
+    def plan(self, index: int) -> PlannedLayer:
+        """An MoE layer that is planned."""
 
     def plan_hidden(self) -> Hidden | None:
         """What the last planned layer put out; None if there is none or it is still known to the caller."""
@@ -112,18 +128,18 @@ class ProgressInMemory:
         self.planned = self.rounded = 0
         self.widths: Widths | None = None
         self._digests: dict[str, str] = {}
-        self._plans: dict[int, LayerPlan] = {}
+        self._plans: dict[int, PlannedLayer] = {}
         self._packed: dict[int, PackedLayer] = {}
 
     def check_weights(self, name: str, digest: str) -> None:
         check_digest(self._digests, name, digest)
 
-    def finish_plan(self, index: int, plan: LayerPlan | None, hidden: Hidden) -> None:
-        if plan is not None:
-            self._plans[index] = with_contiguous_bases(plan)
+    def finish_plan(self, index: int, layer: PlannedLayer | None, hidden: Hidden) -> None:
+        if layer is not None:
+            self._plans[index] = replace(layer, plan=with_contiguous_bases(layer.plan))
         self.planned = index + 1
 
-    def plan(self, index: int) -> LayerPlan:
+    def plan(self, index: int) -> PlannedLayer:
         return self._plans[index]
 
     def plan_hidden(self) -> Hidden | None:

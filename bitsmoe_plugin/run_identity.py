@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bitsmoe_plugin import compiled
 from bitsmoe_plugin.config import BitsMoEConfig
 from bitsmoe_plugin.other_tensors import fingerprint
 from bitsmoe_plugin.sources import ExpertSource
@@ -74,6 +75,8 @@ def _machine(model: nn.Module) -> dict[str, Any]:
     return {
         "threads": torch.get_num_threads(),
         "instructions": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
+        # Compiled code sums in other orders with other instructions; None: plain torch instead of it.
+        "compiled code for": compiled.select(None),
         "devices": [
             f"{name} {torch.cuda.get_device_name(name)}" if "cuda" in name else name for name in devices
         ],

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from bitsmoe_plugin.layer import LayerPlan
 from bitsmoe_plugin.packing import PackedExperts
-from bitsmoe_plugin.progress import Hidden, PackedLayer, Widths, check_digest
+from bitsmoe_plugin.progress import Hidden, PackedLayer, PlannedLayer, Widths, check_digest
 from bitsmoe_plugin.spectral import QuantizedBasis, SharedBases
+from bitsmoe_plugin.super_experts import ExpertOutputs
 from bitsmoe_plugin.work_directory import WorkDirectory
 
 _BASES = ("input_basis", "output_basis")
@@ -47,7 +48,9 @@ class ProgressOnDisk:
         identity = json.loads(json.dumps(identity))  # as it will be read again
         self._directory, self._device = directory, device
         if not directory.state:
-            directory.state.update(identity=identity, planned=0, rounded=0, entries={}, digests={}, gap=None)
+            directory.state.update(
+                identity=identity, planned=0, rounded=0, entries={}, digests={}, gap=None, kept={}
+            )
             directory.commit()
         changes = _differences(directory.state["identity"], identity)
         if changes:
@@ -59,10 +62,11 @@ class ProgressOnDisk:
     def check_weights(self, name: str, digest: str) -> None:
         check_digest(self._state["digests"], name, digest)
 
-    def finish_plan(self, index: int, plan: LayerPlan | None, hidden: Hidden) -> None:
-        if plan is not None:
-            tensors = {"costs": plan.costs, "energies": plan.energies}
-            values: dict[str, Any] = {"correction": plan.correction}
+    def finish_plan(self, index: int, layer: PlannedLayer | None, hidden: Hidden) -> None:
+        if layer is not None:
+            plan, outputs = layer.plan, layer.outputs
+            tensors = {"costs": plan.costs, "energies": plan.energies, "peaks": outputs.peaks}
+            values: dict[str, Any] = {"correction": plan.correction, "massive": outputs.massive}
             for name in _BASES:
                 basis: QuantizedBasis = getattr(plan.bases, name)
                 tensors |= {f"{name}.codes": basis.codes, f"{name}.scales": basis.scales}
@@ -73,7 +77,7 @@ class ProgressOnDisk:
         self.planned = self._state["planned"] = index + 1
         self._directory.commit()
 
-    def plan(self, index: int) -> LayerPlan:
+    def plan(self, index: int) -> PlannedLayer:
         tensors, values = self._directory.read(f"plan-{index}.safetensors")
         # All but the costs, of which every layer's are needed at once, are copied: how matrix products are
         # rounded may depend on where their operands are in memory.
@@ -85,9 +89,10 @@ class ProgressOnDisk:
             )
             for name in _BASES
         ]
-        return LayerPlan(
+        plan = LayerPlan(
             tensors["costs"], tensors["energies"].clone(), SharedBases(*bases), values["correction"]
         )
+        return PlannedLayer(plan, ExpertOutputs(tensors["peaks"].clone(), values["massive"]))
 
     def plan_hidden(self) -> Hidden | None:
         if self.planned == 0 or self.widths is not None:
@@ -100,12 +105,14 @@ class ProgressOnDisk:
         self._directory.write("widths.safetensors", tensors)
         self._directory.forget(f"calibrated-{self.planned - 1}.safetensors")
         self._state["gap"] = widths.relative_gap
+        self._state["kept"] = {str(index): list(ids) for index, ids in widths.kept.items()}
         self._directory.commit()
         self.widths = widths
 
     def _read_widths(self) -> Widths:
         tensors, _ = self._directory.read("widths.safetensors")
-        return Widths({int(index): rows for index, rows in tensors.items()}, self._state["gap"])
+        kept = {int(index): tuple(ids) for index, ids in self._state["kept"].items()}
+        return Widths({int(index): rows for index, rows in tensors.items()}, kept, self._state["gap"])
 
     def finish_layer(self, index: int, layer: PackedLayer | None, exact: Hidden, hidden: Hidden) -> None:
         if layer is not None:

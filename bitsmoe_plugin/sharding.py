@@ -66,7 +66,11 @@ def shard_shape(shape: LayerShape, shard: Shard) -> LayerShape:
 
 
 def slice_packed(
-    packed: PackedExperts, widths: tuple[int, ...], shape: LayerShape, shard: Shard
+    packed: PackedExperts,
+    widths: tuple[int, ...],
+    shape: LayerShape,
+    shard: Shard,
+    kept: tuple[int, ...] = (),
 ) -> PackedExperts:
     """The packed tensors of a shard.
 
@@ -74,6 +78,7 @@ def slice_packed(
         packed: the whole layer; its payload is read only where the shard lies.
         widths: of the config.
         shape: of the whole layer.
+        kept: ids of the experts that are stored as they were.
     """
     index = packing.index_rows(packed.row_codes, widths, shape)
     return replace(
@@ -85,7 +90,43 @@ def slice_packed(
         input_scales=packed.input_scales.clone(),
         output_basis=packed.output_basis.clone(),
         output_scales=packed.output_scales.clone(),
+        **_slice_biases(packed, shard),
+        **_slice_kept(packed, shard, kept),
     )
+
+
+def shard_kept(kept: tuple[int, ...], shard: Shard) -> tuple[int, ...]:
+    """Which experts of a shard are stored as they were, by their ids in the shard."""
+    return tuple(local for local, expert in enumerate(shard.experts) if expert in kept)
+
+
+def _columns(shard: Shard) -> slice:
+    """The values of every row; the last block may be shorter."""
+    return slice(shard.blocks[0] * BLOCK, shard.blocks[1] * BLOCK)
+
+
+def _slice_biases(packed: PackedExperts, shard: Shard) -> dict[str, Tensor]:
+    """Of shards that split the rows, which add up, only the first adds the bias of down."""
+    if packed.input_bias is None or packed.output_bias is None:
+        return {}
+    experts = list(shard.experts)
+    down = packed.output_bias[experts]
+    return {
+        "input_bias": packed.input_bias[experts][..., _columns(shard)].contiguous(),
+        "output_bias": down if shard.blocks[0] == 0 else torch.zeros_like(down),
+    }
+
+
+def _slice_kept(packed: PackedExperts, shard: Shard, kept: tuple[int, ...]) -> dict[str, Tensor | None]:
+    here = [kept.index(shard.experts[local]) for local in shard_kept(kept, shard)]
+    if packed.kept_input is None or packed.kept_output is None:
+        return {}
+    if not here:
+        return {"kept_input": None, "kept_output": None}
+    return {
+        "kept_input": packed.kept_input[here][:, :, _columns(shard)].contiguous(),
+        "kept_output": packed.kept_output[here][..., _columns(shard)].contiguous(),
+    }
 
 
 def _row_bits(index: RowIndex, factor: int, expert: int) -> int:

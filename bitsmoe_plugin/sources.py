@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from bitsmoe_plugin.families import MoELayer, find_moe_layers, read_experts
+from bitsmoe_plugin.families import MoELayer, find_moe_layers, layer_shape, read_experts
 from bitsmoe_plugin.packing import LayerShape
 from bitsmoe_plugin.spectral import ExpertWeights
 
@@ -25,6 +25,8 @@ class ExpertSource(Protocol):
 
     layers: list[MoELayer]
     shapes: list[LayerShape]
+    dtypes: list[torch.dtype]
+    """Of the weights and biases of each layer."""
     files: list[Path]
     """What the weights are read from, layer by layer; empty if they are in memory."""
 
@@ -41,19 +43,14 @@ class LoadedExperts:
             QuantizationError: no MoE layers, or unknown ones.
         """
         self.layers = find_moe_layers(model)
-        self.shapes = [layer_shape(layer) for layer in self.layers]
+        self.shapes = [layer_shape(layer.module) for layer in self.layers]
+        self.dtypes = [layer.module.down_proj.dtype for layer in self.layers]
         self.files: list[Path] = []
 
     @contextmanager
     def loaded(self, layer: MoELayer) -> Iterator[ExpertWeights]:
         """See ``ExpertSource``."""
         yield read_experts(layer.module)
-
-
-def layer_shape(layer: MoELayer) -> LayerShape:
-    """Sizes of an unquantized experts module."""
-    experts, hidden, intermediate = layer.module.down_proj.shape
-    return LayerShape(experts, hidden, intermediate)
 
 
 def weights_digest(layer: MoELayer) -> str:

@@ -50,6 +50,25 @@ class ExpertWeights:
 
 
 @dataclass(frozen=True)
+class ExpertBiases:
+    """What the experts of some families add to their products; never quantized.
+
+    Attributes:
+        gate: ``[num_experts, intermediate_size]``
+        up: ``[num_experts, intermediate_size]``
+        down: ``[num_experts, hidden_size]``
+    """
+
+    gate: Tensor
+    up: Tensor
+    down: Tensor
+
+    def add(self, gate: Tensor, up: Tensor, expert: int | Tensor) -> tuple[Tensor, Tensor]:
+        """Gate and up products ``[..., I]`` of one expert, or of one each ``[...]``, with their biases."""
+        return gate + self.gate[expert].float(), up + self.up[expert].float()
+
+
+@dataclass(frozen=True)
 class QuantizedBasis:
     """A basis as it is stored.
 

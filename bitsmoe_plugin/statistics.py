@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from bitsmoe_plugin.errors import QuantizationError
-from bitsmoe_plugin.spectral import ExpertWeights
+from bitsmoe_plugin.spectral import ExpertBiases, ExpertWeights
 
 Gating = Callable[[Tensor, Tensor], Tensor]
 """(gate ``[n, I]``, up ``[n, I]``) -> hidden ``[n, I]``, elementwise."""
@@ -62,6 +62,8 @@ class LayerStatistics:
     neuron_weights: ``[2, E, I]`` float32, E[a q_i] for gate and up.
     slot_weights: ``[2, T, k]`` float32, a sum_i q_ti of each routed (token, slot).
     output_energy: E[omega |y|^2 / H] of the whole layer.
+    output_peaks: ``[E]`` float32, largest absolute output value of each expert over the tokens routed to
+        it, before the router's weight; 0 without any.
     """
 
     second_moment: Tensor
@@ -71,6 +73,7 @@ class LayerStatistics:
     neuron_weights: Tensor
     slot_weights: Tensor
     output_energy: float
+    output_peaks: Tensor
 
 
 def routed_slots(activations: LayerActivations, num_experts: int) -> list[tuple[Tensor, Tensor]]:
@@ -111,11 +114,16 @@ class ExpertRows:
         return len(self.slots)
 
 
-def expert_rows(activations: LayerActivations, num_experts: int, seed: int) -> list[ExpertRows]:
+def expert_rows(
+    activations: LayerActivations, num_experts: int, seed: int, all_tokens: bool = False
+) -> list[ExpertRows]:
     """Routed tokens of every expert; thin experts are topped up with tokens of the whole layer.
 
     The added tokens weigh together as much as the layer's median expert, less what the expert has
     seen itself, so that an unrouted expert counts as a typical one instead of as worthless.
+
+    Args:
+        all_tokens: every expert also sees all other tokens, as if they were ``PRIOR_TOKENS`` of the layer's.
     """
     generator = torch.Generator().manual_seed(seed)
     total = activations.hidden.shape[0]
@@ -128,7 +136,13 @@ def expert_rows(activations: LayerActivations, num_experts: int, seed: int) -> l
     rows = []
     for token, slot in slots:
         a = weight[token, slot]
-        if len(token) < PRIOR_TOKENS:
+        if all_tokens:
+            others = torch.ones(total, dtype=torch.bool, device=token.device)
+            others[token] = False
+            extra = torch.nonzero(others).flatten()
+            share = typical * PRIOR_TOKENS / (len(token) + PRIOR_TOKENS) / max(len(extra), 1)
+            token, a = torch.cat([token, extra]), torch.cat([a, share.expand(len(extra))])
+        elif len(token) < PRIOR_TOKENS:
             extra = torch.randint(total, (PRIOR_TOKENS,), generator=generator).to(token.device)
             share = (1 - len(token) / PRIOR_TOKENS) * typical / PRIOR_TOKENS
             token, a = torch.cat([token, extra]), torch.cat([a, share.expand(PRIOR_TOKENS)])
@@ -152,10 +166,12 @@ def collect(
     rows: list[ExpertRows],
     gating: Gating,
     neuron_weighting: bool = True,
+    biases: ExpertBiases | None = None,
 ) -> LayerStatistics:
     """Accumulate the statistics of one layer, one expert at a time.
 
     Args:
+        biases: of the experts; those of down are in no statistic, ``output_energy`` included.
         neuron_weighting: if not, the neurons of an expert weigh alike, and in ``gram`` all do.
     """
     num_experts, size, h = weights.num_experts, weights.intermediate_size, weights.hidden_size
@@ -166,12 +182,15 @@ def collect(
     neuron_weights = torch.empty(2, num_experts, size, device=device)
     slot_weights = torch.zeros(2, *activations.top_k_index.shape, device=device)
     output = torch.zeros(activations.hidden.shape[0], h, device=device)
+    peaks = torch.zeros(num_experts, device=device)
     token_mass = torch.zeros(activations.hidden.shape[0], device=device)
     for expert, picked in enumerate(rows):
         gate, up = weights.gate[expert].float(), weights.up[expert].float()
         down = weights.down[expert].float()
         x, a, routed = activations.hidden[picked.tokens].float(), picked.weights, picked.routed
-        hidden, *slopes = _gating_with_slopes(gating, x @ gate.T, x @ up.T)
+        products = x @ gate.T, x @ up.T
+        products = products if biases is None else biases.add(*products, expert)
+        hidden, *slopes = _gating_with_slopes(gating, *products)
         reach = down.square().sum(0) / h
         for part, (slope, matrix) in enumerate(zip(slopes, (gate, up), strict=True)):
             q = slope.square_().mul_(reach)
@@ -183,7 +202,9 @@ def collect(
         output_moment += (down @ hidden_moment[expert] @ down.T * h).double()
         token_mass.index_add_(0, picked.tokens, a)
         p = activations.top_k_weights[picked.tokens[:routed], picked.slots, None]
-        output.index_add_(0, picked.tokens[:routed], (hidden[:routed] * p) @ down.T)
+        single = hidden[:routed] @ down.T
+        peaks[expert] = single.abs().max() if routed else 0.0
+        output.index_add_(0, picked.tokens[:routed], single * p)
     x = activations.hidden.float()
     return LayerStatistics(
         second_moment=((x.T * (token_mass / token_mass.sum())) @ x).double(),
@@ -193,6 +214,7 @@ def collect(
         neuron_weights=neuron_weights,
         slot_weights=slot_weights,
         output_energy=float((output.square().mean(-1) * activations.token_weights).mean()),
+        output_peaks=peaks,
     )
 
 

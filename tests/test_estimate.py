@@ -12,7 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import GptOssConfig, GptOssForCausalLM, LlamaConfig, LlamaForCausalLM
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    NemotronHConfig,
+    NemotronHForCausalLM,
+)
 
 from bitsmoe_plugin import BitsMoEConfig, QuantizationError
 from bitsmoe_plugin.estimate import Estimate, estimate
@@ -91,6 +98,29 @@ def test_experts_and_the_rest_are_the_whole_model(
     assert result.expert_weights == result.experts * 3 * 32 * 16
 
 
+@pytest.mark.filterwarnings("ignore:.*calibration token")
+def test_biases_and_named_kept_experts_are_counted(tiny_model: Callable[..., Any], tmp_path: Path) -> None:
+    """Guards the sizes of a model that stores more than rows and bases; and what is refused."""
+    model = tiny_model("gpt_oss", layer_types=["full_attention"] * 2)
+    model.save_pretrained(tmp_path / "dense")
+    options = {"super_experts": {"model.layers.1.mlp.experts": [2, 0]}, "basis_group_size": 16}
+    tokens = torch.randint(1, 64, (8, 32), generator=torch.Generator().manual_seed(1)).tolist()
+    config = BitsMoEConfig(bits=12, sequence_length=32, dataset=tokens, **options)
+    result = estimate(tmp_path / "dense", config)
+    packed = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=config)
+    packed.save_pretrained(tmp_path / "packed")
+    real = inspect_checkpoint(tmp_path / "packed")
+    for part in ("biases", "kept_experts", "bases", "row_codes", "scale_grids"):
+        assert 8 * result.parts[part] / result.expert_weights == pytest.approx(real["parts"][part])
+        assert result.parts[part] > 0
+    assert result.expert_bytes == pytest.approx(real["expert_bytes"], rel=0.01)
+    with pytest.raises(QuantizationError, match=f"smallest reachable is {result.smallest_bits:.4f}"):
+        estimate(tmp_path / "dense", BitsMoEConfig(bits=result.smallest_bits - 0.01, basis_group_size=16))
+    wrong = BitsMoEConfig(bits=12, super_experts={"model.layers.1.mlp.experts": [4]}, basis_group_size=16)
+    with pytest.raises(QuantizationError, match=r"which the model lacks"):
+        estimate(tmp_path / "dense", wrong)
+
+
 def test_smallest_bits_are_reachable_and_less_is_refused(moe_tiny_path: Path) -> None:
     """Guards against two notions of the smallest budget."""
     for option in ("bits", "factor_bits"):
@@ -144,10 +174,14 @@ def _dense(path: Path) -> None:
 
 
 def _off_convention(path: Path) -> None:
-    config = GptOssConfig(
-        **SMALL, intermediate_size=32, num_local_experts=4, num_key_value_heads=2, head_dim=16
+    config = NemotronHConfig(
+        **{**SMALL, "num_hidden_layers": 2},
+        layers_block_type=["moe", "attention"],
+        n_routed_experts=4,
+        moe_intermediate_size=32,
+        num_key_value_heads=2,
     )
-    GptOssForCausalLM(config).save_pretrained(path)
+    NemotronHForCausalLM(config).save_pretrained(path)
 
 
 def _edit_config(path: Path, **changes: Any) -> None:
@@ -171,7 +205,7 @@ def _write_index(path: Path, text: str) -> None:
         (lambda path: _edit_config(path, hidden_size="wide"), r"config\.json cannot be used.*hidden_size"),
         (lambda path: _edit_config(path, quantization_config={"quant_method": "fp8"}), "already.*'fp8'"),
         (_dense, "'llama' has no MoE layers"),
-        (_off_convention, r"GptOssExperts.*'gpt_oss'.*transposed"),
+        (_off_convention, r"NemotronHExperts.*'nemotron_h'.*without a gate"),
     ],
 )
 def test_bad_input_is_refused(damage: Callable[[Path], None], message: str, description: Path) -> None:

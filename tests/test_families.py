@@ -8,7 +8,17 @@ import pytest
 import torch
 
 from bitsmoe_plugin.errors import QuantizationError
-from bitsmoe_plugin.families import apply_gating, decoder_layer_name, find_moe_layers, read_experts
+from bitsmoe_plugin.families import (
+    apply_gating,
+    check_computation,
+    decoder_layer_name,
+    find_moe_layers,
+    layer_shape,
+    read_biases,
+    read_experts,
+    routed_inputs,
+)
+from bitsmoe_plugin.packing import LayerShape
 from bitsmoe_plugin.statistics import LayerActivations
 
 # model type -> decoder layers that have routed experts (DeepSeek-V3: the first one is dense)
@@ -55,20 +65,77 @@ def test_dense_model_is_refused(tiny_model) -> None:
         find_moe_layers(tiny_model("llama"))
 
 
-def test_gpt_oss_is_refused_by_name(tiny_model) -> None:
-    """Its experts are transposed, interleaved and have biases: reading them as ours gives noise."""
-    with pytest.raises(QuantizationError) as error:
-        find_moe_layers(tiny_model("gpt_oss"))
-    message = str(error.value)
-    for part in (
-        "model.layers.0.mlp.experts",
-        "GptOssExperts",
-        "'gpt_oss'",
-        "biases",
-        "transposed",
-        "interleaved",
+def test_biases_and_interleaved_rows_reproduce_the_module(tiny_model, make_layer) -> None:
+    """Guards GPT-OSS: transposed weights, gate and up in turn, biases, clamped activation. Biases are
+    strong here, and inputs large enough for the clamp, so that leaving one out fails. float32: 1e-5."""
+    module = find_moe_layers(tiny_model("gpt_oss"))[0].module
+    for bias in (module.gate_up_proj_bias, module.down_proj_bias):
+        bias.data = torch.randn_like(bias)
+    weights, biases = read_experts(module), read_biases(module)
+    assert layer_shape(module) == LayerShape(4, 32, 16)
+    a: LayerActivations = make_layer(4, 16, 32, 20).activations
+    x = 200 * a.hidden
+    wanted = torch.zeros_like(x)
+    for t, slot in torch.cartesian_prod(torch.arange(20), torch.arange(2)).tolist():
+        e = int(a.top_k_index[t, slot])
+        products = biases.add(weights.gate[e] @ x[t], weights.up[e] @ x[t], e)
+        assert float(products[0].max()) > module.limit or t > 0
+        out = weights.down[e] @ apply_gating(module, *products) + biases.down[e]
+        wanted[t] += a.top_k_weights[t, slot] * out
+    with torch.no_grad():
+        got = module(x, a.top_k_index, a.top_k_weights)
+    assert float((got - wanted).norm() / wanted.norm()) < 1e-5
+
+
+def test_copies_of_the_inputs_are_understood(tiny_model) -> None:
+    """Guards Llama4: the router's weight is in the input, and each expert is called with all tokens."""
+    model = tiny_model("llama4_text", moe_layers=[0, 1], num_experts_per_tok=1)
+    module = find_moe_layers(model)[0].module
+    hidden, expert = torch.randn(7, 32), torch.tensor([0, 1, 3, 3, 0, 1, 1])
+    copies = torch.zeros(4, 7, 32)
+    copies[expert, torch.arange(7)] = hidden
+    x, index, share = routed_inputs(module, [copies.flatten(0, 1)])
+    assert torch.equal(x, hidden)
+    assert torch.equal(index[:, 0], expert)
+    assert torch.equal(share, torch.ones(7, 1))
+    copies[(expert + 1) % 4, torch.arange(7)] = hidden
+    with pytest.raises(QuantizationError, match="num_experts_per_tok=1"):
+        routed_inputs(module, [copies.flatten(0, 1)])
+
+
+def test_experts_without_a_gate_or_with_a_norm_are_refused_by_name(tiny_model) -> None:
+    """What deviates in more than layout computes something else: reading it as ours gives noise."""
+    for flag, value, reason in (
+        ("has_gate", False, "without a gate"),
+        ("has_post_expert_norm", True, "a norm after each expert"),
     ):
-        assert part in message
+        model = tiny_model("qwen3_moe")
+        setattr(model.model.layers[1].mlp.experts, flag, value)
+        with pytest.raises(QuantizationError) as error:
+            find_moe_layers(model)
+        for part in ("model.layers.1.mlp.experts", "Qwen3MoeExperts", "'qwen3_moe'", reason):
+            assert part in str(error.value)
+
+
+def test_undeclared_experts_are_refused_by_name(tiny_model) -> None:
+    """A module of the right shapes that does not say how it stores them could be anything."""
+    model = tiny_model("qwen3_moe")
+    del model.model.layers[0].mlp.experts.is_transposed
+    with pytest.raises(QuantizationError, match="is_transposed is not declared"):
+        find_moe_layers(model)
+
+
+def test_experts_that_compute_something_else_than_declared_are_refused(tiny_model, make_layer) -> None:
+    """Guards against a family that came after us, declares the convention and adds a twist to its forward."""
+    module = find_moe_layers(tiny_model("qwen3_moe"))[0].module
+    a = make_layer(4, 16, 32, 20).activations
+    inputs = a.hidden, a.top_k_index, a.top_k_weights
+    with torch.no_grad():
+        check_computation("experts", module, read_experts(module), inputs)
+        plain = module.forward
+        module.forward = lambda x, *routing: 1.1 * plain(x, *routing)
+        with pytest.raises(QuantizationError, match=r"Qwen3MoeExperts.* computes something else"):
+            check_computation("experts", module, read_experts(module), inputs)
 
 
 def test_experts_outside_a_list_of_layers_are_refused(tiny_model) -> None:

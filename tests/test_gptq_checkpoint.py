@@ -8,17 +8,20 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
+from bitsmoe_plugin.comparison.compare import ComparisonTask, compare, run_method
 from bitsmoe_plugin.comparison.gptq_checkpoint import (
     count_quantized_experts,
     dequantize_gptq_linear,
     dequantized_state_dict,
     expert_bytes,
     fuse_experts,
+    is_gptq,
     load_gptq_model,
 )
-from bitsmoe_plugin.errors import CheckpointError
+from bitsmoe_plugin.errors import CheckpointError, ConfigError
+from bitsmoe_plugin.evaluation import evaluate_path
 
 
 def _pack_bits(values: list[int], bits: int) -> list[int]:
@@ -238,8 +241,6 @@ def test_loaded_model_has_exactly_the_dense_weights(tmp_path: Path) -> None:
 )
 def test_incomplete_checkpoints_are_refused(tmp_path: Path, lost: str) -> None:
     """Guards against evaluating a model with a missing, hence random, expert."""
-    from safetensors.torch import load_file
-
     _write_checkpoint(tmp_path)
     for file in ("a.safetensors", "b.safetensors"):
         kept = {name: value for name, value in load_file(tmp_path / file).items() if lost not in name}
@@ -285,3 +286,101 @@ def test_split_experts_are_fused_for_families_with_other_names() -> None:
         assert torch.equal(fused[f"{path}.down_proj"][n], split[f"{path}.{n}.down_proj.weight"])
     incomplete = {name: t for name, t in split.items() if not name.endswith("1.up_proj.weight")}
     assert fuse_experts(incomplete).keys() == incomplete.keys()
+
+
+def _write_autogptq_mixtral(directory: Path) -> dict[str, torch.Tensor]:
+    """A Mixtral as AutoGPTQ saves it: w1, w2, w3, attention quantized too, biases of zero, settings and
+    weights in files of its own naming. Returns the dense weights by their original names."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    config = MixtralConfig(
+        vocab_size=32, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, num_local_experts=2, num_experts_per_tok=1,
+    )  # fmt: skip
+    MixtralForCausalLM(config).save_pretrained(directory)
+    dense = load_file(directory / "model.safetensors")
+    (directory / "model.safetensors").unlink()
+    stored = {}
+    for index, name in enumerate(sorted(dense)):
+        if not (".experts." in name or "_proj" in name):
+            stored[name] = dense[name]
+            continue
+        prefix = name.removesuffix(".weight")
+        layer = _random_layer(index, 4, 32, 32, 2)
+        dense[name] = _dense(layer)
+        parts = _encode(**layer, bits=4, checkpoint_format="gptq")
+        stored |= {f"{prefix}.{part}": value for part, value in parts.items()}
+        stored[f"{prefix}.bias"] = torch.zeros(32)
+    save_file(stored, directory / "gptq_model-4bit-16g.safetensors")
+    settings_ = {"bits": 4, "group_size": 16, "desc_act": True, "sym": False}
+    (directory / "quantize_config.json").write_text(json.dumps(settings_))
+    return dense
+
+
+def test_autogptq_layout_is_read(tmp_path: Path) -> None:
+    """Guards against taking such a checkpoint for an unquantized one, and against w1 and w3 swapped."""
+    dense = _write_autogptq_mixtral(tmp_path)
+    assert is_gptq(tmp_path)
+    model = load_gptq_model(tmp_path, torch.float32)
+    layer = model.model.layers[0]
+    assert torch.equal(layer.self_attn.q_proj.weight, dense["model.layers.0.self_attn.q_proj.weight"])
+    for expert in range(2):
+        w1, w2, w3 = (
+            dense[f"model.layers.0.block_sparse_moe.experts.{expert}.w{n}.weight"] for n in (1, 2, 3)
+        )
+        assert torch.equal(layer.mlp.experts.gate_up_proj[expert], torch.cat([w1, w3]))
+        assert torch.equal(layer.mlp.experts.down_proj[expert], w2)
+
+
+def test_evaluate_and_compare_read_gptq_checkpoints(moe_tiny_path: Path, tmp_path: Path) -> None:
+    """Guards against random experts: rounded to 8 bits in GPTQ's format, the bundled model keeps its
+    perplexity, from the function behind ``evaluate`` and from the row of ``compare``."""
+    _write_rounded(moe_tiny_path, tmp_path)
+    text = str(moe_tiny_path.parent / "data" / "eval.jsonl")
+    limits = {"sequence_length": 128, "max_tokens": 1024}
+    full = evaluate_path(str(moe_tiny_path), text, **limits).perplexity
+    rounded = evaluate_path(str(tmp_path), text, **limits).perplexity
+    assert rounded == pytest.approx(full, rel=0.01)
+    task = ComparisonTask(
+        model=str(moe_tiny_path), bits=2.0, factor_bits=None, dataset="", eval=text,
+        calibration_tokens=1024, batch_size=8, seed=0, group_size=64, prompt=None, new_tokens=1,
+        checkpoint=str(tmp_path), **limits,
+    )  # fmt: skip
+    row = run_method("checkpoint", task)
+    assert row["perplexity"] == pytest.approx(rounded, rel=1e-6)
+    assert row["kl_divergence"] < 3e-3  # bfloat16 hidden states; rounding to 2 bits gives 0.14
+    # Codes, and per group a zero point of 8 and a scale of 16 bits; as many bytes as are in the file.
+    assert row["bits_per_weight"] == pytest.approx(8 + 24 / 64, rel=1e-3)
+    with pytest.raises(ConfigError, match="need each other"):
+        compare(task, ("full",))
+
+
+def _write_rounded(model: Path, directory: Path, group: int = 64) -> None:
+    """Round the experts of a model to 8 bits and store them in GPTQModel's layout."""
+    stored = {}
+    weights = {k: v for file in model.glob("*.safetensors") for k, v in load_file(file).items()}
+    for name, weight in weights.items():
+        if ".experts." not in name:
+            stored[name] = weight
+            continue
+        prefix, (outputs, inputs) = name.removesuffix(".weight"), weight.shape
+        grouped = weight.float().view(outputs, -1, group)
+        scale = (grouped.abs().amax(-1) / 127).half()
+        codes = (grouped / scale[..., None].float()).round().clamp(-127, 127).view(outputs, inputs) + 128
+        stored[f"{prefix}.qweight"] = _pack_bytes(codes.T).contiguous()
+        stored[f"{prefix}.qzeros"] = _pack_bytes(torch.full_like(scale, 128).T.float().T).T.contiguous()
+        stored[f"{prefix}.scales"] = scale.T.contiguous()
+        stored[f"{prefix}.g_idx"] = (torch.arange(inputs) // group).int()
+    save_file(stored, directory / "model.safetensors")
+    config = json.loads((model / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 8, "checkpoint_format": "gptq_v2"}
+    (directory / "config.json").write_text(json.dumps(config))
+    for file in model.glob("token*"):
+        (directory / file.name).write_bytes(file.read_bytes())
+
+
+def _pack_bytes(values: torch.Tensor) -> torch.Tensor:
+    """Four 8-bit values of a column to one word, ``[n, m]`` -> ``[n / 4, m]`` int32."""
+    parts = values.to(torch.int64).view(-1, 4, values.shape[1])
+    words = sum(parts[:, i] << (8 * i) for i in range(4))
+    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)

@@ -365,7 +365,7 @@ def test_reported_errors_predict_the_measured_error(layer) -> None:
     20 % (measured: 2 %). A missing weight or a factor counted twice would be off by more."""
     problem = problem_of(layer, refit=False, covariance_prior=0.0)
     rounded = round_layer(problem, torch.full((3, E, H), 8))
-    assert rounded.errors.shape == (3,)
+    assert rounded.errors.shape == (3, E)
     out = runtime(rounded.packed, problem)(*routing(layer))
     squares = (out - layer.forward(*routing(layer))).square().mean(-1)
     measured = float((squares * layer.activations.token_weights).mean())

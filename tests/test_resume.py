@@ -129,6 +129,37 @@ def test_killed_around_every_kind_of_rename(dense: Path, whole: Path, tmp_path: 
     assert_same_files(out, whole)
 
 
+@pytest.fixture(scope="module")
+def extreme(tiny_model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose experts have biases, one of them the output of a super expert."""
+    directory = tmp_path_factory.mktemp("extreme")
+    model = tiny_model("gpt_oss", num_hidden_layers=LAYERS, layer_types=["full_attention"] * LAYERS)
+    for name, parameter in model.named_parameters():
+        if "experts" in name and name.endswith("_bias"):
+            parameter.data.normal_()
+    experts = model.model.layers[0].mlp.experts
+    experts.down_proj.data[2, :, 5] += 1e6 * torch.randn(len(experts.down_proj[2]))
+    model.bfloat16().save_pretrained(directory)
+    return directory
+
+
+def test_biases_and_kept_experts_survive_kills(extreme: Path, tmp_path: Path) -> None:
+    """Guards what is found out in the first pass and chosen with the widths: a run that is killed in the
+    first pass, between the two and in the second keeps the same experts and writes the same bytes."""
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    assert children.finish(extreme, whole, bits=12) == 0, children.stderr(whole)
+    for number, planned, rounded in ((6, 1, 0), (9, LAYERS, 0), (6, LAYERS, 2)):
+        assert children.finish(extreme, out, dies_at=number, bits=12) == -signal.SIGKILL
+        state = journal(out)
+        assert (state["planned"], state["rounded"]) == (planned, rounded)
+    assert state["kept"] == {"0": [2], "1": [], "2": []}
+    assert children.finish(extreme, out, bits=12) == 0, children.stderr(out)
+    assert_same_files(out, whole)
+    layers = json.loads((out / "config.json").read_text())["quantization_config"]["layers"]
+    assert [entry.get("kept_experts") for entry in layers.values()] == [[2], None, None]
+    assert all(entry["has_bias"] for entry in layers.values())
+
+
 def test_finished_layers_are_not_done_again(dense: Path, whole: Path, interrupted: Path) -> None:
     """Guards the purpose: what the journal calls finished is neither read nor computed."""
     state = journal(interrupted)
@@ -153,6 +184,9 @@ def test_other_options_and_data_are_refused(dense: Path, interrupted: Path) -> N
         quantize_to_directory(str(dense), interrupted, children.config(bits=7))
     with pytest.raises(QuantizationError, match="calibration tokens was"):
         quantize_to_directory(str(dense), interrupted, children.config(dataset=[children.TOKENS[::-1]]))
+    for option, value in (("super_experts", {}), ("all_experts", True)):
+        with pytest.raises(QuantizationError, match=f"config {option} was .*, is {value}"):
+            quantize_to_directory(str(dense), interrupted, children.config(**{option: value}))
     assert journal(interrupted)["planned"] == LAYERS
 
 
@@ -165,6 +199,10 @@ def test_other_code_and_threads_are_refused(
     with monkeypatch.context() as patch:
         patch.setattr(run_identity, "_sources", lambda: "others")
         with pytest.raises(QuantizationError, match=r"code sources was .*, is others"):
+            quantize_to_directory(str(dense), interrupted, children.config())
+    with monkeypatch.context() as patch:
+        patch.setattr(run_identity.compiled, "select", lambda _: "abacus")
+        with pytest.raises(QuantizationError, match=r"machine compiled code for was .*, is abacus"):
             quantize_to_directory(str(dense), interrupted, children.config())
     torch.set_num_threads(2)
     try:

@@ -34,6 +34,7 @@ def slow_statistics(layer, rows) -> LayerStatistics:
     moment = torch.zeros(E, SIZE, SIZE, dtype=torch.double)
     neurons = torch.zeros(2, E, SIZE, dtype=torch.double)
     slots = torch.zeros(2, T, K, dtype=torch.double)
+    peaks = torch.zeros(E, dtype=torch.double)
     mass = 0.0
     for e in range(E):
         matrices = [w.gate[e].double(), w.up[e].double()]
@@ -51,13 +52,14 @@ def slow_statistics(layer, rows) -> LayerStatistics:
                 q = slope**2 * (down**2).sum(0) / H
                 neurons[part, e] += weight * q
                 if n < rows[e].routed:
+                    peaks[e] = max(peaks[e], y.abs().max())
                     slots[part, t, rows[e].slots[n]] = weight * q.sum()
         for part in range(2):
             for i in range(SIZE):
                 gram[part] += neurons[part, e, i] * torch.outer(matrices[part][i], matrices[part][i])
     y = layer.forward(a.hidden, a.top_k_index, a.top_k_weights)
     energy = float((a.token_weights.double() * (y**2).sum(1) / H).mean())
-    return LayerStatistics(second / mass, gram, outputs, moment, neurons, slots, energy)
+    return LayerStatistics(second / mass, gram, outputs, moment, neurons, slots, energy, peaks)
 
 
 @pytest.fixture
@@ -241,3 +243,22 @@ def test_bad_inputs_are_refused_by_name(layer) -> None:
     with pytest.raises(QuantizationError, match="layer 7: input activations"):
         statistics.check_finite("layer 7", layer.weights, replace(layer.activations, hidden=hidden))
     statistics.check_finite("layer 7", layer.weights, layer.activations)
+
+
+def test_all_tokens_can_be_shown_to_every_expert(layer) -> None:
+    """The option for thin experts: routed tokens keep slots and weights, the others follow with little
+    weight, and an expert that no token was routed to still weighs as much as a typical one."""
+    index = layer.activations.top_k_index.masked_fill(layer.activations.top_k_index == 1, 0)
+    activations = replace(layer.activations, top_k_index=index)
+    routed = statistics.expert_rows(activations, E, 0)
+    shown = statistics.expert_rows(activations, E, 0, all_tokens=True)
+    assert shown[1].routed == 0
+    typical = torch.stack([r.weights[: r.routed].sum() for r in routed if r.routed]).median()
+    assert float(shown[1].weights.sum()) == pytest.approx(float(typical), rel=1e-5)
+    for before, after in zip(routed, shown, strict=True):
+        n = before.routed
+        assert torch.equal(after.tokens[:n], before.tokens[:n])
+        assert torch.equal(after.slots, before.slots)
+        assert torch.equal(after.weights[:n], before.weights[:n])
+        assert set(after.tokens.tolist()) == set(range(T))
+        assert float(after.weights[n:].sum()) <= float(typical) * (1 + 1e-5)

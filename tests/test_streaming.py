@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 from bitsmoe_plugin import BitsMoEConfig, ConfigError, QuantizationError
 from bitsmoe_plugin.benchmarks.checkpoint import qwen3_moe, write_checkpoint
 from bitsmoe_plugin.experts import BitsMoEExperts
-from bitsmoe_plugin.families import find_moe_layers
+from bitsmoe_plugin.families import find_moe_layers, read_biases, read_experts
 from bitsmoe_plugin.integrations import streaming
 from bitsmoe_plugin.integrations.streaming import StreamedExperts
 from bitsmoe_plugin.pipeline import quantize_model
@@ -86,6 +86,43 @@ def test_streaming_equals_in_memory(family: str, stored: str, tiny_model: Any, t
     assert fused == (stored == "fused")
     packed = streamed(tmp_path)
     assert_same(packed, packed.config.quantization_config, in_memory(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("gpt_oss", {}),
+        ("llama4_text", {"interleave_moe_layer_step": 2, "moe_layers": [1], "num_experts_per_tok": 1}),
+    ],
+)
+def test_streaming_of_other_layouts_equals_in_memory(
+    family: str, changes: Any, tiny_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards transposed and interleaved weights, biases and kept experts, all read layer by layer."""
+    model = tiny_model(family, layer_types=["full_attention"] * 2, **changes).bfloat16()
+    for name, parameter in model.named_parameters():
+        if "experts" in name and name.endswith("_bias"):
+            parameter.data.normal_()
+    model.save_pretrained(tmp_path)
+    layer = find_moe_layers(model)[-1]
+    options = {"super_experts": {layer.name: [1, 3]}, "bits": 14}
+    reference = in_memory(tmp_path, **options)
+    read: list[str] = []
+    load = StreamedExperts._load
+    monkeypatch.setattr(
+        StreamedExperts, "_load", lambda self, layer: (load(self, layer), read.append(layer.name))
+    )
+    packed = streamed(tmp_path, **options)
+    assert read == 2 * [layer.name for layer in find_moe_layers(model)]
+    assert_same(packed, packed.config.quantization_config, reference)
+    stored = packed.get_submodule(layer.name).packed()
+    weights, biases = read_experts(layer.module), read_biases(layer.module)
+    assert torch.equal(stored.kept_output.view(torch.bfloat16), weights.down[[1, 3]])
+    assert torch.equal(stored.kept_input.view(torch.bfloat16)[:, 1], weights.up[[1, 3]])
+    assert (biases is None) == (family == "llama4_text")
+    if biases is not None:
+        assert torch.equal(stored.input_bias.view(torch.bfloat16)[:, 0], biases.gate)
+        assert torch.equal(stored.output_bias.view(torch.bfloat16), biases.down)
 
 
 @pytest.mark.parametrize("options", [{"sequential": False}, {"method": "paper-v2"}, {"scope": "layer"}])

@@ -24,6 +24,9 @@ NOT_SERVED = {
     "phimoe": "vLLM 0.32 does not run small models of this family, quantized or not",
     "minimax_m2": "vLLM 0.32 does not find its router's bias",
     "deepseek_v3": "not verified yet",
+    "gpt_oss": "vLLM has a loader of its own for its experts, with biases and a clamped activation",
+    "llama4": "vLLM multiplies the inputs of its experts by the router's weights",
+    "llama4_text": "vLLM multiplies the inputs of its experts by the router's weights",
 }
 """model_type -> why a family that transformers runs packed is refused here."""
 

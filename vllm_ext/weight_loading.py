@@ -15,7 +15,7 @@ from bitsmoe_plugin.errors import CheckpointError
 from bitsmoe_plugin.packed_files import PackedFiles
 from bitsmoe_plugin.packed_spec import PackedSpec
 from bitsmoe_plugin.packing import PackedExperts
-from bitsmoe_plugin.sharding import Shard, shard_shape, slice_packed
+from bitsmoe_plugin.sharding import Shard, shard_kept, shard_shape, slice_packed
 
 INDEX = "model.safetensors.index.json"
 
@@ -91,6 +91,11 @@ def load_shard(
         sizes of the shard, and its tensors by buffer name, on ``device``.
     """
     spec = files.specs[name]
-    sliced: PackedExperts = slice_packed(files.read(name), spec.widths, spec.shape, shard)
-    local = replace(spec, shape=shard_shape(spec.shape, shard), payload_words=sliced.payload.numel())
+    sliced: PackedExperts = slice_packed(files.read(name), spec.widths, spec.shape, shard, spec.kept)
+    local = replace(
+        spec,
+        shape=shard_shape(spec.shape, shard),
+        payload_words=sliced.payload.numel(),
+        kept=shard_kept(spec.kept, shard),
+    )
     return local, {buffer: tensor.to(device) for buffer, tensor in sliced.tensors()}

@@ -42,7 +42,9 @@ def bitsmoe(shape: LayerShape, bits: float, device: str) -> Contender:
     fixed = packing.fixed_bits(shape, input_bases=config.input_bases, **options)
     shares = shares_at(bits - sum(fixed.values()) / shape.weights, config.widths)
     spec, packed = random_layer(shape, widths=config.widths, shares=shares, grid=config.grid, **options)
-    on_device = packing.PackedExperts(**{name: t.to(device) for name, t in vars(packed).items()})
+    on_device = packing.PackedExperts(
+        **{name.removeprefix("bitsmoe_"): t.to(device) for name, t in packed.tensors()}
+    )
     runtime = kernels.prepare(spec, on_device, gating("silu"))
     index = packing.index_rows(packed.row_codes, spec.widths, shape)
     starts = torch.tensor(index.starts).flatten()

@@ -46,6 +46,7 @@ class ComparisonTask:
     group_size: int
     prompt: str | None
     new_tokens: int
+    checkpoint: str | None = None
 
     def config(self) -> BitsMoEConfig:
         """The BitsMoE options of this task."""
@@ -141,6 +142,17 @@ def _bitsmoe(task: ComparisonTask, scratch: Path) -> Quantized:
     return Quantized(_load(scratch / "bitsmoe"), size, seconds)
 
 
+def _checkpoint(task: ComparisonTask, scratch: Path) -> Quantized:
+    """A GPTQ checkpoint of AutoGPTQ or GPTQModel, or a packed one, that is there already."""
+    from bitsmoe_plugin.comparison.gptq_checkpoint import expert_bytes, is_gptq, load_gptq_model
+    from bitsmoe_plugin.inspection import inspect_checkpoint
+
+    path = Path(str(task.checkpoint))
+    if is_gptq(path):
+        return Quantized(load_gptq_model(path).eval(), expert_bytes(path), 0.0)
+    return Quantized(_load(path), inspect_checkpoint(path)["expert_bytes"], 0.0)
+
+
 RUNNERS: dict[str, Callable[[ComparisonTask, Path], Quantized]] = {
     "full": _full,
     "rtn": _rtn,
@@ -148,6 +160,7 @@ RUNNERS: dict[str, Callable[[ComparisonTask, Path], Quantized]] = {
     # Asymmetric, because that came out better than its default (55.93 to 56.20, bundled model, 2 bits).
     "autoround": partial(_peer, "autoround_quantize", ("--no-sym",)),
     "bitsmoe": _bitsmoe,
+    "checkpoint": _checkpoint,
 }
 
 
@@ -198,6 +211,8 @@ def compare(task: ComparisonTask, methods: tuple[str, ...]) -> list[dict[str, An
     unknown = [method for method in methods if method not in RUNNERS]
     if unknown or not methods:
         raise ConfigError(f"methods={','.join(methods)!r}: allowed are {', '.join(RUNNERS)}")
+    if ("checkpoint" in methods) != (task.checkpoint is not None):
+        raise ConfigError("method checkpoint and option --checkpoint need each other")
     task.config()
     rows = []
     for number, method in enumerate(methods, 1):

@@ -134,12 +134,28 @@ def dequantize_gptq_linear(
     return scales.float()[group].T * (codes - zeros[group].T).float()
 
 
+def _settings(directory: Path) -> dict[str, Any]:
+    """The quantization settings: in config.json, or in AutoGPTQ's file of its own."""
+    path = directory / "config.json"
+    found = (
+        json.loads(path.read_text(encoding="utf-8")).get("quantization_config") if path.is_file() else None
+    )
+    own = directory / "quantize_config.json"
+    if found is None and own.is_file():
+        return {"quant_method": "gptq", **json.loads(own.read_text(encoding="utf-8"))}
+    return {"quant_method": None} if found is None else found
+
+
+def is_gptq(directory: Path | str) -> bool:
+    """True for the directory of a GPTQ checkpoint, of AutoGPTQ or GPTQModel."""
+    return Path(directory).is_dir() and _settings(Path(directory)).get("quant_method", "gptq") == "gptq"
+
+
 def checkpoint_format_of(directory: Path) -> str:
     """Return "gptq" or "gptq_v2"; checkpoints older than the field are "gptq"."""
-    found = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    found = found.get("quantization_config", {"quant_method": None})
+    found = _settings(directory)
     method = found.get("quant_method", "gptq")
-    layout = found.get("checkpoint_format", "gptq")
+    layout = found.get("checkpoint_format") or "gptq"
     if method != "gptq" or layout not in CHECKPOINT_FORMATS:
         raise CheckpointError(
             f"{directory}: quant_method {method!r} with checkpoint_format {layout!r} is not GPTQ"
@@ -149,10 +165,11 @@ def checkpoint_format_of(directory: Path) -> str:
 
 def _tensors(directory: Path) -> Iterator[tuple[str, Any]]:
     """Yield every (name, lazily read safetensors file) of a checkpoint, shard by shard."""
-    index = directory / "model.safetensors.index.json"
-    files = [directory / "model.safetensors"]
-    if index.exists():
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    # AutoGPTQ names its files after the settings (gptq_model-4bit-128g.safetensors).
+    indices = sorted(directory.glob("*.safetensors.index.json"))
+    files = sorted(directory.glob("*.safetensors")) or [directory / "model.safetensors"]
+    if indices:
+        weight_map = json.loads(indices[0].read_text(encoding="utf-8"))["weight_map"]
         files = [directory / name for name in sorted(set(weight_map.values()))]
     for file in files:
         if not file.exists():
@@ -253,8 +270,19 @@ def fuse_experts(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return fused
 
 
-def load_gptq_model(directory: Path | str, dtype: torch.dtype) -> torch.nn.Module:
+def _drop_empty_biases(weights: dict[str, torch.Tensor], directory: Path) -> None:
+    """Remove the biases of zero that AutoGPTQ gives to every layer it quantizes."""
+    quantized = {name.rpartition(".")[0] for name, _ in _tensors(directory) if name.endswith(".qweight")}
+    for name in [f"{prefix}.bias" for prefix in quantized]:
+        if name in weights and not bool(weights[name].any()):
+            del weights[name]
+
+
+def load_gptq_model(directory: Path | str, dtype: torch.dtype | None = None) -> Any:
     """Build the plain transformers model of a GPTQ checkpoint, with dense weights in ``dtype``.
+
+    Args:
+        dtype: that of config.json by default, or else float16, in which scales are stored.
 
     Raises CheckpointError if a parameter is missing (hence random), unexpected or misshapen.
     """
@@ -262,11 +290,13 @@ def load_gptq_model(directory: Path | str, dtype: torch.dtype) -> torch.nn.Modul
 
     directory = Path(directory)
     config = AutoConfig.from_pretrained(directory)
+    dtype = dtype or config.dtype or torch.float16
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     with torch.device("meta"):  # the auto class itself accepts no state_dict
         model_class = type(AutoModelForCausalLM.from_config(config))
     weights = fuse_experts(dict(dequantized_state_dict(directory, dtype)))
+    _drop_empty_biases(weights, directory)
     try:
         model, report = model_class.from_pretrained(
             None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True

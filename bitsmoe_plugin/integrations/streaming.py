@@ -26,8 +26,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging
 
 from bitsmoe_plugin.errors import QuantizationError
-from bitsmoe_plugin.families import MoELayer, find_moe_layers, read_experts
-from bitsmoe_plugin.sources import layer_shape
+from bitsmoe_plugin.families import MoELayer, find_moe_layers, layer_shape, read_experts
 from bitsmoe_plugin.spectral import ExpertWeights
 
 
@@ -50,7 +49,8 @@ class StreamedExperts:
             QuantizationError: no MoE layers, or unknown ones.
         """
         self.layers = find_moe_layers(model)
-        self.shapes = [layer_shape(layer) for layer in self.layers]
+        self.shapes = [layer_shape(layer.module) for layer in self.layers]
+        self.dtypes = [layer.module.down_proj.dtype for layer in self.layers]
         self.files = [Path(file) for file in files]
         self._model = model
         # Layer name -> its parameters, without data.

@@ -8,7 +8,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from safetensors import safe_open
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
@@ -20,7 +21,6 @@ from transformers.quantizers.auto import (
 )
 from transformers.quantizers.base import HfQuantizer
 
-from bitsmoe_plugin.budget import plan_budget
 from bitsmoe_plugin.calibration import load_documents, token_blocks
 from bitsmoe_plugin.checkpoint import check_shape, packed_spec, stored_tensors, verify_experts, verify_headers
 from bitsmoe_plugin.config import QUANT_METHOD, BitsMoEConfig
@@ -29,10 +29,16 @@ from bitsmoe_plugin.experts import BitsMoEExperts, replace_module
 from bitsmoe_plugin.families import find_moe_layers
 from bitsmoe_plugin.integrations.streaming import StreamedExperts, can_stream
 from bitsmoe_plugin.interruption import Interrupted
-from bitsmoe_plugin.other_tensors import record
+from bitsmoe_plugin.kept import model_budget, named_kept
+from bitsmoe_plugin.other_tensors import prediction_layers, record
 from bitsmoe_plugin.pipeline import quantize_model
 from bitsmoe_plugin.sources import ExpertSource, LoadedExperts
 from bitsmoe_plugin.work_directory import OUTPUT, has_progress, locked, remove, sync_directory, sync_tree
+
+
+def _read(path: str, name: str) -> Tensor:
+    with safe_open(path, framework="pt") as file:
+        return file.get_tensor(name)
 
 
 class BitsMoEQuantizer(HfQuantizer):
@@ -46,6 +52,7 @@ class BitsMoEQuantizer(HfQuantizer):
         # two models must not end up describing the second in both.
         super().__init__(copy.copy(quantization_config), **kwargs)
         self._source: ExpertSource | None = None
+        self._prediction_layers: dict[str, str] = {}
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Refuse to quantize without calibration text before any weight is read."""
@@ -60,9 +67,12 @@ class BitsMoEQuantizer(HfQuantizer):
         self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
         config = self.quantization_config
+        # Before experts are taken out: what the model has no name for is found by what it has.
+        self._prediction_layers = prediction_layers(model, checkpoint_files or [])
         if not self.pre_quantized:
             self._source = _expert_source(model, checkpoint_files)
-            plan_budget(self._source.shapes, config)
+            model_budget(self._source, config)
+            named_kept(self._source, config)
             return
         layers = find_moe_layers(model)
         surplus = set(config.layers) - {layer.name for layer in layers}
@@ -114,13 +124,20 @@ class BitsMoEQuantizer(HfQuantizer):
                 f"{given or model.config._name_or_path!r}; give tokenizer="
             ) from error
 
-    def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, str]]:
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Called before config and weights are saved: record what else will be in the files."""
+        extra = {name: _read(path, name) for name, path in self._prediction_layers.items()}
+        state = {**model.state_dict(), **extra}
         ignored = model._keys_to_ignore_on_save or ()
-        state = {name: tensor for name, tensor in model.state_dict().items() if name not in ignored}
-        saved = revert_weight_conversion(model, remove_tied_weights_from_state_dict(state, model))
+        kept = {name: tensor for name, tensor in state.items() if name not in ignored}
+        saved = revert_weight_conversion(model, remove_tied_weights_from_state_dict(kept, model))
+        if not extra.keys() <= saved.keys():
+            raise CheckpointError(
+                f"{', '.join(sorted(extra.keys() - saved.keys()))} would be renamed on saving; transformers "
+                "has no name for it. Remove it from the model's files first, if it is not needed"
+            )
         model.config.quantization_config.other_tensors = record(saved)
-        return None, {}
+        return state, {}
 
     def is_serializable(self, **kwargs: Any) -> bool:
         return True

@@ -16,7 +16,10 @@ from bitsmoe_plugin.statistics import Gating
 
 
 class Runtime(Protocol):
-    """A packed layer or shard, ready to compute."""
+    """A packed layer or shard, ready to compute.
+
+    Implementations leave out biases of down and kept experts: ``prepare`` adds them, see ``originals``.
+    """
 
     @property
     def packed(self) -> PackedExperts:
@@ -37,6 +40,13 @@ class Runtime(Protocol):
 
 def prepare(spec: PackedSpec, packed: PackedExperts, gating: Gating) -> Runtime:
     """The fastest implementation for the device that the tensors are on; says so if it is the slow one."""
+    from bitsmoe_plugin.kernels.originals import WithOriginals
+
+    runtime = _fastest(spec, packed, gating)
+    return WithOriginals(runtime, spec, gating) if spec.has_bias or spec.kept else runtime
+
+
+def _fastest(spec: PackedSpec, packed: PackedExperts, gating: Gating) -> Runtime:
     from bitsmoe_plugin.kernels.reference import ReferenceLayer
 
     device = packed.payload.device.type
@@ -59,6 +69,8 @@ def _on_cpu(spec: PackedSpec, packed: PackedExperts, gating: Gating) -> tuple[Ru
 
 
 def _on_gpu(spec: PackedSpec, packed: PackedExperts, gating: Gating) -> tuple[Runtime | None, str]:
+    if spec.has_bias:
+        return None, "the GPU kernels do not know biases of experts"
     activation = serving.activation_of(gating)
     if activation is None:
         return None, "the GPU kernels do not know their activation"

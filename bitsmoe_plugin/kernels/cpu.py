@@ -44,6 +44,10 @@ class _Decoder(ctypes.Structure):
     )
 
 
+_ROWS = ("row_codes", "scale_grid", "payload")
+_BASES = ("input_basis", "output_basis", "input_scales", "output_scales")
+
+
 class _Layer(ctypes.Structure):
     _fields_ = (
         *((name, c_int32) for name in ("experts", "hidden", "rank", "size", "bases")),
@@ -52,8 +56,7 @@ class _Layer(ctypes.Structure):
         ("falling", c_int32 * MAX_WIDTHS),
         ("decoders", _Decoder * MAX_WIDTHS),
         ("basis", _Decoder),
-        *((name, c_void_p) for name in ("row_codes", "scale_grid", "payload", "starts")),
-        *((name, c_void_p) for name in ("input_basis", "output_basis", "input_scales", "output_scales")),
+        *((name, c_void_p) for name in (*_ROWS, "starts", *_BASES)),
     )
 
 
@@ -124,7 +127,7 @@ class CpuLayer:
             width_bits=(c_int32 * MAX_WIDTHS)(*widths),
             falling=(c_int32 * MAX_WIDTHS)(*sorted(range(len(widths)), key=lambda i: -widths[i])),
             starts=pointer(starts),
-            **{name.removeprefix("bitsmoe_"): pointer(tensor) for name, tensor in packed.tensors()},
+            **{name: pointer(getattr(packed, name)) for name in (*_ROWS, *_BASES)},
         )
         for i, width in enumerate(widths):
             if width:
@@ -159,7 +162,7 @@ class CpuLayer:
         chosen = pointer(ids)
         failed = lib.bitsmoe_basis(layer, 0, pointer(x), tokens, pointer(z), threads)
         failed |= lib.bitsmoe_gate_up(layer, pointer(z), chosen, tokens, k, pointer(gate_up), threads)
-        gate, up = gate_up[:, :, : shape.intermediate_size].unbind(1)
+        gate, up = self._add_bias(gate_up[:, :, : shape.intermediate_size], ids).unbind(1)
         h = self.gating(gate, up).contiguous()
         failed |= lib.bitsmoe_down(
             layer, pointer(h), pointer(weights), chosen, tokens, k, pointer(coordinates), threads
@@ -167,3 +170,10 @@ class CpuLayer:
         failed |= lib.bitsmoe_basis(layer, 1, pointer(coordinates), tokens, pointer(out), threads)
         if failed:
             raise MemoryError(f"no memory for the experts' intermediate results of {tokens} tokens")
+
+    def _add_bias(self, gate_up: Tensor, ids: Tensor) -> Tensor:
+        """``[tokens * k, 2, I]``, with the biases of gate and up of each slot's expert, if they have any."""
+        if self.packed.input_bias is None:
+            return gate_up
+        here = ids.clamp(0, self.spec.shape.num_experts - 1).flatten()  # others' values are not used
+        return gate_up + self.spec.original(self.packed.input_bias)[here].float()

@@ -32,6 +32,7 @@ def moe_forward(
     intermediate_size: int,
     grid: str,
     gating: Gating,
+    input_bias: Tensor | None = None,
 ) -> Tensor:
     """Output of the routed experts.
 
@@ -42,6 +43,7 @@ def moe_forward(
         input_basis: ``[r, H]`` float32, or ``[2 r, H]``: gate's above up's.
         output_basis: ``[H, r]`` float32.
         grid: see ``coding``.
+        input_bias: ``[E, 2, I]`` of gate and up.
 
     Returns:
         ``[T, H]`` in the dtype of ``hidden``; computed in float32.
@@ -59,6 +61,8 @@ def moe_forward(
                 (f, unpack_rows(payload, index, scales, f, expert, intermediate_size, grid)) for f in (0, 1)
             )
         )
+        if input_bias is not None:
+            gate, up = gate + input_bias[expert, 0].float(), up + input_bias[expert, 1].float()
         rows, order = unpack_rows(payload, index, scales, 2, expert, intermediate_size, grid)
         out = gating(gate, up) @ rows.T * top_k_weights[token, slot, None].float()
         update = torch.zeros_like(selected[:, 0])
@@ -116,6 +120,7 @@ class ReferenceLayer:
             intermediate_size=shape.intermediate_size,
             grid=self.spec.grid,
             gating=self.gating,
+            input_bias=None if packed.input_bias is None else self.spec.original(packed.input_bias)[used],
         )
 
     def _basis(self, words: Tensor, scales: Tensor) -> Tensor:

@@ -1,0 +1,103 @@
+"""What a packed layer stores as it was: super experts and biases; which they are, and what they take."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from bitsmoe_plugin import packing
+from bitsmoe_plugin.budget import Budget, plan_budget
+from bitsmoe_plugin.config import BitsMoEConfig
+from bitsmoe_plugin.errors import QuantizationError
+from bitsmoe_plugin.families import layout_of
+from bitsmoe_plugin.packing import PackedExperts
+from bitsmoe_plugin.sources import ExpertSource
+from bitsmoe_plugin.spectral import ExpertBiases, ExpertWeights
+from bitsmoe_plugin.super_experts import ExpertOutputs, detect
+
+
+def model_budget(source: ExpertSource, config: BitsMoEConfig) -> Budget:
+    """``plan_budget`` of a model's layers and their biases.
+
+    Raises:
+        QuantizationError: see there.
+    """
+    return plan_budget(source.shapes, config, bias_bits(source))
+
+
+def named_kept(source: ExpertSource, config: BitsMoEConfig) -> list[tuple[int, ...]] | None:
+    """Experts of every layer that the config names to keep their original weights; None if it names none.
+
+    Raises:
+        QuantizationError: the model lacks them, or rows have no width 0.
+    """
+    if not isinstance(config.super_experts, dict):
+        return None
+    names = [layer.name for layer in source.layers]
+    kept = [tuple(sorted(set(config.super_experts.get(name, [])))) for name in names]
+    sizes = {name: shape.num_experts for name, shape in zip(names, source.shapes, strict=True)}
+    surplus = set(config.super_experts) - set(names)
+    over = [name for name, ids in zip(names, kept, strict=True) if ids and ids[-1] >= sizes[name]]
+    if surplus or over:
+        known = ", ".join(f"{name} ({size})" for name, size in sizes.items())
+        raise QuantizationError(
+            f"super_experts names {', '.join(sorted(surplus) or over)}, or experts of it, which the "
+            f"model lacks; its layers are {known}"
+        )
+    _check_widths(kept, config)
+    return kept
+
+
+def choose_kept(
+    source: ExpertSource, outputs: list[ExpertOutputs], config: BitsMoEConfig
+) -> list[tuple[int, ...]]:
+    """Experts of every layer that keep their original weights: as the config says, or detected.
+
+    Raises:
+        QuantizationError: see ``named_kept``.
+    """
+    kept = named_kept(source, config)
+    if kept is None:
+        kept = detect(outputs)
+        _check_widths(kept, config)
+    return kept
+
+
+def _check_widths(kept: list[tuple[int, ...]], config: BitsMoEConfig) -> None:
+    if any(kept) and 0 not in config.widths:
+        raise QuantizationError(
+            f"experts are to keep their original weights, but widths={config.widths} has no 0 for their "
+            "rows; add it, or switch it off with super_experts={}"
+        )
+
+
+def kept_bits(source: ExpertSource, kept: list[tuple[int, ...]]) -> int:
+    """What the weights of the kept experts take."""
+    return sum(
+        8 * dtype.itemsize * shape.weights * len(ids) // shape.num_experts
+        for shape, dtype, ids in zip(source.shapes, source.dtypes, kept, strict=True)
+    )
+
+
+def bias_bits(source: ExpertSource) -> int:
+    """What the biases of all experts take."""
+    return sum(
+        8 * dtype.itemsize * shape.num_experts * (2 * shape.intermediate_size + shape.hidden_size)
+        for layer, shape, dtype in zip(source.layers, source.shapes, source.dtypes, strict=True)
+        if layout_of(layer.module).has_bias
+    )
+
+
+def with_originals(
+    packed: PackedExperts, weights: ExpertWeights, biases: ExpertBiases | None, kept: tuple[int, ...]
+) -> PackedExperts:
+    """The packed layer with what is stored of it as it was: biases, and the experts ``kept``."""
+    found = {}
+    if biases is not None:
+        found = {"input_bias": torch.stack([biases.gate, biases.up], 1), "output_bias": biases.down}
+    if kept:
+        ids = list(kept)
+        found["kept_input"] = torch.stack([weights.gate[ids], weights.up[ids]], 1)
+        found["kept_output"] = weights.down[ids]
+    return replace(packed, **{name: packing.store_bits(tensor) for name, tensor in found.items()})
