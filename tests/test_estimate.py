@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import GptOssConfig, GptOssForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, NemotronHConfig, NemotronHForCausalLM
 
 from bitsmoe_plugin import BitsMoEConfig, QuantizationError
 from bitsmoe_plugin.estimate import Estimate, estimate
@@ -144,10 +144,22 @@ def _dense(path: Path) -> None:
 
 
 def _off_convention(path: Path) -> None:
-    config = GptOssConfig(
-        **SMALL, intermediate_size=32, num_local_experts=4, num_key_value_heads=2, head_dim=16
+    sizes = {name: size for name, size in SMALL.items() if name != "num_hidden_layers"}
+    config = NemotronHConfig(
+        **sizes,
+        num_key_value_heads=2,
+        head_dim=16,
+        n_routed_experts=4,
+        moe_intermediate_size=32,
+        mamba_num_heads=8,
+        mamba_head_dim=16,
+        n_groups=1,
+        ssm_state_size=8,
+        layers_block_type=["moe"],
+        n_group=1,
+        topk_group=1,
     )
-    GptOssForCausalLM(config).save_pretrained(path)
+    NemotronHForCausalLM(config).save_pretrained(path)
 
 
 def _edit_config(path: Path, **changes: Any) -> None:
@@ -171,7 +183,7 @@ def _write_index(path: Path, text: str) -> None:
         (lambda path: _edit_config(path, hidden_size="wide"), r"config\.json cannot be used.*hidden_size"),
         (lambda path: _edit_config(path, quantization_config={"quant_method": "fp8"}), "already.*'fp8'"),
         (_dense, "'llama' has no MoE layers"),
-        (_off_convention, r"GptOssExperts.*'gpt_oss'.*transposed"),
+        (_off_convention, r"NemotronHExperts.*'nemotron_h'.*without a gate"),
     ],
 )
 def test_bad_input_is_refused(damage: Callable[[Path], None], message: str, description: Path) -> None:
