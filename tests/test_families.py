@@ -156,7 +156,7 @@ def test_decoder_layer_is_the_outermost_list_entry() -> None:
 
 
 def test_rounding_to_nearest_groups_inputs_of_transposed_weights(tiny_model) -> None:
-    """Guards the baseline of ``compare`` on GPT-OSS: groups lie along the inputs, wherever they are stored."""
+    """Guards the baseline of ``compare`` on GPT-OSS: groups lie along the inputs, however stored."""
     model = tiny_model("gpt_oss")
     wanted = round_to_nearest(read_experts(find_moe_layers(model)[0].module).down, 2, 16)
     quantize_rtn(model, 2, 16)
