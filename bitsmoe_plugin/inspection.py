@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
+from collections import Counter
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -65,7 +66,7 @@ def inspect_checkpoint(directory: Path) -> dict[str, Any]:
     specs = {layer: packed_spec(layer, config) for layer in config.layers}
     tensors = stored_tensors(sorted(Path(directory).glob("*.safetensors")))
     verify_headers(tensors, specs)
-    parts = dict.fromkeys(_PARTS.values(), 0)
+    parts: Counter[str] = Counter()
     layers: dict[str, Any] = {}
     weights = 0
     for layer, spec in specs.items():
@@ -126,7 +127,7 @@ def _layer_summary(layer: dict[str, Any]) -> list[str]:
 def print_inspection(report: dict[str, Any], stream: TextIO) -> None:
     """The report as tables."""
     console = table_console(stream)
-    parts = ", ".join(f"{part} {bits:.4f}" for part, bits in report["parts"].items() if bits)
+    parts = ", ".join(f"{part} {bits:.4f}" for part, bits in report["parts"].items())
     console.print(
         f"{report['bits_per_weight']:.4f} bits per expert weight = {parts}\n"
         f"{report['expert_bytes']:,} bytes for {report['expert_weights']:,} expert weights",

@@ -76,17 +76,24 @@ def prediction_layers(model: Any, files: Iterable[str | Path]) -> dict[str, str]
 
     Returns:
         name -> file.
+
+    Raises:
+        CheckpointError: a file is no safetensors file.
     """
     patterns = model._keys_to_ignore_on_load_unexpected or ()
     own = {_place(name) for name in model.state_dict()}
     found = {}
     for path in (str(file) for file in files if str(file).endswith(".safetensors")):
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 (it is no dict)
-                place = _place(name)
-                declared = any(re.search(pattern, name) for pattern in patterns)
-                if place not in own and (declared or re.sub(r"\d+\.$", "0.", place) in own):
-                    found[name] = path
+        try:
+            with safe_open(path, framework="pt") as file:
+                names = list(file.keys())
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{path} cannot be read as safetensors ({error})") from error
+        for name in names:
+            place = _place(name)
+            declared = any(re.search(pattern, name) for pattern in patterns)
+            if place not in own and (declared or re.sub(r"\d+\.$", "0.", place) in own):
+                found[name] = path
     return found
 
 

@@ -48,12 +48,20 @@ def test_dense_model_is_refused(tmp_path) -> None:
 
 
 def test_family_off_the_convention_is_refused_by_name(tmp_path) -> None:
+    sizes = {name: size for name, size in SMALL.items() if name != "num_hidden_layers"}
     config = NemotronHConfig(
-        **{**SMALL, "num_hidden_layers": 2},
-        layers_block_type=["moe", "attention"],
+        **sizes,
+        num_key_value_heads=2,
+        head_dim=16,
         n_routed_experts=4,
         moe_intermediate_size=32,
-        num_key_value_heads=2,
+        mamba_num_heads=8,
+        mamba_head_dim=16,
+        n_groups=1,
+        ssm_state_size=8,
+        layers_block_type=["moe"],
+        n_group=1,
+        topk_group=1,
     )
     with pytest.raises(QuantizationError, match=r"NemotronHExperts.*'nemotron_h'.*without a gate"):
         _quantize(_save(NemotronHForCausalLM(config), tmp_path))
@@ -114,8 +122,8 @@ def test_output_directory_in_use_is_refused_and_untouched(tmp_path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["keep.txt"]
 
 
-def test_failure_while_saving_leaves_no_checkpoint(tmp_path, monkeypatch) -> None:
-    """A checkpoint directory is complete or absent; finished layers are kept for the next try."""
+def test_failure_while_saving_leaves_nothing(tmp_path, monkeypatch) -> None:
+    """A checkpoint directory is complete or absent."""
     from transformers import PreTrainedModel
 
     def full_disk(self, directory, **kwargs):
@@ -125,7 +133,7 @@ def test_failure_while_saving_leaves_no_checkpoint(tmp_path, monkeypatch) -> Non
     monkeypatch.setattr(PreTrainedModel, "save_pretrained", full_disk)
     with pytest.raises(OSError, match="No space left"):
         quantize_to_directory(MODEL, tmp_path / "out", _config())
-    assert [path.name for path in tmp_path.iterdir()] == ["out.work"]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_factor_bits_leave_the_bases_out_of_the_budget() -> None:

@@ -174,12 +174,20 @@ def _dense(path: Path) -> None:
 
 
 def _off_convention(path: Path) -> None:
+    sizes = {name: size for name, size in SMALL.items() if name != "num_hidden_layers"}
     config = NemotronHConfig(
-        **{**SMALL, "num_hidden_layers": 2},
-        layers_block_type=["moe", "attention"],
+        **sizes,
+        num_key_value_heads=2,
+        head_dim=16,
         n_routed_experts=4,
         moe_intermediate_size=32,
-        num_key_value_heads=2,
+        mamba_num_heads=8,
+        mamba_head_dim=16,
+        n_groups=1,
+        ssm_state_size=8,
+        layers_block_type=["moe"],
+        n_group=1,
+        topk_group=1,
     )
     NemotronHForCausalLM(config).save_pretrained(path)
 

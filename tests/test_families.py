@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import torch
 
+from bitsmoe_plugin.comparison.rtn import quantize_rtn, round_to_nearest
 from bitsmoe_plugin.errors import QuantizationError
 from bitsmoe_plugin.families import (
     apply_gating,
@@ -152,3 +153,11 @@ def test_decoder_layer_is_the_outermost_list_entry() -> None:
     )
     model = torch.nn.ModuleDict({"layers": torch.nn.ModuleList([torch.nn.Identity(), inner])})
     assert decoder_layer_name(model, "layers.1.blocks.0.experts") == "layers.1"
+
+
+def test_rounding_to_nearest_groups_inputs_of_transposed_weights(tiny_model) -> None:
+    """Guards the baseline of ``compare`` on GPT-OSS: groups lie along the inputs, however stored."""
+    model = tiny_model("gpt_oss")
+    wanted = round_to_nearest(read_experts(find_moe_layers(model)[0].module).down, 2, 16)
+    quantize_rtn(model, 2, 16)
+    assert torch.equal(read_experts(find_moe_layers(model)[0].module).down, wanted)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from bitsmoe_plugin.errors import QuantizationError
-from bitsmoe_plugin.families import find_moe_layers
+from bitsmoe_plugin.families import find_moe_layers, layout_of
 
 
 def round_to_nearest(weight: Tensor, bits: int, group_size: int) -> Tensor:
@@ -37,10 +37,12 @@ def quantize_rtn(model: nn.Module, bits: int, group_size: int) -> float:
     """
     for layer in find_moe_layers(model):
         for name in ("gate_up_proj", "down_proj"):
-            parameter = getattr(layer.module, name)
-            if parameter.shape[-1] % group_size:
+            weight = getattr(layer.module, name).data
+            if layout_of(layer.module).is_transposed:
+                weight = weight.transpose(1, 2)
+            if weight.shape[-1] % group_size:
                 raise QuantizationError(
-                    f"{layer.name}.{name}: group size {group_size} does not divide {parameter.shape[-1]}"
+                    f"{layer.name}.{name}: group size {group_size} does not divide {weight.shape[-1]}"
                 )
-            parameter.data.copy_(round_to_nearest(parameter.data, bits, group_size))
+            weight.copy_(round_to_nearest(weight, bits, group_size))
     return bits_per_weight(bits, group_size)
