@@ -69,6 +69,11 @@ def locked(path: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+def _is_ours(name: str) -> bool:
+    """Whether a run may have left this, also one that was killed while safetensors wrote (.tmp and letters)."""
+    return bool(_OURS.fullmatch(name)) or re.fullmatch(r"\.tmp\w+", name) is not None
+
+
 def _in_use(path: Path) -> QuantizationError:
     return QuantizationError(f"work directory {path} is in use by another run; wait for it or stop it")
 
@@ -81,7 +86,7 @@ def _lock(path: Path) -> int:
         raise QuantizationError(f"work directory {path} is a file; choose another name")
     while True:
         path.mkdir(parents=True, exist_ok=True)
-        foreign = [entry.name for entry in path.iterdir() if not _OURS.fullmatch(entry.name)]
+        foreign = [entry.name for entry in path.iterdir() if not _is_ours(entry.name)]
         if foreign:
             raise QuantizationError(
                 f"{path} holds {sorted(foreign)[0]}, so it is not a work directory; choose another"
