@@ -70,7 +70,7 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def _is_ours(name: str) -> bool:
-    """Whether a run may have left this, also one that was killed while safetensors wrote (.tmp and letters)."""
+    """Whether a run may have left this, also one killed while safetensors wrote (.tmp and letters)."""
     return bool(_OURS.fullmatch(name)) or re.fullmatch(r"\.tmp\w+", name) is not None
 
 
