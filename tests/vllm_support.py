@@ -160,7 +160,7 @@ def write_random_packed(directory: Path, shape: LayerShape, layers: int) -> Bits
         packed = random_packed(shape, config, layer)
         tensors.update({f"{name}.{buffer}": tensor for buffer, tensor in packed.tensors()})
         tensors[f"model.layers.{layer}.mlp.gate.weight"] = torch.randn(shape.num_experts, shape.hidden_size)
-        config.layers[name] = layer_manifest(shape, packed)
+        config.layers[name] = layer_manifest(shape, packed, torch.float32)
     save_file(
         {name: tensor.clone() for name, tensor in tensors.items()},
         directory / "model.safetensors",
