@@ -15,7 +15,7 @@ from bitsmoe_plugin import bound, coding, grids, packing, rounding
 from bitsmoe_plugin.allocation import allocate
 from bitsmoe_plugin.packing import LayerShape, PackedExperts
 from bitsmoe_plugin.problem import LayerProblem, error_feedback, rank_feedback
-from bitsmoe_plugin.rounding import RankFeedback
+from bitsmoe_plugin.rounding import RankFeedback, ScaleGrid
 from bitsmoe_plugin.spectral import SharedBases
 
 GATE_UP_WEIGHT = 2.0
@@ -49,15 +49,36 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class RoundedExperts:
-    """Some experts after rounding.
+    """Some experts after rounding; first axis: gate, up, down.
 
     Attributes:
-        rows: of gate, up and down, first axis ``[3]``.
-        scale_grid: likewise, ``[3, r]``.
+        words: payload of each ``[3][e]``.
+        scale_codes: ``[3, e, r]`` uint8.
+        errors: ``[3, e, r]`` float32, see ``rounding.RoundedRows``.
+        values: ``[3, e, r, I]`` float32, what is stored; None unless asked for.
     """
 
-    rows: rounding.RoundedRows
-    scale_grid: rounding.ScaleGrid
+    words: list[list[Tensor]]
+    scale_codes: Tensor
+    errors: Tensor
+    values: Tensor | None
+
+    @staticmethod
+    def empty(bits: Tensor, size: int, with_values: bool) -> RoundedExperts:
+        """To be filled by ``put``, for rows of ``bits`` ``[3, e, r]`` and ``size`` values."""
+        words: list[list[Tensor]] = [[] for _ in range(3)]
+        codes, errors = torch.empty(bits.shape, dtype=torch.uint8), torch.empty(bits.shape)
+        return RoundedExperts(words, codes, errors, torch.empty(*bits.shape, size) if with_values else None)
+
+    def put(
+        self, factors: slice, part: slice, rows: rounding.RoundedRows, bits: Tensor, widths: tuple[int, ...]
+    ) -> None:
+        """Pack rows of some factors and of the next experts; ``bits`` are theirs, ``[factors, part, r]``."""
+        self.scale_codes[factors, part], self.errors[factors, part] = rows.scale_codes, rows.errors
+        if self.values is not None:
+            self.values[factors, part] = rows.values
+        for words, codes, width in zip(self.words[factors], rows.codes, bits, strict=True):
+            words.extend(packing.pack_expert(*pair, widths) for pair in zip(codes, width, strict=True))
 
 
 def _output_weights(problem: LayerProblem, rank: Tensor, chosen: slice) -> tuple[list[Tensor], list[Tensor]]:
@@ -118,8 +139,8 @@ def row_costs(problem: LayerProblem, keep: list[int]) -> tuple[Tensor, Tensor, d
                 if expert in keep:
                     kept[expert] = feedback
             inner, outer = _output_weights(problem, torch.stack(variances, 1), chosen)
-        for factor in range(3):
-            rows = problem.factors[factor, chosen]
+        factors = [*problem.input_factors(chosen), problem.down_factors(chosen)]
+        for factor, rows in enumerate(factors):
             energies[factor, chosen] = (rows.square() * inner[factor]).sum(-1) * outer[factor]
             for index, width in enumerate(config.widths):
                 distortion = grids.best_scale(rows, inner[factor], width)[1] * outer[factor]
@@ -158,56 +179,83 @@ def plan_layer(problem: LayerProblem, payload_bits: int) -> LayerPlan:
     trial = allocate([costs.view(-1, len(widths)).numpy()], [sizes], max(payload_bits, least))
     choice = torch.from_numpy(trial.choice).long().view(costs.shape[:-1])
     bits = torch.tensor(widths)[choice[:, experts]]
-    rounded = round_experts(problem, bits, experts, feedback)
+    rounded, _ = round_experts(problem, bits, experts, feedback, with_values=True)
+    assert rounded.values is not None
     estimated = costs[:, experts].gather(-1, choice[:, experts, :, None]).sum()
-    measured = sampled_error(problem, experts, rounded.rows.values)
+    measured = sampled_error(problem, experts, rounded.values)
     correction = measured / float(estimated) if float(estimated) > 0 and measured > 0 else 1.0
     return LayerPlan(costs * correction, energies, problem.bases, correction)
 
 
 def round_experts(
-    problem: LayerProblem, bits: Tensor, experts: list[int], feedback: dict[int, RankFeedback] | None = None
-) -> RoundedExperts:
-    """Round some experts at given widths.
+    problem: LayerProblem,
+    bits: Tensor,
+    experts: list[int],
+    feedback: dict[int, RankFeedback] | None = None,
+    with_values: bool = False,
+) -> tuple[RoundedExperts, ScaleGrid]:
+    """Round some experts at given widths, a group of bounded working set after the other.
 
     Args:
         bits: ``[3, e, r]`` int64.
         experts: their ids.
         feedback: of each, if known.
+        with_values: also return what the codes stand for.
+
+    Returns:
+        the rows, and their scale grid ``[3, r]``.
     """
-
-    def rank_feedback_of(part: list[int]) -> RankFeedback:
-        found = [feedback[e] if feedback else rank_feedback(problem, e) for e in part]
-        return RankFeedback(
-            torch.stack([f.unit for f in found], 1), torch.stack([f.variance for f in found], 1)
-        )
-
-    factors, config = problem.factors[:, experts], problem.config
+    config, size = problem.config, problem.shape.intermediate_size
+    result = RoundedExperts.empty(bits, size, with_values)
     neuron = problem.statistics.neuron_weights[:, experts]
-    choose = rounding.unbiased_scales if config.widening else rounding.best_scales
-    scales = choose(factors[:2], neuron[:, :, None], bits[:2], config.grid)
-    rank_grid = rounding.ScaleGrid.covering(scales, bits[:2] > 0)
-    parts = [
-        rounding.round_along_rank(
-            factors[:2, part],
+    groups = problem.chunks(len(experts))
+    scales = _input_scales(problem, bits[:2], experts, groups)
+    input_grid = ScaleGrid.covering(scales, bits[:2] > 0)
+    # Down is refitted to gate and up, but the grid of its scales must be known before its first row.
+    down = torch.empty(len(experts), problem.shape.rank, size)
+    down_feedback, down_scales = torch.empty(len(experts), size, size), torch.empty(bits[2].shape)
+    for part in groups:
+        rows = rounding.round_along_rank(
+            problem.input_factors(experts[part]),
             bits[:2, part],
-            rank_feedback_of(experts[part]),
+            _stacked_feedback(problem, experts[part], feedback),
             neuron[:, part],
-            rank_grid,
+            input_grid,
             scales[:, part],
             config.grid,
         )
-        for part in problem.chunks(len(experts))
-    ]
-    rank_rows = rounding.joined(parts, dim=1)
-    down, moments = refit_down(problem, rank_rows.values, experts)
-    neuron_feedback = error_feedback(moments, config)
-    inner = rounding.conditional_variance(neuron_feedback)[:, None]
-    scales = rounding.best_scales(down, inner, bits[2], config.grid)
-    neuron_grid = rounding.ScaleGrid.covering(scales, bits[2] > 0)
-    down_rows = rounding.round_along_neurons(down, bits[2], neuron_feedback, neuron_grid, scales, config.grid)
-    rows = rounding.joined([rank_rows, rounding.stacked(down_rows)], dim=0)
-    return RoundedExperts(rows, rank_grid.stacked_with(neuron_grid))
+        result.put(slice(0, 2), part, rows, bits[:2, part], config.widths)
+        down[part], moments = refit_down(problem, rows.values, experts[part])
+        down_feedback[part] = error_feedback(moments, config)
+        inner = rounding.conditional_variance(down_feedback[part])[:, None]
+        down_scales[part] = rounding.best_scales(down[part], inner, bits[2, part], config.grid)
+    grid = ScaleGrid.covering(down_scales, bits[2] > 0)
+    for part in groups:
+        own = down[part], bits[2, part], down_feedback[part], grid, down_scales[part]
+        rows = rounding.stacked(rounding.round_along_neurons(*own, config.grid))
+        result.put(slice(2, 3), part, rows, bits[2:, part], config.widths)
+    return result, input_grid.stacked_with(grid)
+
+
+def _input_scales(problem: LayerProblem, bits: Tensor, experts: list[int], groups: list[slice]) -> Tensor:
+    """Scales ``[2, e, r]`` float32 of gate and up rows of ``bits`` alike."""
+    choose = rounding.unbiased_scales if problem.config.widening else rounding.best_scales
+    neuron = problem.statistics.neuron_weights[:, experts, None]
+    return torch.cat(
+        [
+            choose(problem.input_factors(experts[part]), neuron[:, part], bits[:, part], problem.config.grid)
+            for part in groups
+        ],
+        dim=1,
+    )
+
+
+def _stacked_feedback(
+    problem: LayerProblem, experts: list[int], known: dict[int, RankFeedback] | None
+) -> RankFeedback:
+    """Feedback of gate and up of some experts, ``[2, e]``."""
+    found = [known[e] if known else rank_feedback(problem, e) for e in experts]
+    return RankFeedback(torch.stack([f.unit for f in found], 1), torch.stack([f.variance for f in found], 1))
 
 
 def _expert_hidden(problem: LayerProblem, expert: int, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -238,14 +286,11 @@ def refit_down(problem: LayerProblem, values: Tensor, experts: list[int]) -> tup
     Returns:
         factors ``[e, r, I]`` and second moments E[a h' h'^T] ``[e, I, I]`` to round them with.
     """
-    down = problem.factors[2, experts].clone()
+    down = problem.down_factors(experts)
     moments = problem.statistics.hidden_moment[experts].clone()
     if not problem.config.refit:
         return down, moments
     size, h = problem.shape.intermediate_size, problem.shape.hidden_size
-    drift = None
-    if problem.drift is not None:  # in the coordinates of the output basis
-        drift = problem.drift.float() @ torch.linalg.inv(problem.output_basis.double()).float().T
     for i, expert in enumerate(experts):
         exact, rounded = _expert_hidden(problem, expert, values[:, i])
         a = problem.rows[expert].weights[:, None] / h
@@ -253,8 +298,8 @@ def refit_down(problem: LayerProblem, values: Tensor, experts: list[int]) -> tup
         ridge = _REFIT_RIDGE * own.diagonal().mean().clamp_min(1e-30) * torch.eye(size)
         wanted = down[i] @ (cross + ridge)
         routed = problem.rows[expert].routed
-        if drift is not None:
-            missing = _missing_output(problem, expert, drift)
+        if problem.drift is not None:
+            missing = _missing_output(problem, expert, problem.drift)
             wanted += (a[:routed] * missing).T @ rounded[:routed]
         fitted = torch.linalg.solve(own + ridge, wanted.T).T
         down[i] += routed / (routed + 2 * size) * (fitted - down[i])
@@ -321,26 +366,20 @@ def round_layer(problem: LayerProblem, row_bits: Tensor) -> RoundedLayer:
         row_bits: ``[3, E, r]`` int64.
     """
     widths = problem.config.widths
-    rounded = round_experts(problem, row_bits, list(range(problem.shape.num_experts)))
-    rows = rounded.rows
-    words = [
-        packing.pack_expert(rows.codes[factor, expert], row_bits[factor, expert], widths)
-        for factor in range(3)
-        for expert in range(problem.shape.num_experts)
-    ]
+    rounded, grid = round_experts(problem, row_bits, list(range(problem.shape.num_experts)))
     input_basis, input_scales = packing.pack_basis(problem.bases.input_basis)
     output_basis, output_scales = packing.pack_basis(problem.bases.output_basis)
     packed = PackedExperts(
-        row_codes=packing.pack_row_codes(row_bits, rows.scale_codes, widths),
-        scale_grid=packing.pack_scale_grid(rounded.scale_grid),
-        payload=torch.cat(words),
+        row_codes=packing.pack_row_codes(row_bits, rounded.scale_codes, widths),
+        scale_grid=packing.pack_scale_grid(grid),
+        payload=torch.cat([words for factor in rounded.words for words in factor]),
         input_basis=input_basis,
         input_scales=input_scales,
         output_basis=output_basis,
         output_scales=output_scales,
     )
-    errors = rows.errors.sum(2)
-    errors[2] = rows.errors[2] @ problem.output_basis.square().sum(0)
+    errors = rounded.errors.sum(2)
+    errors[2] = rounded.errors[2] @ problem.output_basis.square().sum(0)
     return RoundedLayer(packed, errors)
 
 

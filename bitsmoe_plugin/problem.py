@@ -11,7 +11,7 @@ from bitsmoe_plugin import rounding, spectral, statistics
 from bitsmoe_plugin.config import BitsMoEConfig
 from bitsmoe_plugin.packing import LayerShape
 from bitsmoe_plugin.rounding import RankFeedback
-from bitsmoe_plugin.spectral import ExpertBiases, ExpertWeights, SharedBases
+from bitsmoe_plugin.spectral import BasisInverses, ExpertBiases, Experts, ExpertWeights, SharedBases
 from bitsmoe_plugin.statistics import ExpertRows, Gating, LayerActivations, LayerStatistics
 
 WORKING_SET = 2**26
@@ -21,12 +21,15 @@ _SECOND_MOMENT_SHRINKAGE = 1e-3
 
 @dataclass(frozen=True)
 class LayerProblem:
-    """Everything known about one layer: its weights, calibration, bases and factors.
+    """Everything known about one layer: its weights, calibration and bases.
+
+    Factors are computed when they are needed: in float32 those of all experts take twice the memory of
+    the weights.
 
     Attributes:
-        drift: ``[T, H]``, how far the residual stream after this layer, with its experts exact, is from
-            that of the unquantized model; None if the layer shall not make up for it.
-        factors: ``[3, E, r, I]`` float32, exact in the quantized bases.
+        drift: ``[T, r]`` float32, how far the residual stream after this layer, with its experts exact, is
+            from that of the unquantized model, in coordinates of the output basis; None if the layer shall
+            not make up for it.
         z: ``[1 or 2, T, r]`` float32, input bases (as they will be stored) times inputs; the first is
             of gate, the last of up.
         pooled: ``[1 or 2, r, r]`` float32, see ``statistics.pooled_covariance``.
@@ -41,7 +44,7 @@ class LayerProblem:
     gating: Gating
     statistics: LayerStatistics
     bases: SharedBases
-    factors: Tensor
+    inverses: BasisInverses
     z: Tensor
     pooled: Tensor
     output_basis: Tensor
@@ -58,6 +61,14 @@ class LayerProblem:
     def input_bases(self) -> Tensor:
         """``[1 or 2, r, H]`` float32, dequantized; the first is of gate, the last of up."""
         return self.bases.input_bases()
+
+    def input_factors(self, experts: Experts) -> Tensor:
+        """``[2, e, r, I]`` float32, see ``spectral.input_factors``."""
+        return spectral.input_factors(self.weights, self.inverses, experts)
+
+    def down_factors(self, experts: Experts) -> Tensor:
+        """``[e, r, I]`` float32, see ``spectral.down_factors``."""
+        return spectral.down_factors(self.weights, self.inverses, experts)
 
     def hidden(self, gate: Tensor, up: Tensor, expert: int) -> Tensor:
         """Hidden activations ``[n, I]`` of an expert from its gate and up products ``[n, I]``."""
@@ -99,7 +110,8 @@ def build_problem(
     """Collect the statistics and factors of one layer; ``bases`` are computed if not given.
 
     Args:
-        drift, biases: see ``LayerProblem``.
+        drift: ``[T, H]``, otherwise as in ``LayerProblem``.
+        biases: see there.
 
     Raises:
         QuantizationError: NaN or infinity in weights or activations.
@@ -108,7 +120,7 @@ def build_problem(
     rows = statistics.expert_rows(activations, weights.num_experts, config.seed, config.all_experts)
     stats = statistics.collect(weights, activations, rows, gating, config.neuron_weighting, biases)
     bases = bases or shared_bases(weights, stats, config)
-    input_bases = bases.input_bases()
+    input_bases, inverses = bases.input_bases(), BasisInverses.of(bases)
     return LayerProblem(
         name,
         weights,
@@ -117,12 +129,12 @@ def build_problem(
         gating,
         stats,
         bases,
-        spectral.expert_factors(weights, bases),
+        inverses,
         activations.hidden.float() @ input_bases.transpose(1, 2),
         statistics.pooled_covariance(input_bases, stats),
         bases.output_basis.dequantize(),
         config,
-        drift,
+        None if drift is None else drift.float() @ inverses.output.T,
         biases,
     )
 

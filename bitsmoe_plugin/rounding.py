@@ -82,11 +82,6 @@ class RoundedRows:
     errors: Tensor
 
 
-def joined(parts: list[RoundedRows], dim: int) -> RoundedRows:
-    """Several sets of rows as one, along an axis that all tensors have."""
-    return RoundedRows(*(torch.cat(tensors, dim) for tensors in zip(*map(_tensors, parts), strict=True)))
-
-
 def stacked(rows: RoundedRows) -> RoundedRows:
     """With a new first axis of length 1."""
     return RoundedRows(*(tensor[None] for tensor in _tensors(rows)))

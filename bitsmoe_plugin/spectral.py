@@ -165,16 +165,37 @@ def quantize_basis(basis: Tensor, bits: int, group_size: int) -> QuantizedBasis:
     return QuantizedBasis(codes, scale.squeeze(-1), bits, group_size)
 
 
-def expert_factors(weights: ExpertWeights, bases: SharedBases) -> Tensor:
-    """Factors that reproduce the weights exactly in the quantized bases.
+@dataclass(frozen=True)
+class BasisInverses:
+    """Inverses of the bases as they are stored, float32.
 
-    Returns:
-        ``[3, num_experts, rank, intermediate_size]`` float32 in the order gate, up, down:
-        gate = factor^T input_basis, down = output_basis factor.
+    Attributes:
+        given: ``[1 or 2, hidden_size, rank]``, of the input bases; the first is of gate, the last of up.
+        output: ``[rank, hidden_size]``
     """
-    inverses = torch.linalg.inv(bases.input_bases().double()).float()
-    output_inverse = torch.linalg.inv(bases.output_basis.dequantize().double()).float()
-    gate = (weights.gate.float() @ inverses[0]).transpose(1, 2)
-    up = (weights.up.float() @ inverses[-1]).transpose(1, 2)
-    down = output_inverse @ weights.down.float()
-    return torch.stack([gate, up, down])
+
+    given: Tensor
+    output: Tensor
+
+    @staticmethod
+    def of(bases: SharedBases) -> BasisInverses:
+        """Computed in float64."""
+        return BasisInverses(
+            torch.linalg.inv(bases.input_bases().double()).float(),
+            torch.linalg.inv(bases.output_basis.dequantize().double()).float(),
+        )
+
+
+Experts = slice | list[int]
+
+
+def input_factors(weights: ExpertWeights, inverses: BasisInverses, experts: Experts) -> Tensor:
+    """Factors ``[2, e, rank, I]`` float32 that reproduce gate and up exactly in the quantized bases:
+    gate = factor^T input_basis."""
+    pairs = ((weights.gate, inverses.given[0]), (weights.up, inverses.given[-1]))
+    return torch.stack([inverse.T @ matrix[experts].float().transpose(1, 2) for matrix, inverse in pairs])
+
+
+def down_factors(weights: ExpertWeights, inverses: BasisInverses, experts: Experts) -> Tensor:
+    """Factors ``[e, rank, I]`` float32 that reproduce down exactly: down = output_basis factor."""
+    return inverses.output @ weights.down[experts].float()

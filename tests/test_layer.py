@@ -139,13 +139,19 @@ def test_packed_forward_is_the_dense_forward_of_the_dequantized_weights(layer, o
     assert bool((layer.activations.top_k_index == 1).any()), "the dropped expert is never called"
 
 
+def factors_of(problem: LayerProblem) -> Tensor:
+    """``[3, E, r, I]``: gate, up, down."""
+    everyone = slice(None)
+    return torch.cat([problem.input_factors(everyone), problem.down_factors(everyone)[None]])
+
+
 def sixteen_bit_bound(layer, packed: PackedExperts, problem: LayerProblem) -> Tensor:
     """Largest possible output error ``[T, H]`` if each factor is off by at most ``error``.
 
     Per value half a step of the 16-bit grid, or what lies beyond its end: the stored scale may
     fall short of the row by the rounding of the scale grid. |silu'| < 1.1.
     """
-    exact = problem.factors.double()
+    exact = factors_of(problem).double()
     half_step = dense_factors(packed, problem)[1][..., None]
     error = torch.maximum(half_step.expand_as(exact), exact.abs() - 65535 * half_step)
     assert float(error.norm() / exact.norm()) < 1e-4, "the ends of the grid cut off more than its steps"
@@ -253,7 +259,7 @@ def test_spectral_costs_are_row_energy_times_input_energy(layer) -> None:
     h = layer.gating(x @ gate.T, x @ up.T)
     inputs = [(a * z[0] ** 2).sum(0), (a * z[1] ** 2).sum(0), (a * h**2).sum(0).mean() / H]
     for part in range(3):
-        wanted = problem.factors[part, expert].double().square().sum(-1) * inputs[part]
+        wanted = factors_of(problem)[part, expert].double().square().sum(-1) * inputs[part]
         relative = wanted / energies[part].double().sum()
         torch.testing.assert_close(costs[part, expert, :, 0].double(), relative, rtol=1e-4, atol=0)
         torch.testing.assert_close(energies[part, expert].double(), wanted, rtol=1e-4, atol=0)
@@ -276,8 +282,8 @@ def test_trial_measures_the_error_of_the_layer(layer) -> None:
     problem = problem_of(layer)
     assert all(rows.routed >= PRIOR_TOKENS for rows in problem.rows)
     row_bits = torch.full((3, E, H), 2)
-    rows = round_experts(problem, row_bits, list(range(E))).rows
-    trial = sampled_error(problem, list(range(E)), rows.values)
+    rounded, _ = round_experts(problem, row_bits, list(range(E)), with_values=True)
+    trial = sampled_error(problem, list(range(E)), rounded.values)
     out = runtime(packed_at(problem, 2), problem)(*routing(layer))
     error = (out - layer.forward(*routing(layer))).square().mean(-1)
     assert trial == pytest.approx(float((error * layer.activations.token_weights).mean()), rel=1e-3)

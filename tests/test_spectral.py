@@ -35,6 +35,13 @@ def weights() -> ExpertWeights:
     )
 
 
+def all_factors(weights: ExpertWeights, bases: SharedBases) -> Tensor:
+    """``[3, E, r, I]``: gate, up, down."""
+    inverses, everyone = spectral.BasisInverses.of(bases), slice(None)
+    given = spectral.input_factors(weights, inverses, everyone)
+    return torch.cat([given, spectral.down_factors(weights, inverses, everyone)[None]])
+
+
 @pytest.mark.parametrize("bits", [4, 8, 16])
 def test_factors_reproduce_the_weights_in_the_quantized_bases(weights: ExpertWeights, bits: int) -> None:
     """The bases' rounding error must not reach the weights, however coarse the bases.
@@ -47,7 +54,7 @@ def test_factors_reproduce_the_weights_in_the_quantized_bases(weights: ExpertWei
         spectral.quantize_basis(given, bits, 16),
         spectral.quantize_basis(spectral.output_basis(positive_definite(5)), bits, 16),
     )
-    gate, up, down = spectral.expert_factors(weights, bases).double()
+    gate, up, down = all_factors(weights, bases).double()
     read, write = (b.dequantize().double() for b in (bases.input_basis, bases.output_basis))
     for rebuilt, exact, basis in (
         (gate.transpose(1, 2) @ read, weights.gate, read),
@@ -68,7 +75,7 @@ def test_two_input_bases_reproduce_gate_and_up_each(weights: ExpertWeights) -> N
     assert read.shape == (2, N, N)
     alone = spectral.quantize_basis(given[1], 4, 16).dequantize()
     assert torch.equal(read[1].float(), alone), "a row's groups depend on other rows"
-    factors = spectral.expert_factors(weights, bases).double()
+    factors = all_factors(weights, bases).double()
     for part, exact in enumerate((weights.gate, weights.up)):
         condition = float(torch.linalg.cond(read[part]))
         error = (factors[part].transpose(1, 2) @ read[part] - exact).norm() / exact.double().norm()
@@ -106,7 +113,7 @@ def test_factors_in_the_whitened_basis_carry_the_output_energy(weights: ExpertWe
     moment = positive_definite(1)
     stacked = torch.cat([weights.gate, weights.up]).double().flatten(0, 1)
     basis = spectral.quantize_basis(spectral.input_basis(stacked.T @ stacked, moment), 16, 16)
-    factors = spectral.expert_factors(weights, SharedBases(basis, basis))[:2].double()
+    factors = all_factors(weights, SharedBases(basis, basis))[:2].double()
     carried = basis.dequantize().double() @ moment @ basis.dequantize().double().T
     shares = factors.square().sum((0, 1, 3)) * carried.diagonal()
     total = (stacked @ moment @ stacked.T).trace()

@@ -33,7 +33,8 @@ from bitsmoe_plugin.statistics import LayerActivations
 PARTS: dict[str, Callable[..., Any]] = {
     "statistics": statistics.collect,
     "bases": problem.shared_bases,
-    "factors": spectral.expert_factors,
+    "factors of gate and up": spectral.input_factors,
+    "factors of down": spectral.down_factors,
     "feedback": problem.rank_feedback,
     "costs, with feedback": layer.row_costs,
     "allocation": allocate,
