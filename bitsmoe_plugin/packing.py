@@ -255,7 +255,7 @@ def unpack_basis(words: Tensor, scales: Tensor, bits: int, columns: int) -> Tens
     """``[rows, columns]`` float32 of a stored basis."""
     if bits == 16:
         return words.view(torch.float16).float()
-    codes = unpack_codes(words, bits, columns).float()
+    codes = unpack_codes(words, bits, columns)
     group_size = columns // scales.shape[1]
     return QuantizedBasis(codes, scales.view(torch.float16), bits, group_size).dequantize()
 

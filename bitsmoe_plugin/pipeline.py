@@ -78,7 +78,7 @@ def warn_about_thin_calibration(name: str, activations: LayerActivations, shape:
 
 
 def allocate_rows(
-    plans: dict[int, LayerPlan],
+    costs: dict[int, Tensor],
     shapes: list[LayerShape],
     budget: Budget,
     config: BitsMoEConfig,
@@ -87,39 +87,39 @@ def allocate_rows(
     """Widths of all rows of all layers; one allocation for all layers, or one for each.
 
     Args:
-        plans: in the order of ``shapes``.
+        costs: ``[3, E, r, widths]`` of each layer, in the order of ``shapes``.
         kept: experts of each layer that have no rows.
     """
-    costs = [_costs(plan, kept[index]) for index, plan in plans.items()]
+    tables = [_table(cost, kept[index]) for index, cost in costs.items()]
     sizes = [row_sizes(shape, config.widths) for shape in shapes]
     if config.scope == "global":
-        results = [allocate(costs, sizes, budget.payload_bits)]
+        results = [allocate(tables, sizes, budget.payload_bits)]
     else:
         results = [
-            allocate([cost], [size], budget.payload_bits * shape.weights // budget.weights)
-            for shape, cost, size in zip(shapes, costs, sizes, strict=True)
+            allocate([table], [size], budget.payload_bits * shape.weights // budget.weights)
+            for shape, table, size in zip(shapes, tables, sizes, strict=True)
         ]
     choice = np.concatenate([result.choice for result in results])
-    pieces = np.split(choice, np.cumsum([len(cost) for cost in costs])[:-1])
-    table = np.array(config.widths, dtype=np.uint8)
+    pieces = np.split(choice, np.cumsum([len(table) for table in tables])[:-1])
+    bits = np.array(config.widths, dtype=np.uint8)
     rows = {}
-    for (index, plan), piece in zip(plans.items(), pieces, strict=True):
-        rows[index] = torch.zeros(plan.costs.shape[:-1], dtype=torch.uint8)
-        own = _others(plan, kept[index])
-        rows[index][:, own] = torch.from_numpy(table[piece]).view(3, -1, plan.costs.shape[2])
+    for (index, cost), piece in zip(costs.items(), pieces, strict=True):
+        rows[index] = torch.zeros(cost.shape[:-1], dtype=torch.uint8)
+        own = _others(cost, kept[index])
+        rows[index][:, own] = torch.from_numpy(bits[piece]).view(3, -1, cost.shape[2])
     return Widths(rows, kept, max(result.relative_gap for result in results))
 
 
-def _others(plan: LayerPlan, kept: tuple[int, ...]) -> Tensor:
+def _others(costs: Tensor, kept: tuple[int, ...]) -> Tensor:
     """``[E]`` bool: the experts that have rows."""
-    others = torch.ones(plan.costs.shape[1], dtype=torch.bool)
+    others = torch.ones(costs.shape[1], dtype=torch.bool)
     others[list(kept)] = False
     return others
 
 
-def _costs(plan: LayerPlan, kept: tuple[int, ...]) -> np.ndarray:
+def _table(costs: Tensor, kept: tuple[int, ...]) -> np.ndarray:
     """``[units, widths]``; no copy if all experts have rows."""
-    costs = plan.costs[:, _others(plan, kept)] if kept else plan.costs
+    costs = costs[:, _others(costs, kept)] if kept else costs
     return costs.reshape(-1, costs.shape[-1]).numpy()
 
 
@@ -235,12 +235,15 @@ def _plan_layer(run: _Run, index: int) -> tuple[PlannedLayer | None, Hidden]:
 
 def _allocate(run: _Run) -> Widths:
     """Choose the experts that are kept, and widths of the others' rows."""
-    planned = {index: run.progress.plan(index) for index in run.moe}
-    kept = choose_kept(run.source, [layer.outputs for layer in planned.values()], run.config)
+    costs, outputs = {}, []
+    for index in run.moe:  # of all layers only these are held at once
+        planned = run.progress.plan(index)
+        costs[index] = planned.plan.costs
+        outputs.append(planned.outputs)
+    kept = choose_kept(run.source, outputs, run.config)
     budget = reserve(run.budget, "kept_experts", kept_bits(run.source, kept))
-    plans = {index: layer.plan for index, layer in planned.items()}
     by_index = dict(zip(run.moe, kept, strict=True))
-    return allocate_rows(plans, run.source.shapes, budget, run.config, by_index)
+    return allocate_rows(costs, run.source.shapes, budget, run.config, by_index)
 
 
 def _round(run: _Run, widths: Widths) -> None:
@@ -332,7 +335,7 @@ def _fit_layer(run: _Run, index: int, exact: Hidden, widths: Widths) -> _FittedL
         result = round_layer(problem, row_bits)
         packed = with_originals(result.packed, weights, biases, kept)
         entry = layer_manifest(shape, packed, layer.module.down_proj.dtype, kept)
-    others = _others(plan, kept)
+    others = _others(plan.costs, kept)
     over = bits_over_bound(plan, result, shape, others) if config.cost == "output" else None
     report = {
         "estimated_error": _estimated_error(plan, row_bits, others, config),

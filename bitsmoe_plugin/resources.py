@@ -18,9 +18,6 @@ from bitsmoe_plugin.problem import WORKING_SET
 
 PROCESS_BYTES = 390 * 2**20
 """Python with torch and transformers, measured."""
-_FACTORIZATION = 40
-"""Bytes per value of a covariance while its feedback factor is computed (``rounding.feedback_factor``):
-float32 in, and four float64 matrices besides, with one more while a Cholesky factor is copied."""
 _KERNEL_BYTES = 750_000
 _KERNELS = 1024
 """16-bit matrix products on the CPU: torch (oneDNN) compiles one for every shape, so for every number of
@@ -66,6 +63,7 @@ def peak_memory(work: Workload, config: BitsMoEConfig) -> dict[str, int]:
     torch's cache switched off, 2 to 3 % too much without them. Nothing larger was tried.
     """
     hidden = max(shape.hidden_size for shape in work.shapes)
+    bits = config.bits if config.factor_bits is None else config.factor_bits
     batches = -(-work.tokens // (config.sequence_length * config.batch_size))
     products = 2 * batches * sum(shape.num_experts for shape in work.shapes)
     return {
@@ -75,32 +73,31 @@ def peak_memory(work: Workload, config: BitsMoEConfig) -> dict[str, int]:
         "kernels": _KERNEL_BYTES * min(_KERNELS, products) if work.itemsize == 2 else 0,
         "plan": max(_plan_bytes(shape, config) for shape in work.shapes),
         "activations": work.tokens * hidden * (7 * work.itemsize + 3 * 4),
-        "layer": max(_layer_bytes(shape, work.tokens * config.input_bases) for shape in work.shapes),
+        "layer": max(_layer_bytes(shape, work.tokens * config.input_bases, bits) for shape in work.shapes),
     }
 
 
 def _plan_bytes(shape: LayerShape, config: BitsMoEConfig) -> int:
-    """``layer.LayerPlan``, all float32."""
+    """``layer.LayerPlan``: costs and energies in float32, codes of the bases."""
     rows = 3 * shape.num_experts * shape.rank * (len(config.widths) + 1)
-    return 4 * (rows + (config.input_bases + 1) * shape.rank * shape.hidden_size)
+    code = 2 if config.basis_bits == 16 else 1
+    return 4 * rows + code * (config.input_bases + 1) * shape.rank * shape.hidden_size
 
 
-def _layer_bytes(shape: LayerShape, coordinates: int) -> int:
-    """The working set of a layer: the largest of three moments of ``layer.round_experts``.
+def _layer_bytes(shape: LayerShape, coordinates: int, bits: float) -> int:
+    """The working set of ``layer.round_experts``, float32 but where said otherwise.
 
-    Held all along: float32 factors twice (the problem's and their copy), hidden moments, second moments and
-    their eigenvectors in float64 (about 10 of [H, H]), inputs in the basis (``coordinates`` of [r]).
+    Held all along: refitted down, hidden moments and their feedback, second moments and their
+    eigenvectors in float64 (about 10 of [H, H]), inputs in the basis (``coordinates`` of [r]), packed rows.
+    Of a group of experts: gate and up as factors, what is left of them, codes and values; feedback twice
+    (while it is stacked), and one covariance in float64 five times (while it is factored).
     """
-    factor = shape.weights // 3  # values of gate, up or down
     covariance = 2 * shape.rank**2
-    chunk = covariance * min(shape.num_experts, max(1, WORKING_SET // covariance))
-    hidden = shape.num_experts * shape.intermediate_size**2
-    kept = 2 * 4 * shape.weights + 4 * hidden + 10 * 8 * shape.hidden_size**2 + 4 * coordinates * shape.rank
-    pair = (4 + 4) * factor  # codes and values of one factor
-    feedback = 2 * pair + 2 * 4 * chunk + 5 * 8 * shape.rank**2  # gate and up rounded but for the last chunk
-    neurons = 4 * pair + 4 * factor + (4 + _FACTORIZATION) * hidden  # gate and up twice (joining); down
-    joining = 4 * pair + 4 * factor + pair + 3 * pair + 8 * hidden  # as before, down rounded, all joined
-    return kept + max(feedback, neurons, joining)
+    group = min(shape.num_experts, max(1, WORKING_SET // covariance))
+    kept = 4 * shape.weights // 3 + 2 * 4 * shape.num_experts * shape.intermediate_size**2
+    kept += 10 * 8 * shape.hidden_size**2 + 4 * coordinates * shape.rank + int(bits * shape.weights / 8)
+    rows = 2 * group * shape.rank * shape.intermediate_size
+    return kept + 4 * 4 * rows + 2 * 4 * group * covariance + 5 * 8 * shape.rank**2
 
 
 def rough_seconds(work: Workload, config: BitsMoEConfig) -> float | None:

@@ -73,7 +73,7 @@ class QuantizedBasis:
     """A basis as it is stored.
 
     Attributes:
-        codes: ``[rows, columns]`` float32 whole numbers, or float16 values if ``bits`` is 16.
+        codes: ``[rows, columns]`` uint8, or float16 values if ``bits`` is 16.
         scales: ``[rows, columns / group_size]`` float16 (empty if ``bits`` is 16).
         bits: 4, 8 or 16.
         group_size: values along a row that share a scale.
@@ -89,7 +89,7 @@ class QuantizedBasis:
         if self.bits == 16:
             return self.codes.float()
         rows, columns = self.codes.shape
-        grouped = self.codes.view(rows, -1, self.group_size)
+        grouped = self.codes.view(rows, -1, self.group_size).float()
         return grids.decode(grouped, self.scales.float().unsqueeze(-1), self.bits).view(rows, columns)
 
 
@@ -161,7 +161,7 @@ def quantize_basis(basis: Tensor, bits: int, group_size: int) -> QuantizedBasis:
     grouped = basis.float().view(rows, -1, group_size)
     scale, _ = grids.best_scale(grouped, torch.ones_like(grouped), bits)
     scale = scale.to(torch.float16)
-    codes = grids.encode(grouped, scale.float(), bits).view_as(basis)
+    codes = grids.encode(grouped, scale.float(), bits).view_as(basis).to(torch.uint8)
     return QuantizedBasis(codes, scale.squeeze(-1), bits, group_size)
 
 
