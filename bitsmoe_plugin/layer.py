@@ -14,7 +14,8 @@ from torch import Tensor
 from bitsmoe_plugin import bound, coding, grids, packing, rounding
 from bitsmoe_plugin.allocation import allocate
 from bitsmoe_plugin.packing import LayerShape, PackedExperts
-from bitsmoe_plugin.problem import LayerProblem, error_feedback, rank_feedback
+from bitsmoe_plugin.problem import LayerProblem, error_feedback, rank_feedback, rank_variances
+from bitsmoe_plugin.products import product, weighted_products
 from bitsmoe_plugin.rounding import RankFeedback, ScaleGrid
 from bitsmoe_plugin.spectral import SharedBases
 
@@ -85,7 +86,7 @@ def _output_weights(problem: LayerProblem, rank: Tensor, chosen: slice) -> tuple
     """What a unit of squared error in a factor's values costs at the layer's output, to first order.
 
     Args:
-        rank: ``[2, e, r]``, conditional variances of the chosen experts' gate and up inputs.
+        rank: ``[1 or 2, e, r]``, conditional variances of the chosen experts' gate and up inputs.
 
     Returns:
         for gate, up and down the weights within a row, ``[e, 1, I]``, and of whole rows, ``[e, r]``.
@@ -94,7 +95,7 @@ def _output_weights(problem: LayerProblem, rank: Tensor, chosen: slice) -> tuple
     hidden = rounding.conditional_variance(error_feedback(statistics.hidden_moment[chosen], problem.config))
     reach = problem.output_basis.square().sum(0).expand(rank.shape[1], -1)
     neuron = statistics.neuron_weights[:, chosen, None]
-    return [neuron[0], neuron[1], hidden[:, None]], [rank[0], rank[1], reach]
+    return [neuron[0], neuron[1], hidden[:, None]], [rank[0], rank[-1], reach]
 
 
 def _spectral_weights(problem: LayerProblem, chosen: slice) -> tuple[list[Tensor], list[Tensor]]:
@@ -113,45 +114,38 @@ def _spectral_weights(problem: LayerProblem, chosen: slice) -> tuple[list[Tensor
     return [ones, ones, ones], [z_energy[0], z_energy[-1], hidden]
 
 
-def row_costs(problem: LayerProblem, keep: list[int]) -> tuple[Tensor, Tensor, dict[int, RankFeedback]]:
+def row_costs(problem: LayerProblem, known: dict[int, RankFeedback] | None = None) -> tuple[Tensor, Tensor]:
     """What the rows of a layer cost at every width.
 
     Args:
-        keep: experts whose feedback factors, expensive to compute, the caller needs as well.
+        known: feedback of some experts, see ``rank_variances``; needed for ``cost="output"``.
 
     Returns:
         costs ``[3, E, r, widths]`` and energies ``[3, E, r]`` float32: estimated output error of
-        each row, and the first-order error of dropping it; feedback of ``keep``.
+        each row, and the first-order error of dropping it.
     """
     config, shape = problem.config, problem.shape
     costs = torch.empty(3, shape.num_experts, shape.rank, len(config.widths))
     energies = torch.empty(3, shape.num_experts, shape.rank)
-    spectral = config.cost == "spectral"
-    kept: dict[int, RankFeedback] = {}
+    variances = rank_variances(problem, known) if known else None
     for chosen in problem.chunks(shape.num_experts):
-        if spectral:
+        if variances is None:
             inner, outer = _spectral_weights(problem, chosen)
         else:
-            variances = []
-            for expert in range(chosen.start, chosen.stop):
-                feedback = rank_feedback(problem, expert)
-                variances.append(feedback.variance)
-                if expert in keep:
-                    kept[expert] = feedback
-            inner, outer = _output_weights(problem, torch.stack(variances, 1), chosen)
+            inner, outer = _output_weights(problem, variances[:, chosen], chosen)
         factors = [*problem.input_factors(chosen), problem.down_factors(chosen)]
         for factor, rows in enumerate(factors):
             energies[factor, chosen] = (rows.square() * inner[factor]).sum(-1) * outer[factor]
             for index, width in enumerate(config.widths):
                 distortion = grids.best_scale(rows, inner[factor], width)[1] * outer[factor]
                 distortion *= coding.expected_gain(width, config.grid, shape.intermediate_size)
-                if factor < 2 and not spectral:
+                if factor < 2 and variances is not None:
                     distortion *= GATE_UP_WEIGHT * (DROP_WEIGHT if width == 0 else 1.0)
                 costs[factor, chosen, :, index] = distortion
-    if spectral:  # what a projection's factor is multiplied with has a unit of its own
+    if variances is None:  # what a projection's factor is multiplied with has a unit of its own
         totals = energies.sum((1, 2), keepdim=True).clamp_min(1e-30)
         costs /= totals[..., None]
-    return costs, energies, kept
+    return costs, energies
 
 
 def row_sizes(shape: LayerShape, widths: tuple[int, ...]) -> list[int]:
@@ -169,11 +163,12 @@ def plan_layer(problem: LayerProblem, payload_bits: int) -> LayerPlan:
         payload_bits: the layer's share of the budget, for the trial.
     """
     widths = problem.config.widths
+    if problem.config.cost == "spectral":
+        return LayerPlan(*row_costs(problem), problem.bases, 1.0)
     stride = max(1, problem.shape.num_experts // _TRIAL_EXPERTS)
     experts = list(range(0, problem.shape.num_experts, stride))
-    costs, energies, feedback = row_costs(problem, experts)
-    if problem.config.cost == "spectral":
-        return LayerPlan(costs, energies, problem.bases, 1.0)
+    feedback = {expert: rank_feedback(problem, expert) for expert in experts}
+    costs, energies = row_costs(problem, feedback)
     sizes = row_sizes(problem.shape, widths)
     least = costs.shape[:-1].numel() * sizes[0]
     trial = allocate([costs.view(-1, len(widths)).numpy()], [sizes], max(payload_bits, least))
@@ -253,7 +248,7 @@ def _input_scales(problem: LayerProblem, bits: Tensor, experts: list[int], group
 def _stacked_feedback(
     problem: LayerProblem, experts: list[int], known: dict[int, RankFeedback] | None
 ) -> RankFeedback:
-    """Feedback of gate and up of some experts, ``[2, e]``."""
+    """Feedback of gate and up of some experts, ``[1 or 2, e]``."""
     found = [known[e] if known else rank_feedback(problem, e) for e in experts]
     return RankFeedback(torch.stack([f.unit for f in found], 1), torch.stack([f.variance for f in found], 1))
 
@@ -268,8 +263,8 @@ def _expert_hidden(problem: LayerProblem, expert: int, values: Tensor) -> tuple[
     x, z = problem.activations.hidden[tokens].float(), problem.z[:, tokens]
     gate, up = problem.weights.gate[expert].float(), problem.weights.up[expert].float()
     return (
-        problem.hidden(x @ gate.T, x @ up.T, expert),
-        problem.hidden(z[0] @ values[0], z[-1] @ values[1], expert),
+        problem.hidden(product(x, gate), product(x, up), expert),
+        problem.hidden(product(z[0], values[0].T), product(z[-1], values[1].T), expert),
     )
 
 
@@ -293,14 +288,14 @@ def refit_down(problem: LayerProblem, values: Tensor, experts: list[int]) -> tup
     size, h = problem.shape.intermediate_size, problem.shape.hidden_size
     for i, expert in enumerate(experts):
         exact, rounded = _expert_hidden(problem, expert, values[:, i])
-        a = problem.rows[expert].weights[:, None] / h
-        own, cross = (a * rounded).T @ rounded, (a * exact).T @ rounded
+        a = problem.rows[expert].weights / h
+        own, cross = weighted_products(rounded, rounded, a), weighted_products(exact, rounded, a)
         ridge = _REFIT_RIDGE * own.diagonal().mean().clamp_min(1e-30) * torch.eye(size)
-        wanted = down[i] @ (cross + ridge)
+        wanted = product(down[i], (cross + ridge).T)
         routed = problem.rows[expert].routed
         if problem.drift is not None:
             missing = _missing_output(problem, expert, problem.drift)
-            wanted += (a[:routed] * missing).T @ rounded[:routed]
+            wanted += weighted_products(missing, rounded[:routed], a[:routed])
         fitted = torch.linalg.solve(own + ridge, wanted.T).T
         down[i] += routed / (routed + 2 * size) * (fitted - down[i])
         moments[i] = own
@@ -337,7 +332,7 @@ def sampled_error(problem: LayerProblem, experts: list[int], values: Tensor) -> 
         rows = problem.rows[expert]
         exact, rounded = _expert_hidden(problem, expert, values[:2, i])
         down = problem.weights.down[expert].float()
-        error = exact @ down.T - rounded @ values[2, i].T @ problem.output_basis.T
+        error = product(exact, down) - product(product(rounded, values[2, i]), problem.output_basis)
         squares = error.square().mean(-1) * rows.weights
         alone += float(squares.sum())
         routed_alone += float(squares[: rows.routed].sum())

@@ -219,6 +219,7 @@ class _RankLoop:
 
     Attributes:
         work: ``[2, e, r, I]``: rows not yet rounded; of the others, row minus value.
+        unit: ``[1 or 2, e, r, r]``.
         start, low, step: planned scale codes ``[2, e, r]`` and scale grids ``[2, r]``.
         rows: what is being filled.
     """
@@ -272,7 +273,7 @@ def round_along_rank(
     Args:
         factors: ``[2, experts, rank, I]`` float32.
         bits: ``[2, experts, rank]`` int64.
-        feedback: ``[2, experts]`` of rank ``rank``.
+        feedback: ``[1 or 2, experts]`` of rank ``rank``: for both factors, or for each.
         neuron_weights: ``[2, experts, I]``.
         scale_grid: ``[2, rank]``.
         scales: ``[2, experts, rank]``, free scales to start from.
