@@ -13,10 +13,11 @@ from torch import Tensor
 
 from bitsmoe_plugin import bound, coding, grids, packing, rounding
 from bitsmoe_plugin.allocation import allocate
+from bitsmoe_plugin.cholesky import cholesky
 from bitsmoe_plugin.packing import LayerShape, PackedExperts
-from bitsmoe_plugin.problem import LayerProblem, error_feedback, rank_feedback, rank_variances
+from bitsmoe_plugin.problem import LayerProblem, feedback_of, rank_feedback, rank_variances
 from bitsmoe_plugin.products import product, weighted_products
-from bitsmoe_plugin.rounding import RankFeedback, ScaleGrid
+from bitsmoe_plugin.rounding import Feedback, ScaleGrid
 from bitsmoe_plugin.spectral import SharedBases
 
 GATE_UP_WEIGHT = 2.0
@@ -92,7 +93,7 @@ def _output_weights(problem: LayerProblem, rank: Tensor, chosen: slice) -> tuple
         for gate, up and down the weights within a row, ``[e, 1, I]``, and of whole rows, ``[e, r]``.
     """
     statistics = problem.statistics
-    hidden = rounding.conditional_variance(error_feedback(statistics.hidden_moment[chosen], problem.config))
+    hidden = feedback_of(statistics.hidden_moment[chosen], problem.config).variance
     reach = problem.output_basis.square().sum(0).expand(rank.shape[1], -1)
     neuron = statistics.neuron_weights[:, chosen, None]
     return [neuron[0], neuron[1], hidden[:, None]], [rank[0], rank[-1], reach]
@@ -114,7 +115,7 @@ def _spectral_weights(problem: LayerProblem, chosen: slice) -> tuple[list[Tensor
     return [ones, ones, ones], [z_energy[0], z_energy[-1], hidden]
 
 
-def row_costs(problem: LayerProblem, known: dict[int, RankFeedback] | None = None) -> tuple[Tensor, Tensor]:
+def row_costs(problem: LayerProblem, known: dict[int, Feedback] | None = None) -> tuple[Tensor, Tensor]:
     """What the rows of a layer cost at every width.
 
     Args:
@@ -186,7 +187,7 @@ def round_experts(
     problem: LayerProblem,
     bits: Tensor,
     experts: list[int],
-    feedback: dict[int, RankFeedback] | None = None,
+    feedback: dict[int, Feedback] | None = None,
     with_values: bool = False,
 ) -> tuple[RoundedExperts, ScaleGrid]:
     """Round some experts at given widths, a group of bounded working set after the other.
@@ -208,7 +209,7 @@ def round_experts(
     input_grid = ScaleGrid.covering(scales, bits[:2] > 0)
     # Down is refitted to gate and up, but the grid of its scales must be known before its first row.
     down = torch.empty(len(experts), problem.shape.rank, size)
-    down_feedback, down_scales = torch.empty(len(experts), size, size), torch.empty(bits[2].shape)
+    down_feedback, down_scales = [], torch.empty(bits[2].shape)
     for part in groups:
         rows = rounding.round_along_rank(
             problem.input_factors(experts[part]),
@@ -221,12 +222,12 @@ def round_experts(
         )
         result.put(slice(0, 2), part, rows, bits[:2, part], config.widths)
         down[part], moments = refit_down(problem, rows.values, experts[part])
-        down_feedback[part] = error_feedback(moments, config)
-        inner = rounding.conditional_variance(down_feedback[part])[:, None]
+        down_feedback.append(feedback_of(moments, config))
+        inner = down_feedback[-1].variance[:, None]
         down_scales[part] = rounding.best_scales(down[part], inner, bits[2, part], config.grid)
     grid = ScaleGrid.covering(down_scales, bits[2] > 0)
-    for part in groups:
-        own = down[part], bits[2, part], down_feedback[part], grid, down_scales[part]
+    for part, neuron_feedback in zip(groups, down_feedback, strict=True):
+        own = down[part], bits[2, part], neuron_feedback, grid, down_scales[part]
         rows = rounding.stacked(rounding.round_along_neurons(*own, config.grid))
         result.put(slice(2, 3), part, rows, bits[2:, part], config.widths)
     return result, input_grid.stacked_with(grid)
@@ -246,11 +247,11 @@ def _input_scales(problem: LayerProblem, bits: Tensor, experts: list[int], group
 
 
 def _stacked_feedback(
-    problem: LayerProblem, experts: list[int], known: dict[int, RankFeedback] | None
-) -> RankFeedback:
+    problem: LayerProblem, experts: list[int], known: dict[int, Feedback] | None
+) -> Feedback:
     """Feedback of gate and up of some experts, ``[1 or 2, e]``."""
     found = [known[e] if known else rank_feedback(problem, e) for e in experts]
-    return RankFeedback(torch.stack([f.unit for f in found], 1), torch.stack([f.variance for f in found], 1))
+    return rounding.stacked_feedback(found, dim=1)
 
 
 def _expert_hidden(problem: LayerProblem, expert: int, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -296,7 +297,7 @@ def refit_down(problem: LayerProblem, values: Tensor, experts: list[int]) -> tup
         if problem.drift is not None:
             missing = _missing_output(problem, expert, problem.drift)
             wanted += weighted_products(missing, rounded[:routed], a[:routed])
-        fitted = torch.linalg.solve(own + ridge, wanted.T).T
+        fitted = torch.cholesky_solve(wanted.T, cholesky(own + ridge)).T
         down[i] += routed / (routed + 2 * size) * (fitted - down[i])
         moments[i] = own
     return down, moments

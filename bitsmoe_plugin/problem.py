@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bitsmoe_plugin import rounding, spectral, statistics
+from bitsmoe_plugin import spectral, statistics
 from bitsmoe_plugin.config import BitsMoEConfig
 from bitsmoe_plugin.packing import LayerShape
 from bitsmoe_plugin.products import product
-from bitsmoe_plugin.rounding import RankFeedback
+from bitsmoe_plugin.rounding import Feedback
 from bitsmoe_plugin.spectral import BasisInverses, ExpertBiases, Experts, ExpertWeights, SharedBases
 from bitsmoe_plugin.statistics import ExpertRows, Gating, LayerActivations, LayerStatistics
 
@@ -141,23 +141,19 @@ def build_problem(
     )
 
 
-def error_feedback(moment: Tensor, config: BitsMoEConfig) -> Tensor:
-    """``rounding.feedback_factor``, of the diagonal alone if the config switches feedback off."""
-    if not config.feedback:
-        moment = torch.diag_embed(moment.diagonal(dim1=-2, dim2=-1))
-    return rounding.feedback_factor(moment, config.damping)
+def feedback_of(moments: Tensor, config: BitsMoEConfig) -> Feedback:
+    """Feedback of second moments ``[..., n, n]``, none if the config switches it off."""
+    make = Feedback.of if config.feedback else Feedback.none
+    return make(moments, config.damping)
 
 
-def rank_feedback(problem: LayerProblem, expert: int) -> RankFeedback:
-    """Feedback of an expert's gate and up: unit ``[1 or 2, r, r]``, variance ``[1 or 2, r]``."""
-    moments = statistics.input_covariance(*_seen_by(problem, expert))
-    if not problem.config.feedback:
-        moments = torch.diag_embed(moments.diagonal(dim1=-2, dim2=-1))
-    return RankFeedback.of(moments, problem.config.damping)
+def rank_feedback(problem: LayerProblem, expert: int) -> Feedback:
+    """Feedback of an expert's gate and up: ``[1 or 2]`` of the rank."""
+    return feedback_of(statistics.input_covariance(*_seen_by(problem, expert)), problem.config)
 
 
-def rank_variances(problem: LayerProblem, known: dict[int, RankFeedback]) -> Tensor:
-    """``RankFeedback.variance`` of all experts, ``[1 or 2, E, r]``.
+def rank_variances(problem: LayerProblem, known: dict[int, Feedback]) -> Tensor:
+    """``Feedback.variance`` of all experts, ``[1 or 2, E, r]``.
 
     Feedback takes a Cholesky factor per expert. What an expert's inputs carry differs, how much of it
     feedback explains hardly: that is taken from the experts whose feedback is known.
