@@ -13,7 +13,6 @@ from torch import Tensor
 
 from bitsmoe_plugin import bound, coding, grids, packing, rounding
 from bitsmoe_plugin.allocation import allocate
-from bitsmoe_plugin.cholesky import cholesky
 from bitsmoe_plugin.packing import LayerShape, PackedExperts
 from bitsmoe_plugin.problem import LayerProblem, feedback_of, rank_feedback, rank_variances
 from bitsmoe_plugin.products import product, weighted_products
@@ -297,7 +296,7 @@ def refit_down(problem: LayerProblem, values: Tensor, experts: list[int]) -> tup
         if problem.drift is not None:
             missing = _missing_output(problem, expert, problem.drift)
             wanted += weighted_products(missing, rounded[:routed], a[:routed])
-        fitted = torch.cholesky_solve(wanted.T, cholesky(own + ridge)).T
+        fitted = product(wanted, torch.cholesky_inverse(torch.linalg.cholesky(own + ridge)))
         down[i] += routed / (routed + 2 * size) * (fitted - down[i])
         moments[i] = own
     return down, moments

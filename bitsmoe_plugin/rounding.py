@@ -14,14 +14,16 @@ import torch
 from torch import Tensor
 
 from bitsmoe_plugin import coding, fast_rounding, grids, trellis
-from bitsmoe_plugin.cholesky import cholesky
+from bitsmoe_plugin.cholesky import upper_root
 
 SCALE_LEVELS = 32
 """A row's scale is one of 32 (5 bits), equally spaced in the logarithm; see ``ScaleGrid``."""
 _MAX_OCTAVES = 16.0
 _HEADROOM_OCTAVES = 0.1
 _LAZY = 32
-"""Rows between which errors are passed on at once; rows further on get theirs in one product."""
+"""Rows between which errors are passed on at once; rows further on get theirs in one product,"""
+_FAR = 128
+"""and rows further on than these theirs in one larger, more efficient product."""
 _NEARBY = 2
 """Scale codes tried on either side of the planned one when a row's turn comes."""
 _SAMPLE = 256
@@ -113,18 +115,17 @@ class Feedback:
     @staticmethod
     def of(moments: Tensor, damping: float) -> Feedback:
         """Of damped second moments ``[..., n, n]``; ``damping`` is the share of the mean diagonal added."""
-        unit, variance = torch.empty_like(moments), torch.empty_like(moments[..., 0])
         n = moments.shape[-1]
-        for matrix, out, left in zip(
-            moments.reshape(-1, n, n), unit.view(-1, n, n), variance.view(-1, n), strict=True
-        ):
-            flipped = matrix.flip(0, 1)
-            diagonal = flipped.diagonal()
-            diagonal += damping * diagonal.mean().clamp_min(1e-30)
-            root = cholesky(flipped).flip(0, 1)
-            scale = root.diagonal()
-            out[:], left[:] = root / scale, scale.square()
-        return Feedback(unit, variance)
+        units, variances = [], []
+        for matrix in moments.reshape(-1, n, n):
+            diagonal = matrix.diagonal()
+            floor = damping * diagonal.mean().clamp_min(1e-30)
+            root = upper_root(matrix + torch.diag(floor.expand(n)))
+            scale = root.diagonal().clone()
+            units.append(root.div_(scale))
+            variances.append(scale.square_())
+        shape = moments.shape[:-2]
+        return Feedback(torch.stack(units).view(moments.shape), torch.stack(variances).view(*shape, n))
 
     @staticmethod
     def none(moments: Tensor, damping: float) -> Feedback:
@@ -227,6 +228,10 @@ class _RankLoop:
     step: Tensor
     rows: RoundedRows
 
+    def passed_on(self, begin: int, end: int, first: int, last: int) -> Tensor:
+        """What rows ``first`` to ``last`` make up for of rows ``begin`` to ``end``, ``[2, e, rows, I]``."""
+        return self.unit[:, :, begin:end, first:last].transpose(-1, -2) @ self.work[:, :, begin:end]
+
     def round(self, first: int, last: int, target: Tensor, grid: str) -> None:
         """Round rows ``first`` to ``last`` towards target ``[2, e, last - first, I]``."""
         size = target.shape[-1]
@@ -295,11 +300,14 @@ def round_along_rank(
         rows,
     )
     round_part = loop.round_fast if fast and fast_rounding.available(factors) else loop.round
-    for first in range(0, rank, _LAZY):
-        last = min(first + _LAZY, rank)
-        target = loop.unit[:, :, :first, first:last].transpose(-1, -2) @ loop.work[:, :, :first]
-        target += loop.work[:, :, first:last]
-        round_part(first, last, target, grid)
+    for far in range(0, rank, _FAR):
+        targets = loop.passed_on(0, far, far, min(far + _FAR, rank))
+        targets += loop.work[:, :, far : far + _FAR]
+        for first in range(far, min(far + _FAR, rank), _LAZY):
+            last = min(first + _LAZY, rank)
+            target = loop.passed_on(far, first, first, last)
+            target += targets[:, :, first - far : last - far]
+            round_part(first, last, target, grid)
     rows.errors.mul_(feedback.variance)
     return rows
 

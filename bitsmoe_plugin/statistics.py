@@ -28,6 +28,9 @@ from bitsmoe_plugin.spectral import ExpertBiases, ExpertWeights
 Gating = Callable[[Tensor, Tensor], Tensor]
 """(gate ``[n, I]``, up ``[n, I]``) -> hidden ``[n, I]``, elementwise."""
 
+_TOGETHER = 8
+"""Experts whose products are taken as one."""
+
 PRIOR_TOKENS = 64
 """An expert with fewer routed tokens also sees this many tokens drawn from the whole layer."""
 
@@ -232,12 +235,15 @@ def basis_moments(
     h = weights.hidden_size
     gram = torch.zeros(2, h, h, dtype=torch.float64, device=weights.gate.device)
     output = torch.zeros_like(gram[0])
-    for expert in range(weights.num_experts):
-        for part, matrix in enumerate((weights.gate[expert].float(), weights.up[expert].float())):
-            share = statistics.neuron_weights[part, expert] if neuron_weighting else torch.ones(len(matrix))
-            gram[part] += weighted_products(matrix, matrix, share.to(matrix.device)).double()
-        down = weights.down[expert].float()
-        output += product(product(down, statistics.hidden_moment[expert]), down).double() * h
+    for first in range(0, weights.num_experts, _TOGETHER):
+        some = slice(first, first + _TOGETHER)
+        for part, matrices in enumerate((weights.gate[some], weights.up[some])):
+            rows = matrices.float().flatten(0, 1)
+            share = statistics.neuron_weights[part, some].flatten()
+            gram[part] += weighted_products(rows, rows, share if neuron_weighting else torch.ones_like(share))
+        down = [matrix.float() for matrix in weights.down[some]]
+        moments = [product(*pair) for pair in zip(down, statistics.hidden_moment[some], strict=True)]
+        output += product(torch.cat(moments, 1), torch.cat(down, 1)) * h
     return BasisMoments(gram, output)
 
 

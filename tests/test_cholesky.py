@@ -1,4 +1,4 @@
-"""Blocked Cholesky factors in float32 against LAPACK in float64."""
+"""Blocked upper roots in float32 against LAPACK in float64."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from bitsmoe_plugin import cholesky as module
-from bitsmoe_plugin.cholesky import cholesky
+from bitsmoe_plugin import cholesky
+from bitsmoe_plugin.cholesky import upper_root
 
 BLOCKS = (1, 3, 256, 257, 600)
 
@@ -25,25 +25,25 @@ def moment(n: int, tokens: int, spread: float = 0.0, damping: float = 0.01) -> T
 def test_factor_agrees_with_float64(n: int, spread: float) -> None:
     """Rounding errors of 2**-24 in sums of n terms, a hundredfold for the damped matrix's condition."""
     matrix = moment(n, 2 * n + 8, spread)
-    factor, wanted = cholesky(matrix), torch.linalg.cholesky(matrix.double())
-    assert torch.equal(factor, factor.tril())
-    assert float((factor - wanted).norm() / wanted.norm()) < 100 * n**0.5 * 2.0**-24
-    torch.testing.assert_close(factor @ factor.T, matrix, rtol=1e-4, atol=1e-5 * float(matrix.abs().max()))
+    root, wanted = upper_root(matrix), torch.linalg.cholesky(matrix.double().flip(0, 1)).flip(0, 1)
+    assert torch.equal(root, root.triu())
+    assert float((root - wanted).norm() / wanted.norm()) < 100 * n**0.5 * 2.0**-24
+    torch.testing.assert_close(root @ root.T, matrix, rtol=1e-4, atol=1e-5 * float(matrix.abs().max()))
 
 
 def test_fewer_tokens_than_coordinates() -> None:
     """Damping alone makes it definite: the smallest variances are the damping's."""
     matrix = moment(600, 50)
-    wanted = torch.linalg.cholesky(matrix.double()).diagonal()
-    torch.testing.assert_close(cholesky(matrix).diagonal().double(), wanted, rtol=1e-3, atol=0)
+    wanted = torch.linalg.cholesky(matrix.double().flip(0, 1)).flip(0, 1).diagonal()
+    torch.testing.assert_close(upper_root(matrix).diagonal().double(), wanted, rtol=1e-3, atol=0)
 
 
 def test_float64_takes_over(monkeypatch) -> None:
     """What is not positive definite in float32 is tried in float64, and refused if it is not there either."""
     matrix = moment(300, 400)
-    assert module._blocked(-matrix) is None
+    assert cholesky._blocked(-matrix) is None
     with pytest.raises(torch.linalg.LinAlgError):
-        cholesky(-matrix)
-    wanted = torch.linalg.cholesky(matrix.double()).float()
-    monkeypatch.setattr(module, "_blocked", lambda _: None)
-    assert torch.equal(cholesky(matrix), wanted)
+        upper_root(-matrix)
+    wanted = upper_root(matrix)
+    monkeypatch.setattr(cholesky, "_blocked", lambda _: None)
+    torch.testing.assert_close(upper_root(matrix), wanted)
