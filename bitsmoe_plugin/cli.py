@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -182,7 +183,9 @@ def _estimate(args: argparse.Namespace, stdout: TextIO) -> None:
 def _quantize(args: argparse.Namespace, stdout: TextIO) -> None:
     from bitsmoe_plugin.inspection import inspect_checkpoint
     from bitsmoe_plugin.integrations.transformers import quantize_to_directory
+    from bitsmoe_plugin.resources import KERNELS
 
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(KERNELS))  # read at the first product
     quantize_to_directory(args.model, args.out, _config(args))
     size = inspect_checkpoint(args.out)
     print(f"{args.out}: {size['bits_per_weight']:.4f} bits per expert weight", file=sys.stderr)

@@ -15,8 +15,8 @@ from bitsmoe_plugin.rounding import Feedback
 from bitsmoe_plugin.spectral import BasisInverses, ExpertBiases, Experts, ExpertWeights, SharedBases
 from bitsmoe_plugin.statistics import ExpertRows, Gating, LayerActivations, LayerStatistics
 
-WORKING_SET = 2**26
-"""Experts are treated in groups whose covariances hold about this many values (256 MiB)."""
+WORKING_SET = 2**25
+"""Experts are treated in groups whose covariances hold about this many values (128 MiB)."""
 _SECOND_MOMENT_SHRINKAGE = 1e-3
 
 
@@ -77,7 +77,7 @@ class LayerProblem:
 
     def chunks(self, experts: int) -> list[slice]:
         """Positions 0..experts in groups of bounded working set."""
-        size = max(1, WORKING_SET // (2 * self.shape.rank**2))
+        size = max(1, WORKING_SET // self.pooled.numel())
         return [slice(start, min(start + size, experts)) for start in range(0, experts, size)]
 
 
