@@ -18,6 +18,7 @@ from bitsmoe_plugin.problem import LayerProblem, feedback_of, rank_feedback, ran
 from bitsmoe_plugin.products import product, weighted_products
 from bitsmoe_plugin.rounding import Feedback, ScaleGrid
 from bitsmoe_plugin.spectral import SharedBases
+from bitsmoe_plugin.workers import ALONE, Workers
 
 GATE_UP_WEIGHT = 2.0
 """Gate and up errors count double in the allocation. Their first-order cost is too low by 1.5 to
@@ -65,21 +66,35 @@ class RoundedExperts:
     values: Tensor | None
 
     @staticmethod
-    def empty(bits: Tensor, size: int, with_values: bool) -> RoundedExperts:
-        """To be filled by ``put``, for rows of ``bits`` ``[3, e, r]`` and ``size`` values."""
-        words: list[list[Tensor]] = [[] for _ in range(3)]
-        codes, errors = torch.empty(bits.shape, dtype=torch.uint8), torch.empty(bits.shape)
-        return RoundedExperts(words, codes, errors, torch.empty(*bits.shape, size) if with_values else None)
+    def of(
+        rows: rounding.RoundedRows, bits: Tensor, widths: tuple[int, ...], with_values: bool
+    ) -> RoundedExperts:
+        """Packed rows of some factors ``[factors, e, r, ...]`` at ``bits`` alike."""
+        words = [
+            [packing.pack_expert(*expert, widths) for expert in zip(codes, width, strict=True)]
+            for codes, width in zip(rows.codes, bits, strict=True)
+        ]
+        return RoundedExperts(words, rows.scale_codes, rows.errors, rows.values if with_values else None)
 
-    def put(
-        self, factors: slice, part: slice, rows: rounding.RoundedRows, bits: Tensor, widths: tuple[int, ...]
-    ) -> None:
-        """Pack rows of some factors and of the next experts; ``bits`` are theirs, ``[factors, part, r]``."""
-        self.scale_codes[factors, part], self.errors[factors, part] = rows.scale_codes, rows.errors
-        if self.values is not None:
-            self.values[factors, part] = rows.values
-        for words, codes, width in zip(self.words[factors], rows.codes, bits, strict=True):
-            words.extend(packing.pack_expert(*pair, widths) for pair in zip(codes, width, strict=True))
+    @staticmethod
+    def of_all_factors(rank: RoundedExperts, down: RoundedExperts) -> RoundedExperts:
+        """Gate and up, and down, as one."""
+        return RoundedExperts(rank.words + down.words, *_joined([rank, down], 0))
+
+    @staticmethod
+    def of_all_experts(groups: list[RoundedExperts]) -> RoundedExperts:
+        """One group of experts after the other."""
+        words = [[word for group in groups for word in group.words[factor]] for factor in range(3)]
+        return RoundedExperts(words, *_joined(groups, 1))
+
+
+def _joined(parts: list[RoundedExperts], dim: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    values = [part.values for part in parts if part.values is not None]
+    return (
+        torch.cat([part.scale_codes for part in parts], dim),
+        torch.cat([part.errors for part in parts], dim),
+        torch.cat(values, dim) if values else None,
+    )
 
 
 def _output_weights(problem: LayerProblem, rank: Tensor, chosen: slice) -> tuple[list[Tensor], list[Tensor]]:
@@ -188,6 +203,7 @@ def round_experts(
     experts: list[int],
     feedback: dict[int, Feedback] | None = None,
     with_values: bool = False,
+    workers: Workers = ALONE,
 ) -> tuple[RoundedExperts, ScaleGrid]:
     """Round some experts at given widths, a group of bounded working set after the other.
 
@@ -196,53 +212,81 @@ def round_experts(
         experts: their ids.
         feedback: of each, if known.
         with_values: also return what the codes stand for.
+        workers: share the groups, and get all of them.
 
     Returns:
         the rows, and their scale grid ``[3, r]``.
     """
-    config, size = problem.config, problem.shape.intermediate_size
-    result = RoundedExperts.empty(bits, size, with_values)
-    neuron = problem.statistics.neuron_weights[:, experts]
-    groups = problem.chunks(len(experts))
-    scales = _input_scales(problem, bits[:2], experts, groups)
+    config = problem.config
+    groups = {i: part for i, part in enumerate(problem.chunks(len(experts))) if workers.takes(i)}
+    scales = _of_all(
+        workers, {i: _input_scales(problem, bits[:2, part], experts[part]) for i, part in groups.items()}
+    )
     input_grid = ScaleGrid.covering(scales, bits[:2] > 0)
-    # Down is refitted to gate and up, but the grid of its scales must be known before its first row.
-    down = torch.empty(len(experts), problem.shape.rank, size)
-    down_feedback, down_scales = [], torch.empty(bits[2].shape)
-    for part in groups:
+    first, waiting = {}, {}
+    for i, part in groups.items():
         rows = rounding.round_along_rank(
             problem.input_factors(experts[part]),
             bits[:2, part],
             _stacked_feedback(problem, experts[part], feedback),
-            neuron[:, part],
+            problem.statistics.neuron_weights[:, experts[part]],
             input_grid,
             scales[:, part],
             config.grid,
         )
-        result.put(slice(0, 2), part, rows, bits[:2, part], config.widths)
-        down[part], moments = refit_down(problem, rows.values, experts[part])
-        down_feedback.append(feedback_of(moments, config))
-        inner = down_feedback[-1].variance[:, None]
-        down_scales[part] = rounding.best_scales(down[part], inner, bits[2, part], config.grid)
-    grid = ScaleGrid.covering(down_scales, bits[2] > 0)
-    for part, neuron_feedback in zip(groups, down_feedback, strict=True):
-        own = down[part], bits[2, part], neuron_feedback, grid, down_scales[part]
+        first[i] = RoundedExperts.of(rows, bits[:2, part], config.widths, with_values)
+        waiting[i] = _refitted(problem, rows.values, bits[2, part], experts[part])
+    # Down is refitted to gate and up, but the grid of its scales must be known before its first row.
+    scales = _of_all(workers, {i: down.scales for i, down in waiting.items()})
+    grid = ScaleGrid.covering(scales, bits[2] > 0)
+    done = {}
+    for i, part in groups.items():
+        down = waiting.pop(i)
+        own = down.factors, bits[2, part], down.feedback, grid, down.scales
         rows = rounding.stacked(rounding.round_along_neurons(*own, config.grid))
-        result.put(slice(2, 3), part, rows, bits[2:, part], config.widths)
-    return result, input_grid.stacked_with(grid)
+        last = RoundedExperts.of(rows, bits[2:, part], config.widths, with_values)
+        done[i] = RoundedExperts.of_all_factors(first.pop(i), last)
+    everyone = RoundedExperts.of_all_experts(list(workers.merged(done).values()))
+    return everyone, input_grid.stacked_with(grid)
 
 
-def _input_scales(problem: LayerProblem, bits: Tensor, experts: list[int], groups: list[slice]) -> Tensor:
+def _of_all(workers: Workers, scales: dict[int, Tensor]) -> Tensor:
+    """Scales ``[..., e, r]`` of all groups from those of this process's."""
+    return torch.cat(list(workers.merged(scales).values()), dim=-2)
+
+
+def _input_scales(problem: LayerProblem, bits: Tensor, experts: list[int]) -> Tensor:
     """Scales ``[2, e, r]`` float32 of gate and up rows of ``bits`` alike."""
     choose = rounding.unbiased_scales if problem.config.widening else rounding.best_scales
     neuron = problem.statistics.neuron_weights[:, experts, None]
-    return torch.cat(
-        [
-            choose(problem.input_factors(experts[part]), neuron[:, part], bits[:, part], problem.config.grid)
-            for part in groups
-        ],
-        dim=1,
-    )
+    return choose(problem.input_factors(experts), neuron, bits, problem.config.grid)
+
+
+@dataclass(frozen=True)
+class _Down:
+    """Down factors of some experts before they are rounded.
+
+    Attributes:
+        factors: ``[e, r, I]``.
+        feedback: of their neurons, ``[e]``.
+        scales: ``[e, r]``.
+    """
+
+    factors: Tensor
+    feedback: Feedback
+    scales: Tensor
+
+
+def _refitted(problem: LayerProblem, values: Tensor, bits: Tensor, experts: list[int]) -> _Down:
+    """
+    Args:
+        values: ``[2, e, r, I]``, decoded gate and up.
+        bits: ``[e, r]``, of down.
+    """
+    factors, moments = refit_down(problem, values, experts)
+    feedback = feedback_of(moments, problem.config)
+    scales = rounding.best_scales(factors, feedback.variance[:, None], bits, problem.config.grid)
+    return _Down(factors, feedback, scales)
 
 
 def _stacked_feedback(
@@ -354,14 +398,16 @@ class RoundedLayer:
     errors: Tensor
 
 
-def round_layer(problem: LayerProblem, row_bits: Tensor) -> RoundedLayer:
+def round_layer(problem: LayerProblem, row_bits: Tensor, workers: Workers = ALONE) -> RoundedLayer:
     """Round all experts at the allocated widths and pack them.
 
     Args:
         row_bits: ``[3, E, r]`` int64.
+        workers: share the work; all must call this with the same arguments, and get the same.
     """
     widths = problem.config.widths
-    rounded, grid = round_experts(problem, row_bits, list(range(problem.shape.num_experts)))
+    everyone = list(range(problem.shape.num_experts))
+    rounded, grid = round_experts(problem, row_bits, everyone, workers=workers)
     input_basis, input_scales = packing.pack_basis(problem.bases.input_basis)
     output_basis, output_scales = packing.pack_basis(problem.bases.output_basis)
     packed = PackedExperts(
