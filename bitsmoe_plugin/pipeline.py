@@ -33,6 +33,7 @@ from bitsmoe_plugin.families import MoELayer, apply_gating, check_computation, l
 from bitsmoe_plugin.interruption import Interrupted, deferred_interrupt
 from bitsmoe_plugin.kept import choose_kept, kept_bits, model_budget, with_originals
 from bitsmoe_plugin.layer import LayerPlan, bits_over_bound, plan_layer, round_layer, row_sizes
+from bitsmoe_plugin.memory import release_free_memory
 from bitsmoe_plugin.packing import LayerShape, PackedExperts
 from bitsmoe_plugin.problem import build_problem
 from bitsmoe_plugin.progress import Hidden, PackedLayer, PlannedLayer, Progress, ProgressInMemory, Widths
@@ -203,6 +204,7 @@ class _Run:
                     f"{text.lower()} stopped after {index} of {self.layers}; {self.config.work_dir} holds "
                     "what is finished. Start the same again to go on"
                 )
+            release_free_memory()
             yield index
 
 

@@ -15,8 +15,8 @@ from bitsmoe_plugin.rounding import Feedback
 from bitsmoe_plugin.spectral import BasisInverses, ExpertBiases, Experts, ExpertWeights, SharedBases
 from bitsmoe_plugin.statistics import ExpertRows, Gating, LayerActivations, LayerStatistics
 
-WORKING_SET = 2**25
-"""Experts are treated in groups whose covariances hold about this many values (128 MiB)."""
+WORKING_SET = 2**24
+"""Experts are treated in groups whose covariances hold about this many values (64 MiB)."""
 _SECOND_MOMENT_SHRINKAGE = 1e-3
 
 
