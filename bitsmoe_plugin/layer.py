@@ -13,6 +13,7 @@ from torch import Tensor
 
 from bitsmoe_plugin import bound, coding, grids, packing, rounding
 from bitsmoe_plugin.allocation import allocate
+from bitsmoe_plugin.memory import release_free_memory
 from bitsmoe_plugin.packing import LayerShape, PackedExperts
 from bitsmoe_plugin.problem import LayerProblem, feedback_of, rank_feedback, rank_variances
 from bitsmoe_plugin.products import product, weighted_products
@@ -236,6 +237,7 @@ def round_experts(
         )
         first[i] = RoundedExperts.of(rows, bits[:2, part], config.widths, with_values)
         waiting[i] = _refitted(problem, rows.values, bits[2, part], experts[part])
+        release_free_memory()
     # Down is refitted to gate and up, but the grid of its scales must be known before its first row.
     scales = _of_all(workers, {i: down.scales for i, down in waiting.items()})
     grid = ScaleGrid.covering(scales, bits[2] > 0)
