@@ -132,8 +132,9 @@ class BitsMoEConfig(QuantizationConfigMixin):
         sequential: calibrate a layer on the outputs of the quantized layers before it.
         scope: "global" spends one budget over all layers, "layer" the same budget on each.
         damping: share of the mean diagonal added to second moments before they are inverted.
-        super_experts: experts that keep their original weights, inside the budget: "auto" finds those whose
-            output is extreme (``super_experts``), {} keeps none, {"path.of.experts": [ids]} these.
+        super_experts: experts that keep their original weights, inside the budget: "keep" those whose output
+            is found to be extreme (``super_experts``), "auto" these if they take at most 1 % of the budget,
+            {} none, {"path.of.experts": [ids]} these.
         all_experts: statistics of every expert see all calibration tokens, those that are not routed to it
             with little weight. The model itself routes as ever. Slower by experts / experts per token.
         seed: of the few random choices (pieces of calibration text, stand-in tokens for thin experts).
@@ -293,8 +294,10 @@ class BitsMoEConfig(QuantizationConfigMixin):
         _check_number("covariance_prior", self.covariance_prior, 0, 1e6)
         _check_number("damping", self.damping, 1e-6, 1.0)
         _check_choice("all_experts", self.all_experts, (True, False))
-        if self.super_experts != "auto" and not _is_expert_table(self.super_experts):
-            _fail("super_experts", self.super_experts, '"auto", {} or {"path.of.experts": [expert ids]}')
+        if self.super_experts not in ("auto", "keep") and not _is_expert_table(self.super_experts):
+            _fail(
+                "super_experts", self.super_experts, '"auto", "keep", {} or {"path.of.experts": [expert ids]}'
+            )
         _check_number("seed", self.seed, 0, 2**63 - 1, whole=True)
         if self.work_dir is not None and (
             not isinstance(self.work_dir, (str, Path)) or not str(self.work_dir)

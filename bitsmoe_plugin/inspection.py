@@ -60,7 +60,8 @@ def inspect_checkpoint(directory: Path) -> dict[str, Any]:
         part), ``calibration``, and ``layers``: for each ``bits_per_weight``, ``widths`` (projection
         -> width -> rows), ``kept_experts`` (ids), ``tokens_per_dimension`` and what was
         measured while quantizing: errors (absolute, per token and hidden value,
-        token-weighted), ``output_energy``, ``bits_over_bound``, ``tokens_per_expert``, ``output_peaks``.
+        token-weighted), ``output_energy``, ``bits_over_bound``, ``tokens_per_expert``, ``output_peaks``,
+        ``super_experts`` (ids of those that were found, kept or not).
     """
     config = read_config(directory)
     specs = {layer: packed_spec(layer, config) for layer in config.layers}
@@ -134,9 +135,11 @@ def print_inspection(report: dict[str, Any], stream: TextIO) -> None:
         highlight=False,
     )
     for name, layer in report["layers"].items():
-        if layer["kept_experts"]:
-            ids = ", ".join(map(str, layer["kept_experts"]))
-            console.print(f"kept in original precision: {name}, expert {ids}", highlight=False)
+        kept = layer["kept_experts"]
+        found = [expert for expert in layer.get("super_experts", []) if expert not in kept]
+        for text, ids in (("kept in original precision", kept), ("super experts, quantized", found)):
+            if ids:
+                console.print(f"{text}: {name}, expert {', '.join(map(str, ids))}", highlight=False)
     widths = list(next(iter(next(iter(report["layers"].values()))["widths"].values())))
     columns = [*(f"{w} bit" for w in widths), *_ERRORS.values(), "over bound", "tokens/dim"]
     table = Table("layer", "projection", "bits", *columns)

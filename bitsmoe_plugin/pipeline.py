@@ -12,7 +12,7 @@ import hashlib
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ from bitsmoe_plugin.saved_progress import ProgressOnDisk
 from bitsmoe_plugin.sources import ExpertSource, LoadedExperts, weights_digest
 from bitsmoe_plugin.spectral import ExpertWeights
 from bitsmoe_plugin.statistics import LayerActivations
-from bitsmoe_plugin.super_experts import ExpertOutputs, forms_massive_activations
+from bitsmoe_plugin.super_experts import ExpertOutputs, detect, forms_massive_activations
 from bitsmoe_plugin.work_directory import WorkDirectory, locked
 from bitsmoe_plugin.workers import Workers
 
@@ -265,10 +265,12 @@ def _allocate(run: _Run) -> Widths:
         planned = run.progress.plan(index)
         costs[index] = planned.plan.costs
         outputs.append(planned.outputs)
-    kept = choose_kept(run.source, outputs, run.config)
+    found = detect(outputs)
+    kept = choose_kept(run.source, found, run.budget, run.config)
     budget = reserve(run.budget, "kept_experts", kept_bits(run.source, kept))
     by_index = dict(zip(run.moe, kept, strict=True))
-    return allocate_rows(costs, run.source.shapes, budget, run.config, by_index)
+    widths = allocate_rows(costs, run.source.shapes, budget, run.config, by_index)
+    return replace(widths, super_experts=dict(zip(run.moe, found, strict=True)))
 
 
 def _round(run: _Run, widths: Widths) -> None:
@@ -372,6 +374,7 @@ def _fit_layer(run: _Run, index: int, exact: Hidden, widths: Widths) -> _FittedL
         "output_energy": problem.statistics.output_energy,
         "tokens_per_expert": counts.tolist(),
         "output_peaks": problem.statistics.output_peaks.tolist(),
+        "super_experts": list(widths.super_experts[index]),
     }
     return _FittedLayer(packed, entry, exact, outputs, activations.token_weights, report)
 

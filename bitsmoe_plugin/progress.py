@@ -6,7 +6,7 @@ same on disk, where a run that was interrupted finds it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -42,11 +42,13 @@ class Widths:
         rows: index of the decoder layer -> ``[3, E, r]`` uint8, bits of each row.
         kept: index of the decoder layer -> experts that keep their original weights; their rows have 0 bits.
         relative_gap: see ``Allocation``; the largest, if there were several.
+        super_experts: index of the decoder layer -> those that were found, kept or not.
     """
 
     rows: dict[int, Tensor]
     kept: dict[int, tuple[int, ...]]
     relative_gap: float
+    super_experts: dict[int, tuple[int, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ class ProgressOnDisk:
         self._directory, self._device = directory, device
         if not directory.state:
             directory.state.update(
-                identity=identity, planned=0, rounded=0, entries={}, digests={}, gap=None, kept={}
+                identity=identity, planned=0, rounded=0, entries={}, digests={}, gap=None, kept={}, found={}
             )
             directory.commit()
         changes = _differences(directory.state["identity"], identity)
@@ -105,14 +105,18 @@ class ProgressOnDisk:
         self._directory.write("widths.safetensors", tensors)
         self._directory.forget(f"calibrated-{self.planned - 1}.safetensors")
         self._state["gap"] = widths.relative_gap
-        self._state["kept"] = {str(index): list(ids) for index, ids in widths.kept.items()}
+        for name, experts in (("kept", widths.kept), ("found", widths.super_experts)):
+            self._state[name] = {str(index): list(ids) for index, ids in experts.items()}
         self._directory.commit()
         self.widths = widths
 
     def _read_widths(self) -> Widths:
         tensors, _ = self._directory.read("widths.safetensors")
-        kept = {int(index): tuple(ids) for index, ids in self._state["kept"].items()}
-        return Widths({int(index): rows for index, rows in tensors.items()}, kept, self._state["gap"])
+        kept, found = (
+            {int(index): tuple(ids) for index, ids in self._state[name].items()} for name in ("kept", "found")
+        )
+        rows = {int(index): row_bits for index, row_bits in tensors.items()}
+        return Widths(rows, kept, self._state["gap"], found)
 
     def finish_layer(self, index: int, layer: PackedLayer | None, exact: Hidden, hidden: Hidden) -> None:
         if layer is not None:

@@ -55,7 +55,7 @@ INVALID: dict[str, tuple[list[Any], str]] = {
     "scope": (["Global", "model", "", 1], "'global', 'layer'"),
     "covariance_prior": ([-0.1, math.nan, math.inf, "1", True], "a number from 0 to"),
     "damping": ([0, -1, 1.5, math.nan, "0.01", None], "a number from 1e-06 to 1"),
-    "super_experts": (["none", None, True, ["a"], {"a": 1}, {"a": [-1]}, {"a": [True]}], '"auto", {} or'),
+    "super_experts": (["none", None, True, ["a"], {"a": 1}, {"a": [-1]}, {"a": [True]}], '"keep", {} or'),
     "all_experts": ([1, 0, "yes"], "True, False"),
     "seed": ([-1, 0.5, 2**63, "0", None, True], "a whole number from 0 to"),
     "format_version": ([0, -1, 1, "2", None, 2.0, True], "a whole number from 2 to 2"),

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from bitsmoe_plugin import BitsMoEConfig, kernels
+from bitsmoe_plugin import BitsMoEConfig, kept, kernels
 from bitsmoe_plugin.errors import CheckpointError, QuantizationError
 from bitsmoe_plugin.families import apply_gating, find_moe_layers
 from bitsmoe_plugin.inspection import inspect_checkpoint
@@ -64,7 +64,7 @@ def test_a_layer_that_only_passes_massive_activations_on_does_not_form_them() ->
 def test_a_planted_super_expert_is_found_kept_counted_and_reported(dense, tmp_path) -> None:
     """Its original weights are stored bit for bit, it computes the same, and the budget includes it."""
     original = AutoModelForCausalLM.from_pretrained(dense).get_submodule(LAYER)
-    quantized = quantize(dense)
+    quantized = quantize(dense, super_experts="keep")
     quantized.save_pretrained(tmp_path / "packed")
     report = inspect_checkpoint(tmp_path / "packed")
     assert {name: layer["kept_experts"] for name, layer in report["layers"].items()} == {
@@ -98,6 +98,17 @@ def test_a_planted_super_expert_is_found_kept_counted_and_reported(dense, tmp_pa
 
 
 @pytest.mark.filterwarnings("ignore:.*calibration token")
+def test_what_is_found_is_kept_by_itself_only_if_it_is_cheap(dense, monkeypatch) -> None:
+    """One of eight experts would take a quarter of the budget: it is reported, not kept, with a warning."""
+    with pytest.warns(UserWarning, match=r"1 super experts .* 2\.000 bits per weight, over 1% of the budget"):
+        manifest = quantize(dense).config.quantization_config.layers[LAYER]
+    assert manifest["report"]["super_experts"] == [2]
+    assert "kept_experts" not in manifest
+    monkeypatch.setattr(kept, "LARGEST_SHARE", 0.3)
+    assert quantize(dense).config.quantization_config.layers[LAYER]["kept_experts"] == [2]
+
+
+@pytest.mark.filterwarnings("ignore:.*calibration token")
 def test_detection_can_be_overridden(dense) -> None:
     """None, or others than those that are found; what the model lacks is refused by name."""
     manifest = quantize(dense, super_experts={}).config.quantization_config.layers
@@ -110,7 +121,7 @@ def test_detection_can_be_overridden(dense) -> None:
         with pytest.raises(QuantizationError, match=next(iter(wrong))):
             quantize(dense, super_experts=wrong)
     with pytest.raises(QuantizationError, match=r"no 0 for their rows"):
-        quantize(dense, widths=[2, 4, 8])
+        quantize(dense, widths=[2, 4, 8], super_experts="keep")
     with pytest.raises(QuantizationError, match=r"kept_experts take 4\.0000 bits"):
         quantize(dense, super_experts={LAYER: [0, 1]}, bits=4)
 
@@ -151,7 +162,7 @@ def test_shards_of_a_layer_with_kept_experts_and_biases_add_up(tiny_model, tmp_p
 @pytest.mark.filterwarnings("ignore:.*calibration token")
 def test_an_altered_list_of_kept_experts_is_refused(dense, tmp_path) -> None:
     """Another id in config.json would compute another expert with the stored weights."""
-    quantize(dense).save_pretrained(tmp_path / "packed")
+    quantize(dense, super_experts="keep").save_pretrained(tmp_path / "packed")
     file = tmp_path / "packed" / "config.json"
     text = file.read_text()
     for wrong in ("[4]", '["2"]', "[2, 2]", "[]", "[1]"):
@@ -191,6 +202,7 @@ def test_a_super_expert_planted_in_a_trained_model(moe_tiny_path, tmp_path) -> N
         dataset=str(data / "calibration.jsonl"),
         calibration_tokens=1024,
         sequence_length=256,
+        super_experts="keep",
         **quick,
     )
     quantized = AutoModelForCausalLM.from_pretrained(tmp_path / "planted", quantization_config=config)
