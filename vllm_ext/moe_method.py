@@ -65,10 +65,10 @@ class BitsMoEMethod(FusedMoEMethodBase):
     def shard(self, layer: Any) -> Shard:
         """The part of the layer that this process holds."""
         parallel = self.moe.moe_parallel_config
-        shape = self.files.specs[self.name].shape
+        spec = self.files.specs[self.name]
         return Shard(
-            local_experts(layer.expert_map, shape.num_experts),
-            split_blocks(self.name, shape, parallel.tp_size, parallel.tp_rank),
+            local_experts(layer.expert_map, spec.shape.num_experts),
+            split_blocks(self.name, spec.shape, parallel.tp_size, parallel.tp_rank, spec.split_unit),
         )
 
     def process_weights_after_loading(self, layer: Any) -> None:

@@ -50,7 +50,10 @@ def _fastest(spec: PackedSpec, packed: PackedExperts, gating: Gating) -> Runtime
     from bitsmoe_plugin.kernels.reference import ReferenceLayer
 
     device = packed.payload.device.type
-    runtime, missing = _on_cpu(spec, packed, gating) if device == "cpu" else _on_gpu(spec, packed, gating)
+    runtime: Runtime | None = None
+    missing = 'rows of the grid "tiled", of checkpoints converted by import-upstream, have no kernel'
+    if not spec.is_tiled:
+        runtime, missing = _on_cpu(spec, packed, gating) if device == "cpu" else _on_gpu(spec, packed, gating)
     if runtime is not None:
         return runtime
     warnings.warn(f"packed experts on {device} run in plain torch, much slower: {missing}", stacklevel=2)
