@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -192,6 +195,36 @@ def test_files_are_bounded(upstream: tuple[Path, Any], tmp_path: Path, monkeypat
     assert sorted(set(index["weight_map"].values())) == files
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     assert_same_outputs(model, upstream[1], 5e-3)
+
+
+PEAK = """
+import sys
+from pathlib import Path
+from peak_memory import watched
+from bitsmoe_plugin.upstream.convert import import_upstream
+print(watched(lambda: import_upstream(*map(Path, sys.argv[1:]))))
+"""
+
+
+def test_memory_is_bounded_by_a_layer(tiny_model: Any, tmp_path: Path) -> None:
+    """20 layers of 0.8 MB more, in a process of their own, because freed memory is not always given back."""
+    sizes = {"num_experts": 2, "num_local_experts": 2, "moe_intermediate_size": 2048}
+    layer = random_upstream_layer(random.Random(0), 2, 32, 2048, (32, 32, 32), widths=(16,))
+    peaks, sizes_found = [], []
+    for count in (4, 24):
+        model = tiny_model("qwen3_moe", num_hidden_layers=count, **sizes)
+        layers = {f"model.layers.{i}.mlp": layer for i in range(count)}
+        path, out = write_upstream(tmp_path / f"upstream-{count}", model, layers), tmp_path / f"out-{count}"
+        command = [sys.executable, "-c", PEAK, str(path), str(out)]
+        folders = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+        run = subprocess.run(
+            command, env={**os.environ, "PYTHONPATH": folders}, capture_output=True, text=True, check=True
+        )
+        peaks.append(int(run.stdout))
+        sizes_found.append(inspect_checkpoint(out)["expert_bytes"])
+    more, gained = sizes_found[1] - sizes_found[0], peaks[1] - peaks[0]
+    print(f"{more} more bytes of experts take {gained} more bytes of memory")
+    assert gained < more / 3
 
 
 def copy_of(path: Path, folder: Path) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +156,47 @@ def test_a_layer_converts_exactly(
     assert converted.kept == (1,)
     assert packed.kept_input is not None
     assert torch.equal(spec.original(packed.kept_input)[0, 1], layer.dense[1][1])
+
+
+def by_hand(packed: PackedExperts, size: int) -> list[list[dict[int, list[float]]]]:
+    """``[factor][expert]`` -> rank -> values, from the texts of ``packing`` and ``tiled`` alone."""
+    words = iter(word & 0xFFFFFFFF for word in packed.payload.tolist())
+    assert packed.tile_scales is not None
+    assert packed.row_gains is not None
+    scales = iter(packed.tile_scales.view(torch.float16).double().tolist())
+    gains = iter(packed.row_gains.view(torch.float16).double().tolist())
+    found: list[list[dict[int, list[float]]]] = []
+    for experts in packed.row_codes.tolist():
+        found.append([])
+        for row_codes in experts:
+            bits = [ALL_WIDTHS[code >> 5] for code in row_codes]
+            rows: dict[int, list[float]] = {}
+            for k in sorted(range(len(bits)), key=lambda k, b=bits: (-b[k], k)):  # type: ignore[misc]
+                if bits[k] == 0:
+                    continue
+                block = [sum(next(words) << 32 * i for i in range(bits[k])) for _ in range(size // 32)]
+                codes = [part >> i * bits[k] & (2 ** bits[k] - 1) for part in block for i in range(32)]
+                if bits[k] == 16:
+                    q = [struct.unpack("<e", struct.pack("<H", code))[0] for code in codes]
+                else:
+                    q = [2 * u - 1 if bits[k] == 1 else u - 2 ** (bits[k] - 1) for u in codes]
+                row = Row(k, bits[k], q, next(scales), next(gains))
+                rows[k] = row.values()
+            found[-1].append(rows)
+    assert not [*words, *scales, *gains], "there is more than the row codes say"
+    return found
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_second_reader_of_the_documented_layout_agrees(seed: int, tmp_path: Path) -> None:
+    """Guards the format of converted checkpoints: order of rows, scales and gains, bits, kept experts."""
+    shape = LayerShape(3, 21, 160)
+    layer = random_upstream_layer(random.Random(seed), 3, 21, 160, (21, 20, 19), dense=(seed,))
+    read = by_hand(convert(layer, shape, tmp_path).packed, 160)
+    for factor in range(3):
+        for expert in range(3):
+            rows = layer.rows[factor][expert] or ()
+            assert read[factor][expert] == {row.rank: row.values() for row in rows}
 
 
 @pytest.mark.parametrize("empty", [0, 1, 2])

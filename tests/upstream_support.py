@@ -237,7 +237,7 @@ def write_upstream(directory: Path, model: Any, layers: dict[str, UpstreamLayer]
     file = directory / "model.safetensors"
     tensors = {name: tensor for name, tensor in load_file(file).items() if ".experts." not in name}
     for moe, layer in layers.items():
-        tensors |= {f"{moe}.{name}": tensor.contiguous() for name, tensor in layer.tensors.items()}
+        tensors |= {f"{moe}.{name}": tensor.contiguous().clone() for name, tensor in layer.tensors.items()}
     save_file(tensors, file, metadata={"format": "pt"})
     config = json.loads((directory / "config.json").read_text())
     config |= {"bitsmoe": True, "bitsmoe_model_type": TAGS[config["model_type"]]}

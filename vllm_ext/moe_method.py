@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig, FusedMoEQuantConfig
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 
@@ -45,6 +46,7 @@ class BitsMoEMethod(FusedMoEMethodBase):
                 f"quantization_config {found}; config.json was altered"
             )
         self._refuse_variants(layer)
+        self._refuse_graphs()
         gating(layer.activation.value)
 
     def _refuse_variants(self, layer: Any) -> None:
@@ -61,6 +63,17 @@ class BitsMoEMethod(FusedMoEMethodBase):
         found = [text for text, present in variants.items() if present]
         if found:
             raise ConfigError(f"{self.name}: bitsmoe cannot serve experts with {', '.join(found)}")
+
+    def _refuse_graphs(self) -> None:
+        """Rows that have no kernel are computed in plain torch, which waits for the device."""
+        captured = torch.device(self.moe.device).type != "cpu" and not (
+            get_current_vllm_config().model_config.enforce_eager
+        )
+        if self.files.specs[self.name].is_tiled and captured:
+            raise ConfigError(
+                f"{self.name}: experts of a checkpoint converted by import-upstream are computed in plain "
+                "torch, which cannot be captured in CUDA graphs; start vLLM with --enforce-eager"
+            )
 
     def shard(self, layer: Any) -> Shard:
         """The part of the layer that this process holds."""
