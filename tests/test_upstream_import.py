@@ -18,15 +18,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from upstream_support import UpstreamLayer, fill_dense, random_upstream_layer, write_upstream
 
-from bitsmoe_plugin import BitsMoEConfig
+from bitsmoe_plugin import BitsMoEConfig, kernels
 from bitsmoe_plugin.cli import main
 from bitsmoe_plugin.errors import CheckpointError, ConfigError, QuantizationError
 from bitsmoe_plugin.experts import BitsMoEExperts
 from bitsmoe_plugin.inspection import inspect_checkpoint
 from bitsmoe_plugin.upstream import convert
 from bitsmoe_plugin.upstream.convert import import_upstream
-
-pytestmark = pytest.mark.filterwarnings("ignore:packed experts on cpu run in plain torch")
 
 PROMPT = torch.tensor([[5, 6, 7, 11, 13, 60, 61, 62, 3, 9]])
 SIZES = {"hidden_size": 32, "moe_intermediate_size": 160}
@@ -63,8 +61,8 @@ def converted(upstream: tuple[Path, Any], tmp_path_factory: pytest.TempPathFacto
 
 
 @torch.no_grad()
-def assert_same_outputs(model: Any, dense: Any, tolerance: float = 1e-4) -> None:
-    """Relative to the largest logit; float32 sums in another order."""
+def assert_same_outputs(model: Any, dense: Any, tolerance: float = 1e-2) -> None:
+    """Relative to the largest logit. Measured: 3e-3 with compiled kernels, judged in test_upstream_layer."""
     found, wanted = model(PROMPT).logits, dense(PROMPT).logits
     assert float((found - wanted).abs().max()) < tolerance * float(wanted.abs().max())
 
@@ -83,24 +81,30 @@ EIGHT_BITS = {"basis_bits": 8, "sizes": {"hidden_size": 128}, "ranks": (128, 64,
     ids=[*FAMILIES, "8-bit bases"],
 )
 def test_a_converted_model_is_the_model_with_the_dense_weights(
-    model_type: str, options: dict[str, Any], tiny_model: Any, tmp_path: Path
+    model_type: str, options: dict[str, Any], tiny_model: Any, tmp_path: Path, monkeypatch
 ) -> None:
     """The families that the authors released, and both kinds of bases."""
     path, dense, layers = build(tiny_model, tmp_path, model_type, **options)
     assert main(["import-upstream", str(path), str(tmp_path / "out")]) == 0
     model, report = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    model.eval()
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert sum(isinstance(module, BitsMoEExperts) for module in model.modules()) == len(layers)
-    assert_same_outputs(model.eval(), dense)
+    assert_same_outputs(model, dense)
+    with monkeypatch.context() as patch:  # in plain torch: float32 sums in another order
+        patch.setattr(kernels, "_on_cpu", lambda *arguments: (None, "this is a test"))
+        plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+        with pytest.warns(UserWarning, match="this is a test"):
+            assert_same_outputs(plain, dense, 1e-4)
     tokens = model.generate(PROMPT, max_new_tokens=4, min_new_tokens=4, do_sample=False)
     assert tokens.shape == (1, 14)
     assert not list(tmp_path.glob("*.work"))
 
 
 def test_unpacked_experts_stay_as_they_were(upstream: tuple[Path, Any], converted: Path) -> None:
-    """They are computed in float16, as they are stored: 5e-3."""
+    """They are computed in float16, as they are stored."""
     model = AutoModelForCausalLM.from_pretrained(converted).eval()
-    assert_same_outputs(model, upstream[1], 5e-3)
+    assert_same_outputs(model, upstream[1])
     kept = [m.spec.kept for m in model.modules() if isinstance(m, BitsMoEExperts)]
     assert kept == [(1,), (1,)]
 
@@ -194,7 +198,7 @@ def test_files_are_bounded(upstream: tuple[Path, Any], tmp_path: Path, monkeypat
     assert len(files) > 4
     assert sorted(set(index["weight_map"].values())) == files
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
-    assert_same_outputs(model, upstream[1], 5e-3)
+    assert_same_outputs(model, upstream[1])
 
 
 PEAK = """

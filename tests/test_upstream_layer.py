@@ -23,9 +23,11 @@ from upstream_support import (
     random_upstream_layer,
 )
 
-from bitsmoe_plugin import kernels, packing, tiled
+from bitsmoe_plugin import compiled, kernels, packing, tiled
 from bitsmoe_plugin.config import ALL_WIDTHS
 from bitsmoe_plugin.errors import CheckpointError, ConfigError
+from bitsmoe_plugin.kernels.cpu import CpuLayer
+from bitsmoe_plugin.kernels.originals import WithOriginals
 from bitsmoe_plugin.kernels.reference import ReferenceLayer
 from bitsmoe_plugin.packed_spec import PackedSpec
 from bitsmoe_plugin.packing import LayerShape, PackedExperts
@@ -214,15 +216,21 @@ def test_an_expert_without_rows_in_one_projection_adds_nothing(empty: int, tmp_p
     assert out[[0, 3]].abs().min() > 0
 
 
+def some_tokens(hidden: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states, two of three experts for each, and their weights."""
+    ids = torch.stack([torch.randperm(3)[:2] for _ in range(6)])
+    return torch.randn(6, hidden), ids, torch.rand(6, 2)
+
+
 def test_the_reference_computes_with_the_dense_weights(tmp_path: Path) -> None:
     """float32 sums in another order: 1e-5 of the largest output."""
     shape = LayerShape(3, 40, 160)
     layer = random_upstream_layer(random.Random(4), 3, 40, 160, (40, 31, 37), dense=(2,))
     converted = convert(layer, shape, tmp_path)
-    with pytest.warns(UserWarning, match='grid "tiled".*have no kernel'):
-        runtime = kernels.prepare(spec_of(converted, shape), converted.packed, gating("silu"))
-    hidden, weights = torch.randn(6, 40), torch.rand(6, 2)
-    ids = torch.stack([torch.randperm(3)[:2] for _ in range(6)])
+    spec = spec_of(converted, shape)
+    rows = ReferenceLayer.prepare(spec, converted.packed, gating("silu"))
+    runtime = WithOriginals(rows, spec, gating("silu"))
+    hidden, ids, weights = some_tokens(40)
     wanted = torch.zeros(6, 40)
     for token in range(6):
         for slot in range(2):
@@ -238,6 +246,63 @@ def test_the_reference_computes_with_the_dense_weights(tmp_path: Path) -> None:
     # Each token alone: offsets of the rows are looked up for the experts that are used.
     alone = [runtime.forward(hidden[i, None], ids[i, None], weights[i, None]) for i in range(6)]
     assert torch.allclose(torch.cat(alone), found, rtol=0, atol=1e-5 * scale)
+
+
+KERNEL_LAYERS: list[tuple[int, int, dict[str, Any]]] = [
+    (160, 40, {"ranks": (40, 31, 37), "dense": (2,)}),
+    (384, 128, {"ranks": (128, 64, 128), "basis_bits": 8, "widths": (0, 1, 3, 8)}),
+    (2112, 48, {"ranks": (48, 48, 48), "widths": (1, 2)}),  # more than a panel of 2048 inputs
+    *((224, 64, {"ranks": (64, 64, 64), "widths": (width,)}) for width in WIDTHS),
+]
+
+
+@pytest.mark.skipif(compiled.library() is None, reason="the package was installed without a C compiler")
+@pytest.mark.parametrize("instructions", ["portable", "avx2", "avx512"])
+@pytest.mark.parametrize(("size", "hidden", "options"), KERNEL_LAYERS)
+def test_compiled_kernels_agree_with_the_reference(
+    size: int, hidden: int, options: dict[str, Any], instructions: str, tmp_path: Path, monkeypatch
+) -> None:
+    """Of the largest output: 3e-4 (measured 1e-4: inputs are rounded to 16 bits) if the reference does not
+    round products of codes and scales either, and 1.5e-3 (measured 4.5e-4) as it is."""
+    shape = LayerShape(3, hidden, size)
+    ranks = options["ranks"]
+    rest = {name: value for name, value in options.items() if name != "ranks"}
+    converted = convert(
+        random_upstream_layer(random.Random(1), 3, hidden, size, ranks, **rest), shape, tmp_path
+    )
+    spec, packed, tokens = spec_of(converted, shape), converted.packed, some_tokens(hidden)
+    if compiled.select(instructions) is None:
+        pytest.skip(f"this machine has no {instructions}")
+    try:
+        found = CpuLayer.prepare(spec, packed, gating("silu")).forward(*tokens)
+    finally:
+        compiled.select(None)
+    reference = ReferenceLayer.prepare(spec, packed, gating("silu"))
+    wanted = reference.forward(*tokens)
+    scale = float(wanted.abs().max())
+    assert float((found - wanted).abs().max()) < 1.5e-3 * scale
+
+    def unrounded(codes: Tensor, width: int, scales: Tensor) -> Tensor:
+        each = scales.float().repeat_interleave(tiled.TILE, -1)[..., : codes.shape[-1]]
+        return tiled.whole_numbers(codes, width) * each
+
+    monkeypatch.setattr(tiled, "decode", unrounded)
+    assert float((found - reference.forward(*tokens)).abs().max()) < 3e-4 * scale
+
+
+def test_the_fastest_implementation_is_chosen(tmp_path: Path, monkeypatch) -> None:
+    """Compiled kernels know the grid; without them there is a warning. Those for GPUs refuse it by name."""
+    shape = LayerShape(2, 16, 32)
+    converted = convert(random_upstream_layer(random.Random(0), 2, 16, 32, (16, 16, 16)), shape, tmp_path)
+    arguments = spec_of(converted, shape), converted.packed, gating("silu")
+    if compiled.library() is not None:
+        assert isinstance(kernels.prepare(*arguments), CpuLayer)
+    monkeypatch.setattr(kernels, "library", lambda: None)
+    with pytest.warns(UserWarning, match="in plain torch"):
+        assert isinstance(kernels.prepare(*arguments), ReferenceLayer)
+    runtime, reason = kernels._on_gpu(*arguments)
+    assert runtime is None
+    assert 'grid "tiled"' in reason
 
 
 @pytest.mark.parametrize("size", [128, 256, 384])

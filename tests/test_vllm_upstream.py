@@ -16,7 +16,7 @@ from vllm_support import TOLERANCE, compare, needs_vllm, run_vllm, small_model
 from bitsmoe_plugin.errors import ConfigError
 from bitsmoe_plugin.upstream.convert import import_upstream
 
-pytestmark = [needs_vllm, pytest.mark.filterwarnings("ignore:packed experts on cpu run in plain torch")]
+pytestmark = needs_vllm
 
 PROMPTS = [[5, 6, 7, 11, 13, 60, 61, 62, 3, 9], [17, 30, 2], [44, 45] * 20]
 DEGREES = {

@@ -50,10 +50,7 @@ def _fastest(spec: PackedSpec, packed: PackedExperts, gating: Gating) -> Runtime
     from bitsmoe_plugin.kernels.reference import ReferenceLayer
 
     device = packed.payload.device.type
-    runtime: Runtime | None = None
-    missing = 'rows of the grid "tiled", of checkpoints converted by import-upstream, have no kernel'
-    if not spec.is_tiled:
-        runtime, missing = _on_cpu(spec, packed, gating) if device == "cpu" else _on_gpu(spec, packed, gating)
+    runtime, missing = _on_cpu(spec, packed, gating) if device == "cpu" else _on_gpu(spec, packed, gating)
     if runtime is not None:
         return runtime
     warnings.warn(f"packed experts on {device} run in plain torch, much slower: {missing}", stacklevel=2)
@@ -74,6 +71,8 @@ def _on_cpu(spec: PackedSpec, packed: PackedExperts, gating: Gating) -> tuple[Ru
 def _on_gpu(spec: PackedSpec, packed: PackedExperts, gating: Gating) -> tuple[Runtime | None, str]:
     if spec.has_bias:
         return None, "the GPU kernels do not know biases of experts"
+    if spec.is_tiled:
+        return None, 'the GPU kernels do not know the grid "tiled" (of checkpoints that were converted)'
     activation = serving.activation_of(gating)
     if activation is None:
         return None, "the GPU kernels do not know their activation"

@@ -21,8 +21,9 @@ factor of p, which has one value per neuron, is
 
     float16(q[k, i] * scale[i // 128, k]) * s[k]
 
-and meets coordinate ``rank_idx[k]`` of z (gate, up) or c (down). (The kernels multiply s, exactly, into the
-coordinate before or the sum after; ``mlp_forward.cu``, ``triton_moe.py``.) Rows come in slabs of one width:
+and meets coordinate ``rank_idx[k]`` of z (gate, up) or c (down). (``dequantize_symmetric``,
+``triton_moe.py``; of the release's ``mlp_forward.cu`` the kernels for few tokens do not round the product to
+float16. s is multiplied into the coordinate before, or the sum after.) Rows come in slabs of one width:
 
 * ``payload_buffer`` uint32: slab after slab, tile of 128 neurons after tile, stage of 16 rows after stage
   (the last may have fewer), 32 neurons after 32 (four, also in a last tile that has fewer), row after row,
