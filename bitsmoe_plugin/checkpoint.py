@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from bitsmoe_plugin import packing
+from bitsmoe_plugin import coding, packing
 from bitsmoe_plugin.config import BitsMoEConfig
 from bitsmoe_plugin.errors import CheckpointError
 from bitsmoe_plugin.experts import BitsMoEExperts
@@ -23,6 +23,7 @@ from bitsmoe_plugin.packing import LayerShape, PackedExperts
 
 _SIZES = ("num_experts", "hidden_size", "intermediate_size", "payload_words")
 _LARGEST = {"num_experts": 2**16, "hidden_size": 2**18, "intermediate_size": 2**18, "payload_words": 2**38}
+_LARGEST["stored_rows"] = 3 * _LARGEST["num_experts"] * _LARGEST["hidden_size"]
 
 
 def tensor_digest(packed: PackedExperts) -> str:
@@ -50,6 +51,8 @@ def layer_manifest(
         extra["kept_experts"] = list(kept)
     if extra:
         extra["original_dtype"] = str(original_dtype).removeprefix("torch.")
+    if packed.row_gains is not None:
+        extra["stored_rows"] = packed.row_gains.numel()
     return {
         **extra,
         "num_experts": shape.num_experts,
@@ -72,9 +75,10 @@ def packed_spec(name: str, config: BitsMoEConfig) -> PackedSpec:
             f"the model has routed experts at {name}, but the checkpoint's quantization_config describes "
             f"{', '.join(sorted(config.layers)) or 'no layers'}; its config.json is incomplete"
         )
-    for key in _SIZES:
+    is_tiled = config.grid == coding.TILED
+    for key in (*_SIZES, "stored_rows") if is_tiled else _SIZES:
         value = entry.get(key)
-        least = 0 if key == "payload_words" else 1
+        least = 0 if key in ("payload_words", "stored_rows") else 1
         if not isinstance(value, int) or not least <= value <= _LARGEST[key]:
             raise CheckpointError(f"{name}: {key}={value!r} in quantization_config is not a sensible size")
     shape = LayerShape(entry["num_experts"], entry["hidden_size"], entry["intermediate_size"])
@@ -86,6 +90,7 @@ def packed_spec(name: str, config: BitsMoEConfig) -> PackedSpec:
         input_bases=config.input_bases,
         payload_words=entry["payload_words"],
         grid=config.grid,
+        stored_rows=entry["stored_rows"] if is_tiled else 0,
         **_originals(name, entry, shape.num_experts),
     )
 

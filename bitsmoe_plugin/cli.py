@@ -1,4 +1,4 @@
-"""Command line: ``bitsmoe estimate | quantize | inspect | evaluate | compare | bench``."""
+"""Command line: ``bitsmoe estimate | quantize | inspect | evaluate | compare | import-upstream | bench``."""
 
 from __future__ import annotations
 
@@ -122,6 +122,15 @@ def _add_compare(commands: Any) -> None:
     parser.set_defaults(run=_compare)
 
 
+def _add_import(commands: Any) -> None:
+    parser = commands.add_parser(
+        "import-upstream", help="convert a checkpoint that the BitsMoE authors released, without loss"
+    )
+    parser.add_argument("model", type=Path, help="directory of their checkpoint, safetensors")
+    parser.add_argument("out", type=Path, help="directory to write; must not exist or be empty")
+    parser.set_defaults(run=_import)
+
+
 def _add_bench(commands: Any) -> None:
     parser = commands.add_parser("bench", help="benchmarks")
     names = parser.add_subparsers(required=True, metavar="NAME")
@@ -135,7 +144,15 @@ def build_parser() -> argparse.ArgumentParser:
         prog="bitsmoe", description="Quantize Mixture-of-Experts language models to 2 bits."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (_add_estimate, _add_quantize, _add_inspect, _add_evaluate, _add_compare, _add_bench):
+    for add in (
+        _add_estimate,
+        _add_quantize,
+        _add_inspect,
+        _add_evaluate,
+        _add_compare,
+        _add_import,
+        _add_bench,
+    ):
         add(commands)
     return parser
 
@@ -183,7 +200,6 @@ def _estimate(args: argparse.Namespace, stdout: TextIO) -> None:
 def _quantize(args: argparse.Namespace, stdout: TextIO) -> None:
     from transformers.utils import logging
 
-    from bitsmoe_plugin.inspection import inspect_checkpoint
     from bitsmoe_plugin.integrations.transformers import quantize_to_directory
     from bitsmoe_plugin.resources import KERNELS
     from bitsmoe_plugin.workers import connected
@@ -194,8 +210,21 @@ def _quantize(args: argparse.Namespace, stdout: TextIO) -> None:
             logging.disable_progress_bar()
         quantize_to_directory(args.model, args.out, _config(args))
         if workers.main:
-            size = inspect_checkpoint(args.out)
-            print(f"{args.out}: {size['bits_per_weight']:.4f} bits per expert weight", file=sys.stderr)
+            _report_size(args.out)
+
+
+def _import(args: argparse.Namespace, stdout: TextIO) -> None:
+    from bitsmoe_plugin.upstream.convert import import_upstream
+
+    import_upstream(args.model, args.out)
+    _report_size(args.out)
+
+
+def _report_size(out: Path) -> None:
+    from bitsmoe_plugin.inspection import inspect_checkpoint
+
+    size = inspect_checkpoint(out)
+    print(f"{out}: {size['bits_per_weight']:.4f} bits per expert weight", file=sys.stderr)
 
 
 def _inspect(args: argparse.Namespace, stdout: TextIO) -> None:

@@ -15,6 +15,8 @@ from bitsmoe_plugin import grids, trellis
 
 BLOCK = trellis.BLOCK
 GRIDS = ("trellis", "uniform")
+TILED = "tiled"
+"""Grid of converted checkpoints (``tiled``), which nothing is quantized to."""
 _SAMPLE = 2**15
 
 

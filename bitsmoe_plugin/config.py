@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from bitsmoe_plugin import coding
+from bitsmoe_plugin import coding, tiled
 from bitsmoe_plugin.errors import CheckpointError, ConfigError
 from bitsmoe_plugin.packing import FORMAT_VERSION
 
@@ -40,6 +40,12 @@ def _check_number(option: str, value: Any, low: float, high: float, whole: bool 
 def _check_choice(option: str, value: Any, choices: tuple[Any, ...]) -> None:
     if value not in choices or type(value) is not type(choices[0]):
         _fail(option, value, ", ".join(repr(choice) for choice in choices))
+
+
+def _check_tiled(basis_bits: int, basis_group_size: int) -> None:
+    """Bases that the grid "tiled" has."""
+    _check_choice("basis_bits", basis_bits, (8, 16))
+    _check_choice("basis_group_size", basis_group_size, (tiled.TILE,))
 
 
 def _is_expert_table(value: Any) -> bool:
@@ -111,7 +117,8 @@ class BitsMoEConfig(QuantizationConfigMixin):
         method: "default", or "paper-v1" or "paper-v2" as published; sets all options from ``widths``
             to ``scope`` but ``basis_group_size`` that are not given.
         widths: bits that a row may take; 0 drops it. A subset of 0, 1, 2, 3, 4, 6, 8, 16.
-        grid: "trellis" codes rows of up to 4 bits by trellis, "uniform" rounds all to uniform grids.
+        grid: "trellis" codes rows of up to 4 bits by trellis, "uniform" rounds all to uniform grids; "tiled"
+            stands in checkpoints that ``import-upstream`` converted.
         basis_bits: width of the shared bases, 4, 8 or 16.
         basis_group_size: basis values that share a scale; divides hidden_size.
         joint_basis: one input basis for gate and up (True) or one for each (False).
@@ -289,7 +296,10 @@ class BitsMoEConfig(QuantizationConfigMixin):
         _check_number("held_out", self.held_out, 0, 0.5)
         _check_choice("cost", self.cost, ("output", "spectral"))
         _check_choice("token_weighting", self.token_weighting, ("residual", "none"))
-        _check_choice("grid", self.grid, coding.GRIDS)
+        if self.grid == coding.TILED and self.layers:
+            _check_tiled(self.basis_bits, self.basis_group_size)
+        else:
+            _check_choice("grid", self.grid, coding.GRIDS)
         _check_choice("scope", self.scope, ("global", "layer"))
         _check_number("covariance_prior", self.covariance_prior, 0, 1e6)
         _check_number("damping", self.damping, 1e-6, 1.0)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bitsmoe_plugin import kernels, packing
+from bitsmoe_plugin import kernels
 from bitsmoe_plugin.errors import CheckpointError
 from bitsmoe_plugin.families import apply_gating, layout_of
 from bitsmoe_plugin.packed_spec import PackedSpec
@@ -66,16 +66,7 @@ class BitsMoEExperts(nn.Module):
                     f"{name}.{buffer} is {tensor.dtype} {tuple(tensor.shape)}, but the config asks for "
                     f"{dtype} {shape}; the checkpoint was altered or belongs to another config"
                 )
-        row_codes = self.get_buffer("bitsmoe_row_codes")
-        if int(row_codes.max()) // packing.SCALE_LEVELS >= len(self.spec.widths):
-            raise CheckpointError(f"{name}.bitsmoe_row_codes holds a width that the config lacks")
-        if not packing.experts_without_rows(row_codes, self.spec.widths, self.spec.kept):
-            raise CheckpointError(f"{name}: a kept expert has rows; kept_experts in config.json was altered")
-        words = packing.index_rows(row_codes, self.spec.widths, self.spec.shape).words
-        if words != self.spec.payload_words:
-            raise CheckpointError(
-                f"{name}: row codes describe {words} payload words, the config {self.spec.payload_words}"
-            )
+        self.spec.check_rows(name, self.get_buffer("bitsmoe_row_codes"))
 
     def _gating(self, gate: Tensor, up: Tensor) -> Tensor:
         return apply_gating(self._original[0], gate, up)

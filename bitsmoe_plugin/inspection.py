@@ -30,6 +30,8 @@ _PARTS = {
     "bitsmoe_output_bias": "biases",
     "bitsmoe_kept_input": "kept_experts",
     "bitsmoe_kept_output": "kept_experts",
+    "bitsmoe_tile_scales": "row_scales",
+    "bitsmoe_row_gains": "row_scales",
 }
 
 

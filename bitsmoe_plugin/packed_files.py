@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from bitsmoe_plugin import packing
 from bitsmoe_plugin.checkpoint import (
     StoredTensor,
     packed_spec,
@@ -16,10 +15,8 @@ from bitsmoe_plugin.checkpoint import (
     verify_headers,
 )
 from bitsmoe_plugin.config import BitsMoEConfig
-from bitsmoe_plugin.errors import CheckpointError
 from bitsmoe_plugin.packed_spec import PackedSpec
 from bitsmoe_plugin.packing import PackedExperts
-from bitsmoe_plugin.rounding import SCALE_LEVELS
 
 
 @dataclass(frozen=True)
@@ -63,22 +60,5 @@ class PackedFiles:
             }
         )
         verify_digest(name, packed, self.config)
-        verify_rows(name, packed, spec)
+        spec.check_rows(name, packed.row_codes)
         return packed
-
-
-def verify_rows(name: str, packed: PackedExperts, spec: PackedSpec) -> None:
-    """Refuse row codes that do not describe the payload.
-
-    Raises:
-        CheckpointError: naming what they describe.
-    """
-    if int(packed.row_codes.max()) // SCALE_LEVELS >= len(spec.widths):
-        raise CheckpointError(f"{name}.bitsmoe_row_codes holds a width that the config lacks")
-    if not packing.experts_without_rows(packed.row_codes, spec.widths, spec.kept):
-        raise CheckpointError(f"{name}: a kept expert has rows; kept_experts in config.json was altered")
-    words = packing.index_rows(packed.row_codes, spec.widths, spec.shape).words
-    if words != packed.payload.numel():
-        raise CheckpointError(
-            f"{name}: row codes describe {words} payload words, the payload has {packed.payload.numel()}"
-        )

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bitsmoe_plugin import packing
+from bitsmoe_plugin import coding, packing, tiled
+from bitsmoe_plugin.errors import CheckpointError
 from bitsmoe_plugin.packing import LayerShape
+from bitsmoe_plugin.rounding import SCALE_LEVELS
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,7 @@ class PackedSpec:
         has_bias: the experts have biases.
         kept: ids of the experts that are stored as they were.
         original_dtype: of biases and kept experts, a name of ``packing.ORIGINAL_DTYPES``.
+        stored_rows: rows that are stored; 0 unless the grid is "tiled".
     """
 
     shape: LayerShape
@@ -38,6 +41,17 @@ class PackedSpec:
     has_bias: bool = False
     kept: tuple[int, ...] = ()
     original_dtype: str = "bfloat16"
+    stored_rows: int = 0
+
+    @property
+    def is_tiled(self) -> bool:
+        """Whether rows are on the grid "tiled"."""
+        return self.grid == coding.TILED
+
+    @property
+    def split_unit(self) -> int:
+        """Values of a row that tensor parallelism keeps together."""
+        return tiled.TILE if self.is_tiled else packing.BLOCK
 
     def tensors(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Name -> (dtype, shape) of every stored tensor, see ``packing``."""
@@ -53,7 +67,7 @@ class PackedSpec:
 
         found: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
             "bitsmoe_row_codes": (torch.uint8, (3, e, r)),
-            "bitsmoe_scale_grid": (torch.int16, (3, 2, r)),
+            "bitsmoe_scale_grid": (torch.int16, (0,) if self.is_tiled else (3, 2, r)),
             "bitsmoe_payload": (torch.int32, (self.payload_words,)),
             "bitsmoe_input_basis": (basis, (self.input_bases * r, width(h))),
             "bitsmoe_input_scales": (torch.int16, (0,) if dense else (self.input_bases * r, groups(h))),
@@ -69,8 +83,36 @@ class PackedSpec:
                 "bitsmoe_kept_input": (original, (n, 2, i, h)),
                 "bitsmoe_kept_output": (original, (n, h, i)),
             }
+        if self.is_tiled:
+            found |= {
+                "bitsmoe_tile_scales": (torch.int16, (self.stored_rows, tiled.tiles(i))),
+                "bitsmoe_row_gains": (torch.int16, (self.stored_rows,)),
+            }
         return found
 
     def original(self, stored: Tensor) -> Tensor:
         """A bias or kept expert as it was."""
         return stored.view(packing.ORIGINAL_DTYPES[self.original_dtype])
+
+    def check_rows(self, name: str, row_codes: Tensor) -> None:
+        """Refuse row codes ``[3, E, r]`` that do not describe the other tensors.
+
+        Args:
+            name: of the layer, for errors.
+
+        Raises:
+            CheckpointError: naming what they describe.
+        """
+        if int(row_codes.max()) // SCALE_LEVELS >= len(self.widths):
+            raise CheckpointError(f"{name}.bitsmoe_row_codes holds a width that the config lacks")
+        if not packing.experts_without_rows(row_codes, self.widths, self.kept):
+            raise CheckpointError(f"{name}: a kept expert has rows; kept_experts in config.json was altered")
+        index = packing.index_rows(row_codes, self.widths, self.shape)
+        if index.words != self.payload_words:
+            raise CheckpointError(
+                f"{name}: row codes describe {index.words} payload words, the config {self.payload_words}"
+            )
+        if self.is_tiled and index.rows != self.stored_rows:
+            raise CheckpointError(
+                f"{name}: row codes describe {index.rows} rows, the config {self.stored_rows}"
+            )

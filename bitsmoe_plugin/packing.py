@@ -25,18 +25,27 @@ bitsmoe_kept_input     int16    [n, 2, I, H]            gate and up of the kept 
 bitsmoe_kept_output    int16    [n, H, I]               their down; their rows all have width 0
 =====================  =======  ======================  =========================================
 
-(int32 if the original is float32.) int16 tensors hold the bits of float16 values, or of the original: an
-integer dtype is left alone by everything that casts a model (``model.to(dtype)``, loaders that convert
-floats to the model's dtype).
+(int32 if the original is float32.) Layers of the grid "tiled" (``tiled``), of which n rows are stored, have
+scale codes of 0 and no scale grid, but
+
+=====================  =======  ======================  =========================================
+bitsmoe_scale_grid     int16    [0]
+bitsmoe_tile_scales    int16    [n, ceil(I / 128)]      of the rows in the order of the payload
+bitsmoe_row_gains      int16    [n]
+=====================  =======  ======================  =========================================
+
+and their bases of 8 bits are on that grid, too. int16 tensors hold the bits of float16 values, or of the
+original: an integer dtype is left alone by everything that casts a model (``model.to(dtype)``, loaders that
+convert floats to the model's dtype).
 
 The first axis of three is the factor: gate, up, down. ``payload`` holds factor after factor,
 expert after expert; the rows of one expert are ordered by falling width, then by rank index, and
 rows of width 0 are absent. So the offset of every row follows from ``row_codes`` alone. A row of
 b bits is B blocks of b words; a block holds 32 codes, code i in bits i*b .. (i+1)*b of the
-block, least significant bit first. Rows of up to 4 bits are trellis-coded (unless the config's
-grid is "uniform"): value i is ``trellis.table(b)[window]`` times the scale, where the window's
-8 bits are those before bit (i+1)*b of the block's ring; wider rows are on ``grids``. A tensor
-parallel shard is a range of blocks of every row.
+block, least significant bit first. With the grid "trellis", rows of up to 4 bits are trellis-coded:
+value i is ``trellis.table(b)[window]`` times the scale, where the window's 8 bits are those before
+bit (i+1)*b of the block's ring; wider rows, and with the grid "uniform" all, are on ``grids``. A
+tensor parallel shard is a range of blocks of every row, of whole tiles with the grid "tiled".
 """
 
 from __future__ import annotations
@@ -47,7 +56,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from bitsmoe_plugin import coding, fast_rounding, grids, trellis
+from bitsmoe_plugin import coding, fast_rounding, grids, tiled, trellis
 from bitsmoe_plugin.rounding import SCALE_LEVELS, ScaleGrid
 from bitsmoe_plugin.spectral import QuantizedBasis
 
@@ -96,6 +105,8 @@ class PackedExperts:
     output_bias: Tensor | None = None
     kept_input: Tensor | None = None
     kept_output: Tensor | None = None
+    tile_scales: Tensor | None = None
+    row_gains: Tensor | None = None
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """(buffer name, tensor) of every stored tensor."""
@@ -184,6 +195,8 @@ class RowIndex:
         starts: ``[3][E]`` first payload word of the expert's factor.
         widths: falling, without 0.
         words: length of the payload.
+        row_starts: ``[3][E]`` stored rows before those of the expert's factor.
+        rows: stored rows.
     """
 
     order: Tensor
@@ -191,6 +204,8 @@ class RowIndex:
     starts: list[list[int]]
     widths: tuple[int, ...]
     words: int
+    row_starts: list[list[int]]
+    rows: int
 
 
 def row_widths(row_codes: Tensor, widths: tuple[int, ...]) -> Tensor:
@@ -211,9 +226,15 @@ def index_rows(row_codes: Tensor, widths: tuple[int, ...], shape: LayerShape) ->
     order = torch.argsort(-bits, dim=-1, stable=True)
     counts = torch.stack([(bits == w).sum(-1) for w in falling], -1)
     words = (counts * torch.tensor(falling, device=counts.device)).sum(-1) * shape.blocks
-    ends = words.flatten().cumsum(0)
-    starts = (ends - words.flatten()).view_as(words)
-    return RowIndex(order, counts.tolist(), starts.tolist(), falling, int(ends[-1]))
+    starts, total = _starts(words)
+    row_starts, rows = _starts(counts.sum(-1))
+    return RowIndex(order, counts.tolist(), starts, falling, total, row_starts, rows)
+
+
+def _starts(sizes: Tensor) -> tuple[list[list[int]], int]:
+    """Where pieces of ``sizes`` ``[3, E]`` start, one after another, and where the last ends."""
+    ends = sizes.flatten().cumsum(0)
+    return (ends - sizes.flatten()).view_as(sizes).tolist(), int(ends[-1])
 
 
 def pack_expert(codes: Tensor, row_bits: Tensor, widths: tuple[int, ...]) -> Tensor:
@@ -251,11 +272,13 @@ def pack_basis(basis: QuantizedBasis) -> tuple[Tensor, Tensor]:
     return pack_codes(basis.codes, basis.bits), scales
 
 
-def unpack_basis(words: Tensor, scales: Tensor, bits: int, columns: int) -> Tensor:
-    """``[rows, columns]`` float32 of a stored basis."""
+def unpack_basis(words: Tensor, scales: Tensor, bits: int, columns: int, grid: str = "uniform") -> Tensor:
+    """``[rows, columns]`` float32 of a stored basis; ``grid`` is that of the layer's rows."""
     if bits == 16:
         return words.view(torch.float16).float()
     codes = unpack_codes(words, bits, columns)
+    if grid == coding.TILED:
+        return tiled.decode(codes, bits, scales.view(torch.float16))
     group_size = columns // scales.shape[1]
     return QuantizedBasis(codes, scales.view(torch.float16), bits, group_size).dequantize()
 
@@ -275,25 +298,47 @@ def unpack_rows(
         payload: ``[words]`` int32.
         scales: ``[3, E, r]`` float32, from ``row_scales``.
         size: intermediate_size.
-        grid: see ``coding``.
+        grid: one of ``coding.GRIDS``.
 
     Returns:
         rows ``[n, I]`` float32 and their rank indices ``[n]`` int64, n = rows not dropped.
     """
-    start = index.starts[factor][expert]
-    blocks = -(-size // BLOCK)
-    pieces, done = [], 0
-    order = index.order[factor, expert]
+    order = index.order[factor, expert, : sum(index.counts[factor][expert])]
+    own = scales[factor, expert, order, None]
+    pieces = [
+        _decode_words(words, own[first : first + len(words)], width, size, grid)
+        for width, first, words in _stored_words(payload, index, factor, expert, -(-size // BLOCK))
+    ]
+    return torch.cat([payload.new_zeros((0, size), dtype=torch.float32), *pieces]), order
+
+
+def unpack_tiled_rows(
+    packed: PackedExperts, index: RowIndex, factor: int, expert: int, size: int
+) -> tuple[Tensor, Tensor]:
+    """As ``unpack_rows``, of a layer of the grid "tiled"."""
+    assert packed.tile_scales is not None
+    assert packed.row_gains is not None
+    order = index.order[factor, expert, : sum(index.counts[factor][expert])]
+    own = slice(index.row_starts[factor][expert], index.row_starts[factor][expert] + len(order))
+    scales = packed.tile_scales[own].view(torch.float16)
+    gains = packed.row_gains[own].view(torch.float16).float()[:, None]
+    pieces = [
+        tiled.decode(unpack_codes(words, width, size), width, scales[first : first + len(words)])
+        for width, first, words in _stored_words(packed.payload, index, factor, expert, -(-size // BLOCK))
+    ]
+    return torch.cat([packed.payload.new_zeros((0, size), dtype=torch.float32), *pieces]) * gains, order
+
+
+def _stored_words(
+    payload: Tensor, index: RowIndex, factor: int, expert: int, blocks: int
+) -> Iterator[tuple[int, int, Tensor]]:
+    """(width, rows of the factor of the expert before these, ``[rows, blocks * width]`` int32) by width."""
+    start, done = index.starts[factor][expert], 0
     for width, count in zip(index.widths, index.counts[factor][expert], strict=True):
-        if count == 0:
-            continue
         end = start + count * blocks * width
-        scale = scales[factor, expert, order[done : done + count], None]
-        pieces.append(_decode_words(payload[start:end].view(count, -1), scale, width, size, grid))
+        if count:
+            yield width, done, payload[start:end].view(count, -1)
         start, done = end, done + count
-    if not pieces:
-        return payload.new_zeros((0, size), dtype=torch.float32), order[:0]
-    return torch.cat(pieces), order[:done]
 
 
 def _decode_words(words: Tensor, scales: Tensor, width: int, size: int, grid: str) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 from bitsmoe_plugin import packing
 from bitsmoe_plugin.errors import ConfigError
 from bitsmoe_plugin.packing import BLOCK, LayerShape, PackedExperts, RowIndex
+from bitsmoe_plugin.tiled import TILE, tiles
 
 
 @dataclass(frozen=True)
@@ -30,23 +31,24 @@ class Shard:
     blocks: tuple[int, int]
 
 
-def split_blocks(name: str, shape: LayerShape, parts: int, part: int) -> tuple[int, int]:
+def split_blocks(name: str, shape: LayerShape, parts: int, part: int, unit: int = BLOCK) -> tuple[int, int]:
     """The blocks of every row that process ``part`` of ``parts`` holds under tensor parallelism.
 
     Args:
         name: of the layer, for errors.
+        unit: values that stay together, whole blocks (``PackedSpec.split_unit``).
 
     Raises:
-        ConfigError: the rows cannot be split into equal numbers of whole blocks.
+        ConfigError: the rows cannot be split into equal numbers of whole units.
     """
     size = shape.intermediate_size
     if parts == 1:
         return 0, shape.blocks
-    if size % (parts * BLOCK):
-        possible = [str(n) for n in range(1, size // BLOCK + 1) if size % (n * BLOCK) == 0] or ["1"]
+    if size % (parts * unit):
+        possible = [str(n) for n in range(1, size // unit + 1) if size % (n * unit) == 0] or ["1"]
         raise ConfigError(
             f"{name}: intermediate_size {size} cannot be split over tensor_parallel_size {parts}: {size} "
-            f"must be a multiple of {parts}*{BLOCK}. Use {', '.join(possible)}, or expert parallelism "
+            f"must be a multiple of {parts}*{unit}. Use {', '.join(possible)}, or expert parallelism "
             "(--enable-expert-parallel), which does not split rows"
         )
     each = size // (parts * BLOCK)
@@ -91,6 +93,7 @@ def slice_packed(
         output_basis=packed.output_basis.clone(),
         output_scales=packed.output_scales.clone(),
         **_slice_biases(packed, shard),
+        **_slice_tiles(packed, index, shard),
         **_slice_kept(packed, shard, kept),
     )
 
@@ -114,6 +117,24 @@ def _slice_biases(packed: PackedExperts, shard: Shard) -> dict[str, Tensor]:
     return {
         "input_bias": packed.input_bias[experts][..., _columns(shard)].contiguous(),
         "output_bias": down if shard.blocks[0] == 0 else torch.zeros_like(down),
+    }
+
+
+def _slice_tiles(packed: PackedExperts, index: RowIndex, shard: Shard) -> dict[str, Tensor]:
+    """Scales of the grid "tiled", of a shard that starts with a tile."""
+    if packed.tile_scales is None or packed.row_gains is None:
+        return {}
+    first, last = shard.blocks[0] * BLOCK, shard.blocks[1] * BLOCK
+    assert first % TILE == 0, "split_blocks keeps tiles together"
+    rows = [
+        index.row_starts[factor][expert] + torch.arange(sum(index.counts[factor][expert]))
+        for factor in range(3)
+        for expert in shard.experts
+    ]
+    chosen = torch.cat(rows)
+    return {
+        "tile_scales": packed.tile_scales[chosen, first // TILE : tiles(last)].contiguous(),
+        "row_gains": packed.row_gains[chosen],
     }
 
 

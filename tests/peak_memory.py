@@ -12,6 +12,7 @@ import resource
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -27,13 +28,8 @@ def anonymous() -> int:
     return 1024 * int(found[1])
 
 
-def main(model: str, out: str) -> None:
-    """See the module."""
-    torch.set_num_threads(1)
-    tokens = torch.randint(1, 256, (256,), generator=torch.Generator().manual_seed(0)).tolist()
-    config = BitsMoEConfig(
-        bits=2.5, dataset=[tokens], sequence_length=64, method="paper-v2", widths=(0, 2, 4)
-    )
+def watched(action: Callable[[], None]) -> int:
+    """Most anonymous memory while ``action`` runs."""
     peak, done = [anonymous()], threading.Event()
 
     def watch() -> None:
@@ -43,11 +39,22 @@ def main(model: str, out: str) -> None:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    quantize_to_directory(model, Path(out), config)
+    action()
     done.set()
     watcher.join()
+    return peak[0]
+
+
+def main(model: str, out: str) -> None:
+    """See the module."""
+    torch.set_num_threads(1)
+    tokens = torch.randint(1, 256, (256,), generator=torch.Generator().manual_seed(0)).tolist()
+    config = BitsMoEConfig(
+        bits=2.5, dataset=[tokens], sequence_length=64, method="paper-v2", widths=(0, 2, 4)
+    )
+    peak = watched(lambda: quantize_to_directory(model, Path(out), config))
     resident = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(json.dumps({"resident": resident, "anonymous": peak[0]}))
+    print(json.dumps({"resident": resident, "anonymous": peak}))
 
 
 if __name__ == "__main__":

@@ -134,7 +134,7 @@ class BitsMoEServingConfig(QuantizationConfig):
         parts = parallel.tensor_parallel_size * parallel.data_parallel_size
         parts *= parallel.prefill_context_parallel_size
         for name, spec in self.files.specs.items():
-            split_blocks(name, spec.shape, parts, 0)
+            split_blocks(name, spec.shape, parts, 0, spec.split_unit)
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """Routed experts are packed, everything else is as it was."""

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig, FusedMoEQuantConfig
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 
@@ -45,6 +46,7 @@ class BitsMoEMethod(FusedMoEMethodBase):
                 f"quantization_config {found}; config.json was altered"
             )
         self._refuse_variants(layer)
+        self._refuse_graphs()
         gating(layer.activation.value)
 
     def _refuse_variants(self, layer: Any) -> None:
@@ -62,13 +64,24 @@ class BitsMoEMethod(FusedMoEMethodBase):
         if found:
             raise ConfigError(f"{self.name}: bitsmoe cannot serve experts with {', '.join(found)}")
 
+    def _refuse_graphs(self) -> None:
+        """Rows that have no kernel are computed in plain torch, which waits for the device."""
+        captured = torch.device(self.moe.device).type != "cpu" and not (
+            get_current_vllm_config().model_config.enforce_eager
+        )
+        if self.files.specs[self.name].is_tiled and captured:
+            raise ConfigError(
+                f"{self.name}: experts of a checkpoint converted by import-upstream are computed in plain "
+                "torch, which cannot be captured in CUDA graphs; start vLLM with --enforce-eager"
+            )
+
     def shard(self, layer: Any) -> Shard:
         """The part of the layer that this process holds."""
         parallel = self.moe.moe_parallel_config
-        shape = self.files.specs[self.name].shape
+        spec = self.files.specs[self.name]
         return Shard(
-            local_experts(layer.expert_map, shape.num_experts),
-            split_blocks(self.name, shape, parallel.tp_size, parallel.tp_rank),
+            local_experts(layer.expert_map, spec.shape.num_experts),
+            split_blocks(self.name, spec.shape, parallel.tp_size, parallel.tp_rank, spec.split_unit),
         )
 
     def process_weights_after_loading(self, layer: Any) -> None:

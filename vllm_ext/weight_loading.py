@@ -97,5 +97,6 @@ def load_shard(
         shape=shard_shape(spec.shape, shard),
         payload_words=sliced.payload.numel(),
         kept=shard_kept(spec.kept, shard),
+        stored_rows=0 if sliced.row_gains is None else sliced.row_gains.numel(),
     )
     return local, {buffer: tensor.to(device) for buffer, tensor in sliced.tensors()}

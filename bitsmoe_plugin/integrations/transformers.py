@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -24,16 +23,17 @@ from transformers.quantizers.base import HfQuantizer
 from bitsmoe_plugin.calibration import load_documents, token_blocks
 from bitsmoe_plugin.checkpoint import check_shape, packed_spec, stored_tensors, verify_experts, verify_headers
 from bitsmoe_plugin.config import QUANT_METHOD, BitsMoEConfig
-from bitsmoe_plugin.errors import CheckpointError, ConfigError, QuantizationError
+from bitsmoe_plugin.errors import CheckpointError, ConfigError
 from bitsmoe_plugin.experts import BitsMoEExperts, replace_module
 from bitsmoe_plugin.families import find_moe_layers
 from bitsmoe_plugin.integrations.streaming import StreamedExperts, can_stream
 from bitsmoe_plugin.interruption import Interrupted
 from bitsmoe_plugin.kept import model_budget, named_kept
 from bitsmoe_plugin.other_tensors import prediction_layers, record
+from bitsmoe_plugin.output_directory import check_output_directory, publish
 from bitsmoe_plugin.pipeline import quantize_model
 from bitsmoe_plugin.sources import ExpertSource, LoadedExperts
-from bitsmoe_plugin.work_directory import OUTPUT, has_progress, locked, remove, sync_directory, sync_tree
+from bitsmoe_plugin.work_directory import OUTPUT, has_progress, locked, remove
 from bitsmoe_plugin.workers import Workers
 
 
@@ -167,14 +167,6 @@ def register() -> None:
         register_quantizer(QUANT_METHOD)(BitsMoEQuantizer)
 
 
-def check_output_directory(out: Path) -> None:
-    """Raises QuantizationError unless ``out`` is absent or an empty directory."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise QuantizationError(
-            f"output directory {out} exists and is not empty; choose another or remove it"
-        )
-
-
 def quantize_to_directory(model: str, out: Path, config: BitsMoEConfig) -> None:
     """Quantize a saved model and write it packed, with its tokenizer.
 
@@ -222,8 +214,4 @@ def _write_checkpoint(quantized: Any, model: str, partial: Path, out: Path) -> N
         AutoTokenizer.from_pretrained(model).save_pretrained(partial)
     except (OSError, ValueError) as error:
         warnings.warn(f"no tokenizer saved: none found at {model} ({error})", stacklevel=3)
-    sync_tree(partial)
-    if out.exists():
-        out.rmdir()
-    os.replace(partial, out)
-    sync_directory(out.parent)
+    publish(partial, out)

@@ -71,6 +71,8 @@ def _on_cpu(spec: PackedSpec, packed: PackedExperts, gating: Gating) -> tuple[Ru
 def _on_gpu(spec: PackedSpec, packed: PackedExperts, gating: Gating) -> tuple[Runtime | None, str]:
     if spec.has_bias:
         return None, "the GPU kernels do not know biases of experts"
+    if spec.is_tiled:
+        return None, 'the GPU kernels do not know the grid "tiled" (of checkpoints that were converted)'
     activation = serving.activation_of(gating)
     if activation is None:
         return None, "the GPU kernels do not know their activation"

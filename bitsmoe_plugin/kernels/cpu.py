@@ -6,7 +6,8 @@ loaded. The library is compiled when the package is installed, is called through
 of torch. It shares torch's OpenMP threads.
 
 Inputs are rounded to 16-bit integers over short stretches (see ``csrc/bitsmoe.h``), everything else is
-exact or float32: relative to ``kernels.reference`` the output differs by about 3e-5.
+exact or float32: relative to ``kernels.reference`` the output differs by about 3e-5. With the grid "tiled",
+products of codes and scales are not rounded to float16, which differs by some 1e-4 more.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ class _Decoder(ctypes.Structure):
 
 
 _ROWS = ("row_codes", "scale_grid", "payload")
+_TILED = ("tile_scales", "row_gains")
 _BASES = ("input_basis", "output_basis", "input_scales", "output_scales")
 
 
@@ -56,7 +58,7 @@ class _Layer(ctypes.Structure):
         ("falling", c_int32 * MAX_WIDTHS),
         ("decoders", _Decoder * MAX_WIDTHS),
         ("basis", _Decoder),
-        *((name, c_void_p) for name in (*_ROWS, "starts", *_BASES)),
+        *((name, c_void_p) for name in (*_ROWS, "starts", *_BASES, *_TILED, "row_starts")),
     )
 
 
@@ -81,6 +83,8 @@ def _decoder(bits: int, grid: str) -> _Decoder:
     if coding.uses_trellis(bits, grid):
         decoder.trellis, decoder.offset2, decoder.step = 1, 256, trellis.STEP
         decoder.table = (c_uint8 * 256)(*(trellis.TABLES[bits].astype(np.int16) + 128).tolist())
+    elif grid == coding.TILED:
+        decoder.offset2, decoder.step = (1, 2.0) if bits == 1 else (2**bits, 1.0)
     else:
         decoder.offset2, decoder.step = 2**bits - 1, grids.STEP[bits]
     if _library().bitsmoe_prepare_decoder(ctypes.byref(decoder)):
@@ -95,7 +99,7 @@ class CpuLayer:
     Attributes:
         spec: sizes.
         packed: the tensors, kept alive for the library.
-        starts: ``[3, E]`` int64, first payload word of every (factor, expert).
+        starts: ``[2, 3, E]`` int64, first payload word and first stored row of every (factor, expert).
         gating: of the experts.
         layer: what the library reads.
     """
@@ -114,7 +118,8 @@ class CpuLayer:
             packed: contiguous, on the CPU.
         """
         shape, widths = spec.shape, spec.widths
-        starts = torch.tensor(packing.index_rows(packed.row_codes, widths, shape).starts)
+        index = packing.index_rows(packed.row_codes, widths, shape)
+        starts = torch.tensor([index.starts, index.row_starts])
         layer = _Layer(
             experts=shape.num_experts,
             hidden=shape.hidden_size,
@@ -126,14 +131,16 @@ class CpuLayer:
             widths=len(widths),
             width_bits=(c_int32 * MAX_WIDTHS)(*widths),
             falling=(c_int32 * MAX_WIDTHS)(*sorted(range(len(widths)), key=lambda i: -widths[i])),
-            starts=pointer(starts),
+            starts=pointer(starts[0]),
+            row_starts=pointer(starts[1]),
             **{name: pointer(getattr(packed, name)) for name in (*_ROWS, *_BASES)},
+            **{name: pointer(getattr(packed, name)) for name in _TILED if spec.is_tiled},
         )
         for i, width in enumerate(widths):
             if width:
                 layer.decoders[i] = _decoder(width, spec.grid)
         if spec.basis_bits < 16:
-            layer.basis = _decoder(spec.basis_bits, "uniform")
+            layer.basis = _decoder(spec.basis_bits, coding.TILED if spec.is_tiled else "uniform")
         return cls(spec, packed, starts, gating, layer)
 
     @torch.no_grad()

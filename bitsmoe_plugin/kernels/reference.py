@@ -8,6 +8,7 @@ y = output_basis c
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,8 +16,11 @@ from torch import Tensor
 
 from bitsmoe_plugin import packing
 from bitsmoe_plugin.packed_spec import PackedSpec
-from bitsmoe_plugin.packing import LayerShape, PackedExperts, RowIndex, unpack_rows
+from bitsmoe_plugin.packing import LayerShape, PackedExperts
 from bitsmoe_plugin.statistics import Gating
+
+RowReader = Callable[[int, int], tuple[Tensor, Tensor]]
+"""(factor, expert) -> rows ``[n, I]`` float32 and their rank indices ``[n]`` int64."""
 
 
 def moe_forward(
@@ -24,13 +28,10 @@ def moe_forward(
     top_k_index: Tensor,
     top_k_weights: Tensor,
     *,
-    payload: Tensor,
-    index: RowIndex,
-    scales: Tensor,
+    experts: int,
+    rows_of: RowReader,
     input_basis: Tensor,
     output_basis: Tensor,
-    intermediate_size: int,
-    grid: str,
     gating: Gating,
     input_bias: Tensor | None = None,
 ) -> Tensor:
@@ -38,11 +39,10 @@ def moe_forward(
 
     Args:
         hidden: ``[T, H]``.
-        top_k_index: ``[T, k]`` int64; ids outside 0..E-1 are skipped.
+        top_k_index: ``[T, k]`` int64; ids outside 0..experts-1 are skipped.
         top_k_weights: ``[T, k]``.
         input_basis: ``[r, H]`` float32, or ``[2 r, H]``: gate's above up's.
         output_basis: ``[H, r]`` float32.
-        grid: see ``coding``.
         input_bias: ``[E, 2, I]`` of gate and up.
 
     Returns:
@@ -51,19 +51,17 @@ def moe_forward(
     z = (hidden.float() @ input_basis.T).unflatten(-1, (-1, output_basis.shape[1]))
     coordinates = torch.zeros_like(z[:, 0])
     for expert in torch.unique(top_k_index).tolist():
-        if not 0 <= expert < len(index.starts[0]):
+        if not 0 <= expert < experts:
             continue
         token, slot = torch.where(top_k_index == expert)
         selected = z[token]
         gate, up = (
             selected[:, -factor, order] @ rows
-            for factor, (rows, order) in (
-                (f, unpack_rows(payload, index, scales, f, expert, intermediate_size, grid)) for f in (0, 1)
-            )
+            for factor, (rows, order) in ((f, rows_of(f, expert)) for f in (0, 1))
         )
         if input_bias is not None:
             gate, up = gate + input_bias[expert, 0].float(), up + input_bias[expert, 1].float()
-        rows, order = unpack_rows(payload, index, scales, 2, expert, intermediate_size, grid)
+        rows, order = rows_of(2, expert)
         out = gating(gate, up) @ rows.T * top_k_weights[token, slot, None].float()
         update = torch.zeros_like(selected[:, 0])
         update[:, order] = out
@@ -80,19 +78,21 @@ class ReferenceLayer:
         spec: sizes.
         packed: the tensors.
         starts: ``[3][E]`` first payload word of every (factor, expert).
+        row_starts: ``[3][E]`` stored rows before those of every (factor, expert).
         gating: of the experts.
     """
 
     spec: PackedSpec
     packed: PackedExperts
     starts: list[list[int]]
+    row_starts: list[list[int]]
     gating: Gating
 
     @classmethod
     def prepare(cls, spec: PackedSpec, packed: PackedExperts, gating: Gating) -> ReferenceLayer:
         """Derive the offsets from the row codes."""
-        starts = packing.index_rows(packed.row_codes.cpu(), spec.widths, spec.shape).starts
-        return cls(spec, packed, starts, gating)
+        index = packing.index_rows(packed.row_codes.cpu(), spec.widths, spec.shape)
+        return cls(spec, packed, index.starts, index.row_starts, gating)
 
     @torch.no_grad()
     def forward(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -100,31 +100,40 @@ class ReferenceLayer:
         used = [e for e in torch.unique(top_k_index).tolist() if 0 <= e < self.spec.shape.num_experts]
         if not used:
             return torch.zeros_like(hidden)
-        shape, packed = self.spec.shape, self.packed
-        row_codes = packed.row_codes[:, used]
-        index = packing.index_rows(
-            row_codes,
-            self.spec.widths,
-            LayerShape(len(used), shape.hidden_size, shape.intermediate_size),
-        )
-        index = replace(index, starts=[[starts[e] for e in used] for starts in self.starts])
+        packed = self.packed
         return moe_forward(
             hidden,
             _positions(used, top_k_index),
             top_k_weights,
-            payload=packed.payload,
-            index=index,
-            scales=packing.row_scales(row_codes, packed.scale_grid),
+            experts=len(used),
+            rows_of=self._rows_of(used),
             input_basis=self._basis(packed.input_basis, packed.input_scales),
             output_basis=self._basis(packed.output_basis, packed.output_scales),
-            intermediate_size=shape.intermediate_size,
-            grid=self.spec.grid,
             gating=self.gating,
             input_bias=None if packed.input_bias is None else self.spec.original(packed.input_bias)[used],
         )
 
+    def _rows_of(self, used: list[int]) -> RowReader:
+        """Reads rows by the position of their expert in ``used``."""
+        spec, packed = self.spec, self.packed
+        row_codes, size = packed.row_codes[:, used], spec.shape.intermediate_size
+        shape = LayerShape(len(used), spec.shape.hidden_size, size)
+        starts, row_starts = (
+            [[places[e] for e in used] for places in factors] for factors in (self.starts, self.row_starts)
+        )
+        index = replace(
+            packing.index_rows(row_codes, spec.widths, shape), starts=starts, row_starts=row_starts
+        )
+        if spec.is_tiled:
+            return lambda factor, expert: packing.unpack_tiled_rows(packed, index, factor, expert, size)
+        scales = packing.row_scales(row_codes, packed.scale_grid)
+        return lambda factor, expert: packing.unpack_rows(
+            packed.payload, index, scales, factor, expert, size, spec.grid
+        )
+
     def _basis(self, words: Tensor, scales: Tensor) -> Tensor:
-        return packing.unpack_basis(words, scales, self.spec.basis_bits, self.spec.shape.hidden_size)
+        spec = self.spec
+        return packing.unpack_basis(words, scales, spec.basis_bits, spec.shape.hidden_size, spec.grid)
 
 
 def _positions(used: list[int], index: Tensor) -> Tensor:

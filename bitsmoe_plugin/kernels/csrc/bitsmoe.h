@@ -9,6 +9,7 @@
 #define BITSMOE_H
 
 #include <stdint.h>
+#include <string.h>
 
 enum {
   BLOCK = 32,    /* codes that the packed layout keeps together */
@@ -17,7 +18,8 @@ enum {
   PANEL = 2048,  /* inputs that share a scale in down: the most whose integer sums fit 32 bits */
   QUAD = 4,      /* rows decoded and multiplied together */
   LIMIT = 32639, /* largest |q|: 127 * 256 + 127, two signed bytes */
-  MAX_WIDTHS = 8
+  MAX_WIDTHS = 8,
+  TILE = 128     /* values that share a scale in the grid "tiled" */
 };
 
 /* How codes of one width become bytes. */
@@ -45,6 +47,8 @@ typedef struct {
   const int64_t *starts;             /* [3, E] first word */
   const uint32_t *input_basis, *output_basis;
   const uint16_t *input_scales, *output_scales; /* float16 */
+  const uint16_t *tile_scales, *row_gains; /* float16 [rows, ceil(I / TILE)], [rows]; NULL in other grids */
+  const int64_t *row_starts;               /* [3, E] first of those rows */
 } Layer;
 
 /* What depends on the instruction set. Rows are decoded in chunks; `tail` says that a row's last chunk
@@ -79,6 +83,20 @@ extern const Kernels bitsmoe_portable;
 #if defined(__x86_64__)
 extern const Kernels bitsmoe_avx2, bitsmoe_avx512;
 #endif
+
+static inline float half_to_float(uint16_t half) {
+  uint32_t sign = (uint32_t)(half & 0x8000) << 16, magnitude = half & 0x7fff, bits;
+  float value;
+  if (magnitude >= 0x7c00) {
+    bits = sign | 0x7f800000 | (magnitude & 0x3ff) << 13;
+    memcpy(&value, &bits, 4);
+    return value;
+  }
+  bits = magnitude << 13; /* 2^112 too small: the exponents' biases differ by that, subnormals included */
+  memcpy(&value, &bits, 4);
+  value *= 0x1p112f;
+  return sign ? -value : value;
+}
 
 const uint8_t *bitsmoe_joint_table(int bits, const uint8_t *table);
 

@@ -54,21 +54,36 @@ typedef struct {
   int stored;            /* rows that are not dropped */
   int32_t *order;        /* rank indices */
   float *scale;
+  const uint16_t *tiles; /* float16 [stored, tiles], NULL unless the grid is "tiled" */
 } Rows;
+
+static int tiles_of(const Layer *l) { return (l->size + TILE - 1) / TILE; }
+
+static float tile_scale(const Layer *l, const Rows *rows, int row, int tile) {
+  return half_to_float(rows->tiles[(int64_t)row * tiles_of(l) + tile]);
+}
 
 /* Room for 32-bit values, one per rank and 16 more; index_rows takes it three times. */
 static int64_t room(const Layer *l) { return l->rank + 16; }
 
 static Rows index_rows(const Layer *l, int factor, int expert, float *memory) {
-  Rows rows = {{0}, 0, (int32_t *)memory, memory + room(l)};
+  Rows rows = {{0}, 0, (int32_t *)memory, memory + room(l), NULL};
   float *scratch = memory + 2 * room(l);
   const uint8_t *codes = l->row_codes + ((int64_t)factor * l->experts + expert) * l->rank;
-  const uint16_t *low = l->scale_grid + (int64_t)factor * 2 * l->rank;
-  kernels->row_scales(codes, low, low + l->rank, l->rank, scratch);
+  if (l->tile_scales) memset(scratch, 0, l->rank * sizeof(float));
+  else {
+    const uint16_t *low = l->scale_grid + (int64_t)factor * 2 * l->rank;
+    kernels->row_scales(codes, low, low + l->rank, l->rank, scratch);
+  }
   for (int i = 0; i < l->widths && l->width_bits[l->falling[i]]; i++) {
     rows.count[i] = kernels->select_rows(codes, l->falling[i], scratch, l->rank, rows.order + rows.stored,
                                          rows.scale + rows.stored);
     rows.stored += rows.count[i];
+  }
+  if (l->tile_scales) {
+    int64_t start = l->row_starts[(int64_t)factor * l->experts + expert];
+    rows.tiles = l->tile_scales + start * tiles_of(l);
+    for (int i = 0; i < rows.stored; i++) rows.scale[i] = half_to_float(l->row_gains[start + i]);
   }
   return rows;
 }
@@ -174,9 +189,10 @@ static void prefetch(const void *start, int64_t from, int64_t to) {
   for (int64_t at = from; at < to; at += 64) __builtin_prefetch((const char *)start + at);
 }
 
-/* 16-bit codes, in float: too rare for more. */
-static float wide_value(const Decoder *d, const uint32_t *words, int i) {
-  return d->step * ((float)(words[i / 2] >> (i % 2 * 16) & 0xffff) - 32767.5f);
+/* 16-bit codes, in float: too rare for more. In the grid "tiled" they are float16 values. */
+static float wide_value(const Layer *l, const Decoder *d, const uint32_t *words, int i) {
+  uint32_t code = words[i / 2] >> (i % 2 * 16) & 0xffff;
+  return l->tile_scales ? half_to_float((uint16_t)code) : d->step * ((float)code - 32767.5f);
 }
 
 enum { AHEAD = 8192 }; /* bytes by which down runs ahead of itself */
@@ -204,25 +220,35 @@ static void gate_up_wide(const GateUp *g, const Rows *rows, const Run *run) {
       float a = rows->scale[row] * g->z[token * l->bases * l->rank + rows->order[row]];
       float *out = g->out + (int64_t)g->pair[m] * 2 * g->padded;
       const uint32_t *words = run->words + (row - run->from) * run->stride;
-      for (int i = 0; i < l->size; i++) out[i] += a * wide_value(run->decoder, words, i);
+      for (int i = 0; i < l->size; i++) out[i] += a * wide_value(l, run->decoder, words, i);
     }
+}
+
+/* The inputs of some rows, times their scales; tile: whose scales, -1 if rows have one. */
+static void quantize_inputs(const GateUp *g, const Rows *rows, int row, int count, int tile, Inputs *inputs) {
+  const Layer *l = g->layer;
+  for (int m = 0; m < g->count; m++) {
+    float a[ROWS];
+    const float *z = g->z + (int64_t)(g->pair[m] / g->k) * l->bases * l->rank;
+    for (int i = 0; i < count; i++) {
+      a[i] = rows->scale[row + i] * z[rows->order[row + i]];
+      if (tile >= 0) a[i] *= tile_scale(l, rows, row + i, tile);
+    }
+    inputs[m].scale = kernels->quantize(a, count, ROWS, inputs[m].q, &inputs[m].sum);
+  }
 }
 
 static void gate_up_rows(const GateUp *g, const Rows *rows, const Run *run, int row, int count, Inputs *inputs) {
   const Layer *l = g->layer;
   const Decoder *d = run->decoder;
   int16_t tile[ROWS * CHUNK];
-  for (int m = 0; m < g->count; m++) {
-    float a[ROWS];
-    const float *z = g->z + (int64_t)(g->pair[m] / g->k) * l->bases * l->rank;
-    for (int i = 0; i < count; i++) a[i] = rows->scale[row + i] * z[rows->order[row + i]];
-    inputs[m].scale = kernels->quantize(a, count, ROWS, inputs[m].q, &inputs[m].sum);
-  }
+  if (!rows->tiles) quantize_inputs(g, rows, row, count, -1, inputs);
   const uint32_t *words = run->words + (row - run->from) * run->stride;
   int chunks = chunks_of(l->size);
   int64_t bytes = 4 * run->stride * count;
   for (int c = 0; c < chunks; c++) {
     int tail = c == chunks - 1 && tail_of(l->size);
+    if (rows->tiles && c * CHUNK % TILE == 0) quantize_inputs(g, rows, row, count, c * CHUNK / TILE, inputs);
     /* chunks of a tile's rows are too far apart for the hardware to foresee, so fetch the next tile's */
     prefetch(words, bytes + bytes * c / chunks, bytes + bytes * (c + 1) / chunks);
     kernels->decode_tile(d, words + (int64_t)c * 2 * d->bits, run->stride, count, tail, tile);
@@ -323,7 +349,7 @@ static void down_wide(const Down *g, const Rows *rows, const Run *run) {
       int64_t p = g->pair[m];
       const uint32_t *words = run->words + (row - run->from) * run->stride;
       float sum = 0;
-      for (int i = 0; i < l->size; i++) sum += g->h[p * l->size + i] * wide_value(run->decoder, words, i);
+      for (int i = 0; i < l->size; i++) sum += g->h[p * l->size + i] * wide_value(l, run->decoder, words, i);
       g->out[p * l->rank + rows->order[row]] = g->weights[p] * rows->scale[row] * sum;
     }
 }
@@ -340,11 +366,14 @@ static void down_rows(const Down *g, const Rows *rows, const Run *run, int row, 
   for (int m = 0; m < g->count; m++) {
     int64_t p = g->pair[m];
     float sums[QUAD] = {0};
-    for (int panel = 0; panel < hidden->panels; panel++) {
-      int64_t start = panel * PANEL;
-      int chunks = least(PANEL, hidden->padded - (int)start) / CHUNK;
+    for (int start = 0, length = rows->tiles ? TILE : PANEL; start < hidden->padded; start += length) {
+      float part[QUAD] = {0};
+      int chunks = least(length, hidden->padded - start) / CHUNK;
       kernels->rows_dot(decoded + start, hidden->padded, chunks, hidden->q + p * hidden->padded + start,
-                        d->offset2, hidden->scale[p * hidden->panels + panel] * d->step / 2, sums);
+                        d->offset2, hidden->scale[p * hidden->panels + start / PANEL] * d->step / 2,
+                        rows->tiles ? part : sums);
+      for (int i = 0; rows->tiles && i < count; i++)
+        sums[i] += tile_scale(l, rows, row + i, start / TILE) * part[i];
     }
     for (int i = 0; i < count; i++)
       g->out[p * l->rank + rows->order[row + i]] = g->weights[p] * rows->scale[row + i] * sums[i];

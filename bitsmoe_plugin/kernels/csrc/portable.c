@@ -3,20 +3,6 @@
 
 #include "lookup.h"
 
-static float half_to_float(uint16_t half) {
-  uint32_t sign = (uint32_t)(half & 0x8000) << 16, magnitude = half & 0x7fff, bits;
-  float value;
-  if (magnitude >= 0x7c00) {
-    bits = sign | 0x7f800000 | (magnitude & 0x3ff) << 13;
-    memcpy(&value, &bits, 4);
-    return value;
-  }
-  bits = magnitude << 13; /* 2^112 too small: the exponents' biases differ by that, subnormals included */
-  memcpy(&value, &bits, 4);
-  value *= 0x1p112f;
-  return sign ? -value : value;
-}
-
 static void row_scales(const uint8_t *codes, const uint16_t *low, const uint16_t *step, int n, float *out) {
   for (int i = 0; i < n; i++) out[i] = exp2f(half_to_float(low[i]) + (codes[i] & 31) * half_to_float(step[i]));
 }
