@@ -161,7 +161,7 @@ def _stored_names(model: Any, layers: list[str], config: BitsMoEConfig) -> dict[
     other way round.
     """
     prefix = f"{model.base_model_prefix}."
-    found = {}
+    found: dict[str, str] = {}
     for layer in layers:
         for name in (layer, prefix + layer, layer.removeprefix(prefix)):
             if name in config.layers:
