@@ -128,10 +128,14 @@ def _add_bench(commands: Any) -> None:
         add(names)
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The parser of all commands."""
+def build_parser(program: str = "bitsmoe") -> argparse.ArgumentParser:
+    """The parser of all commands.
+
+    Args:
+        program: what users type before a command.
+    """
     parser = argparse.ArgumentParser(
-        prog="bitsmoe", description="Quantize Mixture-of-Experts language models to 2 bits."
+        prog=program, description="Quantize Mixture-of-Experts language models to 2 bits."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for add in (_add_estimate, _add_quantize, _add_inspect, _add_evaluate, _add_compare, _add_bench):
@@ -244,19 +248,23 @@ def _compare(args: argparse.Namespace, stdout: TextIO) -> None:
         print_comparison(results, stdout)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, program: str = "bitsmoe") -> int:
     """Run a command; returns the exit status (2 for errors that the user can mend).
 
     Only the JSON of ``--json`` or the tables go to stdout; progress, logs and errors to stderr.
+
+    Args:
+        argv: arguments after the program's name; those of the process if None.
+        program: what users typed before them.
     """
-    args = build_parser().parse_args(argv)
+    args = build_parser(program).parse_args(argv)
     try:
         with stdout_to_stderr() as stdout:
             args.run(args, stdout)
     except (BitsMoEError, OSError) as error:  # OSError: transformers on a path without a model
-        print(f"bitsmoe: error: {error}", file=sys.stderr)
+        print(f"{program}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as error:
-        print(f"bitsmoe: {error or 'interrupted; nothing was written'}", file=sys.stderr)
+        print(f"{program}: {error or 'interrupted; nothing was written'}", file=sys.stderr)
         return 130
     return 0

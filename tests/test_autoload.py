@@ -3,13 +3,12 @@
 Every test runs processes of its own on the installed wheel: what is imported when is the subject.
 """
 
-import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from wheel_support import run_python
 
 from bitsmoe_plugin.config import QUANT_METHOD
 from vllm_ext import autoload
@@ -21,10 +20,7 @@ def experts(model):
 
 
 def python(installed: Path, code: str, tmp_path: Path, **variables: str) -> subprocess.CompletedProcess:
-    environment = {name: value for name, value in os.environ.items() if name != autoload.SWITCH}
-    environment.update(PYTHONPATH=str(installed), **variables)
-    command = [sys.executable, "-c", code]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path, env=environment)
+    return run_python(installed, "-c", code, cwd=tmp_path, **variables)
 
 
 @pytest.mark.parametrize("name", ["AutoModelForCausalLM", "AutoModel"])
