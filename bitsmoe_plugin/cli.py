@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -197,12 +198,21 @@ def _estimate(args: argparse.Namespace, stdout: TextIO) -> None:
 
 
 def _quantize(args: argparse.Namespace, stdout: TextIO) -> None:
+    from transformers.utils import logging
+
     from bitsmoe_plugin.inspection import inspect_checkpoint
     from bitsmoe_plugin.integrations.transformers import quantize_to_directory
+    from bitsmoe_plugin.resources import KERNELS
+    from bitsmoe_plugin.workers import connected
 
-    quantize_to_directory(args.model, args.out, _config(args))
-    size = inspect_checkpoint(args.out)
-    print(f"{args.out}: {size['bits_per_weight']:.4f} bits per expert weight", file=sys.stderr)
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(KERNELS))  # read at the first product
+    with connected() as workers:
+        if not workers.main:
+            logging.disable_progress_bar()
+        quantize_to_directory(args.model, args.out, _config(args))
+        if workers.main:
+            size = inspect_checkpoint(args.out)
+            print(f"{args.out}: {size['bits_per_weight']:.4f} bits per expert weight", file=sys.stderr)
 
 
 def _inspect(args: argparse.Namespace, stdout: TextIO) -> None:

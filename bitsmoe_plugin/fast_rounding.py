@@ -26,7 +26,7 @@ class _Grids(ctypes.Structure):
 
 class _RankRows(ctypes.Structure):
     _fields_ = (
-        *((name, c_int64) for name in ("problems", "rank", "first", "last")),
+        *((name, c_int64) for name in ("problems", "units", "rank", "first", "last")),
         *((name, c_int32) for name in ("size", "padded", "experts")),
         *((name, c_void_p) for name in ("weights", "unit", "bits", "start", "low", "step")),
         *((name, c_void_p) for name in ("work", "target", "scale_codes", "codes", "values", "errors")),
@@ -165,7 +165,7 @@ def round_rank(
     """Rows ``first`` to ``last`` of ``rounding.round_along_rank``; the tensors are those of its loop."""
     rank, size = work.shape[-2:]
     rows = _RankRows(
-        *(bits.numel() // rank, rank, first, last),
+        *(bits.numel() // rank, unit.numel() // rank**2, rank, first, last),
         *(size, codes.shape[-1], bits.shape[1]),
         *(pointer(tensor) for tensor in (weights, unit, bits, start, low, step)),
         *(pointer(tensor) for tensor in (work, target, scale_codes, codes, values, errors)),

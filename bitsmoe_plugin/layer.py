@@ -13,10 +13,13 @@ from torch import Tensor
 
 from bitsmoe_plugin import bound, coding, grids, packing, rounding
 from bitsmoe_plugin.allocation import allocate
+from bitsmoe_plugin.memory import release_free_memory
 from bitsmoe_plugin.packing import LayerShape, PackedExperts
-from bitsmoe_plugin.problem import LayerProblem, error_feedback, rank_feedback
-from bitsmoe_plugin.rounding import RankFeedback, ScaleGrid
+from bitsmoe_plugin.problem import LayerProblem, feedback_of, rank_feedback, rank_variances
+from bitsmoe_plugin.products import product, weighted_products
+from bitsmoe_plugin.rounding import Feedback, ScaleGrid
 from bitsmoe_plugin.spectral import SharedBases
+from bitsmoe_plugin.workers import ALONE, Workers
 
 GATE_UP_WEIGHT = 2.0
 """Gate and up errors count double in the allocation. Their first-order cost is too low by 1.5 to
@@ -64,37 +67,51 @@ class RoundedExperts:
     values: Tensor | None
 
     @staticmethod
-    def empty(bits: Tensor, size: int, with_values: bool) -> RoundedExperts:
-        """To be filled by ``put``, for rows of ``bits`` ``[3, e, r]`` and ``size`` values."""
-        words: list[list[Tensor]] = [[] for _ in range(3)]
-        codes, errors = torch.empty(bits.shape, dtype=torch.uint8), torch.empty(bits.shape)
-        return RoundedExperts(words, codes, errors, torch.empty(*bits.shape, size) if with_values else None)
+    def of(
+        rows: rounding.RoundedRows, bits: Tensor, widths: tuple[int, ...], with_values: bool
+    ) -> RoundedExperts:
+        """Packed rows of some factors ``[factors, e, r, ...]`` at ``bits`` alike."""
+        words = [
+            [packing.pack_expert(*expert, widths) for expert in zip(codes, width, strict=True)]
+            for codes, width in zip(rows.codes, bits, strict=True)
+        ]
+        return RoundedExperts(words, rows.scale_codes, rows.errors, rows.values if with_values else None)
 
-    def put(
-        self, factors: slice, part: slice, rows: rounding.RoundedRows, bits: Tensor, widths: tuple[int, ...]
-    ) -> None:
-        """Pack rows of some factors and of the next experts; ``bits`` are theirs, ``[factors, part, r]``."""
-        self.scale_codes[factors, part], self.errors[factors, part] = rows.scale_codes, rows.errors
-        if self.values is not None:
-            self.values[factors, part] = rows.values
-        for words, codes, width in zip(self.words[factors], rows.codes, bits, strict=True):
-            words.extend(packing.pack_expert(*pair, widths) for pair in zip(codes, width, strict=True))
+    @staticmethod
+    def of_all_factors(rank: RoundedExperts, down: RoundedExperts) -> RoundedExperts:
+        """Gate and up, and down, as one."""
+        return RoundedExperts(rank.words + down.words, *_joined([rank, down], 0))
+
+    @staticmethod
+    def of_all_experts(groups: list[RoundedExperts]) -> RoundedExperts:
+        """One group of experts after the other."""
+        words = [[word for group in groups for word in group.words[factor]] for factor in range(3)]
+        return RoundedExperts(words, *_joined(groups, 1))
+
+
+def _joined(parts: list[RoundedExperts], dim: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    values = [part.values for part in parts if part.values is not None]
+    return (
+        torch.cat([part.scale_codes for part in parts], dim),
+        torch.cat([part.errors for part in parts], dim),
+        torch.cat(values, dim) if values else None,
+    )
 
 
 def _output_weights(problem: LayerProblem, rank: Tensor, chosen: slice) -> tuple[list[Tensor], list[Tensor]]:
     """What a unit of squared error in a factor's values costs at the layer's output, to first order.
 
     Args:
-        rank: ``[2, e, r]``, conditional variances of the chosen experts' gate and up inputs.
+        rank: ``[1 or 2, e, r]``, conditional variances of the chosen experts' gate and up inputs.
 
     Returns:
         for gate, up and down the weights within a row, ``[e, 1, I]``, and of whole rows, ``[e, r]``.
     """
     statistics = problem.statistics
-    hidden = rounding.conditional_variance(error_feedback(statistics.hidden_moment[chosen], problem.config))
+    hidden = feedback_of(statistics.hidden_moment[chosen], problem.config).variance
     reach = problem.output_basis.square().sum(0).expand(rank.shape[1], -1)
     neuron = statistics.neuron_weights[:, chosen, None]
-    return [neuron[0], neuron[1], hidden[:, None]], [rank[0], rank[1], reach]
+    return [neuron[0], neuron[1], hidden[:, None]], [rank[0], rank[-1], reach]
 
 
 def _spectral_weights(problem: LayerProblem, chosen: slice) -> tuple[list[Tensor], list[Tensor]]:
@@ -113,45 +130,38 @@ def _spectral_weights(problem: LayerProblem, chosen: slice) -> tuple[list[Tensor
     return [ones, ones, ones], [z_energy[0], z_energy[-1], hidden]
 
 
-def row_costs(problem: LayerProblem, keep: list[int]) -> tuple[Tensor, Tensor, dict[int, RankFeedback]]:
+def row_costs(problem: LayerProblem, known: dict[int, Feedback] | None = None) -> tuple[Tensor, Tensor]:
     """What the rows of a layer cost at every width.
 
     Args:
-        keep: experts whose feedback factors, expensive to compute, the caller needs as well.
+        known: feedback of some experts, see ``rank_variances``; needed for ``cost="output"``.
 
     Returns:
         costs ``[3, E, r, widths]`` and energies ``[3, E, r]`` float32: estimated output error of
-        each row, and the first-order error of dropping it; feedback of ``keep``.
+        each row, and the first-order error of dropping it.
     """
     config, shape = problem.config, problem.shape
     costs = torch.empty(3, shape.num_experts, shape.rank, len(config.widths))
     energies = torch.empty(3, shape.num_experts, shape.rank)
-    spectral = config.cost == "spectral"
-    kept: dict[int, RankFeedback] = {}
+    variances = rank_variances(problem, known) if known else None
     for chosen in problem.chunks(shape.num_experts):
-        if spectral:
+        if variances is None:
             inner, outer = _spectral_weights(problem, chosen)
         else:
-            variances = []
-            for expert in range(chosen.start, chosen.stop):
-                feedback = rank_feedback(problem, expert)
-                variances.append(feedback.variance)
-                if expert in keep:
-                    kept[expert] = feedback
-            inner, outer = _output_weights(problem, torch.stack(variances, 1), chosen)
+            inner, outer = _output_weights(problem, variances[:, chosen], chosen)
         factors = [*problem.input_factors(chosen), problem.down_factors(chosen)]
         for factor, rows in enumerate(factors):
             energies[factor, chosen] = (rows.square() * inner[factor]).sum(-1) * outer[factor]
             for index, width in enumerate(config.widths):
                 distortion = grids.best_scale(rows, inner[factor], width)[1] * outer[factor]
                 distortion *= coding.expected_gain(width, config.grid, shape.intermediate_size)
-                if factor < 2 and not spectral:
+                if factor < 2 and variances is not None:
                     distortion *= GATE_UP_WEIGHT * (DROP_WEIGHT if width == 0 else 1.0)
                 costs[factor, chosen, :, index] = distortion
-    if spectral:  # what a projection's factor is multiplied with has a unit of its own
+    if variances is None:  # what a projection's factor is multiplied with has a unit of its own
         totals = energies.sum((1, 2), keepdim=True).clamp_min(1e-30)
         costs /= totals[..., None]
-    return costs, energies, kept
+    return costs, energies
 
 
 def row_sizes(shape: LayerShape, widths: tuple[int, ...]) -> list[int]:
@@ -169,11 +179,12 @@ def plan_layer(problem: LayerProblem, payload_bits: int) -> LayerPlan:
         payload_bits: the layer's share of the budget, for the trial.
     """
     widths = problem.config.widths
+    if problem.config.cost == "spectral":
+        return LayerPlan(*row_costs(problem), problem.bases, 1.0)
     stride = max(1, problem.shape.num_experts // _TRIAL_EXPERTS)
     experts = list(range(0, problem.shape.num_experts, stride))
-    costs, energies, feedback = row_costs(problem, experts)
-    if problem.config.cost == "spectral":
-        return LayerPlan(costs, energies, problem.bases, 1.0)
+    feedback = {expert: rank_feedback(problem, expert) for expert in experts}
+    costs, energies = row_costs(problem, feedback)
     sizes = row_sizes(problem.shape, widths)
     least = costs.shape[:-1].numel() * sizes[0]
     trial = allocate([costs.view(-1, len(widths)).numpy()], [sizes], max(payload_bits, least))
@@ -191,8 +202,9 @@ def round_experts(
     problem: LayerProblem,
     bits: Tensor,
     experts: list[int],
-    feedback: dict[int, RankFeedback] | None = None,
+    feedback: dict[int, Feedback] | None = None,
     with_values: bool = False,
+    workers: Workers = ALONE,
 ) -> tuple[RoundedExperts, ScaleGrid]:
     """Round some experts at given widths, a group of bounded working set after the other.
 
@@ -201,61 +213,90 @@ def round_experts(
         experts: their ids.
         feedback: of each, if known.
         with_values: also return what the codes stand for.
+        workers: share the groups, and get all of them.
 
     Returns:
         the rows, and their scale grid ``[3, r]``.
     """
-    config, size = problem.config, problem.shape.intermediate_size
-    result = RoundedExperts.empty(bits, size, with_values)
-    neuron = problem.statistics.neuron_weights[:, experts]
-    groups = problem.chunks(len(experts))
-    scales = _input_scales(problem, bits[:2], experts, groups)
+    config = problem.config
+    groups = {i: part for i, part in enumerate(problem.chunks(len(experts))) if workers.takes(i)}
+    scales = _of_all(
+        workers, {i: _input_scales(problem, bits[:2, part], experts[part]) for i, part in groups.items()}
+    )
     input_grid = ScaleGrid.covering(scales, bits[:2] > 0)
-    # Down is refitted to gate and up, but the grid of its scales must be known before its first row.
-    down = torch.empty(len(experts), problem.shape.rank, size)
-    down_feedback, down_scales = torch.empty(len(experts), size, size), torch.empty(bits[2].shape)
-    for part in groups:
+    first, waiting = {}, {}
+    for i, part in groups.items():
         rows = rounding.round_along_rank(
             problem.input_factors(experts[part]),
             bits[:2, part],
             _stacked_feedback(problem, experts[part], feedback),
-            neuron[:, part],
+            problem.statistics.neuron_weights[:, experts[part]],
             input_grid,
             scales[:, part],
             config.grid,
         )
-        result.put(slice(0, 2), part, rows, bits[:2, part], config.widths)
-        down[part], moments = refit_down(problem, rows.values, experts[part])
-        down_feedback[part] = error_feedback(moments, config)
-        inner = rounding.conditional_variance(down_feedback[part])[:, None]
-        down_scales[part] = rounding.best_scales(down[part], inner, bits[2, part], config.grid)
-    grid = ScaleGrid.covering(down_scales, bits[2] > 0)
-    for part in groups:
-        own = down[part], bits[2, part], down_feedback[part], grid, down_scales[part]
+        first[i] = RoundedExperts.of(rows, bits[:2, part], config.widths, with_values)
+        waiting[i] = _refitted(problem, rows.values, bits[2, part], experts[part])
+        release_free_memory()
+    # Down is refitted to gate and up, but the grid of its scales must be known before its first row.
+    scales = _of_all(workers, {i: down.scales for i, down in waiting.items()})
+    grid = ScaleGrid.covering(scales, bits[2] > 0)
+    done = {}
+    for i, part in groups.items():
+        down = waiting.pop(i)
+        own = down.factors, bits[2, part], down.feedback, grid, down.scales
         rows = rounding.stacked(rounding.round_along_neurons(*own, config.grid))
-        result.put(slice(2, 3), part, rows, bits[2:, part], config.widths)
-    return result, input_grid.stacked_with(grid)
+        last = RoundedExperts.of(rows, bits[2:, part], config.widths, with_values)
+        done[i] = RoundedExperts.of_all_factors(first.pop(i), last)
+    everyone = RoundedExperts.of_all_experts(list(workers.merged(done).values()))
+    return everyone, input_grid.stacked_with(grid)
 
 
-def _input_scales(problem: LayerProblem, bits: Tensor, experts: list[int], groups: list[slice]) -> Tensor:
+def _of_all(workers: Workers, scales: dict[int, Tensor]) -> Tensor:
+    """Scales ``[..., e, r]`` of all groups from those of this process's."""
+    return torch.cat(list(workers.merged(scales).values()), dim=-2)
+
+
+def _input_scales(problem: LayerProblem, bits: Tensor, experts: list[int]) -> Tensor:
     """Scales ``[2, e, r]`` float32 of gate and up rows of ``bits`` alike."""
     choose = rounding.unbiased_scales if problem.config.widening else rounding.best_scales
     neuron = problem.statistics.neuron_weights[:, experts, None]
-    return torch.cat(
-        [
-            choose(problem.input_factors(experts[part]), neuron[:, part], bits[:, part], problem.config.grid)
-            for part in groups
-        ],
-        dim=1,
-    )
+    return choose(problem.input_factors(experts), neuron, bits, problem.config.grid)
+
+
+@dataclass(frozen=True)
+class _Down:
+    """Down factors of some experts before they are rounded.
+
+    Attributes:
+        factors: ``[e, r, I]``.
+        feedback: of their neurons, ``[e]``.
+        scales: ``[e, r]``.
+    """
+
+    factors: Tensor
+    feedback: Feedback
+    scales: Tensor
+
+
+def _refitted(problem: LayerProblem, values: Tensor, bits: Tensor, experts: list[int]) -> _Down:
+    """
+    Args:
+        values: ``[2, e, r, I]``, decoded gate and up.
+        bits: ``[e, r]``, of down.
+    """
+    factors, moments = refit_down(problem, values, experts)
+    feedback = feedback_of(moments, problem.config)
+    scales = rounding.best_scales(factors, feedback.variance[:, None], bits, problem.config.grid)
+    return _Down(factors, feedback, scales)
 
 
 def _stacked_feedback(
-    problem: LayerProblem, experts: list[int], known: dict[int, RankFeedback] | None
-) -> RankFeedback:
-    """Feedback of gate and up of some experts, ``[2, e]``."""
+    problem: LayerProblem, experts: list[int], known: dict[int, Feedback] | None
+) -> Feedback:
+    """Feedback of gate and up of some experts, ``[1 or 2, e]``."""
     found = [known[e] if known else rank_feedback(problem, e) for e in experts]
-    return RankFeedback(torch.stack([f.unit for f in found], 1), torch.stack([f.variance for f in found], 1))
+    return rounding.stacked_feedback(found, dim=1)
 
 
 def _expert_hidden(problem: LayerProblem, expert: int, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -268,8 +309,8 @@ def _expert_hidden(problem: LayerProblem, expert: int, values: Tensor) -> tuple[
     x, z = problem.activations.hidden[tokens].float(), problem.z[:, tokens]
     gate, up = problem.weights.gate[expert].float(), problem.weights.up[expert].float()
     return (
-        problem.hidden(x @ gate.T, x @ up.T, expert),
-        problem.hidden(z[0] @ values[0], z[-1] @ values[1], expert),
+        problem.hidden(product(x, gate), product(x, up), expert),
+        problem.hidden(product(z[0], values[0].T), product(z[-1], values[1].T), expert),
     )
 
 
@@ -293,15 +334,15 @@ def refit_down(problem: LayerProblem, values: Tensor, experts: list[int]) -> tup
     size, h = problem.shape.intermediate_size, problem.shape.hidden_size
     for i, expert in enumerate(experts):
         exact, rounded = _expert_hidden(problem, expert, values[:, i])
-        a = problem.rows[expert].weights[:, None] / h
-        own, cross = (a * rounded).T @ rounded, (a * exact).T @ rounded
+        a = problem.rows[expert].weights / h
+        own, cross = weighted_products(rounded, rounded, a), weighted_products(exact, rounded, a)
         ridge = _REFIT_RIDGE * own.diagonal().mean().clamp_min(1e-30) * torch.eye(size)
-        wanted = down[i] @ (cross + ridge)
+        wanted = product(down[i], (cross + ridge).T)
         routed = problem.rows[expert].routed
         if problem.drift is not None:
             missing = _missing_output(problem, expert, problem.drift)
-            wanted += (a[:routed] * missing).T @ rounded[:routed]
-        fitted = torch.linalg.solve(own + ridge, wanted.T).T
+            wanted += weighted_products(missing, rounded[:routed], a[:routed])
+        fitted = product(wanted, torch.cholesky_inverse(torch.linalg.cholesky(own + ridge)))
         down[i] += routed / (routed + 2 * size) * (fitted - down[i])
         moments[i] = own
     return down, moments
@@ -337,7 +378,7 @@ def sampled_error(problem: LayerProblem, experts: list[int], values: Tensor) -> 
         rows = problem.rows[expert]
         exact, rounded = _expert_hidden(problem, expert, values[:2, i])
         down = problem.weights.down[expert].float()
-        error = exact @ down.T - rounded @ values[2, i].T @ problem.output_basis.T
+        error = product(exact, down) - product(product(rounded, values[2, i]), problem.output_basis)
         squares = error.square().mean(-1) * rows.weights
         alone += float(squares.sum())
         routed_alone += float(squares[: rows.routed].sum())
@@ -359,14 +400,16 @@ class RoundedLayer:
     errors: Tensor
 
 
-def round_layer(problem: LayerProblem, row_bits: Tensor) -> RoundedLayer:
+def round_layer(problem: LayerProblem, row_bits: Tensor, workers: Workers = ALONE) -> RoundedLayer:
     """Round all experts at the allocated widths and pack them.
 
     Args:
         row_bits: ``[3, E, r]`` int64.
+        workers: share the work; all must call this with the same arguments, and get the same.
     """
     widths = problem.config.widths
-    rounded, grid = round_experts(problem, row_bits, list(range(problem.shape.num_experts)))
+    everyone = list(range(problem.shape.num_experts))
+    rounded, grid = round_experts(problem, row_bits, everyone, workers=workers)
     input_basis, input_scales = packing.pack_basis(problem.bases.input_basis)
     output_basis, output_scales = packing.pack_basis(problem.bases.output_basis)
     packed = PackedExperts(

@@ -33,6 +33,7 @@ from bitsmoe_plugin.families import MoELayer, apply_gating, check_computation, l
 from bitsmoe_plugin.interruption import Interrupted, deferred_interrupt
 from bitsmoe_plugin.kept import choose_kept, kept_bits, model_budget, with_originals
 from bitsmoe_plugin.layer import LayerPlan, bits_over_bound, plan_layer, round_layer, row_sizes
+from bitsmoe_plugin.memory import release_free_memory
 from bitsmoe_plugin.packing import LayerShape, PackedExperts
 from bitsmoe_plugin.problem import build_problem
 from bitsmoe_plugin.progress import Hidden, PackedLayer, PlannedLayer, Progress, ProgressInMemory, Widths
@@ -43,6 +44,7 @@ from bitsmoe_plugin.spectral import ExpertWeights
 from bitsmoe_plugin.statistics import LayerActivations
 from bitsmoe_plugin.super_experts import ExpertOutputs, forms_massive_activations
 from bitsmoe_plugin.work_directory import WorkDirectory, locked
+from bitsmoe_plugin.workers import Workers
 
 THIN_TOKENS_PER_DIMENSION = 0.25
 
@@ -167,7 +169,8 @@ class _Run:
         layers: number of decoder layers.
         moe: index of a decoder layer -> its MoE layer, in forward order; dense ones are left out.
         tokens: statistics see the first so many, the others are held out.
-        stop: tells whether to stop at the next layer's edge.
+        stop: tells whether to stop at the next layer's edge; the first of ``workers`` is asked.
+        progress: of the first of ``workers``; the others' stays empty.
     """
 
     model: nn.Module
@@ -180,6 +183,7 @@ class _Run:
     tokens: int
     config: BitsMoEConfig
     stop: Callable[[], bool]
+    workers: Workers
 
     @contextmanager
     def loaded(self, layer: MoELayer) -> Iterator[ExpertWeights]:
@@ -195,30 +199,51 @@ class _Run:
             Interrupted: before a layer, if it is time to stop.
         """
         for index in logging.tqdm(range(first, self.layers), desc=text, initial=first, total=self.layers):
-            if self.stop():
+            if self.workers.from_main(self.stop):
                 raise Interrupted(
                     f"{text.lower()} stopped after {index} of {self.layers}; {self.config.work_dir} holds "
                     "what is finished. Start the same again to go on"
                 )
+            release_free_memory()
             yield index
 
 
 def _plan(run: _Run) -> None:
     """First pass: costs of all rows of all layers, on the unquantized model."""
-    kept = run.progress.plan_hidden()
+    workers, progress, moe = run.workers, run.progress, list(run.moe)
+    kept, first = workers.from_main(lambda: (progress.plan_hidden(), progress.planned))
     if kept is not None:
         run.forward.advance(kept)
-    for index in run.remaining(run.progress.planned, "Calibrating layers"):
-        planned, outputs = _plan_layer(run, index)
+    planned: dict[int, PlannedLayer] = {}
+    passed: list[tuple[int, Hidden]] = []
+    for index in run.remaining(first, "Calibrating layers"):
+        if index in run.moe and workers.takes(moe.index(index)):
+            planned[index], outputs = _plan_layer(run, index)
+        else:
+            outputs = _pass_layer(run, index)
         run.forward.advance(outputs)
-        run.progress.finish_plan(index, planned, outputs)
+        passed.append((index, outputs))
+        if index + 1 < run.layers and sum(i in run.moe for i, _ in passed) not in (0, workers.size):
+            continue  # to another layer, for another of the workers
+        plans = workers.merged(planned)
+        for number, hidden in passed:
+            if workers.main:
+                progress.finish_plan(number, plans.get(number), hidden)
+        planned, passed = {}, []
 
 
-def _plan_layer(run: _Run, index: int) -> tuple[PlannedLayer | None, Hidden]:
-    """What is found out about a decoder layer's experts, None if it is dense, and the layer's outputs."""
+def _pass_layer(run: _Run, index: int) -> Hidden:
+    """Outputs of a decoder layer, unquantized."""
     layer = run.moe.get(index)
     if layer is None:
-        return None, run.forward.run(index)
+        return run.forward.run(index)
+    with run.loaded(layer):
+        return run.forward.run(index)
+
+
+def _plan_layer(run: _Run, index: int) -> tuple[PlannedLayer, Hidden]:
+    """What is found out about a decoder layer's experts, and the layer's outputs."""
+    layer = run.moe[index]
     with run.loaded(layer) as weights:
         activations, outputs = capture_layer(run.forward, index, layer.module, run.config.token_weighting)
         seen = activations.first(run.tokens)
@@ -248,21 +273,22 @@ def _allocate(run: _Run) -> Widths:
 
 def _round(run: _Run, widths: Widths) -> None:
     """Second pass: round and replace the experts of every layer, and write the manifest."""
-    progress, exact = run.progress, run.forward.hidden
-    for index in range(progress.rounded):
+    workers, progress, exact = run.workers, run.progress, run.forward.hidden
+    kept, first = workers.from_main(lambda: (progress.layer_hidden(), progress.rounded))
+    for index in range(first):
         if index in run.moe:
-            _replace(run, run.moe[index], progress.packed(index))
-    kept = progress.layer_hidden()
+            _replace(run, run.moe[index], workers.from_main(partial(progress.packed, index)))
     if kept is not None:
         exact, hidden = kept
         run.forward.advance(hidden)
-    for index in run.remaining(progress.rounded, "Rounding layers"):
+    for index in run.remaining(first, "Rounding layers"):
         # exact: as the unquantized model goes on; forward.hidden is the quantized one's.
         layer, exact, hidden = _round_layer(run, index, exact, widths)
         run.forward.advance(hidden)
-        progress.finish_layer(index, layer, exact, hidden)
-        if layer is not None:  # from now on computed from where the progress keeps it
-            _replace(run, run.moe[index], progress.packed(index))
+        if workers.main:
+            progress.finish_layer(index, layer, exact, hidden)
+            if layer is not None:  # from now on computed from where the progress keeps it
+                _replace(run, run.moe[index], progress.packed(index))
 
 
 def _replace(run: _Run, layer: MoELayer, packed: PackedLayer) -> None:
@@ -321,7 +347,8 @@ def _round_layer(
 
 def _fit_layer(run: _Run, index: int, exact: Hidden, widths: Widths) -> _FittedLayer:
     """Round the experts of an MoE layer on what the layers before it put out."""
-    layer, config, plan = run.moe[index], run.config, run.progress.plan(index).plan
+    layer, config = run.moe[index], run.config
+    plan = run.workers.from_main(lambda: run.progress.plan(index).plan)
     row_bits, kept = widths.rows[index].long(), widths.kept[index]
     with run.loaded(layer) as weights:
         exact = run.forward.run(index, exact)
@@ -332,7 +359,7 @@ def _fit_layer(run: _Run, index: int, exact: Hidden, widths: Widths) -> _FittedL
         counts = warn_about_thin_calibration(layer.name, seen, shape)
         biases = read_biases(layer.module)
         problem = build_problem(layer.name, weights, seen, gating, config, plan.bases, drift, biases)
-        result = round_layer(problem, row_bits)
+        result = round_layer(problem, row_bits, run.workers)
         packed = with_originals(result.packed, weights, biases, kept)
         entry = layer_manifest(shape, packed, layer.module.down_proj.dtype, kept)
     others = _others(plan.costs, kept)
@@ -357,6 +384,9 @@ def quantize_model(
 ) -> BitsMoEConfig:
     """Quantize the routed experts of a model in place; goes on where ``config.work_dir`` says it ended.
 
+    Where torch.distributed is initialized, its processes share the work (see ``workers``); all must call this
+    with the same arguments, and the model of each is quantized.
+
     Args:
         model: transformers causal language model; all weights loaded, those of the experts too if ``source``
             is not given.
@@ -368,18 +398,37 @@ def quantize_model(
         the config with the manifest of the packed layers.
 
     Raises:
-        QuantizationError: no MoE layers, unknown family, NaN weights, budget out of reach, or a work
-            directory of another run.
+        QuantizationError: no MoE layers, unknown family, NaN weights, budget out of reach, a work
+            directory of another run, or other arguments than another process's.
         Interrupted: Ctrl-C, after a layer, if there is a work directory.
     """
-    source = source or LoadedExperts(model)
+    source, workers = source or LoadedExperts(model), Workers.present()
+    _check_same(workers, source, blocks, config)
     if config.work_dir is None:
-        return _quantize(model, blocks, config, source, ProgressInMemory(), lambda: False)
+        return _quantize(model, blocks, config, source, ProgressInMemory(), lambda: False, workers)
     path = Path(config.work_dir)
+    if not workers.main:
+        with deferred_interrupt() as stop:
+            return _quantize(model, blocks, config, source, ProgressInMemory(), stop, workers)
     with locked(path), deferred_interrupt() as stop:
         bound_to = identity(model, blocks, config, source)
         progress = ProgressOnDisk(WorkDirectory(path), bound_to, next(model.parameters()).device)
-        return _quantize(model, blocks, config, source, progress, stop)
+        return _quantize(model, blocks, config, source, progress, stop, workers)
+
+
+def _check_same(workers: Workers, source: ExpertSource, blocks: Tensor, config: BitsMoEConfig) -> None:
+    """Refuse to mix what processes compute from different models, texts or options."""
+    options = {key: value for key, value in config.to_dict().items() if key != "layers"}
+    own = repr((source.shapes, source.dtypes, options, _digest(blocks), torch.get_num_threads()))
+    if workers.from_main(lambda: own) != own:
+        raise QuantizationError(
+            f"process {workers.rank} of torch.distributed was given another model, calibration text, option "
+            "or number of threads than process 0; start all with the same"
+        )
+
+
+def _digest(blocks: Tensor) -> str:
+    return hashlib.sha256(blocks.contiguous().numpy().tobytes()).hexdigest()
 
 
 def _quantize(
@@ -389,6 +438,7 @@ def _quantize(
     source: ExpertSource,
     progress: Progress,
     stop: Callable[[], bool],
+    workers: Workers,
 ) -> BitsMoEConfig:
     """``quantize_model`` from what ``progress`` has on."""
     budget = model_budget(source, config)
@@ -399,12 +449,13 @@ def _quantize(
         blocks, seen = held_out_last(blocks, config.held_out)
         tokens = seen * blocks.shape[1]
         forward = LayerwiseForward(model, modules, blocks, config.batch_size)
-        run = _Run(model, forward, len(modules), moe, source, progress, budget, tokens, config, stop)
-        widths = progress.widths
+        run = _Run(model, forward, len(modules), moe, source, progress, budget, tokens, config, stop, workers)
+        widths = workers.from_main(lambda: progress.widths)
         if widths is None:
             _plan(run)
-            widths = _allocate(run)
-            progress.finish_widths(widths)
+            widths = workers.from_main(lambda: _allocate(run))
+            if workers.main:
+                progress.finish_widths(widths)
         config.layers = {}
         forward.restart()
         _round(run, widths)
@@ -412,7 +463,7 @@ def _quantize(
     config.calibration = {
         "tokens": tokens,
         "held_out_tokens": blocks.numel() - tokens,
-        "sha256": hashlib.sha256(blocks.contiguous().numpy().tobytes()).hexdigest(),
+        "sha256": _digest(blocks),
         "allocation_relative_gap": widths.relative_gap,
     }
     return config

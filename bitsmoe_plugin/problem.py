@@ -7,15 +7,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bitsmoe_plugin import rounding, spectral, statistics
+from bitsmoe_plugin import spectral, statistics
 from bitsmoe_plugin.config import BitsMoEConfig
 from bitsmoe_plugin.packing import LayerShape
-from bitsmoe_plugin.rounding import RankFeedback
+from bitsmoe_plugin.products import product
+from bitsmoe_plugin.rounding import Feedback
 from bitsmoe_plugin.spectral import BasisInverses, ExpertBiases, Experts, ExpertWeights, SharedBases
 from bitsmoe_plugin.statistics import ExpertRows, Gating, LayerActivations, LayerStatistics
 
-WORKING_SET = 2**26
-"""Experts are treated in groups whose covariances hold about this many values (256 MiB)."""
+WORKING_SET = 2**24
+"""Experts are treated in groups whose covariances hold about this many values (64 MiB)."""
 _SECOND_MOMENT_SHRINKAGE = 1e-3
 
 
@@ -76,19 +77,20 @@ class LayerProblem:
 
     def chunks(self, experts: int) -> list[slice]:
         """Positions 0..experts in groups of bounded working set."""
-        size = max(1, WORKING_SET // (2 * self.shape.rank**2))
+        size = max(1, WORKING_SET // self.pooled.numel())
         return [slice(start, min(start + size, experts)) for start in range(0, experts, size)]
 
 
 def shared_bases(weights: ExpertWeights, stats: LayerStatistics, config: BitsMoEConfig) -> SharedBases:
     """Bases of a layer, quantized as the config says."""
+    moments = statistics.basis_moments(weights, stats, config.neuron_weighting)
     if config.whitening:
         metric = spectral.shrink(stats.second_moment, _SECOND_MOMENT_SHRINKAGE)
-        outputs = stats.output_moment
+        outputs = moments.output
     else:
-        metric = torch.eye(weights.hidden_size, dtype=torch.float64, device=stats.gram.device)
+        metric = torch.eye(weights.hidden_size, dtype=torch.float64, device=moments.gram.device)
         outputs = sum(down.double() @ down.double().T for down in weights.down)
-    grams = stats.gram.sum(0, keepdim=True) if config.joint_basis else stats.gram
+    grams = moments.gram.sum(0, keepdim=True) if config.joint_basis else moments.gram
     given = torch.cat([spectral.input_basis(gram, metric) for gram in grams])
     out = spectral.output_basis(outputs)
     return SharedBases(
@@ -130,31 +132,48 @@ def build_problem(
         stats,
         bases,
         inverses,
-        activations.hidden.float() @ input_bases.transpose(1, 2),
+        torch.stack([product(activations.hidden.float(), basis) for basis in input_bases]),
         statistics.pooled_covariance(input_bases, stats),
         bases.output_basis.dequantize(),
         config,
-        None if drift is None else drift.float() @ inverses.output.T,
+        None if drift is None else product(drift.float(), inverses.output),
         biases,
     )
 
 
-def error_feedback(moment: Tensor, config: BitsMoEConfig) -> Tensor:
-    """``rounding.feedback_factor``, of the diagonal alone if the config switches feedback off."""
-    if not config.feedback:
-        moment = torch.diag_embed(moment.diagonal(dim1=-2, dim2=-1))
-    return rounding.feedback_factor(moment, config.damping)
+def feedback_of(moments: Tensor, config: BitsMoEConfig) -> Feedback:
+    """Feedback of second moments ``[..., n, n]``, none if the config switches it off."""
+    make = Feedback.of if config.feedback else Feedback.none
+    return make(moments, config.damping)
 
 
-def rank_feedback(problem: LayerProblem, expert: int) -> RankFeedback:
-    """Feedback of an expert's gate and up: unit ``[2, r, r]``, variance ``[2, r]``."""
-    moments = statistics.input_covariance(
+def rank_feedback(problem: LayerProblem, expert: int) -> Feedback:
+    """Feedback of an expert's gate and up: ``[1 or 2]`` of the rank."""
+    return feedback_of(statistics.input_covariance(*_seen_by(problem, expert)), problem.config)
+
+
+def rank_variances(problem: LayerProblem, known: dict[int, Feedback]) -> Tensor:
+    """``Feedback.variance`` of all experts, ``[1 or 2, E, r]``.
+
+    Feedback takes a Cholesky factor per expert. What an expert's inputs carry differs, how much of it
+    feedback explains hardly: that is taken from the experts whose feedback is known.
+    """
+    experts = range(problem.shape.num_experts)
+    total = torch.stack([statistics.input_variance(*_seen_by(problem, expert)) for expert in experts], 1)
+    total += problem.config.damping * total.mean(-1, keepdim=True).clamp_min(1e-30)
+    sample = list(known)
+    exact = torch.stack([feedback.variance for feedback in known.values()], 1)
+    left = (exact / total[:, sample]).log().mean(1, keepdim=True).exp()
+    total *= left
+    total[:, sample] = exact
+    return total
+
+
+def _seen_by(problem: LayerProblem, expert: int) -> tuple[Tensor, Tensor, LayerStatistics, ExpertRows, float]:
+    return (
         problem.z,
         problem.pooled,
         problem.statistics,
         problem.rows[expert],
         problem.config.covariance_prior,
     )
-    if not problem.config.feedback:
-        moments = torch.diag_embed(moments.diagonal(dim1=-2, dim2=-1))
-    return RankFeedback.of(moments, problem.config.damping)

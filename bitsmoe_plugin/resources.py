@@ -19,9 +19,10 @@ from bitsmoe_plugin.problem import WORKING_SET
 PROCESS_BYTES = 390 * 2**20
 """Python with torch and transformers, measured."""
 _KERNEL_BYTES = 750_000
-_KERNELS = 1024
-"""16-bit matrix products on the CPU: torch (oneDNN) compiles one for every shape, so for every number of
-tokens that an expert is given, and keeps up to 1024. Measured: 0.67 MB per shape, none in float32."""
+KERNELS = 256
+"""Matrix products through oneDNN: it compiles a kernel for every shape, so in 16 bits for every number of
+tokens that an expert is given, and keeps so many (the command line says so; 1024 otherwise). Measured in
+16 bits: 0.67 MB per shape."""
 _SECONDS_PER_WEIGHT = 6e-7
 """Pricing, rounding and packing without their matrix products, one core with AVX-512 (``bench quantize``)."""
 
@@ -70,10 +71,10 @@ def peak_memory(work: Workload, config: BitsMoEConfig) -> dict[str, int]:
         "process": PROCESS_BYTES,
         "model": work.other_bytes,
         "experts": work.itemsize * max(shape.weights for shape in work.shapes),
-        "kernels": _KERNEL_BYTES * min(_KERNELS, products) if work.itemsize == 2 else 0,
+        "kernels": _KERNEL_BYTES * min(KERNELS, products) if work.itemsize == 2 else 0,
         "plan": max(_plan_bytes(shape, config) for shape in work.shapes),
         "activations": work.tokens * hidden * (7 * work.itemsize + 3 * 4),
-        "layer": max(_layer_bytes(shape, work.tokens * config.input_bases, bits) for shape in work.shapes),
+        "layer": max(_layer_bytes(shape, work.tokens, bits, config.input_bases) for shape in work.shapes),
     }
 
 
@@ -84,20 +85,21 @@ def _plan_bytes(shape: LayerShape, config: BitsMoEConfig) -> int:
     return 4 * rows + code * (config.input_bases + 1) * shape.rank * shape.hidden_size
 
 
-def _layer_bytes(shape: LayerShape, coordinates: int, bits: float) -> int:
+def _layer_bytes(shape: LayerShape, tokens: int, bits: float, input_bases: int) -> int:
     """The working set of ``layer.round_experts``, float32 but where said otherwise.
 
-    Held all along: refitted down, hidden moments and their feedback, second moments and their
-    eigenvectors in float64 (about 10 of [H, H]), inputs in the basis (``coordinates`` of [r]), packed rows.
+    Held all along: refitted down, hidden moments and their feedback, second moments, bases and their
+    inverses (about 10 of [H, H], two of them in float64), inputs in the basis, packed rows.
     Of a group of experts: gate and up as factors, what is left of them, codes and values; feedback twice
-    (while it is stacked), and one covariance in float64 five times (while it is factored).
+    (while it is stacked).
     """
-    covariance = 2 * shape.rank**2
+    covariance = input_bases * shape.rank**2
     group = min(shape.num_experts, max(1, WORKING_SET // covariance))
     kept = 4 * shape.weights // 3 + 2 * 4 * shape.num_experts * shape.intermediate_size**2
-    kept += 10 * 8 * shape.hidden_size**2 + 4 * coordinates * shape.rank + int(bits * shape.weights / 8)
+    kept += 12 * 4 * shape.hidden_size**2 + 4 * tokens * input_bases * shape.rank
+    kept += int(bits * shape.weights / 8)
     rows = 2 * group * shape.rank * shape.intermediate_size
-    return kept + 4 * 4 * rows + 2 * 4 * group * covariance + 5 * 8 * shape.rank**2
+    return kept + 4 * 4 * rows + 2 * 4 * group * covariance
 
 
 def rough_seconds(work: Workload, config: BitsMoEConfig) -> float | None:

@@ -8,18 +8,22 @@ All functions are batched over experts; widths differ from row to row.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from bitsmoe_plugin import coding, fast_rounding, grids, trellis
+from bitsmoe_plugin.cholesky import upper_root
 
 SCALE_LEVELS = 32
 """A row's scale is one of 32 (5 bits), equally spaced in the logarithm; see ``ScaleGrid``."""
 _MAX_OCTAVES = 16.0
 _HEADROOM_OCTAVES = 0.1
 _LAZY = 32
-"""Rows between which errors are passed on at once; rows further on get theirs in one product."""
+"""Rows between which errors are passed on at once; rows further on get theirs in one product,"""
+_FAR = 128
+"""and rows further on than these theirs in one larger, more efficient product."""
 _NEARBY = 2
 """Scale codes tried on either side of the planned one when a row's turn comes."""
 _SAMPLE = 256
@@ -91,62 +95,53 @@ def _tensors(rows: RoundedRows) -> tuple[Tensor, ...]:
     return rows.codes, rows.scale_codes, rows.values, rows.errors
 
 
-def feedback_factor(moment: Tensor, damping: float) -> Tensor:
-    """Upper Cholesky factor U of the inverse of a damped second moment.
-
-    Args:
-        moment: ``[..., n, n]`` float32, symmetric, positive semidefinite.
-        damping: share of the mean diagonal that is added to the diagonal.
-
-    Returns:
-        ``[..., n, n]`` float32 with U^T U = inverse; 1 / U[k, k]^2 is the variance of coordinate
-        k that the later coordinates do not explain.
-    """
-    matrix = moment.double()
-    diagonal = matrix.diagonal(dim1=-2, dim2=-1)
-    floor = damping * diagonal.mean(-1, keepdim=True).clamp_min(1e-30)
-    matrix = matrix + torch.diag_embed(floor.expand_as(diagonal))
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(matrix))
-    return torch.linalg.cholesky(inverse, upper=True).float()
-
-
-def conditional_variance(feedback: Tensor) -> Tensor:
-    """``[..., n]``: what rounding coordinate k costs per squared error after feedback."""
-    return feedback.diagonal(dim1=-2, dim2=-1).square().reciprocal()
-
-
 @dataclass(frozen=True)
-class RankFeedback:
-    """Covariances C = unit diag(variance) unit^T of gate's and up's inputs, for rounding row after row.
+class Feedback:
+    """Second moments C = unit diag(variance) unit^T of what a factor's rows or columns are multiplied with.
 
     With d the errors (row minus value) of the rows rounded so far, row k is rounded to make up for
-    them, that is, towards row + unit[:k, k]^T d; what is left of its target costs variance[k] per square.
+    them, that is, towards row + unit[:k, k]^T d; what is left of its target costs variance[k] per square:
+    what the later coordinates do not explain of coordinate k.
     (QuIP's form of the feedback, arXiv 2307.13304; GPTQ's, from the inverse of C, has the same targets.)
 
     Attributes:
-        unit: ``[..., r, r]`` float32, upper triangular, ones on the diagonal.
-        variance: ``[..., r]`` float32.
+        unit: ``[..., n, n]`` float32, upper triangular, ones on the diagonal.
+        variance: ``[..., n]`` float32.
     """
 
     unit: Tensor
     variance: Tensor
 
     @staticmethod
-    def of(moments: Tensor, damping: float) -> RankFeedback:
-        """Of damped second moments ``[..., r, r]``; ``damping`` is the share of the mean diagonal added."""
-        unit, variance = torch.empty_like(moments), torch.empty_like(moments[..., 0])
-        size = moments.shape[-1]
-        # One at a time: in double precision each takes four times the memory of what is kept of it.
-        for matrix, out, left in zip(
-            moments.view(-1, size, size), unit.view(-1, size, size), variance.view(-1, size), strict=True
-        ):
-            flipped = matrix.double().flip(0, 1)
-            diagonal = flipped.diagonal()
-            diagonal += damping * diagonal.mean().clamp_min(1e-30)
-            root = torch.linalg.cholesky(flipped).flip(0, 1)
-            scale = root.diagonal()
-            out[:], left[:] = root / scale, scale.square()
-        return RankFeedback(unit, variance)
+    def of(moments: Tensor, damping: float) -> Feedback:
+        """Of damped second moments ``[..., n, n]``; ``damping`` is the share of the mean diagonal added."""
+        n = moments.shape[-1]
+        units, variances = [], []
+        for matrix in moments.reshape(-1, n, n):
+            diagonal = matrix.diagonal()
+            floor = damping * diagonal.mean().clamp_min(1e-30)
+            root = upper_root(matrix + torch.diag(floor.expand(n)))
+            scale = root.diagonal().clone()
+            units.append(root.div_(scale))
+            variances.append(scale.square_())
+        shape = moments.shape[:-2]
+        return Feedback(torch.stack(units).view(moments.shape), torch.stack(variances).view(*shape, n))
+
+    @staticmethod
+    def none(moments: Tensor, damping: float) -> Feedback:
+        """Of the diagonals alone: errors are not passed on."""
+        diagonal = moments.diagonal(dim1=-2, dim2=-1)
+        variance = diagonal + damping * diagonal.mean(-1, keepdim=True).clamp_min(1e-30)
+        return Feedback(torch.eye(moments.shape[-1], device=moments.device).expand_as(moments), variance)
+
+    def __getitem__(self, index: Any) -> Feedback:
+        """Of some of the experts."""
+        return Feedback(self.unit[index], self.variance[index])
+
+
+def stacked_feedback(parts: list[Feedback], dim: int = 0) -> Feedback:
+    """Several as one, along a new axis."""
+    return Feedback(torch.stack([f.unit for f in parts], dim), torch.stack([f.variance for f in parts], dim))
 
 
 def best_scales(rows: Tensor, weights: Tensor, bits: Tensor, grid: str) -> Tensor:
@@ -219,6 +214,7 @@ class _RankLoop:
 
     Attributes:
         work: ``[2, e, r, I]``: rows not yet rounded; of the others, row minus value.
+        unit: ``[1 or 2, e, r, r]``.
         start, low, step: planned scale codes ``[2, e, r]`` and scale grids ``[2, r]``.
         rows: what is being filled.
     """
@@ -231,6 +227,10 @@ class _RankLoop:
     low: Tensor
     step: Tensor
     rows: RoundedRows
+
+    def passed_on(self, begin: int, end: int, first: int, last: int) -> Tensor:
+        """What rows ``first`` to ``last`` make up for of rows ``begin`` to ``end``, ``[2, e, rows, I]``."""
+        return self.unit[:, :, begin:end, first:last].transpose(-1, -2) @ self.work[:, :, begin:end]
 
     def round(self, first: int, last: int, target: Tensor, grid: str) -> None:
         """Round rows ``first`` to ``last`` towards target ``[2, e, last - first, I]``."""
@@ -260,7 +260,7 @@ class _RankLoop:
 def round_along_rank(
     factors: Tensor,
     bits: Tensor,
-    feedback: RankFeedback,
+    feedback: Feedback,
     neuron_weights: Tensor,
     scale_grid: ScaleGrid,
     scales: Tensor,
@@ -272,7 +272,7 @@ def round_along_rank(
     Args:
         factors: ``[2, experts, rank, I]`` float32.
         bits: ``[2, experts, rank]`` int64.
-        feedback: ``[2, experts]`` of rank ``rank``.
+        feedback: ``[1 or 2, experts]`` of rank ``rank``: for both factors, or for each.
         neuron_weights: ``[2, experts, I]``.
         scale_grid: ``[2, rank]``.
         scales: ``[2, experts, rank]``, free scales to start from.
@@ -300,43 +300,43 @@ def round_along_rank(
         rows,
     )
     round_part = loop.round_fast if fast and fast_rounding.available(factors) else loop.round
-    for first in range(0, rank, _LAZY):
-        last = min(first + _LAZY, rank)
-        target = loop.unit[:, :, :first, first:last].transpose(-1, -2) @ loop.work[:, :, :first]
-        target += loop.work[:, :, first:last]
-        round_part(first, last, target, grid)
+    for far in range(0, rank, _FAR):
+        targets = loop.passed_on(0, far, far, min(far + _FAR, rank))
+        targets += loop.work[:, :, far : far + _FAR]
+        for first in range(far, min(far + _FAR, rank), _LAZY):
+            last = min(first + _LAZY, rank)
+            target = loop.passed_on(far, first, first, last)
+            target += targets[:, :, first - far : last - far]
+            round_part(first, last, target, grid)
     rows.errors.mul_(feedback.variance)
     return rows
 
 
-def _round_columns(target: Tensor, scale: Tensor, bits: Tensor, feedback: Tensor) -> Tensor:
+def _round_columns(target: Tensor, scale: Tensor, bits: Tensor, unit: Tensor) -> Tensor:
     """Codes of one block on the uniform grid, each column's error passed on to the next ones.
 
     A trellis chooses the codes of a block together, so it cannot pass errors on inside.
     """
     work = target.clone()
     codes = torch.zeros(*bits.shape, coding.BLOCK, dtype=torch.int32)
+    scale, bits = scale[..., None], bits[..., None]
     for i in range(work.shape[-1]):
-        column = work[:, :, i : i + 1]
-        code = grids.encode(column, scale[..., None], bits[..., None])
+        code = grids.encode(work[:, :, i : i + 1], scale, bits)
         codes[:, :, i] = code[..., 0].to(torch.int32)
-        error = (column - grids.decode(code, scale[..., None], bits[..., None])) / feedback[
-            :, None, i, i, None
-        ]
-        work[:, :, i + 1 :] -= error * feedback[:, None, i, i + 1 :]
+        error = target[:, :, i : i + 1] - grids.decode(code, scale, bits)
+        work[:, :, i + 1 :] += error * unit[:, None, i, i + 1 :]
     return codes
 
 
 def round_along_neurons(
-    factor: Tensor, bits: Tensor, feedback: Tensor, scale_grid: ScaleGrid, scales: Tensor, grid: str
+    factor: Tensor, bits: Tensor, feedback: Feedback, scale_grid: ScaleGrid, scales: Tensor, grid: str
 ) -> RoundedRows:
     """Round down factors, block after block of 32 neurons, each row under a scale fixed in advance.
 
-    Args as for ``round_along_rank`` without the first axis, but feedback is ``[experts, I, I]``.
+    Args as for ``round_along_rank`` without the first axis, but feedback is ``[experts]`` of neurons.
     """
     size = factor.shape[-1]
-    work, values = factor.clone(), torch.empty_like(factor)
-    weights = conditional_variance(feedback)[:, None]
+    weights = feedback.variance[:, None]
     low, step = scale_grid.low.float(), scale_grid.step.float()
     start = scale_grid.encode(scales)
     if fast_rounding.available(factor):
@@ -345,19 +345,21 @@ def round_along_neurons(
         scale_codes = _choose_scales(factor, weights, bits, start, low, step)
     scale = torch.exp2(low + scale_codes * step)
     codes = torch.empty(*bits.shape, coding.padded(size), dtype=torch.int32)
+    values, errors = torch.empty_like(factor), torch.empty_like(factor)  # errors: factor minus value
     remaining = torch.zeros(bits.shape)
     for first in range(0, size, coding.BLOCK):
         last = min(first + coding.BLOCK, size)
-        target, own = work[:, :, first:last], feedback[:, first:last, first:last]
+        own = feedback.unit[:, first:last, first:last]
         # |(target - value) root|^2 is what the block costs once later blocks have made up for it.
-        root = torch.linalg.inv(own)
+        root = own * feedback.variance[:, None, first:last].sqrt()
+        passed_on = errors[:, :, :first] @ feedback.unit[:, :first, first:last]
+        target = factor[:, :, first:last] + passed_on @ torch.linalg.inv(own)
         if grid == "uniform":
             code = _round_columns(target, scale, bits, own)
         else:
             code = coding.encode(target, scale, root.square().sum(-1)[:, None], bits, grid)
         value = coding.decode(code, scale, bits, last - first, grid)
         codes[:, :, first : first + coding.BLOCK], values[:, :, first:last] = code, value
-        error = (target - value) @ root
-        remaining += error.square().sum(-1)
-        work[:, :, last:] -= error @ feedback[:, first:last, last:]
+        errors[:, :, first:last] = factor[:, :, first:last] - value
+        remaining += ((target - value) @ root).square().sum(-1)
     return RoundedRows(codes, scale_codes, values, remaining)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from bitsmoe_plugin import grids
+from bitsmoe_plugin.products import product
 
 
 @dataclass(frozen=True)
@@ -192,10 +193,16 @@ Experts = slice | list[int]
 def input_factors(weights: ExpertWeights, inverses: BasisInverses, experts: Experts) -> Tensor:
     """Factors ``[2, e, rank, I]`` float32 that reproduce gate and up exactly in the quantized bases:
     gate = factor^T input_basis."""
-    pairs = ((weights.gate, inverses.given[0]), (weights.up, inverses.given[-1]))
-    return torch.stack([inverse.T @ matrix[experts].float().transpose(1, 2) for matrix, inverse in pairs])
+    pairs = ((inverses.given[0], weights.gate), (inverses.given[-1], weights.up))
+    return torch.stack([_times_all(inverse.T, matrix[experts]) for inverse, matrix in pairs])
 
 
 def down_factors(weights: ExpertWeights, inverses: BasisInverses, experts: Experts) -> Tensor:
     """Factors ``[e, rank, I]`` float32 that reproduce down exactly: down = output_basis factor."""
-    return inverses.output @ weights.down[experts].float()
+    return _times_all(inverses.output, weights.down[experts].transpose(1, 2)).contiguous()
+
+
+def _times_all(matrix: Tensor, rows: Tensor) -> Tensor:
+    """``matrix rows[e]^T`` for all e, ``[e, m, I]``, of ``[m, n]`` and ``[e, I, n]``, in one product."""
+    together = product(matrix, rows.float().flatten(0, 1))
+    return together.view(len(matrix), *rows.shape[:2]).transpose(0, 1)

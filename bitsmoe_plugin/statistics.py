@@ -22,10 +22,14 @@ import torch
 from torch import Tensor
 
 from bitsmoe_plugin.errors import QuantizationError
+from bitsmoe_plugin.products import product, weighted_products
 from bitsmoe_plugin.spectral import ExpertBiases, ExpertWeights
 
 Gating = Callable[[Tensor, Tensor], Tensor]
 """(gate ``[n, I]``, up ``[n, I]``) -> hidden ``[n, I]``, elementwise."""
+
+_TOGETHER = 8
+"""Experts whose products are taken as one."""
 
 PRIOR_TOKENS = 64
 """An expert with fewer routed tokens also sees this many tokens drawn from the whole layer."""
@@ -56,8 +60,6 @@ class LayerActivations:
 class LayerStatistics:
     """Attributes:
     second_moment: ``[H, H]`` float64, sum_te a x x^T / sum_te a, the inputs as routed.
-    gram: ``[2, H, H]`` float64, of gate and up: sum over experts and neurons of weight * w w^T.
-    output_moment: ``[H, H]`` float64, E[sum_e a y_e y_e^T] of the experts' outputs.
     hidden_moment: ``[E, I, I]`` float32, E[a h h^T] / H per expert.
     neuron_weights: ``[2, E, I]`` float32, E[a q_i] for gate and up.
     slot_weights: ``[2, T, k]`` float32, a sum_i q_ti of each routed (token, slot).
@@ -67,8 +69,6 @@ class LayerStatistics:
     """
 
     second_moment: Tensor
-    gram: Tensor
-    output_moment: Tensor
     hidden_moment: Tensor
     neuron_weights: Tensor
     slot_weights: Tensor
@@ -172,12 +172,10 @@ def collect(
 
     Args:
         biases: of the experts; those of down are in no statistic, ``output_energy`` included.
-        neuron_weighting: if not, the neurons of an expert weigh alike, and in ``gram`` all do.
+        neuron_weighting: if not, the neurons of an expert weigh alike.
     """
     num_experts, size, h = weights.num_experts, weights.intermediate_size, weights.hidden_size
     device = activations.hidden.device
-    gram = torch.zeros(2, h, h, dtype=torch.float64, device=device)
-    output_moment = torch.zeros_like(gram[0])
     hidden_moment = torch.empty(num_experts, size, size, device=device)
     neuron_weights = torch.empty(2, num_experts, size, device=device)
     slot_weights = torch.zeros(2, *activations.top_k_index.shape, device=device)
@@ -188,28 +186,23 @@ def collect(
         gate, up = weights.gate[expert].float(), weights.up[expert].float()
         down = weights.down[expert].float()
         x, a, routed = activations.hidden[picked.tokens].float(), picked.weights, picked.routed
-        products = x @ gate.T, x @ up.T
+        products = product(x, gate), product(x, up)
         products = products if biases is None else biases.add(*products, expert)
         hidden, *slopes = _gating_with_slopes(gating, *products)
         reach = down.square().sum(0) / h
-        for part, (slope, matrix) in enumerate(zip(slopes, (gate, up), strict=True)):
+        for part, slope in enumerate(slopes):
             q = slope.square_().mul_(reach)
             slot_weights[part, picked.tokens[:routed], picked.slots] = (a * q.sum(-1))[:routed]
             neuron_weights[part, expert] = a @ q if neuron_weighting else (a @ q).mean()
-            share = neuron_weights[part, expert] if neuron_weighting else 1.0
-            gram[part] += ((matrix.T * share) @ matrix).double()
-        hidden_moment[expert] = (hidden.T * a) @ hidden / h
-        output_moment += (down @ hidden_moment[expert] @ down.T * h).double()
+        hidden_moment[expert] = weighted_products(hidden, hidden, a) / h
         token_mass.index_add_(0, picked.tokens, a)
         p = activations.top_k_weights[picked.tokens[:routed], picked.slots, None]
-        single = hidden[:routed] @ down.T
+        single = product(hidden[:routed], down)
         peaks[expert] = single.abs().max() if routed else 0.0
         output.index_add_(0, picked.tokens[:routed], single * p)
     x = activations.hidden.float()
     return LayerStatistics(
-        second_moment=((x.T * (token_mass / token_mass.sum())) @ x).double(),
-        gram=gram,
-        output_moment=output_moment,
+        second_moment=weighted_products(x, x, token_mass / token_mass.sum()).double(),
         hidden_moment=hidden_moment,
         neuron_weights=neuron_weights,
         slot_weights=slot_weights,
@@ -218,10 +211,62 @@ def collect(
     )
 
 
+@dataclass(frozen=True)
+class BasisMoments:
+    """What the bases of a layer are the principal directions of.
+
+    Attributes:
+        gram: ``[2, H, H]`` float64, of gate and up: sum over experts and neurons of weight * w w^T.
+        output: ``[H, H]`` float64, E[sum_e a y_e y_e^T] of the experts' outputs.
+    """
+
+    gram: Tensor
+    output: Tensor
+
+
+def basis_moments(
+    weights: ExpertWeights, statistics: LayerStatistics, neuron_weighting: bool = True
+) -> BasisMoments:
+    """Sums over the experts of a layer.
+
+    Args:
+        neuron_weighting: if not, all neurons of gate and up weigh alike.
+    """
+    h = weights.hidden_size
+    gram = torch.zeros(2, h, h, dtype=torch.float64, device=weights.gate.device)
+    output = torch.zeros_like(gram[0])
+    for first in range(0, weights.num_experts, _TOGETHER):
+        some = slice(first, first + _TOGETHER)
+        for part, matrices in enumerate((weights.gate[some], weights.up[some])):
+            rows = matrices.float().flatten(0, 1)
+            share = statistics.neuron_weights[part, some].flatten()
+            gram[part] += weighted_products(rows, rows, share if neuron_weighting else torch.ones_like(share))
+        down = [matrix.float() for matrix in weights.down[some]]
+        moments = [product(*pair) for pair in zip(down, statistics.hidden_moment[some], strict=True)]
+        output += product(torch.cat(moments, 1), torch.cat(down, 1)) * h
+    return BasisMoments(gram, output)
+
+
 def pooled_covariance(bases: Tensor, statistics: LayerStatistics) -> Tensor:
     """Second moment ``[1 or 2, rank, rank]`` float32 of z = input basis times x over the whole layer."""
     exact = bases.double()
     return (exact @ statistics.second_moment @ exact.transpose(1, 2)).float()
+
+
+def _covariance_weights(statistics: LayerStatistics, rows: ExpertRows, parts: int) -> Tensor:
+    """Weights ``[parts, routed]`` of an expert's tokens in its inputs' covariances, each adding up to 1.
+
+    Of gate and up; where both are in one basis, the mean of the two: a covariance for each would double
+    the work, which is most of the work there is, and gains nothing that could be measured.
+    """
+    both = statistics.slot_weights[:, rows.tokens[: rows.routed], rows.slots]
+    both = both / both.sum(1, keepdim=True).clamp_min(1e-30)
+    return both if parts == 2 else both.mean(0, keepdim=True)
+
+
+def _own_share(rows: ExpertRows, rank: int, prior_strength: float) -> float:
+    prior = prior_strength * rank
+    return rows.routed / max(rows.routed + prior, 1e-9)
 
 
 def input_covariance(
@@ -237,15 +282,20 @@ def input_covariance(
         pooled: from ``pooled_covariance``.
 
     Returns:
-        ``[2, rank, rank]`` float32 (gate, up), normalised to unit total weight.
+        ``[1 or 2, rank, rank]`` float32, normalised to unit total weight.
     """
-    tokens = rows.tokens[: rows.routed]
-    prior = prior_strength * z.shape[-1]
-    share = rows.routed / max(rows.routed + prior, 1e-9)
-    z = z[:, tokens]
-    moments = []
-    for part in range(2):
-        weight = statistics.slot_weights[part, tokens, rows.slots]
-        own = (z[-part].T * (weight / weight.sum().clamp_min(1e-30))) @ z[-part]
-        moments.append(share * own + (1 - share) * pooled[-part])
-    return torch.stack(moments)
+    share = _own_share(rows, z.shape[-1], prior_strength)
+    weights = _covariance_weights(statistics, rows, len(z))
+    picked = z[:, rows.tokens[: rows.routed]]
+    own = torch.stack([weighted_products(x, x, weight) for x, weight in zip(picked, weights, strict=True)])
+    return share * own + (1 - share) * pooled
+
+
+def input_variance(
+    z: Tensor, pooled: Tensor, statistics: LayerStatistics, rows: ExpertRows, prior_strength: float
+) -> Tensor:
+    """The diagonals ``[1 or 2, rank]`` of ``input_covariance`` alone."""
+    share = _own_share(rows, z.shape[-1], prior_strength)
+    weights = _covariance_weights(statistics, rows, len(z))
+    own = torch.einsum("pn,pnr->pr", weights, z[:, rows.tokens[: rows.routed]].square())
+    return share * own + (1 - share) * pooled.diagonal(dim1=1, dim2=2)

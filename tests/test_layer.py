@@ -26,7 +26,7 @@ from bitsmoe_plugin.layer import (
 )
 from bitsmoe_plugin.packed_spec import PackedSpec
 from bitsmoe_plugin.packing import PackedExperts
-from bitsmoe_plugin.problem import LayerProblem, build_problem
+from bitsmoe_plugin.problem import LayerProblem, build_problem, rank_feedback, rank_variances
 from bitsmoe_plugin.serving import gating
 from bitsmoe_plugin.spectral import ExpertWeights
 from bitsmoe_plugin.statistics import PRIOR_TOKENS
@@ -139,6 +139,13 @@ def test_packed_forward_is_the_dense_forward_of_the_dequantized_weights(layer, o
     assert bool((layer.activations.top_k_index == 1).any()), "the dropped expert is never called"
 
 
+def costs_of(problem: LayerProblem) -> tuple[Tensor, Tensor]:
+    """``row_costs`` with the feedback of all experts, if it is needed."""
+    if problem.config.cost == "spectral":
+        return row_costs(problem)
+    return row_costs(problem, {expert: rank_feedback(problem, expert) for expert in range(E)})
+
+
 def factors_of(problem: LayerProblem) -> Tensor:
     """``[3, E, r, I]``: gate, up, down."""
     everyone = slice(None)
@@ -238,7 +245,7 @@ def test_same_input_same_bytes(layer) -> None:
 @pytest.mark.parametrize("options", [{}, {"grid": "uniform"}, {"cost": "spectral"}], ids=str)
 def test_costs_fall_with_the_width(layer, options: dict) -> None:
     """Guards the surrogate: a wider row never costs more, and 16 bits cost next to nothing."""
-    costs = row_costs(problem_of(layer, **options), [])[0]
+    costs = costs_of(problem_of(layer, **options))[0]
     assert bool(torch.isfinite(costs).all())
     assert bool((costs.diff(dim=-1) <= 0).all())
     assert bool((costs > 0).all())
@@ -250,7 +257,7 @@ def test_spectral_costs_are_row_energy_times_input_energy(layer) -> None:
     alike; for down the mean over neurons of E[a h^2] / H takes the place of the inputs. Costs are
     relative to the projection's total. 1e-4."""
     problem = problem_of(layer, cost="spectral", joint_basis=False)
-    costs, energies, _ = row_costs(problem, [])
+    costs, energies = costs_of(problem)
     expert, rows = 2, problem.rows[2]
     x = layer.activations.hidden[rows.tokens].double()
     a = rows.weights.double()[:, None]
@@ -270,7 +277,23 @@ def test_spectral_plan_is_not_corrected(layer) -> None:
     problem = problem_of(layer, cost="spectral")
     plan = plan_layer(problem, 2 * problem.shape.weights)
     assert plan.correction == 1.0
-    assert torch.equal(plan.costs, row_costs(problem, [])[0])
+    assert torch.equal(plan.costs, costs_of(problem)[0])
+
+
+def test_variances_of_other_experts_follow_from_the_known_ones(layer) -> None:
+    """What feedback explains is taken from half of the experts: theirs are exact, the others'
+    are closer to what they should be than the mean of the known ones."""
+    problem = problem_of(layer)
+    exact = {expert: rank_feedback(problem, expert) for expert in range(E)}
+    wanted = rank_variances(problem, exact)
+    for expert, feedback in exact.items():
+        torch.testing.assert_close(wanted[:, expert], feedback.variance)
+    half = {expert: exact[expert] for expert in range(0, E, 2)}
+    got = rank_variances(problem, half)
+    assert torch.equal(got[:, ::2], wanted[:, ::2])
+    off = float((got[:, 1::2] / wanted[:, 1::2]).log().square().mean())
+    same = wanted[:, ::2].log().mean(1, keepdim=True).exp()
+    assert off < float((same / wanted[:, 1::2]).log().square().mean())
 
 
 def test_trial_measures_the_error_of_the_layer(layer) -> None:
@@ -308,7 +331,7 @@ def test_unrouted_expert_is_rounded_like_the_others(layer) -> None:
     index = layer.activations.top_k_index
     activations = replace(layer.activations, top_k_index=torch.where(index == 5, 4, index))
     problem = problem_of(replace(layer, activations=activations))
-    costs = row_costs(problem, [])[0]
+    costs = costs_of(problem)[0]
     assert bool(torch.isfinite(costs).all())
     dropped = costs[..., 0].sum((0, 2))
     assert float(dropped[5]) > 0.25 * float(dropped[:5].median())

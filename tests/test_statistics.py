@@ -12,7 +12,7 @@ from torch import Tensor
 from bitsmoe_plugin import statistics
 from bitsmoe_plugin.errors import QuantizationError
 from bitsmoe_plugin.spectral import ExpertWeights
-from bitsmoe_plugin.statistics import PRIOR_TOKENS, LayerStatistics
+from bitsmoe_plugin.statistics import PRIOR_TOKENS, BasisMoments, LayerStatistics
 
 E, SIZE, H, T, K = 4, 8, 16, 50, 2
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-7}
@@ -26,7 +26,7 @@ def slopes(gating: Callable, gate: Tensor, up: Tensor, step: float = 1e-5) -> li
     return [by_gate, by_up]
 
 
-def slow_statistics(layer, rows) -> LayerStatistics:
+def slow_statistics(layer, rows) -> tuple[LayerStatistics, BasisMoments]:
     """The sums of the module text, one token of one expert after another, in float64."""
     w, a = layer.weights, layer.activations
     second, outputs = (torch.zeros(H, H, dtype=torch.double) for _ in range(2))
@@ -59,7 +59,8 @@ def slow_statistics(layer, rows) -> LayerStatistics:
                 gram[part] += neurons[part, e, i] * torch.outer(matrices[part][i], matrices[part][i])
     y = layer.forward(a.hidden, a.top_k_index, a.top_k_weights)
     energy = float((a.token_weights.double() * (y**2).sum(1) / H).mean())
-    return LayerStatistics(second / mass, gram, outputs, moment, neurons, slots, energy, peaks)
+    moments = BasisMoments(gram, outputs)
+    return LayerStatistics(second / mass, moment, neurons, slots, energy, peaks), moments
 
 
 @pytest.fixture
@@ -74,9 +75,10 @@ def collect(layer, rows) -> LayerStatistics:
 def test_every_sum_agrees_with_a_slow_implementation(layer) -> None:
     """Guards against a transposed product, a lost weight or a wrong slope in any statistic."""
     rows = statistics.expert_rows(layer.activations, E, seed=0)
-    fast, slow = collect(layer, rows), slow_statistics(layer, rows)
-    for name, value in vars(slow).items():
-        got = torch.as_tensor(getattr(fast, name), dtype=torch.double)
+    fast, (slow, slow_moments) = collect(layer, rows), slow_statistics(layer, rows)
+    moments = statistics.basis_moments(layer.weights, fast)
+    for name, value in {**vars(slow), **vars(slow_moments)}.items():
+        got = torch.as_tensor((vars(fast) | vars(moments))[name], dtype=torch.double)
         torch.testing.assert_close(got, torch.as_tensor(value, dtype=torch.double), **TOLERANCE, msg=name)
 
 
@@ -119,12 +121,12 @@ def test_unrouted_expert_gets_the_statistics_of_a_typical_one(make_layer) -> Non
     rows = statistics.expert_rows(activations, E, seed=0)
     assert rows[2].routed == 0
     stats = statistics.collect(layer.weights, activations, rows, layer.gating)
-    for value in (stats.hidden_moment, stats.neuron_weights, stats.output_moment, stats.second_moment):
+    for value in (stats.hidden_moment, stats.neuron_weights, stats.second_moment):
         assert bool(torch.isfinite(value).all())
     mass = stats.neuron_weights.sum(-1)
     assert bool((mass[:, 2] > mass[:, [0, 1, 3]].amin(1) / 4).all())
     covariance = covariance_of(torch.eye(H)[None], stats, activations, rows[2], 1.0)
-    torch.testing.assert_close(covariance, stats.second_moment.float().expand(2, H, H))
+    torch.testing.assert_close(covariance, stats.second_moment.float()[None])
 
 
 def test_slots_that_point_nowhere_are_ignored(layer) -> None:
@@ -169,7 +171,7 @@ def test_neuron_weight_and_covariance_predict_the_error_of_a_neuron(make_layer, 
     changed = getattr(layer.weights, part).clone()
     changed[3, 0] += d
     index = ("gate", "up").index(part)
-    covariance = covariance_of(torch.eye(H)[None], stats, layer.activations, rows[3], 0.0)[index]
+    covariance = covariance_of(torch.eye(H).expand(2, H, H), stats, layer.activations, rows[3], 0.0)[index]
     predicted = float(stats.neuron_weights[index, 3, 0] * (d @ covariance @ d))
     changed_weights = replace(layer.weights, **{part: changed})
     assert predicted == pytest.approx(measured_error(layer, changed_weights), rel=0.01)
@@ -195,23 +197,44 @@ def test_gate_and_up_have_the_covariance_of_their_own_basis(layer) -> None:
     bases = torch.randn(2, H, H)
     both = covariance_of(bases, stats, layer.activations, rows[1], 0.5)
     for part in range(2):
-        alone = covariance_of(bases[part, None], stats, layer.activations, rows[1], 0.5)
+        alone = covariance_of(bases[[part, part]], stats, layer.activations, rows[1], 0.5)
         torch.testing.assert_close(both[part], alone[part], **TOLERANCE)
 
 
+def test_one_basis_has_the_mean_covariance_of_gate_and_up(layer) -> None:
+    """Guards that neither of them is left out."""
+    rows = statistics.expert_rows(layer.activations, E, seed=0)
+    stats, basis = collect(layer, rows), torch.randn(1, H, H)
+    each = covariance_of(basis.expand(2, H, H), stats, layer.activations, rows[1], 0.5)
+    one = covariance_of(basis, stats, layer.activations, rows[1], 0.5)
+    assert float((each[0] - each[1]).norm() / each[0].norm()) > 0.01, "they do not differ in the example"
+    torch.testing.assert_close(one[0], each.mean(0), **TOLERANCE)
+
+
+@pytest.mark.parametrize("bases", [1, 2])
+def test_variances_are_the_diagonal_of_the_covariance(layer, bases: int) -> None:
+    rows = statistics.expert_rows(layer.activations, E, seed=0)
+    stats, basis = collect(layer, rows), torch.randn(bases, H, H)
+    z = layer.activations.hidden.float() @ basis.transpose(1, 2)
+    given = z, statistics.pooled_covariance(basis, stats), stats, rows[1], 0.5
+    covariance, variance = statistics.input_covariance(*given), statistics.input_variance(*given)
+    torch.testing.assert_close(variance, covariance.diagonal(dim1=1, dim2=2), **TOLERANCE)
+
+
 def test_neurons_weigh_alike_without_neuron_weighting(layer) -> None:
-    """The switch changes two statistics: an expert's neurons all weigh its mean, so that its share in
-    the layer stays, and the gram is that of the plain weights. All else is as before."""
+    """The switch changes two things: an expert's neurons all weigh its mean, so that its share in the
+    layer stays, and the bases see the plain weights. All else is as before."""
     rows = statistics.expert_rows(layer.activations, E, seed=0)
     weighted = collect(layer, rows)
     plain = statistics.collect(layer.weights, layer.activations, rows, layer.gating, neuron_weighting=False)
     mean = weighted.neuron_weights.mean(-1, keepdim=True).expand(2, E, SIZE)
     torch.testing.assert_close(plain.neuron_weights, mean)
     assert float((weighted.neuron_weights / mean).std()) > 0.1, "the example has nothing to switch off"
+    gram = statistics.basis_moments(layer.weights, plain, neuron_weighting=False).gram
     for part, weights in enumerate((layer.weights.gate, layer.weights.up)):
         stacked = weights.double().flatten(0, 1)
-        torch.testing.assert_close(plain.gram[part], stacked.T @ stacked, **TOLERANCE)
-    for name in ("second_moment", "output_moment", "hidden_moment", "slot_weights", "output_energy"):
+        torch.testing.assert_close(gram[part], stacked.T @ stacked, **TOLERANCE)
+    for name in ("second_moment", "hidden_moment", "slot_weights", "output_energy"):
         torch.testing.assert_close(getattr(plain, name), getattr(weighted, name), msg=name)
 
 

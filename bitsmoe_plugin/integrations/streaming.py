@@ -57,7 +57,7 @@ class StreamedExperts:
         self._empty = {
             layer.name: dict(layer.module.named_parameters(recurse=False)) for layer in self.layers
         }
-        self._keys: dict[str, dict[str, Path]] = {}
+        self._keys: dict[str, dict[str, dict[str, Path]]] = {}
         self._ignored = model._keys_to_ignore_on_load_unexpected
         model._keys_to_ignore_on_load_unexpected = {*(self._ignored or ()), *map(self._pattern, self.layers)}
         for layer in self.layers:
@@ -87,14 +87,14 @@ class StreamedExperts:
             if not self._keys[layer.name]:
                 raise QuantizationError(f"{layer.name}: its weights are not in {self._names()}")
 
-    def _find_keys(self) -> dict[str, dict[str, Path]]:
-        """Layer name -> names of the stored tensors that its parameters are made of -> file."""
+    def _find_keys(self) -> dict[str, dict[str, dict[str, Path]]]:
+        """Layer name -> parameter -> names of the stored tensors that it is made of -> file."""
         owner = {f"{name}.{part}": name for name, parts in self._empty.items() for part in parts}
         known = dict.fromkeys([*self._model.state_dict(), *owner], True)
         prefix = self._model.base_model_prefix
         renamings = [rule for rule in self._conversions() if isinstance(rule, WeightRenaming)]
         converters = [rule for rule in self._conversions() if isinstance(rule, WeightConverter)]
-        found: dict[str, dict[str, Path]] = {name: {} for name in self._empty}
+        found: dict[str, dict[str, dict[str, Path]]] = {name: {} for name in self._empty}
         for path in self.files:
             with safe_open(path, framework="pt") as file:
                 stored = list(file.keys())
@@ -103,7 +103,7 @@ class StreamedExperts:
                 if target not in known and key in known:  # as in transformers: better not renamed
                     target, _ = rename_source_key(key, [], [], prefix, known)
                 if target in owner:
-                    found[owner[target]][key] = path
+                    found[owner[target]].setdefault(target, {})[key] = path
         return found
 
     def _conversions(self) -> list[Any]:
@@ -137,28 +137,34 @@ class StreamedExperts:
         empty = self._empty[layer.name]
         for name, parameter in empty.items():
             setattr(layer.module, name, parameter)
-        conversions = self._model._weight_conversions
+        conversions, reasons = self._model._weight_conversions, []
         try:
-            with ExitStack() as stack:
-                stack.enter_context(_without_progress_bars())
-                files = {
-                    path: stack.enter_context(safe_open(path, framework="pt"))
-                    for path in sorted(set(self._keys[layer.name].values()))
-                }
-                slices = {key: files[path].get_slice(key) for key, path in self._keys[layer.name].items()}
-                info, _ = convert_and_load_state_dict_in_model(self._model, slices, self._load_config(layer))
+            # One after the other: while a parameter is put together, its parts are in memory too.
+            for keys in self._keys[layer.name].values():
+                reasons += self._load_parameter(layer, keys)
         except (OSError, RuntimeError, ValueError) as error:
             raise QuantizationError(f"{layer.name} cannot be read from {self._names()}: {error}") from error
         finally:
             self._model._weight_conversions = conversions
         missing = [name for name in empty if getattr(layer.module, name).is_meta]
         if missing:
-            wrong = {name.rpartition(".")[2]: f"{a} for {b}" for name, a, b in info.mismatched_keys}
-            reasons = [*info.conversion_errors.values(), *(f"{name}: {text}" for name, text in wrong.items())]
             raise QuantizationError(
                 f"{layer.name}: {', '.join(missing)} cannot be made from what is in {self._names()}"
                 + (f" ({'; '.join(reasons)})" if reasons else "")
             )
+
+    def _load_parameter(self, layer: MoELayer, keys: dict[str, Path]) -> list[str]:
+        """Load what some stored tensors are parts of; returns what went wrong."""
+        with ExitStack() as stack:
+            stack.enter_context(_without_progress_bars())
+            files = {
+                path: stack.enter_context(safe_open(path, framework="pt"))
+                for path in sorted(set(keys.values()))
+            }
+            slices = {key: files[path].get_slice(key) for key, path in keys.items()}
+            info, _ = convert_and_load_state_dict_in_model(self._model, slices, self._load_config(layer))
+        wrong = [f"{name.rpartition('.')[2]}: {a} for {b}" for name, a, b in info.mismatched_keys]
+        return [*info.conversion_errors.values(), *wrong]
 
     def _load_config(self, layer: MoELayer) -> LoadStateDictConfig:
         dtype = next(iter(self._empty[layer.name].values())).dtype

@@ -34,6 +34,7 @@ from bitsmoe_plugin.other_tensors import prediction_layers, record
 from bitsmoe_plugin.pipeline import quantize_model
 from bitsmoe_plugin.sources import ExpertSource, LoadedExperts
 from bitsmoe_plugin.work_directory import OUTPUT, has_progress, locked, remove, sync_directory, sync_tree
+from bitsmoe_plugin.workers import Workers
 
 
 def _read(path: str, name: str) -> Tensor:
@@ -204,16 +205,19 @@ def quantize_to_directory(model: str, out: Path, config: BitsMoEConfig) -> None:
 
     Finished layers are kept in a work directory (``config.work_dir``, or ``out`` with ".work" appended)
     until all is done: the same call continues there if this one ends early. ``out`` takes its name at the
-    end, so it is either absent or complete.
+    end, so it is either absent or complete. Of several processes (see ``workers``) the first one writes.
 
     Raises:
         BitsMoEError: bad input. Nothing is left behind but layers that were finished.
         Interrupted: Ctrl-C; says how to go on.
     """
-    out = Path(out).resolve()
-    check_output_directory(out)
+    out, workers = Path(out).resolve(), Workers.present()
+    workers.from_main(lambda: check_output_directory(out))
     config = copy.copy(config)
     config.work_dir = work = Path(config.work_dir or out.with_name(f"{out.name}.work"))
+    if not workers.main:  # it takes part, the first process writes
+        AutoModelForCausalLM.from_pretrained(model, quantization_config=config)
+        return
     with locked(work):
         try:
             quantized = AutoModelForCausalLM.from_pretrained(model, quantization_config=config)

@@ -80,10 +80,10 @@ void bitsmoe_choose_scales(const Grids *grids, const float *rows, const float *w
 
 /* Factors that are rounded row after row, P = factors times experts of them. */
 typedef struct {
-  int64_t problems, rank, first, last; /* P, r; rows of this call */
+  int64_t problems, units, rank, first, last; /* P, U, r; rows of this call */
   int32_t size, padded, experts;       /* I, whole blocks, experts per factor */
   const float *weights;                /* [P, I] */
-  const float *unit;                   /* [P, r, r] unit upper factor of the covariance */
+  const float *unit;                   /* [U, r, r] unit upper factor of the covariance, U = P or experts */
   const uint8_t *bits;                 /* [P, r] */
   const float *start;                  /* [P, r] planned scale codes */
   const float *low, *step;             /* [P / experts, r] scale grids */
@@ -154,7 +154,7 @@ static void round_some(const Grids *grids, const RankRows *r, int64_t from, int6
       decode_row(grids, r->codes + at * r->padded, r->size, r->bits[at],
                  exp2f(r->low[grid] + r->scale_codes[at] * r->step[grid]), value);
       r->errors[at] = rounding->pass_on(r->work + at * r->size, value, r->target + (p * called + k - r->first) * r->size,
-                              r->weights + p * r->size, r->size, r->unit + at * r->rank + k, (int)(r->last - k));
+                              r->weights + p * r->size, r->size, r->unit + (p % r->units * r->rank + k) * r->rank + k, (int)(r->last - k));
     }
   }
 }
