@@ -23,7 +23,7 @@ def language_model(model: Any, tokenizer: Any, batch_size: int) -> HFLM:
     """The model as lm-eval calls it.
 
     It computes in the dtype that it was loaded in; its softmax is in float32. lm-eval's default takes it
-    in the dtype of the logits, and in bfloat16 one of -10 is a multiple of 0.0625: too coarse
+    in the dtype of the logits, and in bfloat16 a log-likelihood of -10 is a multiple of 0.0625: too coarse
     to tell two answers, or two quantized models, apart.
     """
     return HFLM(
