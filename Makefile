@@ -26,7 +26,7 @@ install: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install -q "$(TORCH)"
-	$(BIN)/pip install -q -e ".[dev,report,triton]"
+	$(BIN)/pip install -q -e ".[dev,report,optimum,lm-eval,triton]"
 	touch $@
 
 # gptqmodel's own dependency list replaces torch and pins numpy; these are the parts that it uses.

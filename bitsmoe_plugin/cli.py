@@ -90,17 +90,30 @@ def _add_inspect(commands: Any) -> None:
 
 
 def _add_evaluate(commands: Any) -> None:
-    parser = commands.add_parser("evaluate", help="perplexity of a model, packed, of GPTQ or not quantized")
+    parser = commands.add_parser(
+        "evaluate",
+        help="perplexity, divergence and tasks of a model, packed, of GPTQ or not quantized",
+        description="Evaluate a model on text (--dataset), on tasks of lm-eval (--tasks), or both.",
+    )
     parser.add_argument("model", help="model directory or hub name")
-    _add_evaluation_options(parser, "--dataset")
+    _add_evaluation_options(parser, "--dataset", required=False)
+    parser.add_argument("--reference", help="full-precision model: also KL divergence and top-1 agreement")
     parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--sequence-length", type=int, default=512, help="tokens per block")
+    parser.add_argument("--sequence-length", type=int, default=512, help="tokens per block of the text")
+    parser.add_argument(
+        "--stride", type=int, help="overlapping blocks that begin this many tokens apart; each scores the new"
+    )
+    parser.add_argument("--tasks", help="comma list of tasks of lm-eval, e.g. arc_easy,hellaswag")
+    parser.add_argument("--task-dir", type=Path, help="directory of further tasks, as .yaml files of lm-eval")
+    parser.add_argument("--few-shot", type=int, help="examples in each prompt; default: as the task says")
+    parser.add_argument("--limit", type=int, help="only the first examples of each task")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=_evaluate)
 
 
-def _add_evaluation_options(parser: argparse.ArgumentParser, name: str) -> None:
-    parser.add_argument(name, required=True, help="evaluation text, .txt or .jsonl (field domain is used)")
+def _add_evaluation_options(parser: argparse.ArgumentParser, name: str, required: bool = True) -> None:
+    text = "evaluation text, .txt or .jsonl (field domain is used)"
+    parser.add_argument(name, required=required, help=text)
     parser.add_argument("--max-tokens", type=int, default=None, help="evaluate on at most this many tokens")
 
 
@@ -138,10 +151,14 @@ def _add_bench(commands: Any) -> None:
         add(names)
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The parser of all commands."""
+def build_parser(program: str = "bitsmoe") -> argparse.ArgumentParser:
+    """The parser of all commands.
+
+    Args:
+        program: what users type before a command.
+    """
     parser = argparse.ArgumentParser(
-        prog="bitsmoe", description="Quantize Mixture-of-Experts language models to 2 bits."
+        prog=program, description="Quantize Mixture-of-Experts language models to 2 bits."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for add in (
@@ -238,23 +255,57 @@ def _inspect(args: argparse.Namespace, stdout: TextIO) -> None:
 
 
 def _evaluate(args: argparse.Namespace, stdout: TextIO) -> None:
-    from bitsmoe_plugin.evaluation import evaluate_path
+    from transformers import AutoTokenizer
+
+    from bitsmoe_plugin.evaluation import load_for_evaluation
     from bitsmoe_plugin.inspection import print_evaluation
 
-    result = asdict(
-        evaluate_path(
-            args.model,
-            args.dataset,
-            sequence_length=args.sequence_length,
-            max_tokens=args.max_tokens,
+    _check_evaluate(args)
+    if args.tasks:
+        from bitsmoe_plugin.integrations.lm_eval import find_tasks
+
+        find_tasks(args.tasks.split(","), args.task_dir)  # a wrong name should not cost a load
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    result: dict[str, Any] = {}
+    model = load_for_evaluation(args.model)
+    if args.dataset:
+        result.update(_evaluate_text(args, model, tokenizer))
+    if args.tasks:
+        from bitsmoe_plugin.integrations.lm_eval import evaluate_tasks
+
+        result["tasks"] = evaluate_tasks(
+            model,
+            tokenizer,
+            args.tasks.split(","),
+            task_dir=args.task_dir,
+            few_shot=args.few_shot,
+            limit=args.limit,
             batch_size=args.batch_size,
         )
-    )
-    result = {key: value for key, value in result.items() if value is not None}
     if args.json:
         _print_json(result, stdout)
     else:
         print_evaluation(result, stdout)
+
+
+def _check_evaluate(args: argparse.Namespace) -> None:
+    """Refuse options without what they belong to."""
+    if not args.dataset and not args.tasks:
+        raise ConfigError("give --dataset TEXT for perplexity, --tasks NAMES for tasks of lm-eval, or both")
+    needs = {"--dataset": ("reference", "stride", "max_tokens"), "--tasks": ("task_dir", "few_shot", "limit")}
+    for owner, names in needs.items():
+        for name in names:
+            if getattr(args, name) is not None and not getattr(args, owner[2:]):
+                raise ConfigError(f"--{name.replace('_', '-')} belongs to {owner}, which is not given")
+
+
+def _evaluate_text(args: argparse.Namespace, model: Any, tokenizer: Any) -> dict[str, Any]:
+    from bitsmoe_plugin.evaluation import evaluate_text
+
+    names = ("sequence_length", "max_tokens", "stride", "reference", "batch_size")
+    options = {name: getattr(args, name) for name in names}
+    result = asdict(evaluate_text(model, tokenizer, args.dataset, **options))
+    return {key: value for key, value in result.items() if value is not None}
 
 
 def _compare(args: argparse.Namespace, stdout: TextIO) -> None:
@@ -283,19 +334,23 @@ def _compare(args: argparse.Namespace, stdout: TextIO) -> None:
         print_comparison(results, stdout)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, program: str = "bitsmoe") -> int:
     """Run a command; returns the exit status (2 for errors that the user can mend).
 
     Only the JSON of ``--json`` or the tables go to stdout; progress, logs and errors to stderr.
+
+    Args:
+        argv: arguments after the program's name; those of the process if None.
+        program: what users typed before them.
     """
-    args = build_parser().parse_args(argv)
+    args = build_parser(program).parse_args(argv)
     try:
         with stdout_to_stderr() as stdout:
             args.run(args, stdout)
     except (BitsMoEError, OSError) as error:  # OSError: transformers on a path without a model
-        print(f"bitsmoe: error: {error}", file=sys.stderr)
+        print(f"{program}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as error:
-        print(f"bitsmoe: {error or 'interrupted; nothing was written'}", file=sys.stderr)
+        print(f"{program}: {error or 'interrupted; nothing was written'}", file=sys.stderr)
         return 130
     return 0

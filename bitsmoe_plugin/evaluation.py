@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from bitsmoe_plugin.calibration import load_documents, read_jsonl, token_stream
-from bitsmoe_plugin.errors import QuantizationError
+from bitsmoe_plugin.errors import ConfigError, QuantizationError
 
 
 @dataclass(frozen=True)
@@ -21,10 +21,13 @@ class EvaluationText:
     """Attributes:
     domain: name of the domain ("all" where the data names none).
     blocks: ``[blocks, sequence_length]`` int64.
+    scored: how many tokens at the end of each block are scored; None: all but the first, which has
+        nothing before it.
     """
 
     domain: str
     blocks: Tensor
+    scored: int | None = None
 
 
 @dataclass
@@ -61,16 +64,22 @@ class Evaluation:
 
 
 def evaluation_text(
-    dataset: Any, tokenizer: Any, *, sequence_length: int, max_tokens: int | None
+    dataset: Any, tokenizer: Any, *, sequence_length: int, max_tokens: int | None, stride: int | None = None
 ) -> list[EvaluationText]:
     """Blocks of tokens per domain (field ``domain`` of a .jsonl file).
 
     Documents of a domain are joined and cut into non-overlapping blocks, in which each token but
-    the first is predicted. ``max_tokens`` is shared over the domains in proportion to their size.
+    the first is predicted; or with ``stride`` into overlapping ones, see ``_strided``. ``max_tokens`` is
+    shared over the domains in proportion to their size.
 
     Raises:
+        ConfigError: the stride is not from 1 to ``sequence_length``.
         QuantizationError: no domain fills one block.
     """
+    if stride is not None and not 1 <= stride <= sequence_length:
+        raise ConfigError(
+            f"stride={stride} is not allowed; allowed: from 1 to the sequence length, {sequence_length}"
+        )
     by_domain: dict[str, list[Any]] = {}
     if isinstance(dataset, (str, Path)) and Path(dataset).suffix == ".jsonl" and Path(dataset).is_file():
         for row in read_jsonl(Path(dataset)):
@@ -83,7 +92,9 @@ def evaluation_text(
     texts = []
     for name, stream in streams.items():
         blocks = int(len(stream) * share) // sequence_length
-        if blocks:
+        if blocks and stride is not None:
+            texts += _strided(name, torch.tensor(stream[: int(len(stream) * share)]), sequence_length, stride)
+        elif blocks:
             tokens = torch.tensor(stream[: blocks * sequence_length]).view(blocks, sequence_length)
             texts.append(EvaluationText(name, tokens))
     if not texts:
@@ -93,12 +104,37 @@ def evaluation_text(
     return texts
 
 
-def _score(batch: Tensor, model: nn.Module, reference: nn.Module | None) -> _Sums:
-    log_probs = model(input_ids=batch, use_cache=False).logits[:, :-1].float().log_softmax(-1)
-    loss = -log_probs.gather(-1, batch[:, 1:, None]).double().sum()
-    sums = _Sums(loss=float(loss), tokens=batch[:, 1:].numel())
+def _strided(domain: str, tokens: Tensor, length: int, stride: int) -> list[EvaluationText]:
+    """Windows of ``length`` tokens, each ``stride`` after the last, that score what no earlier one saw.
+
+    As in transformers' guide to the perplexity of models of fixed length: a scored token has at least
+    ``length - stride`` tokens before it, and the end of the text is scored too.
+
+    Args:
+        tokens: ``[tokens]``, at least ``length``.
+    """
+    windows = tokens.unfold(0, length, stride)
+    # A window as long as its stride begins with a token that has nothing before it.
+    new = min(stride, length - 1)
+    texts = [EvaluationText(domain, windows[:1]), EvaluationText(domain, windows[1:], new)]
+    seen = length + stride * (len(windows) - 1)
+    rest = tokens[stride * len(windows) :]
+    texts.append(EvaluationText(domain, rest[None], min(len(tokens) - seen, len(rest) - 1)))
+    return [text for text in texts if len(text.blocks) and text.scored != 0 and text.blocks.shape[1] > 1]
+
+
+def _log_probs(model: nn.Module, batch: Tensor, scored: int) -> Tensor:
+    """Of the last tokens, ``[batch, scored, vocabulary]``; softmax in float32."""
+    logits = model(input_ids=batch, use_cache=False).logits[:, -1 - scored : -1]
+    return logits.float().log_softmax(-1)
+
+
+def _score(batch: Tensor, scored: int, model: nn.Module, reference: nn.Module | None) -> _Sums:
+    log_probs = _log_probs(model, batch, scored)
+    loss = -log_probs.gather(-1, batch[:, -scored:, None]).double().sum()
+    sums = _Sums(loss=float(loss), tokens=batch[:, -scored:].numel())
     if reference is not None:
-        wanted = reference(input_ids=batch, use_cache=False).logits[:, :-1].float().log_softmax(-1)
+        wanted = _log_probs(reference, batch, scored)
         divergence = torch.nn.functional.kl_div(log_probs, wanted, reduction="sum", log_target=True)
         sums.divergence = float(divergence)
         sums.agreement = float((log_probs.argmax(-1) == wanted.argmax(-1)).sum())
@@ -115,12 +151,13 @@ def evaluate_model(
 ) -> Evaluation:
     """Perplexity of ``model`` and, if given, divergence from ``reference``. Softmax in float32."""
     total = _Sums()
-    batches = [(text.domain, batch) for text in texts for batch in text.blocks.split(batch_size)]
+    batches = [(text, batch) for text in texts for batch in text.blocks.split(batch_size)]
     domains: dict[str, _Sums] = {}
     device = next(model.parameters()).device
-    for domain, batch in logging.tqdm(batches, desc="Evaluating"):
-        sums = _score(batch.to(device), model, reference)
-        domains.setdefault(domain, _Sums()).add(sums)
+    for text, batch in logging.tqdm(batches, desc="Evaluating"):
+        scored = batch.shape[1] - 1 if text.scored is None else text.scored
+        sums = _score(batch.to(device), scored, model, reference)
+        domains.setdefault(text.domain, _Sums()).add(sums)
         total.add(sums)
     per_domain = {name: math.exp(sums.loss / sums.tokens) for name, sums in domains.items()}
     compared = reference is not None
@@ -133,21 +170,61 @@ def evaluate_model(
     )
 
 
-def evaluate_path(
-    model: str,
+def load_for_evaluation(model: str) -> Any:
+    """A saved model, packed, of GPTQ or not quantized, in the dtype that it was saved in."""
+    from transformers import AutoModelForCausalLM
+
+    from bitsmoe_plugin.comparison.gptq_checkpoint import is_gptq, load_gptq_model
+
+    load = load_gptq_model if is_gptq(model) else AutoModelForCausalLM.from_pretrained
+    return load(model).eval()
+
+
+def load_reference(path: str, model: Any) -> Any:
+    """The model that ``model`` is to be compared with.
+
+    Raises:
+        ConfigError: its vocabulary is another.
+    """
+    reference = load_for_evaluation(path)
+    sizes = [m.get_output_embeddings().weight.shape[0] for m in (reference, model)]
+    if sizes[0] != sizes[1]:
+        raise ConfigError(
+            f"reference {path} has {sizes[0]} tokens in its vocabulary and the evaluated model {sizes[1]}; "
+            "give the model that was quantized"
+        )
+    return reference
+
+
+def evaluate_text(
+    model: Any,
+    tokenizer: Any,
     dataset: Any,
     *,
     sequence_length: int = 512,
     max_tokens: int | None = None,
+    stride: int | None = None,
+    reference: str | None = None,
     batch_size: int = 8,
 ) -> Evaluation:
-    """Perplexity of a saved model, packed, of GPTQ or not quantized, read with its own tokenizer."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    """Perplexity of a loaded model on text and, if given, divergence from a saved reference model.
 
-    from bitsmoe_plugin.comparison.gptq_checkpoint import is_gptq, load_gptq_model
+    Args:
+        reference: directory or hub name of the full-precision model.
 
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    texts = evaluation_text(dataset, tokenizer, sequence_length=sequence_length, max_tokens=max_tokens)
-    load = load_gptq_model if is_gptq(model) else AutoModelForCausalLM.from_pretrained
-    loaded = load(model).eval()
-    return evaluate_model(loaded, texts, batch_size=batch_size)
+    Raises:
+        ConfigError: a stride that is not allowed, or a reference with another vocabulary.
+        QuantizationError: too little text.
+    """
+    texts = evaluation_text(
+        dataset, tokenizer, sequence_length=sequence_length, max_tokens=max_tokens, stride=stride
+    )
+    other = load_reference(reference, model) if reference is not None else None
+    return evaluate_model(model, texts, reference=other, batch_size=batch_size)
+
+
+def evaluate_path(model: str, dataset: Any, **options: Any) -> Evaluation:
+    """``evaluate_text`` for a saved model, packed, of GPTQ or not quantized, with its own tokenizer."""
+    from transformers import AutoTokenizer
+
+    return evaluate_text(load_for_evaluation(model), AutoTokenizer.from_pretrained(model), dataset, **options)

@@ -50,6 +50,9 @@ def _library() -> ctypes.CDLL:
     ]
     lib.bitsmoe_choose_scales.restype = None
     lib.bitsmoe_round_rank.argtypes = [grids, POINTER(_RankRows), c_int]
+    lib.bitsmoe_rank_rows_bytes.restype = c_int64
+    built_from = lib.bitsmoe_rank_rows_bytes()  # other sources, if the package was not installed since
+    assert built_from == ctypes.sizeof(_RankRows), "fast_rounding.py and csrc/rounding.c disagree"
     return lib
 
 

@@ -169,9 +169,36 @@ def print_inspection(report: dict[str, Any], stream: TextIO) -> None:
 
 
 def print_evaluation(result: dict[str, Any], stream: TextIO) -> None:
-    """Perplexity per domain and overall as a table."""
+    """Perplexity per domain and overall, divergence from the reference and results of tasks, as tables."""
+    console = table_console(stream)
+    if "perplexity" in result:
+        _print_text(result, console)
+    if "tasks" in result:
+        table = Table("task", "metric", "value", "standard error", "examples")
+        for task, values in result["tasks"].items():
+            for metric in [m for m in values if m != "samples" and "_stderr" not in m]:
+                name, comma, filtered = metric.partition(",")
+                error = values.get(f"{name}_stderr{comma}{filtered}")
+                samples = values.get("samples")
+                table.add_row(
+                    task,
+                    metric,
+                    f"{values[metric]:.4f}",
+                    "-" if error is None else f"{error:.4f}",
+                    "-" if samples is None else f"{samples:.0f}",
+                )
+        console.print(table)
+
+
+def _print_text(result: dict[str, Any], console: Console) -> None:
     table = Table("text", "perplexity")
     for domain, perplexity in result["per_domain"].items():
         table.add_row(domain, f"{perplexity:.3f}")
     table.add_row(f"all ({result['tokens']:,} tokens)", f"{result['perplexity']:.3f}", style="bold")
-    table_console(stream).print(table)
+    console.print(table)
+    if "kl_divergence" in result:
+        console.print(
+            f"KL divergence from the reference: {result['kl_divergence']:.4f} nats per token; same most "
+            f"likely token: {100 * result['top1_agreement']:.1f} %",
+            highlight=False,
+        )

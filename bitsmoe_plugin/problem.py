@@ -155,16 +155,22 @@ def rank_feedback(problem: LayerProblem, expert: int) -> Feedback:
 def rank_variances(problem: LayerProblem, known: dict[int, Feedback]) -> Tensor:
     """``Feedback.variance`` of all experts, ``[1 or 2, E, r]``.
 
-    Feedback takes a Cholesky factor per expert. What an expert's inputs carry differs, how much of it
-    feedback explains hardly: that is taken from the experts whose feedback is known.
+    Feedback takes a Cholesky factor per expert. Of the others, what it explains of their inputs' variance
+    is taken from the experts whose feedback is known, and from the layer's own covariance: the less an
+    expert has seen itself, the more from that.
     """
+    config, rank = problem.config, problem.shape.rank
     experts = range(problem.shape.num_experts)
     total = torch.stack([statistics.input_variance(*_seen_by(problem, expert)) for expert in experts], 1)
-    total += problem.config.damping * total.mean(-1, keepdim=True).clamp_min(1e-30)
-    sample = list(known)
+    total += config.damping * total.mean(-1, keepdim=True).clamp_min(1e-30)
+    share = torch.tensor([statistics.own_share(rows, rank, config.covariance_prior) for rows in problem.rows])
     exact = torch.stack([feedback.variance for feedback in known.values()], 1)
-    left = (exact / total[:, sample]).log().mean(1, keepdim=True).exp()
-    total *= left
+    sample = list(known)
+    left = (exact / total[:, sample]).log().mean(1, keepdim=True)
+    diagonal = Feedback.none(problem.pooled, config.damping).variance
+    left_of_layer = (feedback_of(problem.pooled, config).variance / diagonal).log()[:, None]
+    own = (share / share[sample].mean().clamp_min(1e-9)).clamp_max(1.0)[:, None]
+    total *= (own * left + (1 - own) * left_of_layer).exp()
     total[:, sample] = exact
     return total
 

@@ -264,7 +264,8 @@ def _covariance_weights(statistics: LayerStatistics, rows: ExpertRows, parts: in
     return both if parts == 2 else both.mean(0, keepdim=True)
 
 
-def _own_share(rows: ExpertRows, rank: int, prior_strength: float) -> float:
+def own_share(rows: ExpertRows, rank: int, prior_strength: float) -> float:
+    """Weight of an expert's own tokens in ``input_covariance``, 0 to 1; the rest is the layer's."""
     prior = prior_strength * rank
     return rows.routed / max(rows.routed + prior, 1e-9)
 
@@ -284,7 +285,7 @@ def input_covariance(
     Returns:
         ``[1 or 2, rank, rank]`` float32, normalised to unit total weight.
     """
-    share = _own_share(rows, z.shape[-1], prior_strength)
+    share = own_share(rows, z.shape[-1], prior_strength)
     weights = _covariance_weights(statistics, rows, len(z))
     picked = z[:, rows.tokens[: rows.routed]]
     own = torch.stack([weighted_products(x, x, weight) for x, weight in zip(picked, weights, strict=True)])
@@ -295,7 +296,7 @@ def input_variance(
     z: Tensor, pooled: Tensor, statistics: LayerStatistics, rows: ExpertRows, prior_strength: float
 ) -> Tensor:
     """The diagonals ``[1 or 2, rank]`` of ``input_covariance`` alone."""
-    share = _own_share(rows, z.shape[-1], prior_strength)
+    share = own_share(rows, z.shape[-1], prior_strength)
     weights = _covariance_weights(statistics, rows, len(z))
     own = torch.einsum("pn,pnr->pr", weights, z[:, rows.tokens[: rows.routed]].square())
     return share * own + (1 - share) * pooled.diagonal(dim1=1, dim2=2)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,6 +116,25 @@ def packed_moe_tiny(moe_tiny_path: Path, tmp_path_factory: pytest.TempPathFactor
     )
     quantize_to_directory(str(moe_tiny_path), directory, config)
     return directory
+
+
+@pytest.fixture(scope="session")
+def installed_wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The package as users get it: built into a wheel and installed into this directory, to be put on
+    PYTHONPATH. The editable installation that tests run from has other entry points and files."""
+    root, scratch = Path(__file__).parents[1], tmp_path_factory.mktemp("wheel")
+    source = scratch / "source"  # a copy, because files left in build/ would get into the wheel
+    # All folders, so that one that should not be packaged would be noticed.
+    unwanted = (".*", "build", "dist", "out", "logs", "*.egg-info", "__pycache__", "*.so")
+    shutil.copytree(root, source, ignore=shutil.ignore_patterns(*unwanted))
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    build = [*pip, "wheel", "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", str(scratch)]
+    subprocess.run([*build, str(source)], check=True)
+    (wheel,) = scratch.glob("*.whl")
+    target = scratch / "installed"
+    install = [*pip, "install", "--no-deps", "--no-index", "--target", str(target), str(wheel)]
+    subprocess.run(install, check=True)
+    return target
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from bitsmoe_plugin import BitsMoEConfig, CheckpointError
 from bitsmoe_plugin.calibration import LayerwiseForward, capture_layer
@@ -52,6 +52,18 @@ def test_logits_are_bitwise_equal_after_save_and_load(quantized, saved) -> None:
     tokens = torch.randint(0, 4096, (3, 40), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         assert torch.equal(quantized(tokens).logits, loaded(tokens).logits)
+
+
+def test_the_model_without_its_head_loads_what_was_saved_with_it(saved, tmp_path) -> None:
+    """``AutoModel`` has other names for the layers than the manifest, and so has what it saves."""
+    tokens = torch.arange(40)[None]
+    whole, base = AutoModelForCausalLM.from_pretrained(saved), AutoModel.from_pretrained(saved)
+    base.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    with torch.no_grad():
+        outputs = [model(tokens).last_hidden_state for model in (whole.model, base, again.model)]
+    assert torch.equal(outputs[0], outputs[1])
+    assert torch.equal(outputs[0], outputs[2])
 
 
 def test_casting_the_model_leaves_packed_tensors_alone(saved) -> None:

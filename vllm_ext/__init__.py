@@ -1,4 +1,7 @@
-"""Serve BitsMoE checkpoints with vLLM. Importing this package imports neither vLLM nor torch."""
+"""Serve BitsMoE checkpoints with vLLM, and what torch loads on import (``autoload``).
+
+Importing this package imports nothing: neither vLLM, nor torch, nor bitsmoe_plugin.
+"""
 
 
 def register() -> None:

@@ -75,15 +75,22 @@ class BitsMoEQuantizer(HfQuantizer):
             model_budget(self._source, config)
             named_kept(self._source, config)
             return
+        self._replace_experts(model, checkpoint_files or [])
+
+    def _replace_experts(self, model: nn.Module, files: list[str]) -> None:
+        """Put empty packed experts where the originals are, once manifest and files are seen to fit."""
+        config = self.quantization_config
         layers = find_moe_layers(model)
-        surplus = set(config.layers) - {layer.name for layer in layers}
+        stored = _stored_names(model, [layer.name for layer in layers], config)
+        surplus = set(config.layers) - set(stored.values())
         if surplus:
             raise CheckpointError(
                 f"quantization_config describes {', '.join(sorted(surplus))}, which the model lacks"
             )
+        config.layers = {name: config.layers[old] for name, old in stored.items()}
         specs = {layer.name: packed_spec(layer.name, config) for layer in layers}
-        if checkpoint_files:
-            verify_headers(stored_tensors(checkpoint_files), specs)
+        if files:
+            verify_headers(stored_tensors(files), {stored[name]: spec for name, spec in specs.items()})
         for layer in layers:
             check_shape(layer.name, specs[layer.name], layer.module)
             module = BitsMoEExperts(layer.module, specs[layer.name])
@@ -148,6 +155,21 @@ class BitsMoEQuantizer(HfQuantizer):
         return False
 
 
+def _stored_names(model: Any, layers: list[str], config: BitsMoEConfig) -> dict[str, str]:
+    """Name of each layer in the model -> its name in the manifest, for those that are there.
+
+    They differ by the prefix of the base model where ``AutoModel`` loads what was saved with a head, or the
+    other way round.
+    """
+    prefix = f"{model.base_model_prefix}."
+    found: dict[str, str] = {}
+    for layer in layers:
+        for name in (layer, prefix + layer, layer.removeprefix(prefix)):
+            if name in config.layers:
+                found.setdefault(layer, name)
+    return found
+
+
 def _expert_source(model: nn.Module, files: list[str] | None) -> ExpertSource:
     """Where the experts' weights will come from, for a model that is not loaded yet."""
     if files and can_stream(files):
@@ -161,6 +183,9 @@ def _expert_source(model: nn.Module, files: list[str] | None) -> ExpertSource:
 
 def register() -> None:
     """Make transformers know ``quant_method: bitsmoe``. Safe to call more than once."""
+    known = AUTO_QUANTIZATION_CONFIG_MAPPING.get(QUANT_METHOD)
+    if getattr(known, "stands_in_for", None) == QUANT_METHOD:  # of vllm_ext.autoload
+        del AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD]
     if QUANT_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
         register_quantization_config(QUANT_METHOD)(BitsMoEConfig)
     if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:

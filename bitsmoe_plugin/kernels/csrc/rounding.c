@@ -95,6 +95,8 @@ typedef struct {
   float *errors;                       /* [P, r] weighted squares of what is left of each row's target */
 } RankRows;
 
+int64_t bitsmoe_rank_rows_bytes(void) { return sizeof(RankRows); }
+
 /* Values of codes; a block's first window reaches around its ring. */
 static void decode_row(const Grids *grids, const int32_t *codes, int size, int bits, float scale, float *values) {
   if (bits == 0) {

@@ -1,0 +1,105 @@
+"""Tasks of lm-eval (the language model evaluation harness) on a model that is loaded already."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bitsmoe_plugin.errors import ConfigError
+
+try:
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+except ImportError as error:
+    raise ConfigError(
+        f'tasks are run by lm-eval, which cannot be imported ({error}); pip install "bitsmoe-plugin[lm-eval]"'
+    ) from error
+
+
+def language_model(model: Any, tokenizer: Any, batch_size: int) -> HFLM:
+    """The model as lm-eval calls it.
+
+    It computes in the dtype that it was loaded in; its softmax is in float32. lm-eval's default takes it
+    in the dtype of the logits, and in bfloat16 a log-likelihood of -10 is a multiple of 0.0625: too coarse
+    to tell two answers, or two quantized models, apart.
+    """
+    return HFLM(
+        pretrained=model,
+        tokenizer=tokenizer,
+        batch_size=batch_size,
+        softmax_dtype="float32",
+        backend="causal",
+    )
+
+
+def find_tasks(names: Sequence[str], task_dir: Path | None = None) -> TaskManager:
+    """lm-eval's tasks, with those of a directory.
+
+    Args:
+        names: tasks, groups or tags that must be among them.
+        task_dir: directory with tasks as .yaml files, which take precedence.
+
+    Raises:
+        ConfigError: no such directory or task.
+    """
+    if task_dir is not None and not task_dir.is_dir():
+        raise ConfigError(f"task directory {task_dir} does not exist")
+    manager = TaskManager(include_path=str(task_dir) if task_dir else None)
+    for name in names:
+        if name not in manager.all_tasks:
+            close = difflib.get_close_matches(name, manager.all_tasks)
+            raise ConfigError(
+                f"task {name!r} is not known to lm-eval{f' or in {task_dir}' if task_dir else ''}"
+                + (f"; did you mean {', '.join(close)}?" if close else "; `lm-eval ls tasks` lists its own")
+            )
+    return manager
+
+
+def evaluate_tasks(
+    model: Any,
+    tokenizer: Any,
+    tasks: Sequence[str],
+    *,
+    task_dir: Path | None = None,
+    few_shot: int | None = None,
+    limit: int | None = None,
+    batch_size: int = 8,
+) -> dict[str, dict[str, float]]:
+    """Run tasks; their data comes from the hub, unless a task names files.
+
+    Args:
+        tasks: names of tasks, groups or tags.
+        task_dir: see ``find_tasks``.
+        few_shot: examples in each prompt; None: as the task says.
+        limit: only the first examples of each task, to try things out.
+        batch_size: sequences per forward pass.
+
+    Returns:
+        task -> metric -> value; ``acc_stderr`` is the standard error of ``acc``, a filter other than
+        "none" is part of a metric's name (``exact_match,strict``), ``samples`` is the number of examples.
+
+    Raises:
+        ConfigError: no such directory or task.
+    """
+    results = simple_evaluate(
+        language_model(model, tokenizer, batch_size),
+        tasks=list(tasks),
+        task_manager=find_tasks(tasks, task_dir),
+        num_fewshot=few_shot,
+        limit=limit,
+        log_samples=False,
+    )
+    samples = results["n-samples"]
+    return {
+        name: {**_metrics(values), **({"samples": samples[name]["effective"]} if name in samples else {})}
+        for name, values in results["results"].items()
+    }
+
+
+def _metrics(values: dict[str, Any]) -> dict[str, float]:
+    """Without lm-eval's entries that are no numbers: alias, and "N/A" for errors that have no formula."""
+    numbers = {name: value for name, value in values.items() if isinstance(value, (int, float))}
+    return {name.removesuffix(",none"): float(value) for name, value in numbers.items() if "," in name}
