@@ -100,7 +100,9 @@ def test_a_planted_super_expert_is_found_kept_counted_and_reported(dense, tmp_pa
 @pytest.mark.filterwarnings("ignore:.*calibration token")
 def test_what_is_found_is_kept_by_itself_only_if_it_is_cheap(dense, monkeypatch) -> None:
     """One of eight experts would take a quarter of the budget: it is reported, not kept, with a warning."""
-    with pytest.warns(UserWarning, match=r"1 super experts .* 2\.000 bits per weight, over 1% of the budget"):
+    with pytest.warns(
+        UserWarning, match=r"1 super experts .* 2\.000 bits per weight, over 25% of the budget"
+    ):
         manifest = quantize(dense).config.quantization_config.layers[LAYER]
     assert manifest["report"]["super_experts"] == [2]
     assert "kept_experts" not in manifest
