@@ -41,7 +41,8 @@ The packer drops rows of width 0. An expert one of whose projections has no rows
 Experts that the release computes unpacked ("super experts", a table in its code) are ordinary
 ``<p>_proj.weight``.
 
-**Assumed**, because no released file could be looked at; a file that says otherwise is refused:
+**Assumed**, because no released file could be looked at. A file that says otherwise is refused; the last
+point cannot be seen from files:
 
 1. The files hold what the code's modules register: the names above, int32 (or, as its packer writes them,
    int16) metadata, uint32 payload, no pickled files.
