@@ -140,8 +140,8 @@ class BitsMoEConfig(QuantizationConfigMixin):
         scope: "global" spends one budget over all layers, "layer" the same budget on each.
         damping: share of the mean diagonal added to second moments before they are inverted.
         super_experts: experts that keep their original weights, inside the budget: "keep" those whose output
-            is found to be extreme (``super_experts``), "auto" these if they take at most a quarter of the budget,
-            {} none, {"path.of.experts": [ids]} these.
+            is found to be extreme (``super_experts``), "auto" these if they take at most a quarter of the
+            budget, {} none, {"path.of.experts": [ids]} these.
         all_experts: statistics of every expert see all calibration tokens, those that are not routed to it
             with little weight. The model itself routes as ever. Slower by experts / experts per token.
         seed: of the few random choices (pieces of calibration text, stand-in tokens for thin experts).

@@ -18,9 +18,9 @@ from bitsmoe_plugin.spectral import ExpertBiases, ExpertWeights
 
 LARGEST_SHARE = 0.25
 """Of the budget, for super experts that nobody asked to keep. SmolLM2-135M cut into 240 experts, 2 of them
-kept, which takes 0.27 of 2.0 bits in float32: perplexity 61.6, 61.8 and 62.3 in three runs that hardly differ,
-57.3 and 65.8 in two with all quantized: keeping them costs bits, and takes away the risk. In Qwen3-30B-A3B 3 of
-6,144 experts take 0.008 bits."""
+kept, which takes 0.27 of 2.0 bits in float32: perplexity 61.6, 61.8 and 62.3 in three runs that hardly
+differ, 57.3 and 65.8 in two with all quantized: keeping them costs bits, and takes away the risk. In
+Qwen3-30B-A3B 3 of 6,144 experts take 0.008 bits."""
 
 
 def model_budget(source: ExpertSource, config: BitsMoEConfig) -> Budget:
