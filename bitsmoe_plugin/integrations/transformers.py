@@ -29,6 +29,7 @@ from bitsmoe_plugin.families import find_moe_layers
 from bitsmoe_plugin.integrations.streaming import StreamedExperts, can_stream
 from bitsmoe_plugin.interruption import Interrupted
 from bitsmoe_plugin.kept import model_budget, named_kept
+from bitsmoe_plugin.model_card import write_model_card
 from bitsmoe_plugin.other_tensors import prediction_layers, record
 from bitsmoe_plugin.output_directory import check_output_directory, publish
 from bitsmoe_plugin.pipeline import quantize_model
@@ -193,7 +194,7 @@ def register() -> None:
 
 
 def quantize_to_directory(model: str, out: Path, config: BitsMoEConfig) -> None:
-    """Quantize a saved model and write it packed, with its tokenizer.
+    """Quantize a saved model and write it packed, with its tokenizer and a model card.
 
     Finished layers are kept in a work directory (``config.work_dir``, or ``out`` with ".work" appended)
     until all is done: the same call continues there if this one ends early. ``out`` takes its name at the
@@ -231,7 +232,7 @@ def _write_checkpoint(quantized: Any, model: str, partial: Path, out: Path) -> N
     """Save at ``partial``, which then becomes ``out``.
 
     Args:
-        model: where the tokenizer is.
+        model: directory or hub name of what was quantized, with its tokenizer.
     """
     partial.mkdir()
     quantized.save_pretrained(partial)
@@ -239,4 +240,5 @@ def _write_checkpoint(quantized: Any, model: str, partial: Path, out: Path) -> N
         AutoTokenizer.from_pretrained(model).save_pretrained(partial)
     except (OSError, ValueError) as error:
         warnings.warn(f"no tokenizer saved: none found at {model} ({error})", stacklevel=3)
+    write_model_card(partial, out.name, model)
     publish(partial, out)

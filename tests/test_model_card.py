@@ -1,0 +1,63 @@
+"""The README.md that a packed checkpoint is written with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+
+from bitsmoe_plugin import BitsMoEConfig
+from bitsmoe_plugin.inspection import inspect_checkpoint
+from bitsmoe_plugin.integrations.transformers import quantize_to_directory
+from bitsmoe_plugin.model_card import model_card, write_model_card
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*calibration token", "ignore:no tokenizer saved")
+
+
+@pytest.fixture(scope="module")
+def packed(tiny_model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("secret-path")
+    tiny_model("qwen3_moe").bfloat16().save_pretrained(directory / "base")
+    tokens = torch.randint(1, 64, (8, 32), generator=torch.Generator().manual_seed(1)).tolist()
+    config = BitsMoEConfig(bits=6.0, dataset=tokens, sequence_length=32, basis_group_size=16)
+    quantize_to_directory(str(directory / "base"), directory / "small-6bit", config)
+    return directory / "small-6bit"
+
+
+def test_card_says_what_is_stored_and_how_to_load_it(packed: Path) -> None:
+    """Numbers are those of ``inspect``; nothing tells where on the machine it was made."""
+    card = ModelCard.load(packed / "README.md")
+    report = inspect_checkpoint(packed)
+    for text in (
+        f"{report['bits_per_weight']:.3f} bits per weight",
+        f"| payload | {report['parts']['payload']:.4f} |",
+        f"{report['calibration']['tokens']:,} tokens",
+        report["calibration"]["sha256"][:16],
+        'from_pretrained("small-6bit")',
+        "vllm serve small-6bit --quantization bitsmoe",
+        "experts of base in",
+    ):
+        assert text in card.text
+    assert "secret-path" not in str(card)
+    assert card.data.library_name == "transformers"
+    assert "bitsmoe" in card.data.tags
+    assert card.data.base_model is None
+    assert "{" not in card.text
+
+
+def test_a_model_of_the_hub_is_named_as_the_base(packed: Path) -> None:
+    data = model_card(packed, "mine", "someone/model").data
+    assert data.base_model == "someone/model"
+    assert data.base_model_relation == "quantized"
+
+
+def test_the_users_own_text_stays(packed: Path, tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("mine")
+    for file in packed.iterdir():
+        if file.name != "README.md":
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    write_model_card(tmp_path, "name", "someone/model")
+    assert (tmp_path / "README.md").read_text() == "mine"
