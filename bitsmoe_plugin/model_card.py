@@ -12,7 +12,7 @@ from bitsmoe_plugin.inspection import inspect_checkpoint, read_config
 from bitsmoe_plugin.version import __version__
 
 _TEXT = """
-# {name}
+# {base}, experts in {bits:.2f} bits
 
 The routed experts of {base} in {bits:.3f} bits per weight, quantized with BitsMoE
 ([arXiv 2606.00079](https://arxiv.org/abs/2606.00079)) by bitsmoe-plugin {version}. Everything that is stored
@@ -32,23 +32,23 @@ for the experts is counted; attention, router, embeddings, shared experts and de
 # pip install bitsmoe-plugin
 from transformers import AutoModelForCausalLM
 
-model = AutoModelForCausalLM.from_pretrained("{name}")
+model = AutoModelForCausalLM.from_pretrained("DIR")
 ```
 
 ```sh
-vllm serve {name} --quantization bitsmoe
+vllm serve DIR --quantization bitsmoe
 ```
 
-`bitsmoe inspect DIR` shows where the bits went, `bitsmoe evaluate DIR --dataset FILE` measures perplexity.
+DIR is this directory, or its name on the hub. `bitsmoe inspect DIR` shows where the bits went,
+`bitsmoe evaluate DIR --dataset FILE` measures perplexity.
 """
 
 
-def model_card(directory: Path, name: str, base_model: str) -> ModelCard:
-    """The card of a packed checkpoint.
+def model_card(directory: Path, base_model: str) -> ModelCard:
+    """The card of a packed checkpoint; the same wherever it is.
 
     Args:
         directory: where it is.
-        name: what to call it.
         base_model: hub name, or directory, of the unquantized model; of a directory only its name is told.
 
     Raises:
@@ -64,15 +64,14 @@ def model_card(directory: Path, name: str, base_model: str) -> ModelCard:
         base_model_relation=None if local else "quantized",
     )
     base = Path(base_model).resolve().name if local else base_model
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n{_TEXT.format(**_facts(report, config, name, base))}")
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n{_TEXT.format(**_facts(report, config, base))}")
 
 
-def _facts(report: dict[str, Any], config: BitsMoEConfig, name: str, base: str) -> dict[str, Any]:
+def _facts(report: dict[str, Any], config: BitsMoEConfig, base: str) -> dict[str, Any]:
     layers = report["layers"].values()
     kept = sum(len(layer["kept_experts"]) for layer in layers)
     calibration = report["calibration"]
     return {
-        "name": name,
         "base": base,
         "version": __version__,
         "bits": report["bits_per_weight"],
@@ -106,8 +105,8 @@ def _errors(layers: list[dict[str, Any]]) -> str:
     )
 
 
-def write_model_card(directory: Path, name: str, base_model: str) -> None:
+def write_model_card(directory: Path, base_model: str) -> None:
     """Write the card as README.md, unless there is one."""
     path = Path(directory) / "README.md"
     if not path.exists():
-        path.write_text(str(model_card(directory, name, base_model)), encoding="utf-8")
+        path.write_text(str(model_card(directory, base_model)), encoding="utf-8")

@@ -240,5 +240,5 @@ def _write_checkpoint(quantized: Any, model: str, partial: Path, out: Path) -> N
         AutoTokenizer.from_pretrained(model).save_pretrained(partial)
     except (OSError, ValueError) as error:
         warnings.warn(f"no tokenizer saved: none found at {model} ({error})", stacklevel=3)
-    write_model_card(partial, out.name, model)
+    write_model_card(partial, model)
     publish(partial, out)
