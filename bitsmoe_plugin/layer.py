@@ -328,10 +328,10 @@ def refit_down(problem: LayerProblem, values: Tensor, experts: list[int]) -> tup
         factors ``[e, r, I]`` and second moments E[a h' h'^T] ``[e, I, I]`` to round them with.
     """
     down = problem.down_factors(experts)
-    moments = problem.statistics.hidden_moment[experts].clone()
     if not problem.config.refit:
-        return down, moments
+        return down, problem.statistics.hidden_moment[experts]
     size, h = problem.shape.intermediate_size, problem.shape.hidden_size
+    moments = torch.empty(len(experts), size, size)
     for i, expert in enumerate(experts):
         exact, rounded = _expert_hidden(problem, expert, values[:, i])
         a = problem.rows[expert].weights / h

@@ -109,7 +109,7 @@ def build_problem(
     drift: Tensor | None = None,
     biases: ExpertBiases | None = None,
 ) -> LayerProblem:
-    """Collect the statistics and factors of one layer; ``bases`` are computed if not given.
+    """Collect what is known about one layer, to plan it or, if ``bases`` are given, to round it.
 
     Args:
         drift: ``[T, H]``, otherwise as in ``LayerProblem``.
@@ -120,7 +120,11 @@ def build_problem(
     """
     statistics.check_finite(name, weights, activations)
     rows = statistics.expert_rows(activations, weights.num_experts, config.seed, config.all_experts)
-    stats = statistics.collect(weights, activations, rows, gating, config.neuron_weighting, biases)
+    # Rounding with refitted down computes them from the rounded gate and up.
+    moments = bases is None or not config.refit
+    stats = statistics.collect(
+        weights, activations, rows, gating, config.neuron_weighting, biases, hidden_moments=moments
+    )
     bases = bases or shared_bases(weights, stats, config)
     input_bases, inverses = bases.input_bases(), BasisInverses.of(bases)
     return LayerProblem(

@@ -88,14 +88,14 @@ def _plan_bytes(shape: LayerShape, config: BitsMoEConfig) -> int:
 def _layer_bytes(shape: LayerShape, tokens: int, bits: float, input_bases: int) -> int:
     """The working set of ``layer.round_experts``, float32 but where said otherwise.
 
-    Held all along: refitted down, hidden moments and their feedback, second moments, bases and their
+    Held all along: refitted down and the feedback of its neurons, second moments, bases and their
     inverses (about 10 of [H, H], two of them in float64), inputs in the basis, packed rows.
     Of a group of experts: gate and up as factors, what is left of them, codes and values; feedback twice
     (while it is stacked).
     """
     covariance = input_bases * shape.rank**2
     group = min(shape.num_experts, max(1, WORKING_SET // covariance))
-    kept = 4 * shape.weights // 3 + 2 * 4 * shape.num_experts * shape.intermediate_size**2
+    kept = 4 * shape.weights // 3 + 4 * shape.num_experts * shape.intermediate_size**2
     kept += 12 * 4 * shape.hidden_size**2 + 4 * tokens * input_bases * shape.rank
     kept += int(bits * shape.weights / 8)
     rows = 2 * group * shape.rank * shape.intermediate_size

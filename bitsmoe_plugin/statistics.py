@@ -60,7 +60,7 @@ class LayerActivations:
 class LayerStatistics:
     """Attributes:
     second_moment: ``[H, H]`` float64, sum_te a x x^T / sum_te a, the inputs as routed.
-    hidden_moment: ``[E, I, I]`` float32, E[a h h^T] / H per expert.
+    hidden_moment: ``[E, I, I]`` float32, E[a h h^T] / H per expert; of no expert if it was not asked for.
     neuron_weights: ``[2, E, I]`` float32, E[a q_i] for gate and up.
     slot_weights: ``[2, T, k]`` float32, a sum_i q_ti of each routed (token, slot).
     output_energy: E[omega |y|^2 / H] of the whole layer.
@@ -167,16 +167,18 @@ def collect(
     gating: Gating,
     neuron_weighting: bool = True,
     biases: ExpertBiases | None = None,
+    hidden_moments: bool = True,
 ) -> LayerStatistics:
     """Accumulate the statistics of one layer, one expert at a time.
 
     Args:
         biases: of the experts; those of down are in no statistic, ``output_energy`` included.
         neuron_weighting: if not, the neurons of an expert weigh alike.
+        hidden_moments: whether ``hidden_moment`` is needed.
     """
     num_experts, size, h = weights.num_experts, weights.intermediate_size, weights.hidden_size
     device = activations.hidden.device
-    hidden_moment = torch.empty(num_experts, size, size, device=device)
+    hidden_moment = torch.empty(num_experts if hidden_moments else 0, size, size, device=device)
     neuron_weights = torch.empty(2, num_experts, size, device=device)
     slot_weights = torch.zeros(2, *activations.top_k_index.shape, device=device)
     output = torch.zeros(activations.hidden.shape[0], h, device=device)
@@ -194,7 +196,8 @@ def collect(
             q = slope.square_().mul_(reach)
             slot_weights[part, picked.tokens[:routed], picked.slots] = (a * q.sum(-1))[:routed]
             neuron_weights[part, expert] = a @ q if neuron_weighting else (a @ q).mean()
-        hidden_moment[expert] = weighted_products(hidden, hidden, a) / h
+        if hidden_moments:
+            hidden_moment[expert] = weighted_products(hidden, hidden, a) / h
         token_mass.index_add_(0, picked.tokens, a)
         p = activations.top_k_weights[picked.tokens[:routed], picked.slots, None]
         single = product(hidden[:routed], down)
