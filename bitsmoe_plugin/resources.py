@@ -19,7 +19,7 @@ from bitsmoe_plugin.problem import WORKING_SET
 PROCESS_BYTES = 390 * 2**20
 """Python with torch and transformers, measured."""
 _KERNEL_BYTES = 750_000
-KERNELS = 256
+KERNELS = 96
 """Matrix products through oneDNN: it compiles a kernel for every shape, so in 16 bits for every number of
 tokens that an expert is given, and keeps so many (the command line says so; 1024 otherwise). Measured in
 16 bits: 0.67 MB per shape."""
