@@ -8,6 +8,7 @@ been quantized meanwhile passes its real outputs on.
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from bitsmoe_plugin.errors import QuantizationError
 from bitsmoe_plugin.families import routed_inputs
+from bitsmoe_plugin.memory import release_free_memory
 from bitsmoe_plugin.statistics import LayerActivations
 
 Tokenizer = Callable[..., Any]
@@ -231,11 +233,18 @@ def _recording(layers: nn.ModuleList):  # type: ignore[no-untyped-def]
             layers[index] = layer
 
 
+def _out_of_memory(error: RuntimeError) -> bool:
+    """Whether a device or the machine had no more memory; only devices have an exception of their own."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
 class LayerwiseForward:
     """Runs calibration blocks through a decoder one layer at a time.
 
     What each layer is called with besides the hidden states (masks, position embeddings) is taken
-    from the model itself, by one pass in which the layers are replaced by recorders.
+    from the model itself, by one pass in which the layers are replaced by recorders. A layer that runs out
+    of memory, and those after it, are given fewer blocks at once; hidden states stay in batches of the size
+    that was asked for.
     """
 
     def __init__(self, model: nn.Module, layers: nn.ModuleList, blocks: Tensor, batch_size: int):
@@ -246,25 +255,75 @@ class LayerwiseForward:
             blocks: ``[blocks, sequence_length]`` int64.
             batch_size: blocks per forward pass.
         """
-        self._layers = layers
-        base = getattr(model, "base_model", model)
-        with torch.no_grad(), _recording(layers) as recorders:
-            for batch in blocks.split(batch_size):
-                base(input_ids=batch.to(next(model.parameters()).device), use_cache=False)
-        self._embedded: list[Tensor] = recorders[0].inputs
+        self._model, self._layers = model, layers
+        self._batches = blocks.split(batch_size)
+        self._at_once = batch_size
+        self._embedded = self._record()
         self.hidden = self._embedded
+
+    def _record(self) -> list[Tensor]:
+        """Set what the layers are called with, for as many blocks as they get at once; returns the first
+        one's inputs."""
+        base = getattr(self._model, "base_model", self._model)
+        device = next(self._model.parameters()).device
+        with torch.no_grad(), _recording(self._layers) as recorders:
+            for batch in self._batches:
+                for piece in batch.split(self._at_once):
+                    base(input_ids=piece.to(device), use_cache=False)
         self._calls = [recorder.calls for recorder in recorders]
+        return recorders[0].inputs
+
+    def run(
+        self, index: int, inputs: list[Tensor] | None = None, again: Callable[[], None] = lambda: None
+    ) -> list[Tensor]:
+        """Outputs of layer ``index`` for every batch of ``inputs`` (default: ``hidden``), which stay.
+
+        Args:
+            again: called before the layer is run on all inputs once more, with fewer blocks at once.
+
+        Raises:
+            QuantizationError: out of memory with one block.
+        """
+        while True:
+            try:
+                return self._run(index, inputs or self.hidden)
+            except RuntimeError as error:
+                if not _out_of_memory(error):
+                    raise
+                if self._at_once == 1:
+                    raise QuantizationError(
+                        f"out of memory in decoder layer {index} with one block of "
+                        f"{self._batches[0].shape[1]} tokens; use a smaller sequence_length or fewer "
+                        "calibration_tokens"
+                    ) from error
+            # Out of the handler, so that what the layer had computed is free again.
+            self._give_fewer(index)
+            again()
 
     @torch.no_grad()
-    def run(self, index: int, inputs: list[Tensor] | None = None) -> list[Tensor]:
-        """Outputs of layer ``index`` for every batch of ``inputs`` (default: ``hidden``), which stay."""
-        layer = self._layers[index]
+    def _run(self, index: int, inputs: list[Tensor]) -> list[Tensor]:
+        calls = iter(self._calls[index])
         outputs = []
-        for hidden, (args, kwargs) in zip(inputs or self.hidden, self._calls[index], strict=True):
-            out = layer(hidden, *args, **kwargs)
+        for batch in inputs:
+            pieces = []
+            for hidden in batch.split(self._at_once):
+                args, kwargs = next(calls)
+                out = self._layers[index](hidden, *args, **kwargs)
+                pieces.append(out[0] if isinstance(out, tuple) else out)
             # Contiguous, as hidden states are when they are read from a file: see ``saved_progress``.
-            outputs.append((out[0] if isinstance(out, tuple) else out).contiguous())
+            outputs.append(pieces[0].contiguous() if len(pieces) == 1 else torch.cat(pieces))
         return outputs
+
+    def _give_fewer(self, index: int) -> None:
+        fewer = self._at_once // 2
+        warnings.warn(
+            f"out of memory in decoder layer {index}: from here on, {fewer} instead of {self._at_once} "
+            "calibration blocks per forward pass (batch_size)",
+            stacklevel=3,
+        )
+        self._at_once = fewer
+        release_free_memory()
+        self._record()
 
     def restart(self) -> None:
         """Back to the inputs of the first layer."""
@@ -276,8 +335,12 @@ class LayerwiseForward:
 
 
 def residual_weights(residual: Tensor) -> Tensor:
-    """``[T]`` float32: 1 / mean square of the residual stream ``[T, hidden_size]``."""
-    return residual.float().square().mean(-1).clamp_min(1e-12).reciprocal()
+    """``[T]`` float32: 1 / mean square of the residual stream ``[T, hidden_size]``; NaN if that is infinite.
+
+    Its reciprocal would be 0, and the token would silently not count.
+    """
+    squares = residual.float().square().mean(-1)
+    return squares.clamp_min(1e-12).reciprocal().masked_fill(squares == torch.inf, torch.nan)
 
 
 def capture_layer(
@@ -302,12 +365,13 @@ def capture_layer(
 
     handle = experts.register_forward_pre_hook(record, with_kwargs=True)
     try:
-        outputs = forward.run(index)
+        outputs = forward.run(index, again=seen.clear)
     finally:
         handle.remove()
     residual = torch.cat([out.flatten(0, -2).cpu() for out in outputs])
     weights = residual_weights(residual)
     if token_weighting == "none":
-        weights = torch.full_like(weights, float(1 / residual.float().square().mean()))
+        alike = torch.full_like(weights, float(1 / residual.float().square().mean()))
+        weights = alike.where(weights.isfinite(), weights)
     hidden, top_k_index, top_k_weights = (torch.cat(parts) for parts in zip(*seen, strict=True))
     return LayerActivations(hidden, top_k_index, top_k_weights, weights), outputs

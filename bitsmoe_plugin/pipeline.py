@@ -236,9 +236,20 @@ def _pass_layer(run: _Run, index: int) -> Hidden:
     """Outputs of a decoder layer, unquantized."""
     layer = run.moe.get(index)
     if layer is None:
-        return run.forward.run(index)
+        return _finite(index, run.forward.run(index))
     with run.loaded(layer):
         return run.forward.run(index)
+
+
+def _finite(index: int, outputs: Hidden) -> Hidden:
+    """The outputs of a decoder layer, if they are finite; of unquantized MoE layers ``build_problem`` sees to
+    that."""
+    if not all(bool(torch.isfinite(batch).all()) for batch in outputs):
+        raise QuantizationError(
+            f"decoder layer {index} puts out NaN or infinity on the calibration text; check the checkpoint, "
+            "or load it in another dtype"
+        )
+    return outputs
 
 
 def _plan_layer(run: _Run, index: int) -> tuple[PlannedLayer, Hidden]:
@@ -335,11 +346,11 @@ def _round_layer(
         None if it is dense; its outputs in the unquantized and in the quantized model.
     """
     if index not in run.moe:
-        return None, run.forward.run(index, exact), run.forward.run(index)
+        return None, run.forward.run(index, exact), _finite(index, run.forward.run(index))
     fitted = _fit_layer(run, index, exact, widths)
     layer = PackedLayer(run.moe[index].name, fitted.packed, {**fitted.entry, "report": fitted.report})
     _replace(run, run.moe[index], layer)
-    rounded = run.forward.run(index)
+    rounded = _finite(index, run.forward.run(index))
     errors = _output_errors(fitted.outputs, rounded, fitted.token_weights)
     fitted.report["calibration_error"] = float(errors[: run.tokens].mean())
     unseen = errors[run.tokens :]

@@ -116,7 +116,7 @@ def build_problem(
         biases: see there.
 
     Raises:
-        QuantizationError: NaN or infinity in weights or activations.
+        QuantizationError: NaN or infinity in weights, activations or statistics.
     """
     statistics.check_finite(name, weights, activations)
     rows = statistics.expert_rows(activations, weights.num_experts, config.seed, config.all_experts)
@@ -125,6 +125,7 @@ def build_problem(
     stats = statistics.collect(
         weights, activations, rows, gating, config.neuron_weighting, biases, hidden_moments=moments
     )
+    statistics.check_finite_statistics(name, stats)
     bases = bases or shared_bases(weights, stats, config)
     input_bases, inverses = bases.input_bases(), BasisInverses.of(bases)
     return LayerProblem(

@@ -150,13 +150,32 @@ def expert_rows(
     return rows
 
 
+_INPUTS = {
+    "hidden": "the input activations",
+    "top_k_weights": "the router's weights",
+    "token_weights": "the layer's outputs",
+}
+
+
 def check_finite(name: str, weights: ExpertWeights, activations: LayerActivations) -> None:
-    """Raises QuantizationError for NaN or infinity in what a layer is given."""
-    for part, tensor in (*vars(weights).items(), ("input activations", activations.hidden)):
+    """Raises QuantizationError for NaN or infinity in what a layer is given, or puts out."""
+    given = [(part, tensor) for part, tensor in vars(activations).items() if part in _INPUTS]
+    for part, tensor in (*vars(weights).items(), *given):
         if not bool(torch.isfinite(tensor).all()):
             raise QuantizationError(
-                f"{name}: {part} holds NaN or infinity; quantization needs finite weights. "
-                "Check the checkpoint (a bad download or a diverged training run)."
+                f"{name}: NaN or infinity in {_INPUTS.get(part, part)}; quantization needs finite weights. "
+                "Check the checkpoint (a bad download or a diverged training run), or load it in another "
+                "dtype."
+            )
+
+
+def check_finite_statistics(name: str, statistics: LayerStatistics) -> None:
+    """Raises QuantizationError for NaN or infinity, which finite weights and activations may still give."""
+    for part, value in vars(statistics).items():
+        if not bool(torch.isfinite(torch.as_tensor(value)).all()):
+            raise QuantizationError(
+                f"{name}: NaN or infinity in the statistics ({part}): weights or activations are too large "
+                "for float32. Check the checkpoint."
             )
 
 

@@ -18,6 +18,7 @@ from bitsmoe_plugin import BitsMoEConfig, ConfigError, QuantizationError
 from bitsmoe_plugin.budget import plan_budget
 from bitsmoe_plugin.integrations.transformers import quantize_to_directory
 from bitsmoe_plugin.packing import LayerShape, fixed_bits, row_widths
+from bitsmoe_plugin.pipeline import quantize_model
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 MODEL = str(EXAMPLES / "moe-tiny")
@@ -97,7 +98,7 @@ def test_nan_weights_name_the_layer(tmp_path) -> None:
     model = AutoModelForCausalLM.from_pretrained(MODEL)
     with torch.no_grad():
         model.model.layers[2].mlp.experts.down_proj[3, 5, 7] = torch.nan
-    with pytest.raises(QuantizationError, match=r"model\.layers\.2\.mlp\.experts: down holds NaN"):
+    with pytest.raises(QuantizationError, match=r"model\.layers\.2\.mlp\.experts: NaN or infinity in down"):
         _quantize(_save(model, tmp_path))
 
 
@@ -145,3 +146,21 @@ def test_factor_bits_leave_the_bases_out_of_the_budget() -> None:
     assert factors - everything == fixed["bases"]
     with pytest.raises(QuantizationError, match=r"factor_bits=0\.1 cannot be met"):
         plan_budget([shape], BitsMoEConfig(factor_bits=0.1, widths=(1, 2)))
+
+
+@pytest.mark.parametrize("layer", [0, 2])
+def test_overflow_names_the_layer_where_it_happens(tmp_path, layer: int) -> None:
+    """Finite weights, infinite outputs: not the layer after it, which sees them first."""
+    model = AutoModelForCausalLM.from_pretrained(MODEL)
+    with torch.no_grad():
+        model.model.layers[layer].self_attn.o_proj.weight.mul_(1e38)
+    with pytest.raises(QuantizationError, match=rf"model\.layers\.{layer}\.mlp\.experts: NaN or infinity"):
+        _quantize(_save(model, tmp_path))
+
+
+def test_overflow_of_a_dense_layer_names_it(tiny_model) -> None:
+    model = tiny_model("deepseek_v3")
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight.fill_(3e38)
+    with pytest.raises(QuantizationError, match="decoder layer 0 puts out NaN or infinity"):
+        quantize_model(model, torch.randint(1, 64, (8, 32)), BitsMoEConfig(bits=8, basis_group_size=16))

@@ -197,6 +197,73 @@ def test_layers_are_put_back_when_the_model_fails(moe_tiny) -> None:
     assert list(moe_tiny.model.layers) == before
 
 
+class Limited:
+    """A hook that lets a layer run out of memory with more than so many blocks, its experts done."""
+
+    def __init__(self, blocks: int, machine: bool) -> None:
+        self.blocks, self.machine, self.calls = blocks, machine, 0
+
+    def __call__(self, _layer: nn.Module, args: tuple[Tensor, ...], _output: Any) -> None:
+        self.calls += 1
+        if len(args[0]) > self.blocks:
+            if self.machine:
+                torch.empty(2**60)  # the real error of the machine's own memory
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+
+@pytest.mark.parametrize("machine", [False, True])
+def test_out_of_memory_goes_on_with_fewer_blocks(moe_tiny, machine: bool) -> None:
+    """Guards against lost and doubled tokens: the same statistics, the same batches, and a warning."""
+    blocks = torch.randint(4096, (7, 16))
+    layers, experts = moe_tiny.model.layers, find_moe_layers(moe_tiny)[1].module
+    wanted = LayerwiseForward(moe_tiny, layers, blocks, 5)
+    wanted.advance(wanted.run(0))
+    seen, outputs = capture_layer(wanted, 1, experts, "residual")
+    forward = LayerwiseForward(moe_tiny, layers, blocks, 5)
+    forward.advance(forward.run(0))
+    limited = Limited(1, machine)
+    handle = layers[1].register_forward_hook(limited)
+    try:
+        with pytest.warns(UserWarning, match=r"out of memory in decoder layer 1: .* 1 instead of 2 "):
+            again, fewer = capture_layer(forward, 1, experts, "residual")
+        assert limited.calls == 1 + 1 + 7
+        forward.run(1)
+        assert limited.calls == 1 + 1 + 7 + 7, "layers after it should not run out of memory again"
+    finally:
+        handle.remove()
+    assert [len(batch) for batch in fewer] == [len(batch) for batch in outputs] == [5, 2]
+    torch.testing.assert_close(fewer, outputs, rtol=1e-5, atol=1e-5)
+    assert torch.equal(again.top_k_index, seen.top_k_index)
+    torch.testing.assert_close(again.hidden, seen.hidden, rtol=1e-5, atol=1e-5)
+
+
+def test_out_of_memory_with_one_block_says_what_to_do(moe_tiny) -> None:
+    forward = LayerwiseForward(moe_tiny, moe_tiny.model.layers, torch.randint(4096, (2, 16)), 1)
+    handle = moe_tiny.model.layers[0].register_forward_hook(Limited(0, machine=False))
+    try:
+        with pytest.raises(QuantizationError, match="layer 0 with one block of 16 tokens; use a smaller"):
+            forward.run(0)
+    finally:
+        handle.remove()
+
+
+def test_other_errors_of_a_layer_stay_what_they_are(moe_tiny) -> None:
+    """Guards against a second try that hides a mistake."""
+    forward = LayerwiseForward(moe_tiny, moe_tiny.model.layers, torch.randint(4096, (2, 16)), 2)
+    with pytest.raises(RuntimeError, match="size"):
+        forward.run(0, [torch.zeros(2, 16, 3)])
+
+
+@pytest.mark.parametrize("token_weighting", ["residual", "none"])
+def test_an_infinite_residual_is_not_taken_for_a_token_of_no_weight(token_weighting: str, moe_tiny) -> None:
+    """Guards the reciprocal: 1 / inf is an ordinary number. 1e20 is finite, its square is not."""
+    forward = LayerwiseForward(moe_tiny, moe_tiny.model.layers, torch.randint(4096, (1, 16)), 1)
+    forward.hidden[0] = forward.hidden[0].clone()
+    forward.hidden[0][0, 3] = 1e20
+    seen, _ = capture_layer(forward, 0, find_moe_layers(moe_tiny)[0].module, token_weighting)
+    assert bool(seen.token_weights[3].isnan())
+
+
 @pytest.mark.parametrize("token_weighting", ["residual", "none"])
 def test_capture_sees_what_the_experts_are_called_with(moe_tiny, token_weighting: str) -> None:
     """Inputs, routing and residual weights of layer 2, against a hook on a normal forward pass."""

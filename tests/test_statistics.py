@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from bitsmoe_plugin import statistics
+from bitsmoe_plugin.config import BitsMoEConfig
 from bitsmoe_plugin.errors import QuantizationError
+from bitsmoe_plugin.problem import build_problem
 from bitsmoe_plugin.spectral import ExpertWeights
 from bitsmoe_plugin.statistics import PRIOR_TOKENS, BasisMoments, LayerStatistics
 
@@ -253,19 +255,42 @@ def test_bad_weights_are_refused_by_name(layer, part: str, value: float) -> None
     """A NaN would spread over the whole layer through the shared bases."""
     bad = getattr(layer.weights, part).clone()
     bad[1, 2, 3] = value
-    with pytest.raises(QuantizationError, match=rf"model\.layers\.7\.mlp\.experts: {part} "):
+    with pytest.raises(
+        QuantizationError, match=rf"model\.layers\.7\.mlp\.experts: NaN or infinity in {part};"
+    ):
         statistics.check_finite(
             "model.layers.7.mlp.experts", replace(layer.weights, **{part: bad}), layer.activations
         )
 
 
-def test_bad_inputs_are_refused_by_name(layer) -> None:
-    """The layer before may have overflowed."""
-    hidden = layer.activations.hidden.clone()
-    hidden[4, 4] = torch.inf
-    with pytest.raises(QuantizationError, match="layer 7: input activations"):
-        statistics.check_finite("layer 7", layer.weights, replace(layer.activations, hidden=hidden))
+@pytest.mark.parametrize(
+    ("part", "words"),
+    [
+        ("hidden", "the input activations"),
+        ("top_k_weights", "the router's weights"),
+        ("token_weights", "the layer's outputs"),
+    ],
+)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_bad_inputs_are_refused_by_name(layer, part: str, words: str, value: float) -> None:
+    """The layer before, the router or the attention may have overflowed."""
+    bad = getattr(layer.activations, part).clone()
+    bad.view(-1)[4] = value
+    with pytest.raises(QuantizationError, match=f"layer 7: NaN or infinity in {words};"):
+        statistics.check_finite("layer 7", layer.weights, replace(layer.activations, **{part: bad}))
     statistics.check_finite("layer 7", layer.weights, layer.activations)
+
+
+@pytest.mark.parametrize("part", ["hidden", "down"])
+def test_sums_beyond_float32_are_refused_by_name(layer, part: str) -> None:
+    """Finite weights and activations whose squares are not."""
+    weights, activations = layer.weights, layer.activations
+    if part == "hidden":
+        activations = replace(activations, hidden=activations.hidden.sign() * 1e25)
+    else:
+        weights = replace(weights, down=weights.down.sign() * 1e25)
+    with pytest.raises(QuantizationError, match=r"layer 7: NaN or infinity in the statistics \("):
+        build_problem("layer 7", weights, activations, layer.gating, BitsMoEConfig(bits=2))
 
 
 def test_all_tokens_can_be_shown_to_every_expert(layer) -> None:
