@@ -35,6 +35,10 @@ def format_ticks(axis: Any, text: Any = short) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
+_STEPS = ((2.5, (1.0,)), (1.6, (1.0, 3.0)), (0.8, (1.0, 2.0, 5.0)), (-1.0, (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)))
+"""Decades of more than so many -> what is written in each of them."""
+
+
 def logarithmic(axes: Axes, values: np.ndarray, text: Any = short, axis: str = "y") -> None:
     """Logarithmic from the smallest to the largest positive value, with at least two numbers on it."""
     values = values[values > 0]
@@ -42,7 +46,7 @@ def logarithmic(axes: Axes, values: np.ndarray, text: Any = short, axis: str = "
     if len(values):
         (axes.set_yscale if axis == "y" else axes.set_xscale)("log")
         decades = np.log10(values.max() / values.min())
-        steps = (1.0,) if decades > 2.5 else (1.0, 3.0) if decades > 1.2 else (1.0, 2.0, 5.0)
+        steps = next(steps for least, steps in _STEPS if decades > least)
         own.set_major_locator(LogLocator(subs=steps, numticks=12))
         own.set_minor_locator(LogLocator(subs=(), numticks=12))
     format_ticks(own, text)

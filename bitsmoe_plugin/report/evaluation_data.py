@@ -11,6 +11,9 @@ from bitsmoe_plugin.errors import ConfigError
 from bitsmoe_plugin.report.manifest_values import number
 
 
+THIS = "this checkpoint"
+
+
 @dataclass(frozen=True)
 class EvaluationRow:
     """One model; what was not measured is None.
@@ -52,6 +55,10 @@ class EvaluationData:
     rows: tuple[EvaluationRow, ...]
     tasks: tuple[TaskRow, ...]
 
+    def of(self, *methods: str) -> EvaluationRow | None:
+        """The first row of one of some methods."""
+        return next((row for method in methods for row in self.rows if row.method == method), None)
+
     @property
     def domains(self) -> list[str]:
         """All names of domains, sorted; none if there is only one, which says what the whole does."""
@@ -74,7 +81,7 @@ def read_evaluation(path: Path) -> EvaluationData:
     if isinstance(results, list):
         rows = [_row(row) for row in results if isinstance(row, dict)]
     else:
-        rows = [_row({"method": "this checkpoint", **values})]
+        rows = [_row({"method": THIS, **values})]
     rows = [row for row in rows if row.perplexity is not None]
     tasks = _tasks(values.get("tasks"))
     if not rows and not tasks:

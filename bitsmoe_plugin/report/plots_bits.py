@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import textwrap
+
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
@@ -107,16 +109,16 @@ def bits_by_expert(data: CheckpointData, look: Look) -> Figure:
 
 def size_by_part(data: CheckpointData, look: Look) -> Figure:
     """Bars: bits per expert weight of each part of what is stored."""
-    names = [PART_NAMES.get(part, part) for part in data.parts]
+    names = [textwrap.fill(PART_NAMES.get(part, part), 14 if look.narrow else 40) for part in data.parts]
     values = list(data.parts.values())
-    figure = look.figure(0.55 + 0.34 * len(names))
+    figure = look.figure(0.2 + 0.4 * len(names))
     axes = figure.subplots()
     axes.barh(names, values, height=0.62, color=look.theme.series[0])
     for place, value in enumerate(values):
         text = f"{value:.3f}  ({100 * value / data.bits:.1f} %)"
         axes.annotate(text, (value, place), (5, 0), textcoords="offset points", va="center", fontsize=8.5)
     axes.invert_yaxis()
-    axes.set_xlim(0, max(values) * (1.6 if look.narrow else 1.18))
+    axes.set_xlim(0, max(values) * (1.75 if look.narrow else 1.18))
     axes.grid(False)
     axes.spines["bottom"].set_visible(False)
     axes.set_xticks([])

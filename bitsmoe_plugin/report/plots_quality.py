@@ -49,7 +49,7 @@ def _spectra(axes: Axes, factor: int, data: CheckpointData, look: Look) -> None:
         if layer.spectrum is None or layer.spectrum[factor].sum() <= 0:
             continue
         share = 100 * layer.spectrum[factor][::-1] / layer.spectrum[factor].sum()
-        colour = look.colours()(place / max(len(data.layers) - 1, 1))
+        colour = look.line_colour(place / max(len(data.layers) - 1, 1))
         middles = 100 * (np.arange(len(share)) + 0.5) / len(share)
         width = 1.6 if len(data.layers) <= LAYERS_BY_NAME else 0.9
         axes.plot(middles, share, color=colour, linewidth=width, label=f"layer {layer.label}")

@@ -33,6 +33,7 @@ class Theme:
         empty: of rows that are dropped.
         series: blue, orange, green.
         colours: sequential, from near the background to far from it.
+        first: where on it the smallest value is.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Theme:
     empty: str
     series: tuple[str, str, str]
     colours: str
+    first: float
 
 
 LIGHT = Theme(
@@ -54,6 +56,7 @@ LIGHT = Theme(
     empty="#e9ecf0",
     series=("#0072b2", "#d55e00", "#008060"),
     colours="viridis_r",
+    first=0.08,
 )
 DARK = Theme(
     name="dark",
@@ -64,6 +67,7 @@ DARK = Theme(
     empty="#2a323c",
     series=("#56b4e9", "#e69f00", "#2ec79b"),
     colours="viridis",
+    first=0.18,
 )
 
 
@@ -103,7 +107,11 @@ class Look:
 
     def colours(self) -> Colormap:
         """Sequential, without the end that is lost on the background."""
-        return ListedColormap(mpl.colormaps[self.theme.colours](np.linspace(0.08, 1, 256)))
+        return ListedColormap(mpl.colormaps[self.theme.colours](np.linspace(self.theme.first, 1, 256)))
+
+    def line_colour(self, share: float) -> Any:
+        """Of one of many lines, from 0 to 1: a thin line needs more contrast than an area."""
+        return self.colours()(0.2 + 0.8 * share)
 
     def width_colour(self, width: int) -> Any:
         """Of rows of so many bits; the same in every report."""
