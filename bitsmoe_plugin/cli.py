@@ -1,4 +1,5 @@
-"""Command line: ``bitsmoe estimate | quantize | inspect | report | evaluate | compare | import-upstream | bench``."""
+"""Command line: ``bitsmoe estimate | quantize | inspect | report | evaluate | compare | import-upstream |
+bench``."""
 
 from __future__ import annotations
 
@@ -58,7 +59,9 @@ def _add_quantize(commands: Any) -> None:
     parser.add_argument("out", type=Path, help="directory to write; must not exist or be empty")
     _add_calibration(parser)
     _add_method(parser)
-    parser.add_argument("--report", action="store_true", help="also write OUT/report/report.html and its plots")
+    parser.add_argument(
+        "--report", action="store_true", help="also write OUT/report/report.html and its plots"
+    )
     parser.set_defaults(run=_quantize)
 
 

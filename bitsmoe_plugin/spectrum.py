@@ -10,7 +10,7 @@ BINS = 32
 
 
 def rank_bins(values: Tensor) -> list[Tensor]:
-    """The last axis, ranks from weak to strong, in at most ``BINS`` consecutive pieces of about equal size."""
+    """The last axis, ranks from weak to strong, in at most ``BINS`` pieces of about equal size."""
     return list(torch.tensor_split(values, min(BINS, values.shape[-1]), dim=-1))
 
 

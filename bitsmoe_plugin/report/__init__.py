@@ -1,4 +1,4 @@
-"""One HTML page, and its plots as PNG, about a packed checkpoint; drawn by matplotlib, filled in by jinja2."""
+"""One HTML page, and its plots as PNG, about a packed checkpoint; by matplotlib and jinja2."""
 
 from __future__ import annotations
 

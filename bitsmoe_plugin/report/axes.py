@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from bitsmoe_plugin.report.style import Look, readable_on
@@ -35,7 +36,12 @@ def format_ticks(axis: Any, text: Any = short) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-_STEPS = ((2.5, (1.0,)), (1.6, (1.0, 3.0)), (0.8, (1.0, 2.0, 5.0)), (-1.0, (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)))
+_STEPS = (
+    (2.5, (1.0,)),
+    (1.6, (1.0, 3.0)),
+    (0.8, (1.0, 2.0, 5.0)),
+    (-1.0, (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)),
+)
 """Decades of more than so many -> what is written in each of them."""
 
 
@@ -104,10 +110,14 @@ def write_in_cells(axes: Axes, drawn: Any, values: np.ndarray) -> None:
 
 def colour_bar(axes: Axes, drawn: Any, label: str, look: Look) -> None:
     """A thin colour bar: right of the axes, in the narrow format below."""
+    assert isinstance(axes.figure, Figure)
+    height = axes.figure.get_figheight()
     place = (
-        {"location": "bottom", "aspect": 40, "pad": 0.03} if look.narrow else {"aspect": 18, "pad": 0.015}
+        {"location": "bottom", "aspect": 40, "pad": 0.03}
+        if look.narrow
+        else {"aspect": max(18, 9 * height), "pad": 0.015}
     )
-    bar = axes.figure.colorbar(drawn, ax=axes, **place)  # type: ignore[union-attr]
+    bar = axes.figure.colorbar(drawn, ax=axes, **place)  # type: ignore[arg-type]
     bar.outline.set_visible(False)  # type: ignore[operator]
     bar.ax.tick_params(length=0)
     bar.set_label(label)

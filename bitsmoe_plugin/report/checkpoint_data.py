@@ -116,7 +116,9 @@ def gather(directory: Path) -> CheckpointData:
         codes = tensors[tensor_key(f"{name}.bitsmoe_row_codes")].read()
         spec.check_rows(name, codes)
         rows = packing.row_widths(codes, config.widths)
-        layers.append(_layer(name, position, rows, spec, config, inspected["layers"][name]["bits_per_weight"]))
+        layers.append(
+            _layer(name, position, rows, spec, config, inspected["layers"][name]["bits_per_weight"])
+        )
     parts = sorted(inspected["parts"].items(), key=lambda item: -item[1])
     calibration = config.calibration
     return CheckpointData(
@@ -196,5 +198,3 @@ def worst(layers: tuple[LayerData, ...], error: str) -> float | None:
     """Largest error of a name of ``ERRORS`` over the layers that have it."""
     values = [value for layer in layers if (value := layer.errors[error]) is not None]
     return max(values, default=None)
-
-

@@ -10,7 +10,6 @@ from typing import Any
 from bitsmoe_plugin.errors import ConfigError
 from bitsmoe_plugin.report.manifest_values import number
 
-
 THIS = "this checkpoint"
 
 
@@ -54,10 +53,6 @@ class EvaluationData:
 
     rows: tuple[EvaluationRow, ...]
     tasks: tuple[TaskRow, ...]
-
-    def of(self, *methods: str) -> EvaluationRow | None:
-        """The first row of one of some methods."""
-        return next((row for method in methods for row in self.rows if row.method == method), None)
 
     @property
     def domains(self) -> list[str]:

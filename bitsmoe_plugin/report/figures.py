@@ -12,7 +12,6 @@ from bitsmoe_plugin.report import plots_bits, plots_quality
 from bitsmoe_plugin.report.checkpoint_data import ERRORS, CheckpointData
 from bitsmoe_plugin.report.style import DARK, LIGHT, Look, applied, png_bytes, svg_uri
 
-
 Form = TypeVar("Form", str, bytes)
 
 

@@ -6,12 +6,12 @@ what it cannot use; what sizes and hashes protect is checked where the checkpoin
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> TypeGuard[float]:
     # Beyond this nothing is meant, and neither floats nor axes of a plot take all that JSON can hold.
     return type(value) in (int, float) and -1e30 < value < 1e30
 

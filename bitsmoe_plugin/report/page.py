@@ -7,12 +7,15 @@ from markupsafe import Markup
 
 from bitsmoe_plugin.pipeline import THIN_TOKENS_PER_DIMENSION
 from bitsmoe_plugin.report.checkpoint_data import CheckpointData, LayerData, worst
-from bitsmoe_plugin.report.evaluation_data import THIS, EvaluationData
+from bitsmoe_plugin.report.evaluation_data import THIS, EvaluationData, EvaluationRow
 from bitsmoe_plugin.report.figures import pictures
 from bitsmoe_plugin.report.plots_bits import PART_NAMES
+from bitsmoe_plugin.report.plots_quality import wanted_tokens
 from bitsmoe_plugin.version import __version__
 
-MISSING = "–"
+MISSING = "\N{EN DASH}"
+OWN_METHODS = ("checkpoint", "bitsmoe")
+"""Of ``compare``."""
 ORIGINAL_BITS = 16
 """What experts are compared with: nearly all models are released in bfloat16."""
 
@@ -23,6 +26,7 @@ def render(data: CheckpointData, evaluation: EvaluationData | None) -> str:
     Args:
         evaluation: what was measured on text, if it was.
     """
+    rows = evaluation.rows if evaluation else ()
     # Names of models, layers and texts were written by others: all of them are escaped.
     environment = Environment(
         loader=PackageLoader("bitsmoe_plugin.report"),
@@ -36,8 +40,8 @@ def render(data: CheckpointData, evaluation: EvaluationData | None) -> str:
     return environment.get_template("report.html").render(
         data=data,
         evaluation=evaluation,
-        own=evaluation.of(THIS, "checkpoint", "bitsmoe") if evaluation else None,
-        full=evaluation.of("full") if evaluation else None,
+        own=own_row(data, evaluation),
+        full=next((row for row in rows if row.method == "full"), None),
         pictures=pictures(data),
         style=Markup(style),
         version=__version__,
@@ -46,8 +50,20 @@ def render(data: CheckpointData, evaluation: EvaluationData | None) -> str:
         worst_unseen=worst(data.layers, "unseen"),
         worst_calibration=worst(data.layers, "calibration"),
         outstanding=[(layer, expert) for layer in data.layers for expert in outstanding(layer)],
+        any_kept=any(layer.kept for layer in data.layers),
+        any_unseen=any(layer.tokens is not None and layer.tokens.min() <= 0 for layer in data.layers),
+        wanted=wanted_tokens(data),
         thin=THIN_TOKENS_PER_DIMENSION,
     )
+
+
+def own_row(data: CheckpointData, evaluation: EvaluationData | None) -> EvaluationRow | None:
+    """What was measured of this checkpoint: ``compare`` may have quantized the model in another way."""
+    for row in evaluation.rows if evaluation else ():
+        same = row.bits is not None and abs(row.bits - data.bits) < 1e-6
+        if row.method == THIS or (row.method in OWN_METHODS and same):
+            return row
+    return None
 
 
 def outstanding(layer: LayerData) -> list[int]:

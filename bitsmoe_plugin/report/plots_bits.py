@@ -60,10 +60,13 @@ def widths_along_spectrum(data: CheckpointData, look: Look) -> Figure:
     edges = np.linspace(0, 100, shares.shape[-1] + 1)
     for factor, axes in enumerate(panels):
         bottom = np.zeros(shares.shape[-1])
+        full = 100 * shares[factor].sum(0)
         for width, share in zip(data.widths, shares[factor], strict=True):
-            top = bottom + 100 * share
-            axes.stairs(top, edges, baseline=bottom, fill=True, color=look.width_colour(width))
-            bottom = top
+            if share.any():
+                # Up to the top, to be covered by the next: between areas that end there, the background
+                # shines through.
+                axes.stairs(full, edges, baseline=bottom, fill=True, color=look.width_colour(width))
+            bottom = bottom + 100 * share
         axes.set(xlim=(0, 100), ylim=(0, 100))
         axes.set_title(FACTORS[factor])
         axes.grid(False)
@@ -93,7 +96,9 @@ def bits_by_expert(data: CheckpointData, look: Look) -> Figure:
     for row, layer in enumerate(data.layers):
         others = np.setdiff1d(np.arange(len(layer.expert_bits)), layer.kept)
         values[row, others] = layer.expert_bits[others]
-    figure = look.figure(float(np.clip(0.2 * len(data.layers), 1.0, 5.0)) + (0.75 if not look.narrow else 1.2))
+    figure = look.figure(
+        float(np.clip(0.2 * len(data.layers), 1.0, 5.0)) + (0.75 if not look.narrow else 1.2)
+    )
     axes = figure.subplots()
     axes.set_facecolor(look.theme.empty)
     drawn = heat_map(axes, values, look, None if np.isfinite(values).any() else Normalize(0, 1))

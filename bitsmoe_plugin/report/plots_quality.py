@@ -14,11 +14,13 @@ from matplotlib.figure import Figure
 from bitsmoe_plugin.packing import FACTORS
 from bitsmoe_plugin.pipeline import THIN_TOKENS_PER_DIMENSION
 from bitsmoe_plugin.report.axes import format_ticks, layer_ticks, logarithmic, per_cent, ranges, short
-from bitsmoe_plugin.report.checkpoint_data import ERRORS, CheckpointData
+from bitsmoe_plugin.report.checkpoint_data import ERRORS, CheckpointData, LayerData
 from bitsmoe_plugin.report.style import Look
 
 LAYERS_BY_NAME = 6
 """Up to so many layers are named in a legend, more are told apart by a colour bar."""
+MANY_POINTS = 1000
+"""More are drawn as pixels: each would be text in the page otherwise."""
 
 
 def spectrum(data: CheckpointData, look: Look) -> Figure:
@@ -117,47 +119,48 @@ def tokens(data: CheckpointData, look: Look) -> Figure:
     left, right = look.panels(2, 2.9 if not look.narrow else 2.6)
     own = [layer.tokens for layer in data.layers]
     ranges(left, own, look)
-    thin = THIN_TOKENS_PER_DIMENSION * max(layer.hidden_size for layer in data.layers)
+    thin = wanted_tokens(data)
     left.axhline(thin, color=look.theme.series[1], linewidth=1.2, linestyle=(0, (4, 2)))
-    left.annotate(
-        f"fewest for the median: {short(thin)}",
-        (1, thin),
-        (-2, 4),
-        xycoords=("axes fraction", "data"),
-        textcoords="offset points",
-        color=look.theme.series[1],
-        fontsize=8.5,
-        ha="right",
-    )
     seen = np.concatenate([values for values in own if values is not None])
-    # Zero has no place on a logarithmic axis: experts that saw nothing stand at its lower end.
     logarithmic(left, np.append(seen, thin))
-    left.set_title("tokens per expert, by layer")
+    left.set_title(f"tokens per expert, by layer (dashed: {short(thin)})")
     left.set_xlabel("layer")
     layer_ticks(left, [layer.label for layer in data.layers])
     _bits_by_tokens(right, data, look)
     return left.figure  # type: ignore[return-value]
 
 
+def wanted_tokens(data: CheckpointData) -> float:
+    """Calibration tokens that the median expert of every layer should see."""
+    return THIN_TOKENS_PER_DIMENSION * max(layer.hidden_size for layer in data.layers)
+
+
 def _bits_by_tokens(axes: Axes, data: CheckpointData, look: Look) -> None:
-    for layer in data.layers:
-        if layer.tokens is None:
-            continue
-        others = np.setdiff1d(np.arange(len(layer.tokens)), layer.kept)
-        axes.plot(
-            np.maximum(layer.tokens[others], 0.5),
-            layer.expert_bits[others],
-            "o",
-            color=look.theme.series[0],
-            alpha=0.45,
-            markersize=3.5,
-            markeredgewidth=0,
-            rasterized=True,
-        )
-    points = np.concatenate([line.get_xdata() for line in axes.get_lines()])
-    logarithmic(axes, np.asarray(points, dtype=float), axis="x")
+    points = np.concatenate(
+        [
+            # Zero has no place on a logarithmic axis: experts that saw nothing stand at its lower end.
+            np.stack([np.maximum(layer.tokens, 0.5), layer.expert_bits], 1)[_others(layer)]
+            for layer in data.layers
+            if layer.tokens is not None
+        ]
+    )
+    axes.plot(
+        *points.T,
+        "o",
+        color=look.theme.series[0],
+        alpha=0.45 if len(points) <= MANY_POINTS else 0.25,
+        markersize=3.5,
+        markeredgewidth=0,
+        rasterized=len(points) > MANY_POINTS,
+    )
+    logarithmic(axes, points[:, 0], axis="x")
     format_ticks(axes.yaxis)
     axes.set(xlabel="calibration tokens", title="bits per value, by expert")
+
+
+def _others(layer: LayerData) -> np.ndarray:
+    """``[others]`` int64: ids of the experts that are not kept."""
+    return np.setdiff1d(np.arange(len(layer.expert_bits)), layer.kept)
 
 
 def peaks(data: CheckpointData, look: Look) -> Figure:

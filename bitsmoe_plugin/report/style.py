@@ -14,6 +14,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import Colormap, ListedColormap, to_rgb
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from bitsmoe_plugin.config import ALL_WIDTHS
 
@@ -102,6 +103,9 @@ class Look:
         across = 1 if self.narrow else columns or count
         down = -(-count // across)
         figure = self.figure(down * height)
+        engine = figure.get_layout_engine()
+        assert isinstance(engine, ConstrainedLayoutEngine)
+        engine.set(w_pad=0.11, h_pad=0.08)
         axes = figure.subplots(down, across, squeeze=False, **options)
         return list(axes.flat)
 
@@ -174,7 +178,7 @@ def readable_on(colour: Any) -> str:
 def svg_uri(figure: Figure) -> str:
     """A figure as ``data:image/svg+xml``, the same for the same figure."""
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    figure.savefig(buffer, format="svg", dpi=200, metadata={"Date": None, "Creator": None})
     text = buffer.getvalue().replace("'DejaVu Sans'", FONTS.replace("'", ""))
     return "data:image/svg+xml;base64," + base64.b64encode(text.encode()).decode()
 
