@@ -15,8 +15,8 @@ from bitsmoe_plugin import packing
 from bitsmoe_plugin.checkpoint import packed_spec, stored_tensors, tensor_key
 from bitsmoe_plugin.config import BitsMoEConfig
 from bitsmoe_plugin.inspection import inspect_checkpoint, read_config
+from bitsmoe_plugin.manifest_values import id_list, measured, number, number_list, number_table
 from bitsmoe_plugin.packed_spec import PackedSpec
-from bitsmoe_plugin.report.manifest_values import id_list, number, number_list, number_table
 from bitsmoe_plugin.spectrum import BINS, rank_bins
 
 ERRORS = {"predicted": "estimated_error", "calibration": "calibration_error", "unseen": "unseen_error"}
@@ -153,8 +153,7 @@ def _layer(
     """Args:
     rows: ``[3, E, r]`` int64, bits of every row.
     """
-    told = config.layers[name].get("report")
-    told = told if isinstance(told, dict) else {}
+    told = measured(config.layers[name])
     experts = spec.shape.num_experts
     packed = torch.ones(experts, dtype=torch.bool)
     packed[list(spec.kept)] = False

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bitsmoe_plugin.errors import ConfigError
-from bitsmoe_plugin.report.manifest_values import number
+from bitsmoe_plugin.manifest_values import number
 
 THIS = "this checkpoint"
 

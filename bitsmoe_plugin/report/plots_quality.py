@@ -33,7 +33,7 @@ def spectrum(data: CheckpointData, look: Look) -> Figure:
     figure = panels[0].figure
     if len(data.layers) <= LAYERS_BY_NAME:
         handles = panels[0].get_lines()
-        figure.legend(handles=handles, loc="outside upper left", ncols=3 if look.narrow else 6)
+        figure.legend(handles=handles, loc="outside upper left", ncols=2 if look.narrow else 6)
     else:
         norm = Normalize(0, len(data.layers) - 1)
         scale = ScalarMappable(norm, look.colours())

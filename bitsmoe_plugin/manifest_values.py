@@ -1,7 +1,7 @@
 """Values of a manifest that nothing else relies on: written by others, so taken only if they make sense.
 
-An older checkpoint lacks some of them, and one that was tampered with may hold anything. A report leaves out
-what it cannot use; what sizes and hashes protect is checked where the checkpoint is read.
+An older or converted checkpoint lacks some of them, and one that was tampered with may hold anything. Readers
+leave out what they cannot use; what sizes and hashes protect is checked where the checkpoint is read.
 """
 
 from __future__ import annotations
@@ -9,6 +9,12 @@ from __future__ import annotations
 from typing import Any, TypeGuard
 
 import numpy as np
+
+
+def measured(entry: dict[str, Any]) -> dict[str, Any]:
+    """What was measured while a layer was quantized; empty if its entry in the manifest does not tell."""
+    told = entry.get("report")
+    return told if isinstance(told, dict) else {}
 
 
 def _is_number(value: Any) -> TypeGuard[float]:
