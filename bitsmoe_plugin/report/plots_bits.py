@@ -120,7 +120,7 @@ def size_by_part(data: CheckpointData, look: Look) -> Figure:
     axes = figure.subplots()
     axes.barh(names, values, height=0.62, color=look.theme.series[0])
     for place, value in enumerate(values):
-        text = f"{value:.3f}  ({100 * value / data.bits:.1f} %)"
+        text = f"{value:.3f}  ({100 * value / data.bits:.3g} %)"
         axes.annotate(text, (value, place), (5, 0), textcoords="offset points", va="center", fontsize=8.5)
     axes.invert_yaxis()
     axes.set_xlim(0, max(values) * (1.75 if look.narrow else 1.18))
