@@ -1,4 +1,5 @@
-"""Command line: ``bitsmoe estimate | quantize | inspect | evaluate | compare | import-upstream | bench``."""
+"""Command line: ``bitsmoe estimate | quantize | inspect | report | evaluate | compare | import-upstream |
+bench``."""
 
 from __future__ import annotations
 
@@ -58,6 +59,9 @@ def _add_quantize(commands: Any) -> None:
     parser.add_argument("out", type=Path, help="directory to write; must not exist or be empty")
     _add_calibration(parser)
     _add_method(parser)
+    parser.add_argument(
+        "--report", action="store_true", help="also write OUT/report/report.html and its plots"
+    )
     parser.set_defaults(run=_quantize)
 
 
@@ -87,6 +91,16 @@ def _add_inspect(commands: Any) -> None:
     parser.add_argument("model", type=Path, help="directory of a packed checkpoint")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=_inspect)
+
+
+def _add_report(commands: Any) -> None:
+    parser = commands.add_parser("report", help="one HTML page and plots of a packed checkpoint")
+    parser.add_argument("model", type=Path, help="directory of a packed checkpoint")
+    parser.add_argument("--out", type=Path, help="directory to write to; default: DIR/report")
+    parser.add_argument(
+        "--evaluation", type=Path, help="what `evaluate --json` or `compare --json` wrote: for the perplexity"
+    )
+    parser.set_defaults(run=_report)
 
 
 def _add_evaluate(commands: Any) -> None:
@@ -165,6 +179,7 @@ def build_parser(program: str = "bitsmoe") -> argparse.ArgumentParser:
         _add_estimate,
         _add_quantize,
         _add_inspect,
+        _add_report,
         _add_evaluate,
         _add_compare,
         _add_import,
@@ -221,6 +236,10 @@ def _quantize(args: argparse.Namespace, stdout: TextIO) -> None:
     from bitsmoe_plugin.resources import KERNELS
     from bitsmoe_plugin.workers import connected
 
+    if args.report:
+        from bitsmoe_plugin.report import check_report_extra, write_report
+
+        check_report_extra()  # what is missing should not show after hours
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(KERNELS))  # read at the first product
     with connected() as workers:
         if not workers.main:
@@ -228,6 +247,8 @@ def _quantize(args: argparse.Namespace, stdout: TextIO) -> None:
         quantize_to_directory(args.model, args.out, _config(args))
         if workers.main:
             _report_size(args.out)
+            if args.report:
+                print(f"report: {write_report(args.out)}", file=sys.stderr)
 
 
 def _import(args: argparse.Namespace, stdout: TextIO) -> None:
@@ -252,6 +273,12 @@ def _inspect(args: argparse.Namespace, stdout: TextIO) -> None:
         _print_json(report, stdout)
     else:
         print_inspection(report, stdout)
+
+
+def _report(args: argparse.Namespace, stdout: TextIO) -> None:
+    from bitsmoe_plugin.report import write_report
+
+    print(write_report(args.model, args.out, args.evaluation), file=stdout)
 
 
 def _evaluate(args: argparse.Namespace, stdout: TextIO) -> None:

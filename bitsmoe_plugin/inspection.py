@@ -16,6 +16,7 @@ from bitsmoe_plugin import packing
 from bitsmoe_plugin.checkpoint import packed_spec, stored_tensors, tensor_key, verify_headers
 from bitsmoe_plugin.config import QUANT_METHOD, BitsMoEConfig
 from bitsmoe_plugin.errors import CheckpointError
+from bitsmoe_plugin.manifest_values import measured, number_list
 from bitsmoe_plugin.pipeline import THIN_TOKENS_PER_DIMENSION
 
 _PARTS = {
@@ -82,13 +83,13 @@ def inspect_checkpoint(directory: Path) -> dict[str, Any]:
         row_codes = tensors[tensor_key(f"{layer}.bitsmoe_row_codes")].read()
         widths = packing.row_widths(row_codes, config.widths)
         layers[layer] = {
+            **measured(config.layers[layer]),  # first, so that it replaces nothing of what was counted
             "bits_per_weight": size / spec.shape.weights,
             "widths": {
                 factor: {str(w): int((widths[i] == w).sum()) for w in config.widths}
                 for i, factor in enumerate(packing.FACTORS)
             },
             "kept_experts": list(spec.kept),
-            **config.layers[layer].get("report", {}),
             "tokens_per_dimension": _tokens_per_dimension(config.layers[layer], spec.shape.hidden_size),
         }
     total = sum(parts.values())
@@ -103,8 +104,8 @@ def inspect_checkpoint(directory: Path) -> dict[str, Any]:
 
 
 def _tokens_per_dimension(entry: dict[str, Any], hidden_size: int) -> float:
-    counts = entry.get("report", {}).get("tokens_per_expert") or [0]
-    return statistics.median(counts) / hidden_size
+    counts = number_list(measured(entry), "tokens_per_expert", entry["num_experts"])
+    return 0.0 if counts is None else statistics.median(counts.tolist()) / hidden_size
 
 
 def table_console(stream: TextIO) -> Console:

@@ -41,6 +41,7 @@ from bitsmoe_plugin.run_identity import identity
 from bitsmoe_plugin.saved_progress import ProgressOnDisk
 from bitsmoe_plugin.sources import ExpertSource, LoadedExperts, weights_digest
 from bitsmoe_plugin.spectral import ExpertWeights
+from bitsmoe_plugin.spectrum import spectrum
 from bitsmoe_plugin.statistics import LayerActivations
 from bitsmoe_plugin.super_experts import ExpertOutputs, detect, forms_massive_activations
 from bitsmoe_plugin.work_directory import WorkDirectory, locked
@@ -386,6 +387,7 @@ def _fit_layer(run: _Run, index: int, exact: Hidden, widths: Widths) -> _FittedL
         "tokens_per_expert": counts.tolist(),
         "output_peaks": problem.statistics.output_peaks.tolist(),
         "super_experts": list(widths.super_experts[index]),
+        "spectrum": spectrum(plan.energies, others),
     }
     return _FittedLayer(packed, entry, exact, outputs, activations.token_weights, report)
 
