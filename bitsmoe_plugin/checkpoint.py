@@ -13,7 +13,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from bitsmoe_plugin import coding, packing
+from bitsmoe_plugin import coding, packing, validation
+from bitsmoe_plugin.checkpoint_files import tensor_files
 from bitsmoe_plugin.config import BitsMoEConfig
 from bitsmoe_plugin.errors import CheckpointError
 from bitsmoe_plugin.experts import BitsMoEExperts
@@ -79,9 +80,16 @@ def packed_spec(name: str, config: BitsMoEConfig) -> PackedSpec:
     for key in (*_SIZES, "stored_rows") if is_tiled else _SIZES:
         value = entry.get(key)
         least = 0 if key in ("payload_words", "stored_rows") else 1
-        if not isinstance(value, int) or not least <= value <= _LARGEST[key]:
-            raise CheckpointError(f"{name}: {key}={value!r} in quantization_config is not a sensible size")
+        if type(value) is not int or not least <= value <= _LARGEST[key]:
+            raise CheckpointError(
+                f"{name}: {key}={str(value)[:80]!r} in quantization_config is not a sensible size"
+            )
     shape = LayerShape(entry["num_experts"], entry["hidden_size"], entry["intermediate_size"])
+    if config.basis_bits != 16 and shape.hidden_size % config.basis_group_size:
+        raise CheckpointError(
+            f"{name}: basis_group_size {config.basis_group_size} does not divide hidden_size "
+            f"{shape.hidden_size}; config.json was altered"
+        )
     return PackedSpec(
         shape=shape,
         widths=config.widths,
@@ -101,9 +109,13 @@ def _originals(name: str, entry: dict[str, Any], experts: int) -> dict[str, Any]
     dtype = entry.get("original_dtype", "bfloat16")
     ids = isinstance(kept, list) and all(type(e) is int and 0 <= e < experts for e in kept)
     if not ids or sorted(set(kept)) != kept:
-        raise CheckpointError(f"{name}: kept_experts={kept!r} is no rising list of ids below {experts}")
-    if type(has_bias) is not bool or dtype not in packing.ORIGINAL_DTYPES:
-        raise CheckpointError(f"{name}: has_bias={has_bias!r}, original_dtype={dtype!r} are not sensible")
+        raise CheckpointError(
+            f"{name}: kept_experts={str(kept)[:80]} is no rising list of ids below {experts}"
+        )
+    if type(has_bias) is not bool or not isinstance(dtype, str) or dtype not in packing.ORIGINAL_DTYPES:
+        raise CheckpointError(
+            f"{name}: has_bias={str(has_bias)[:80]}, original_dtype={str(dtype)[:80]} are not sensible"
+        )
     return {"has_bias": has_bias, "kept": tuple(kept), "original_dtype": dtype}
 
 
@@ -149,10 +161,13 @@ def stored_tensors(files: Iterable[str | Path]) -> dict[tuple[str, str], StoredT
     """``tensor_key`` -> every packed tensor of some safetensors files, read from the headers alone.
 
     Raises:
-        CheckpointError: a file is no safetensors file, or two tensors have the same key.
+        CheckpointError: a file is no safetensors file, a name stands twice, or two tensors have the same
+            key.
     """
     found: dict[tuple[str, str], StoredTensor] = {}
-    for path in map(Path, files):
+    paths = [Path(file) for file in files]
+    tensor_files(paths)
+    for path in paths:
         try:
             with safe_open(path, framework="pt") as file:
                 names = [name for name in list(file.keys()) if ".bitsmoe_" in name]
@@ -203,7 +218,20 @@ def verify_experts(name: str, module: BitsMoEExperts, config: BitsMoEConfig) -> 
         CheckpointError: the layer is incomplete or altered.
     """
     module.verify(name)
-    verify_digest(name, module.packed(), config)
+    verify_packed(name, module.spec, module.packed(), config)
+
+
+def verify_packed(name: str, spec: PackedSpec, packed: PackedExperts, config: BitsMoEConfig) -> None:
+    """Refuse packed tensors that were altered, and values that no kernel must see.
+
+    Args:
+        packed: of the dtypes and shapes of ``spec``.
+
+    Raises:
+        CheckpointError: naming the layer, and the tensor if its hash fits and its values do not.
+    """
+    verify_digest(name, packed, config)
+    validation.check_packed(name, spec, packed)
 
 
 def verify_digest(name: str, packed: PackedExperts, config: BitsMoEConfig) -> None:

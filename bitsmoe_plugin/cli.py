@@ -285,9 +285,10 @@ def _evaluate(args: argparse.Namespace, stdout: TextIO) -> None:
     from transformers import AutoTokenizer
 
     from bitsmoe_plugin.evaluation import load_for_evaluation
-    from bitsmoe_plugin.inspection import print_evaluation
+    from bitsmoe_plugin.inspection import check_if_packed, print_evaluation
 
     _check_evaluate(args)
+    check_if_packed(args.model)
     if args.tasks:
         from bitsmoe_plugin.integrations.lm_eval import find_tasks
 

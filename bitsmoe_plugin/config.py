@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,14 @@ _FLAGS = (
 _RUNTIME_ONLY = ("dataset", "tokenizer", "work_dir")
 
 
+def _brief(value: Any) -> str:
+    """For errors: a config of others may hold values of any length and depth."""
+    text = reprlib.repr(value) if isinstance(value, (list, dict)) else repr(value)
+    return text if len(text) <= 200 else text[:200] + "..."
+
+
 def _fail(option: str, value: Any, allowed: str) -> None:
-    raise ConfigError(f"BitsMoEConfig: {option}={value!r} is not allowed; allowed: {allowed}")
+    raise ConfigError(f"BitsMoEConfig: {option}={_brief(value)} is not allowed; allowed: {allowed}")
 
 
 def _check_number(option: str, value: Any, low: float, high: float, whole: bool = False) -> None:

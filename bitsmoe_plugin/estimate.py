@@ -81,7 +81,7 @@ def stored_bytes(directory: Path) -> int:
             return int(json.loads(index.read_text(encoding="utf-8"))["metadata"]["total_size"])
         if single.is_file():
             return _header_bytes(single)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error, RecursionError) as error:
         raise QuantizationError(
             f"the size of the weights in {directory} cannot be read: {type(error).__name__} {error}"
         ) from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections import Counter
@@ -13,10 +12,13 @@ from rich.console import Console
 from rich.table import Table
 
 from bitsmoe_plugin import packing
-from bitsmoe_plugin.checkpoint import packed_spec, stored_tensors, tensor_key, verify_headers
+from bitsmoe_plugin.checkpoint_files import read_object, safetensors_files
 from bitsmoe_plugin.config import QUANT_METHOD, BitsMoEConfig
 from bitsmoe_plugin.errors import CheckpointError
 from bitsmoe_plugin.manifest_values import measured, number_list
+from bitsmoe_plugin.model_sizes import check_model_sizes
+from bitsmoe_plugin.other_tensors import verify_others
+from bitsmoe_plugin.packed_files import PackedFiles
 from bitsmoe_plugin.pipeline import THIN_TOKENS_PER_DIMENSION
 
 _PARTS = {
@@ -42,17 +44,32 @@ def read_config(directory: Path) -> BitsMoEConfig:
     Raises:
         CheckpointError: not a packed BitsMoE checkpoint.
     """
-    path = Path(directory) / "config.json"
-    try:
-        values = json.loads(path.read_text(encoding="utf-8")).get("quantization_config") or {}
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}); is {directory} a checkpoint?") from error
-    if values.get("quant_method") != QUANT_METHOD:
+    model = read_object(Path(directory) / "config.json")
+    values = model.get("quantization_config") or {}
+    method = values.get("quant_method") if isinstance(values, dict) else values
+    if method != QUANT_METHOD:
         raise CheckpointError(
-            f"{directory} is not a packed BitsMoE checkpoint (quant_method is "
-            f"{values.get('quant_method')!r}); make one with `bitsmoe quantize`"
+            f"{directory} is not a packed BitsMoE checkpoint (quant_method is {str(method)[:80]!r}); make one "
+            "with `bitsmoe quantize`"
         )
-    return BitsMoEConfig.from_dict(values)
+    config = BitsMoEConfig.from_dict(values)
+    check_model_sizes(model, config)
+    return config
+
+
+def check_if_packed(directory: str | Path) -> None:
+    """Refuse what a loader would trip over, if ``directory`` is that of a packed checkpoint.
+
+    Raises:
+        CheckpointError: config.json cannot be read; or it is of a packed checkpoint, and sizes, files or
+            headers are not sound.
+    """
+    path = Path(directory) / "config.json"
+    if not path.is_file():
+        return
+    found = read_object(path).get("quantization_config")
+    if isinstance(found, dict) and found.get("quant_method") == QUANT_METHOD:
+        PackedFiles.open(safetensors_files(Path(directory)), read_config(Path(directory)))
 
 
 def inspect_checkpoint(directory: Path) -> dict[str, Any]:
@@ -67,9 +84,12 @@ def inspect_checkpoint(directory: Path) -> dict[str, Any]:
         ``super_experts`` (ids of those that were found, kept or not).
     """
     config = read_config(directory)
-    specs = {layer: packed_spec(layer, config) for layer in config.layers}
-    tensors = stored_tensors(sorted(Path(directory).glob("*.safetensors")))
-    verify_headers(tensors, specs)
+    if not config.layers:
+        raise CheckpointError(f"quantization_config of {directory} describes no layers; it is incomplete")
+    paths = safetensors_files(Path(directory))
+    files = PackedFiles.open(paths, config)
+    verify_others(paths, config.other_tensors)
+    specs = files.specs
     parts: Counter[str] = Counter()
     layers: dict[str, Any] = {}
     weights = 0
@@ -80,8 +100,7 @@ def inspect_checkpoint(directory: Path) -> dict[str, Any]:
             bits = 8 * dtype.itemsize * math.prod(shape)
             parts[_PARTS[buffer]] += bits
             size += bits
-        row_codes = tensors[tensor_key(f"{layer}.bitsmoe_row_codes")].read()
-        widths = packing.row_widths(row_codes, config.widths)
+        widths = packing.row_widths(files.read(layer).row_codes, config.widths)
         layers[layer] = {
             **measured(config.layers[layer]),  # first, so that it replaces nothing of what was counted
             "bits_per_weight": size / spec.shape.weights,

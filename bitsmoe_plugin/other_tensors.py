@@ -7,6 +7,7 @@ whatever its memory held.
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from bitsmoe_plugin.checkpoint_files import read_header
 from bitsmoe_plugin.errors import CheckpointError
 
 _DIGITS = 16
@@ -66,6 +68,20 @@ def _check(name: str, tensor: Tensor, recorded: str | None) -> None:
         raise CheckpointError(f"{name} is in the checkpoint, but was not when it was written")
     if fingerprint(tensor) != recorded:
         raise CheckpointError(f"{name} differs from what was written; the checkpoint is damaged or altered")
+
+
+def stored_values(files: Iterable[str | Path]) -> list[int]:
+    """Values of each tensor of some safetensors files that is not packed, from the headers alone.
+
+    Raises:
+        CheckpointError: a file is no safetensors file.
+    """
+    return [
+        math.prod(entry["shape"])
+        for path in files
+        for name, entry in read_header(Path(path)).items()
+        if not _packed(name)
+    ]
 
 
 def prediction_layers(model: Any, files: Iterable[str | Path]) -> dict[str, str]:

@@ -11,8 +11,8 @@ from bitsmoe_plugin.checkpoint import (
     packed_spec,
     stored_tensors,
     tensor_key,
-    verify_digest,
     verify_headers,
+    verify_packed,
 )
 from bitsmoe_plugin.config import BitsMoEConfig
 from bitsmoe_plugin.packed_spec import PackedSpec
@@ -50,7 +50,8 @@ class PackedFiles:
         """The packed tensors of a layer, mapped from the file and verified.
 
         Raises:
-            CheckpointError: their bytes differ from those that were written.
+            CheckpointError: their bytes differ from those that were written, or their values do not make
+                a sound layer.
         """
         spec = self.specs[name]
         packed = PackedExperts(
@@ -59,6 +60,5 @@ class PackedFiles:
                 for buffer in spec.tensors()
             }
         )
-        verify_digest(name, packed, self.config)
-        spec.check_rows(name, packed.row_codes)
+        verify_packed(name, spec, packed, self.config)
         return packed

@@ -107,12 +107,12 @@ class PackedSpec:
             raise CheckpointError(f"{name}.bitsmoe_row_codes holds a width that the config lacks")
         if not packing.experts_without_rows(row_codes, self.widths, self.kept):
             raise CheckpointError(f"{name}: a kept expert has rows; kept_experts in config.json was altered")
-        index = packing.index_rows(row_codes, self.widths, self.shape)
-        if index.words != self.payload_words:
+        counts = torch.bincount(row_codes.flatten().long() // SCALE_LEVELS, minlength=len(self.widths))
+        words = self.shape.blocks * int((counts * torch.tensor(self.widths, device=counts.device)).sum())
+        if words != self.payload_words:
             raise CheckpointError(
-                f"{name}: row codes describe {index.words} payload words, the config {self.payload_words}"
+                f"{name}: row codes describe {words} payload words, the config {self.payload_words}"
             )
-        if self.is_tiled and index.rows != self.stored_rows:
-            raise CheckpointError(
-                f"{name}: row codes describe {index.rows} rows, the config {self.stored_rows}"
-            )
+        rows = row_codes.numel() - (int(counts[0]) if self.widths[0] == 0 else 0)
+        if self.is_tiled and rows != self.stored_rows:
+            raise CheckpointError(f"{name}: row codes describe {rows} rows, the config {self.stored_rows}")

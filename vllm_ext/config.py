@@ -14,6 +14,7 @@ from vllm.model_executor.models.utils import WeightsMapper
 
 from bitsmoe_plugin.config import QUANT_METHOD, BitsMoEConfig
 from bitsmoe_plugin.errors import CheckpointError, ConfigError
+from bitsmoe_plugin.model_sizes import check_model_sizes
 from bitsmoe_plugin.other_tensors import verify_others
 from bitsmoe_plugin.packed_files import PackedFiles
 from bitsmoe_plugin.sharding import split_blocks
@@ -85,6 +86,8 @@ class BitsMoEServingConfig(QuantizationConfig):
     ) -> None:
         """Check the files of a local checkpoint before an engine is started."""
         self._check_family(hf_config)
+        if hasattr(hf_config, "to_dict"):
+            check_model_sizes(hf_config.to_dict(), self.manifest)
         self._check_depth(hf_config)
         if Path(model_name).is_dir():
             self._files = self._open(safetensors_files(model_name))

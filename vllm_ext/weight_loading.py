@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -10,14 +9,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from bitsmoe_plugin import checkpoint_files
 from bitsmoe_plugin.checkpoint import tensor_key
 from bitsmoe_plugin.errors import CheckpointError
 from bitsmoe_plugin.packed_files import PackedFiles
 from bitsmoe_plugin.packed_spec import PackedSpec
 from bitsmoe_plugin.packing import PackedExperts
 from bitsmoe_plugin.sharding import Shard, shard_kept, shard_shape, slice_packed
-
-INDEX = "model.safetensors.index.json"
 
 
 def safetensors_files(model: str, revision: str | None = None, cache: str | None = None) -> list[Path]:
@@ -29,22 +27,16 @@ def safetensors_files(model: str, revision: str | None = None, cache: str | None
         cache: directory for downloads, None for the default.
 
     Raises:
-        CheckpointError: there are none, or one of the index is missing.
+        CheckpointError: there are none, or see ``checkpoint_files.safetensors_files``.
     """
     folder = Path(model)
     if not folder.is_dir():
         from vllm.model_executor.model_loader.weight_utils import download_weights_from_hf
 
-        folder = Path(download_weights_from_hf(model, cache, ["*.safetensors", INDEX], revision))
-    if (folder / INDEX).is_file():
-        names = set(json.loads((folder / INDEX).read_text())["weight_map"].values())
-        files = [folder / name for name in sorted(names)]
-    else:
-        files = sorted(folder.glob("*.safetensors"))
-    missing = [file.name for file in files if not file.is_file()]
-    if missing or not files:
-        raise CheckpointError(f"{model} lacks {', '.join(missing) or 'safetensors files'}")
-    return files
+        folder = Path(
+            download_weights_from_hf(model, cache, ["*.safetensors", checkpoint_files.INDEX], revision)
+        )
+    return checkpoint_files.safetensors_files(folder)
 
 
 class LayerNames:

@@ -150,7 +150,8 @@ def _checkpoint(task: ComparisonTask, scratch: Path) -> Quantized:
     path = Path(str(task.checkpoint))
     if is_gptq(path):
         return Quantized(load_gptq_model(path).eval(), expert_bytes(path), 0.0)
-    return Quantized(_load(path), inspect_checkpoint(path)["expert_bytes"], 0.0)
+    size = inspect_checkpoint(path)["expert_bytes"]  # first: it refuses what a loader would trip over
+    return Quantized(_load(path), size, 0.0)
 
 
 RUNNERS: dict[str, Callable[[ComparisonTask, Path], Quantized]] = {

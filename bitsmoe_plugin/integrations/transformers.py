@@ -22,6 +22,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from bitsmoe_plugin.calibration import load_documents, token_blocks
 from bitsmoe_plugin.checkpoint import check_shape, packed_spec, stored_tensors, verify_experts, verify_headers
+from bitsmoe_plugin.checkpoint_files import check_loaded_files
 from bitsmoe_plugin.config import QUANT_METHOD, BitsMoEConfig
 from bitsmoe_plugin.errors import CheckpointError, ConfigError
 from bitsmoe_plugin.experts import BitsMoEExperts, replace_module
@@ -30,7 +31,8 @@ from bitsmoe_plugin.integrations.streaming import StreamedExperts, can_stream
 from bitsmoe_plugin.interruption import Interrupted
 from bitsmoe_plugin.kept import model_budget, named_kept
 from bitsmoe_plugin.model_card import write_model_card
-from bitsmoe_plugin.other_tensors import prediction_layers, record
+from bitsmoe_plugin.model_sizes import check_model_memory, check_model_sizes
+from bitsmoe_plugin.other_tensors import prediction_layers, record, stored_values, verify_others
 from bitsmoe_plugin.output_directory import check_output_directory, publish
 from bitsmoe_plugin.pipeline import quantize_model
 from bitsmoe_plugin.sources import ExpertSource, LoadedExperts
@@ -55,6 +57,7 @@ class BitsMoEQuantizer(HfQuantizer):
         super().__init__(copy.copy(quantization_config), **kwargs)
         self._source: ExpertSource | None = None
         self._prediction_layers: dict[str, str] = {}
+        self._shapes: dict[str, Any] = {}
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Refuse to quantize without calibration text before any weight is read."""
@@ -65,10 +68,19 @@ class BitsMoEQuantizer(HfQuantizer):
                 ".txt or .jsonl file"
             )
 
+    def update_attn_implementation(self, config: Any) -> Any:
+        """Refuse absurd sizes: this is the only hook that sees config.json before a model is built from it."""
+        if self.pre_quantized:
+            check_model_sizes(config.to_dict(), self.quantization_config)
+        return config
+
     def _process_model_before_weight_loading(
         self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
         config = self.quantization_config
+        if self.pre_quantized and checkpoint_files:
+            check_loaded_files(checkpoint_files, Path(model.config._name_or_path))
+            verify_others(checkpoint_files, config.other_tensors)
         # Before experts are taken out: what the model has no name for is found by what it has.
         self._prediction_layers = prediction_layers(model, checkpoint_files or [])
         if not self.pre_quantized:
@@ -77,6 +89,10 @@ class BitsMoEQuantizer(HfQuantizer):
             named_kept(self._source, config)
             return
         self._replace_experts(model, checkpoint_files or [])
+        self._shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+        if checkpoint_files:
+            others = [shape.numel() for name, shape in self._shapes.items() if ".bitsmoe_" not in name]
+            check_model_memory(sum(others), stored_values(checkpoint_files))
 
     def _replace_experts(self, model: nn.Module, files: list[str]) -> None:
         """Put empty packed experts where the originals are, once manifest and files are seen to fit."""
@@ -100,6 +116,7 @@ class BitsMoEQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         if self.pre_quantized:
+            self._check_shapes(model)
             for name, module in model.named_modules():
                 if isinstance(module, BitsMoEExperts):
                     verify_experts(name, module, self.quantization_config)
@@ -118,6 +135,15 @@ class BitsMoEQuantizer(HfQuantizer):
         )
         quantize_model(model, blocks, config, source)
         self._source = None  # it holds the model
+
+    def _check_shapes(self, model: nn.Module) -> None:
+        """transformers takes tensors of any shape for those that it had planned while a quantizer is present."""
+        for name, tensor in model.state_dict().items():
+            if name in self._shapes and tensor.shape != self._shapes[name]:
+                raise CheckpointError(
+                    f"{name} is {tuple(tensor.shape)} in the checkpoint, but config.json asks for "
+                    f"{tuple(self._shapes[name])}; one of them was altered"
+                )
 
     def _tokenizer(self, model: Any, needed: bool) -> Any:
         given = self.quantization_config.tokenizer

@@ -13,6 +13,7 @@ import torch
 
 from bitsmoe_plugin import packing
 from bitsmoe_plugin.checkpoint import packed_spec, stored_tensors, tensor_key
+from bitsmoe_plugin.checkpoint_files import safetensors_files
 from bitsmoe_plugin.config import BitsMoEConfig
 from bitsmoe_plugin.inspection import inspect_checkpoint, read_config
 from bitsmoe_plugin.manifest_values import id_list, measured, number, number_list, number_table
@@ -108,13 +109,12 @@ def gather(directory: Path) -> CheckpointData:
         CheckpointError: no packed checkpoint, or one whose parts contradict each other.
     """
     inspected, config = inspect_checkpoint(directory), read_config(directory)
-    files = sorted(Path(directory).glob("*.safetensors"))
+    files = safetensors_files(Path(directory))
     tensors = stored_tensors(files)
     layers = []
     for position, name in enumerate(config.layers):
         spec = packed_spec(name, config)
         codes = tensors[tensor_key(f"{name}.bitsmoe_row_codes")].read()
-        spec.check_rows(name, codes)
         rows = packing.row_widths(codes, config.widths)
         layers.append(
             _layer(name, position, rows, spec, config, inspected["layers"][name]["bits_per_weight"])

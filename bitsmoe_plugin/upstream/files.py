@@ -13,6 +13,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from bitsmoe_plugin.checkpoint_files import check_file_name, check_place
 from bitsmoe_plugin.errors import CheckpointError
 from bitsmoe_plugin.packing import FACTORS
 from bitsmoe_plugin.upstream import bases, rows
@@ -73,9 +74,11 @@ def _paths(directory: Path) -> list[Path]:
     else:
         try:
             names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, AttributeError) as error:
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
             raise CheckpointError(f"{index} is damaged ({type(error).__name__}: {error})") from error
     for name in names:
+        check_file_name(name, index)
+        check_place(directory / name, directory)
         if not (directory / name).is_file():
             raise CheckpointError(f"{directory} lacks {name}; only safetensors files are converted")
     return [directory / name for name in sorted(names)]

@@ -1,0 +1,210 @@
+"""Files of a checkpoint that others wrote: which belong to it, and what may stand in their headers.
+
+Nothing here trusts a number or a name of a file. safetensors itself refuses a header that is longer than
+100 MB or than the file, that is no JSON, offsets that overlap, leave a hole, run backwards or end elsewhere
+than the file, and offsets that do not fit shape and dtype. It does not notice a name that stands twice in a
+header or in two files, it knows nothing of the index, and it opens any path that it is given.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from bitsmoe_plugin.errors import CheckpointError
+
+INDEX = "model.safetensors.index.json"
+_LARGEST_JSON = 2**28
+_LARGEST_HEADER = 10**8
+"""As in safetensors."""
+_LONGEST_NAME = 512
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"{twice[:_LONGEST_NAME]!r} stands in it twice")
+    return found
+
+
+def parse_object(text: bytes, what: str) -> dict[str, Any]:
+    """The JSON object in ``text``.
+
+    Args:
+        what: it is, for errors.
+
+    Raises:
+        CheckpointError: no JSON object, nested too deep, or with a key that stands twice.
+    """
+    try:
+        values = json.loads(text.decode("utf-8"), object_pairs_hook=_distinct)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{what} cannot be read ({error}); download or make it again") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{what} cannot be read (it holds a {type(values).__name__}, not an object)")
+    return values
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        CheckpointError: there is no such file, it is of absurd size, or see ``parse_object``.
+    """
+    try:
+        if not path.is_file():
+            raise CheckpointError(f"{path} cannot be read (no such file); is {path.parent} a checkpoint?")
+        size = path.stat().st_size
+        if size > _LARGEST_JSON:
+            raise CheckpointError(f"{path} has {size} bytes; more than {_LARGEST_JSON} are not read")
+        text = path.read_bytes()
+    except (OSError, ValueError) as error:
+        raise error if isinstance(error, CheckpointError) else _unreadable(path, error) from error
+    return parse_object(text, str(path))
+
+
+def _unreadable(path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(f"{path} cannot be read ({error}); is {path.parent} a checkpoint?")
+
+
+def check_file_name(name: Any, index: Path) -> None:
+    """Refuse what an index names if it is anything but a safetensors file of its own directory.
+
+    Raises:
+        CheckpointError: an absolute path, another directory, another kind of file, or no name at all.
+    """
+    plain = isinstance(name, str) and name.isprintable() and len(name) <= 255
+    if not plain or not name.endswith(".safetensors") or any(c in name for c in "/\\:"):
+        raise CheckpointError(
+            f"{index} names {str(name)[:_LONGEST_NAME]!r}; files of a checkpoint are named like "
+            "model-00001-of-00002.safetensors and stand next to their index"
+        )
+
+
+def check_place(path: Path, folder: Path) -> None:
+    """Refuse a file that is not in ``folder``, by its path or through a link.
+
+    The cache of the hub is links from ``snapshots/<revision>/`` to ``blobs/`` next to ``snapshots``; those
+    are followed.
+
+    Raises:
+        CheckpointError: naming the path.
+    """
+    try:
+        root, real = folder.resolve(), path.resolve()
+        inside = ".." not in path.relative_to(folder).parts and real.is_relative_to(root)
+    except (OSError, ValueError, RuntimeError):
+        inside, real, root = False, path, folder
+    blobs = root.parent.parent / "blobs"
+    cached = root.parent.name == "snapshots" and path.parent == folder and real.parent == blobs
+    if not (inside or cached):
+        raise CheckpointError(f"{path} leads out of the checkpoint's directory {folder}; it is not read")
+    if path.exists() and not path.is_file():
+        raise CheckpointError(f"{path} is no file")
+
+
+def safetensors_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint: those of its index if it has one, else all.
+
+    Raises:
+        CheckpointError: there are none, one of the index is missing or elsewhere, or the index does not
+            say of every tensor, and of no other, where it is.
+    """
+    index = folder / INDEX
+    if not index.is_file():
+        files = sorted(folder.glob("*.safetensors"))
+        if not files:
+            raise CheckpointError(f"{folder} lacks safetensors files")
+        for file in files:
+            check_place(file, folder)
+        return files
+    places = read_object(index).get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise CheckpointError(f"{index} is damaged (it has no weight_map)")
+    for name in places.values():
+        check_file_name(name, index)
+    files = [folder / name for name in sorted(set(places.values()))]
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise CheckpointError(f"{folder} lacks {', '.join(missing)}")
+    for file in files:
+        check_place(file, folder)
+    _compare_with_index(index, places, files)
+    return files
+
+
+def _compare_with_index(index: Path, places: dict[str, str], files: list[Path]) -> None:
+    found = {name: file.name for name, file in tensor_files(files).items()}
+    for name in places.keys() | found.keys():
+        if places.get(name) != found.get(name):
+            raise CheckpointError(
+                f"{index} has {name[:_LONGEST_NAME]} in {places.get(name, 'no file')}, but it is in "
+                f"{found.get(name, 'no file')}"
+            )
+
+
+def check_loaded_files(files: Iterable[str | Path], folder: Path) -> None:
+    """Refuse files that a loader found for a checkpoint and that do not belong to it.
+
+    Args:
+        folder: the checkpoint's directory; anything else, such as a name on the hub, stands for the
+            directory of the first file.
+
+    Raises:
+        CheckpointError: naming the file.
+    """
+    paths = [Path(file) for file in files]
+    for path in paths:
+        if path.suffix != ".safetensors":
+            raise CheckpointError(f"{path} is no safetensors file; packed checkpoints hold nothing else")
+        check_place(path, folder if folder.is_dir() else paths[0].parent)
+    for parent in {path.parent for path in paths}:
+        if (parent / INDEX).is_file() and len(paths) > 1:
+            safetensors_files(parent)
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """Tensor name -> dtype, shape and data_offsets of one file, as its header says.
+
+    Raises:
+        CheckpointError: the header is no object, longer than the file, or holds a name twice, a name that
+            cannot be one, or a shape that is no list of sizes.
+    """
+    damaged = f"{path} cannot be read as safetensors"
+    try:
+        with path.open("rb") as file:
+            size = path.stat().st_size
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(size - 8, _LARGEST_HEADER):
+                raise CheckpointError(f"{damaged} (its header would have {length} of {size} bytes)")
+            text = file.read(length)
+    except OSError as error:
+        raise CheckpointError(f"{damaged} ({error})") from error
+    header = parse_object(text, f"{damaged}: its header")
+    header.pop("__metadata__", None)
+    for name, entry in header.items():
+        if not name.isprintable() or not 0 < len(name) <= _LONGEST_NAME:
+            raise CheckpointError(f"{damaged} ({name[:80]!r} is no name of a tensor)")
+        shape = entry.get("shape") if isinstance(entry, dict) else None
+        if not isinstance(shape, list) or not all(type(n) is int and 0 <= n < 2**48 for n in shape):
+            raise CheckpointError(f"{damaged} ({name} has no shape)")
+    return header
+
+
+def tensor_files(files: Iterable[Path]) -> dict[str, Path]:
+    """Tensor name -> file.
+
+    Raises:
+        CheckpointError: a name stands in two files, or see ``read_header``.
+    """
+    found: dict[str, Path] = {}
+    for path in files:
+        for name in read_header(path):
+            if name in found:
+                raise CheckpointError(f"{name} in {path} stands a second time in {found[name]}")
+            found[name] = path
+    return found

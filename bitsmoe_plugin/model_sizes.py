@@ -1,0 +1,91 @@
+"""Sizes that config.json gives a model, compared with what its files hold before anything is built from them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from bitsmoe_plugin.config import BitsMoEConfig
+from bitsmoe_plugin.errors import CheckpointError
+
+_LARGEST = {
+    "num_hidden_layers": 2**12,
+    "hidden_size": 2**18,
+    "intermediate_size": 2**20,
+    "moe_intermediate_size": 2**18,
+    "vocab_size": 2**24,
+    "num_experts": 2**16,
+    "num_local_experts": 2**16,
+    "n_routed_experts": 2**16,
+    "num_experts_per_tok": 2**16,
+    "num_attention_heads": 2**14,
+    "num_key_value_heads": 2**14,
+    "head_dim": 2**16,
+    "max_position_embeddings": 2**31,
+}
+_SPARE = 2**20
+
+
+def check_model_sizes(values: dict[str, Any], manifest: BitsMoEConfig) -> None:
+    """Refuse a config.json whose sizes are absurd or not those of the packed layers.
+
+    Args:
+        values: config.json, or the model config as a dict.
+
+    Raises:
+        CheckpointError: naming the entry.
+    """
+    text = values.get("text_config")
+    for part in (values, text if isinstance(text, dict) else {}):
+        for key, largest in _LARGEST.items():
+            value = part.get(key)
+            if value is not None and (type(value) is not int or not 0 <= value <= largest):
+                raise CheckpointError(
+                    f"{key}={str(value)[:80]} in config.json is not a size (a whole number up to {largest})"
+                )
+    part = text if isinstance(text, dict) else values
+    _check_depth(part.get("num_hidden_layers"), manifest)
+    hidden = part.get("hidden_size")
+    for name, entry in manifest.layers.items():
+        found = entry.get("hidden_size") if isinstance(entry, dict) else None
+        if hidden is not None and found != hidden:
+            raise CheckpointError(
+                f"{name}: hidden_size is {found!r} in quantization_config, but {hidden} in config.json; it was "
+                "altered"
+            )
+
+
+def _check_depth(depth: int | None, manifest: BitsMoEConfig) -> None:
+    """Every decoder layer has tensors; where all are recorded, they bound the depth."""
+    if depth is None or not manifest.other_tensors:
+        return
+    known = {layer_number(name) for name in (*manifest.layers, *manifest.other_tensors)} - {-1}
+    if depth > len(known):
+        raise CheckpointError(
+            f"num_hidden_layers={depth} in config.json, but the checkpoint has tensors of {len(known)} layers"
+        )
+
+
+def layer_number(name: str) -> int:
+    """Of the decoder layer that a tensor or module stands in, -1 if in none."""
+    match = re.search(r"\.(\d{1,9})\.", name)
+    return int(match[1]) if match else -1
+
+
+def check_model_memory(wanted: int, stored: Iterable[int]) -> None:
+    """Refuse to build a model that is far larger than its files.
+
+    Args:
+        wanted: values of all parameters and buffers but those of the experts.
+        stored: values of each stored tensor that is not packed.
+
+    Raises:
+        CheckpointError: with both numbers.
+    """
+    held = sum(stored)
+    if wanted > 2 * held + _SPARE:  # tied embeddings stand in memory twice, new heads are small
+        raise CheckpointError(
+            f"config.json describes a model of {wanted} values besides its experts, but the files hold "
+            f"{held}; config.json was altered, or files are missing"
+        )
