@@ -46,11 +46,11 @@ def read_config(directory: Path) -> BitsMoEConfig:
     """
     model = read_object(Path(directory) / "config.json")
     values = model.get("quantization_config") or {}
-    method = values.get("quant_method") if isinstance(values, dict) else values
-    if method != QUANT_METHOD:
+    method = values.get("quant_method") if isinstance(values, dict) else None
+    if not isinstance(values, dict) or method != QUANT_METHOD:
         raise CheckpointError(
-            f"{directory} is not a packed BitsMoE checkpoint (quant_method is {str(method)[:80]!r}); make one "
-            "with `bitsmoe quantize`"
+            f"{directory} is not a packed BitsMoE checkpoint (quant_method is {str(method)[:80]!r}); "
+            "make one with `bitsmoe quantize`"
         )
     config = BitsMoEConfig.from_dict(values)
     check_model_sizes(model, config)

@@ -1,4 +1,4 @@
-"""Sizes that config.json gives a model, compared with what its files hold before anything is built from them."""
+"""Sizes that config.json gives a model, compared with what its files hold before it is built."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ def check_model_sizes(values: dict[str, Any], manifest: BitsMoEConfig) -> None:
         found = entry.get("hidden_size") if isinstance(entry, dict) else None
         if hidden is not None and found != hidden:
             raise CheckpointError(
-                f"{name}: hidden_size is {found!r} in quantization_config, but {hidden} in config.json; it was "
-                "altered"
+                f"{name}: hidden_size is {found!r} in quantization_config, but {hidden} in config.json; "
+                "it was altered"
             )
 
 

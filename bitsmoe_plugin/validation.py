@@ -42,10 +42,19 @@ def check_packed(name: str, spec: PackedSpec, packed: PackedExperts) -> None:
     halves = ("input_basis", "output_basis") if dense else ("input_scales", "output_scales")
     for buffer in halves:
         _check_finite(f"{name}.bitsmoe_{buffer}", getattr(packed, buffer), torch.float16)
+        if spec.is_tiled and not dense:
+            _check_products(f"{name}.bitsmoe_{buffer}", getattr(packed, buffer), 2 ** (spec.basis_bits - 1))
     for buffer in ("input_bias", "output_bias", "kept_input", "kept_output"):
         tensor = getattr(packed, buffer)
         if tensor is not None:
             _check_finite(f"{name}.bitsmoe_{buffer}", tensor, packing.ORIGINAL_DTYPES[spec.original_dtype])
+
+
+def _check_products(name: str, bits: Tensor, largest_code: int) -> None:
+    """The grid "tiled" rounds code times scale to float16, which must not overflow."""
+    largest = float(bits.view(torch.float16).abs().max()) if bits.numel() else 0.0
+    if largest * largest_code > torch.finfo(torch.float16).max:
+        raise CheckpointError(f"{name} holds {largest:g}, with which codes are beyond float16")
 
 
 def _check_finite(name: str, bits: Tensor, dtype: torch.dtype) -> None:

@@ -69,7 +69,7 @@ class BitsMoEQuantizer(HfQuantizer):
             )
 
     def update_attn_implementation(self, config: Any) -> Any:
-        """Refuse absurd sizes: this is the only hook that sees config.json before a model is built from it."""
+        """Refuse absurd sizes: no other hook sees config.json before a model is built from it."""
         if self.pre_quantized:
             check_model_sizes(config.to_dict(), self.quantization_config)
         return config
@@ -79,7 +79,7 @@ class BitsMoEQuantizer(HfQuantizer):
     ) -> None:
         config = self.quantization_config
         if self.pre_quantized and checkpoint_files:
-            check_loaded_files(checkpoint_files, Path(model.config._name_or_path))
+            check_loaded_files(checkpoint_files, Path(getattr(model.config, "_name_or_path", "")))
             verify_others(checkpoint_files, config.other_tensors)
         # Before experts are taken out: what the model has no name for is found by what it has.
         self._prediction_layers = prediction_layers(model, checkpoint_files or [])
@@ -137,7 +137,7 @@ class BitsMoEQuantizer(HfQuantizer):
         self._source = None  # it holds the model
 
     def _check_shapes(self, model: nn.Module) -> None:
-        """transformers takes tensors of any shape for those that it had planned while a quantizer is present."""
+        """While there is a quantizer, transformers takes tensors of any shape."""
         for name, tensor in model.state_dict().items():
             if name in self._shapes and tensor.shape != self._shapes[name]:
                 raise CheckpointError(
