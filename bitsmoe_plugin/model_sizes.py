@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterable
 from typing import Any
 
 from bitsmoe_plugin.config import BitsMoEConfig
@@ -73,17 +73,25 @@ def layer_number(name: str) -> int:
     return int(match[1]) if match else -1
 
 
-def check_model_memory(wanted: int, stored: Iterable[int]) -> None:
-    """Refuse to build a model that is far larger than its files.
+def check_planned(planned: dict[str, tuple[int, ...]], stored: dict[str, tuple[int, ...]]) -> None:
+    """Refuse a model whose tensors are of other shapes than those of its files, or that is far larger.
 
     Args:
-        wanted: values of all parameters and buffers but those of the experts.
-        stored: values of each stored tensor that is not packed.
+        planned: name -> shape of what the model will hold. Some families have other names for it than their
+            files; of those only the sum is compared.
+        stored: the same of the files, without packed tensors.
 
     Raises:
-        CheckpointError: with both numbers.
+        CheckpointError: naming a tensor, or with both sums.
     """
-    held = sum(stored)
+    planned = {name: shape for name, shape in planned.items() if ".bitsmoe_" not in name}
+    for name in planned.keys() & stored.keys():
+        if planned[name] != stored[name]:
+            raise CheckpointError(
+                f"{name} is {stored[name]} in the checkpoint, but config.json asks for {planned[name]}; "
+                "one of them was altered"
+            )
+    wanted, held = (sum(map(math.prod, shapes.values())) for shapes in (planned, stored))
     if wanted > 2 * held + _SPARE:  # tied embeddings stand in memory twice, new heads are small
         raise CheckpointError(
             f"config.json describes a model of {wanted} values besides its experts, but the files hold "

@@ -7,7 +7,6 @@ whatever its memory held.
 from __future__ import annotations
 
 import hashlib
-import math
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -70,18 +69,18 @@ def _check(name: str, tensor: Tensor, recorded: str | None) -> None:
         raise CheckpointError(f"{name} differs from what was written; the checkpoint is damaged or altered")
 
 
-def stored_values(files: Iterable[str | Path]) -> list[int]:
-    """Values of each tensor of some safetensors files that is not packed, from the headers alone.
+def stored_shapes(files: Iterable[str | Path]) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of the tensors of some safetensors files that are not packed, from the headers alone.
 
     Raises:
         CheckpointError: a file is no safetensors file.
     """
-    return [
-        math.prod(entry["shape"])
+    return {
+        name: tuple(entry["shape"])
         for path in files
         for name, entry in read_header(Path(path)).items()
         if not _packed(name)
-    ]
+    }
 
 
 def prediction_layers(model: Any, files: Iterable[str | Path]) -> dict[str, str]:

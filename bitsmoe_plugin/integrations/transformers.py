@@ -31,8 +31,8 @@ from bitsmoe_plugin.integrations.streaming import StreamedExperts, can_stream
 from bitsmoe_plugin.interruption import Interrupted
 from bitsmoe_plugin.kept import model_budget, named_kept
 from bitsmoe_plugin.model_card import write_model_card
-from bitsmoe_plugin.model_sizes import check_model_memory, check_model_sizes
-from bitsmoe_plugin.other_tensors import prediction_layers, record, stored_values, verify_others
+from bitsmoe_plugin.model_sizes import check_model_sizes, check_planned
+from bitsmoe_plugin.other_tensors import prediction_layers, record, stored_shapes, verify_others
 from bitsmoe_plugin.output_directory import check_output_directory, publish
 from bitsmoe_plugin.pipeline import quantize_model
 from bitsmoe_plugin.sources import ExpertSource, LoadedExperts
@@ -57,7 +57,6 @@ class BitsMoEQuantizer(HfQuantizer):
         super().__init__(copy.copy(quantization_config), **kwargs)
         self._source: ExpertSource | None = None
         self._prediction_layers: dict[str, str] = {}
-        self._shapes: dict[str, Any] = {}
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Refuse to quantize without calibration text before any weight is read."""
@@ -89,10 +88,9 @@ class BitsMoEQuantizer(HfQuantizer):
             named_kept(self._source, config)
             return
         self._replace_experts(model, checkpoint_files or [])
-        self._shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
         if checkpoint_files:
-            others = [shape.numel() for name, shape in self._shapes.items() if ".bitsmoe_" not in name]
-            check_model_memory(sum(others), stored_values(checkpoint_files))
+            shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+            check_planned(shapes, stored_shapes(checkpoint_files))
 
     def _replace_experts(self, model: nn.Module, files: list[str]) -> None:
         """Put empty packed experts where the originals are, once manifest and files are seen to fit."""
@@ -116,7 +114,6 @@ class BitsMoEQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         if self.pre_quantized:
-            self._check_shapes(model)
             for name, module in model.named_modules():
                 if isinstance(module, BitsMoEExperts):
                     verify_experts(name, module, self.quantization_config)
@@ -135,15 +132,6 @@ class BitsMoEQuantizer(HfQuantizer):
         )
         quantize_model(model, blocks, config, source)
         self._source = None  # it holds the model
-
-    def _check_shapes(self, model: nn.Module) -> None:
-        """While there is a quantizer, transformers takes tensors of any shape."""
-        for name, tensor in model.state_dict().items():
-            if name in self._shapes and tensor.shape != self._shapes[name]:
-                raise CheckpointError(
-                    f"{name} is {tuple(tensor.shape)} in the checkpoint, but config.json asks for "
-                    f"{tuple(self._shapes[name])}; one of them was altered"
-                )
 
     def _tokenizer(self, model: Any, needed: bool) -> Any:
         given = self.quantization_config.tokenizer
