@@ -151,6 +151,34 @@ def test_one_wrong_bit_is_refused_when_its_layer_is_loaded(copy: Path, buffer: s
 
 
 @needs_vllm
+def test_values_are_checked_even_if_their_hash_fits(copy: Path) -> None:
+    """Whoever alters a checkpoint can write the hash of what he altered; kernels must not see NaN scales."""
+    from bitsmoe_plugin.checkpoint import tensor_digest
+    from bitsmoe_plugin.packing import PackedExperts
+    from vllm_ext.weight_loading import load_shard
+
+    name = "model.layers.1.mlp.experts"
+    _rewrite(copy, lambda tensors: tensors[f"{name}.bitsmoe_scale_grid"].fill_(0x7E00))
+    tensors = load_file(copy / "model.safetensors")
+    prefix = f"{name}.bitsmoe_"
+    packed = PackedExperts(**{n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})
+    entries = json.loads((copy / "config.json").read_text())["quantization_config"]
+    entries["layers"][name]["sha256"] = tensor_digest(packed)
+    _edit(copy, quantization_config=entries)
+    files = _config(copy).files
+    with pytest.raises(CheckpointError, match=r"bitsmoe_scale_grid holds NaN"):
+        load_shard(files, name, whole(files.specs[name].shape), torch.device("cpu"))
+
+
+@needs_vllm
+def test_an_index_cannot_name_files_elsewhere(copy: Path) -> None:
+    weight_map = {"a": "../copy/model.safetensors"}
+    (copy / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(CheckpointError, match=r"names '\.\./copy/model\.safetensors'"):
+        _config(copy)
+
+
+@needs_vllm
 def test_a_newer_format_version_is_refused(copy: Path) -> None:
     entries = json.loads((copy / "config.json").read_text())["quantization_config"]
     _edit(copy, quantization_config={**entries, "format_version": 99})
