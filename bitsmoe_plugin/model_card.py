@@ -109,4 +109,6 @@ def write_model_card(directory: Path, base_model: str) -> None:
     """Write the card as README.md, unless there is one."""
     path = Path(directory) / "README.md"
     if not path.exists():
-        path.write_text(str(model_card(directory, base_model)), encoding="utf-8")
+        # In the C locale, names of files beyond ASCII arrive as escaped bytes.
+        content = str(model_card(directory, base_model)).encode("utf-8", "surrogateescape")
+        path.write_bytes(content)

@@ -78,8 +78,29 @@ def _in_use(path: Path) -> QuantizationError:
     return QuantizationError(f"work directory {path} is in use by another run; wait for it or stop it")
 
 
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Explain why ``path`` cannot be written: full disk, no permission, a file where a directory is needed.
+
+    Raises:
+        QuantizationError: instead of the system's error.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise QuantizationError(
+            f"{path} cannot be written ({error}); make room, allow it or choose another place, then start "
+            "the same again"
+        ) from error
+
+
 def _lock(path: Path) -> int:
     """Descriptor of the locked lock file; the lock ends with the process, however that ends."""
+    with writing(path):
+        return _lock_file(path)
+
+
+def _lock_file(path: Path) -> int:
     if fcntl is None:
         raise QuantizationError("a work directory needs file locks, which this system does not have")
     if path.exists() and not path.is_dir():
@@ -116,6 +137,22 @@ def remove(path: Path) -> None:
 def has_progress(path: Path) -> bool:
     """Whether anything but an empty journal has been written."""
     return any(path.glob("*.safetensors"))
+
+
+@contextmanager
+def staging(path: Path) -> Iterator[None]:
+    """Hold a directory in which ``OUTPUT`` is made; what is there afterwards is removed, but not progress.
+
+    Raises:
+        QuantizationError: see ``locked``.
+    """
+    with locked(path):
+        try:
+            yield
+        finally:
+            shutil.rmtree(path / OUTPUT, ignore_errors=True)
+            if not has_progress(path):
+                remove(path)
 
 
 def sync_directory(path: Path) -> None:
@@ -155,6 +192,16 @@ def _read(file: Any) -> str:
 
 def _text_digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+@contextmanager
+def _removed_if_it_fails(temporary: Path) -> Iterator[None]:
+    """Give the room of a half-written file back at once."""
+    try:
+        yield
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 class WorkDirectory:
@@ -219,11 +266,12 @@ class WorkDirectory:
         assert _OURS.fullmatch(name), name
         temporary = self.path / (name + _TEMPORARY)
         whole = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-        save_file(whole, temporary, metadata={"values": json.dumps(values or {})})
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        self._files[name] = _sha256(temporary)
-        os.replace(temporary, self.path / name)
+        with writing(self.path / name), _removed_if_it_fails(temporary):
+            save_file(whole, temporary, metadata={"values": json.dumps(values or {})})
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+            self._files[name] = _sha256(temporary)
+            os.replace(temporary, self.path / name)
 
     def forget(self, name: str) -> None:
         """Remove a file, if it is there, once the next journal no longer names it."""
@@ -247,14 +295,15 @@ class WorkDirectory:
         """Make the state and all files written so far what the next run finds."""
         content = {"state": self.state, "files": self._files}
         journal = {"version": _VERSION, "sha256": _text_digest(json.dumps(content)), "content": content}
-        sync_directory(self.path)  # the files must be there before the journal that names them
         temporary = self.path / (_JOURNAL + _TEMPORARY)
-        with temporary.open("w", encoding="utf-8") as file:
-            json.dump(journal, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, self.path / _JOURNAL)
-        sync_directory(self.path)
+        with writing(self.path / _JOURNAL), _removed_if_it_fails(temporary):
+            sync_directory(self.path)  # the files must be there before the journal that names them
+            with temporary.open("w", encoding="utf-8") as file:
+                json.dump(journal, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, self.path / _JOURNAL)
+            sync_directory(self.path)
         for name in self._obsolete:
             (self.path / name).unlink(missing_ok=True)
         self._obsolete = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import resource
 import signal
 import sys
 import time
@@ -34,10 +35,14 @@ def config(**changes: Any) -> BitsMoEConfig:
     return BitsMoEConfig(**{**OPTIONS, "dataset": [TOKENS], **changes})
 
 
-def _quantize(model: str, out: str, options: dict[str, Any], dies_at: int, errors: str) -> None:
+def _quantize(
+    model: str, out: str, options: dict[str, Any], dies_at: int, errors: str, file_bytes: int | None
+) -> None:
     torch.set_num_threads(1)
     os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    if file_bytes is not None:  # as on a full disk: what grows beyond is refused by the system
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
     if dies_at:
         _die_at_rename(dies_at)
     try:
@@ -63,17 +68,21 @@ def _die_at_rename(number: int) -> None:
     os.replace = replace  # type: ignore[assignment]
 
 
-def start(model: Path, out: Path, dies_at: int = 0, **options: Any) -> Any:
-    """A child process that quantizes ``model`` to ``out``; its stderr is appended to ``out``.stderr."""
-    arguments = (str(model), str(out), options, dies_at, f"{out}.stderr")
+def start(model: Path, out: Path, dies_at: int = 0, file_bytes: int | None = None, **options: Any) -> Any:
+    """A child process that quantizes ``model`` to ``out``; its stderr is appended to ``out``.stderr.
+
+    Args:
+        file_bytes: files cannot become longer.
+    """
+    arguments = (str(model), str(out), options, dies_at, f"{out}.stderr", file_bytes)
     child = _context.Process(target=_quantize, args=arguments)
     child.start()
     return child
 
 
-def finish(model: Path, out: Path, dies_at: int = 0, **options: Any) -> int:
+def finish(model: Path, out: Path, dies_at: int = 0, file_bytes: int | None = None, **options: Any) -> int:
     """Exit code of such a child when it has ended."""
-    child = start(model, out, dies_at, **options)
+    child = start(model, out, dies_at, file_bytes, **options)
     child.join(120)
     assert child.exitcode is not None
     return int(child.exitcode)

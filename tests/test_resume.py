@@ -7,6 +7,9 @@ import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -350,3 +353,87 @@ def test_library_call_continues_and_keeps_the_directory(dense: Path, whole: Path
         with locked(work):
             state = WorkDirectory(work).state
         assert (state["planned"], state["rounded"]) == (LAYERS, LAYERS)
+
+
+@pytest.mark.parametrize("share", [0.02, 0.2, 0.5, 0.999])
+def test_full_disk_loses_nothing(dense: Path, whole: Path, tmp_path: Path, share: float) -> None:
+    """Guards plans, layers and the checkpoint itself: a file that does not fit is named, none is left half
+    written, and with more room the same call goes on."""
+    out, longest = tmp_path / "out", (whole / "model.safetensors").stat().st_size
+    assert children.finish(dense, out, file_bytes=int(share * longest)) == 1
+    assert "cannot be written" in children.stderr(out)
+    assert "make room" in children.stderr(out)
+    assert not out.exists()
+    assert not any(".tmp" in path.name or path.is_dir() for path in Path(f"{out}.work").glob("*"))
+    assert children.finish(dense, out) == 0, children.stderr(out)
+    assert_same_files(out, whole)
+
+
+def test_place_that_cannot_be_written_is_named(dense: Path, tmp_path: Path) -> None:
+    """Guards against hours of work before the first write: a file where a directory is needed, and a
+    directory without permission to write (root has that everywhere but in sysfs)."""
+    (tmp_path / "file").touch()
+    closed = Path("/sys") if os.geteuid() == 0 else tmp_path / "closed"
+    if os.geteuid():
+        closed.mkdir(mode=0o555)
+    for place in (tmp_path / "file", closed):
+        with pytest.raises(QuantizationError, match=rf"{place}/out\.work cannot be written"):
+            quantize_to_directory(str(dense), place / "out", children.config())
+
+
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="no second file system")
+def test_work_directory_on_another_file_system(dense: Path, whole: Path, tmp_path: Path) -> None:
+    """Guards the last rename, which cannot cross file systems; progress elsewhere is not touched."""
+    out, other = tmp_path / "out", Path(tempfile.mkdtemp(dir="/dev/shm"))
+    assert other.stat().st_dev != tmp_path.stat().st_dev
+    try:
+        assert children.finish(dense, out, dies_at=16, work_dir=other / "work") == -signal.SIGKILL
+        assert children.finish(dense, out, work_dir=other / "work") == 0, children.stderr(out)
+        assert list(other.iterdir()) == []
+    finally:
+        shutil.rmtree(other)
+    assert_same_files(out, whole)
+
+
+def test_two_work_directories_for_one_output_are_refused(dense: Path, whole: Path, tmp_path: Path) -> None:
+    """Guards against two runs that both think they are alone."""
+    out = tmp_path / "out"
+    child = children.start(dense, out, work_dir=tmp_path / "first")
+    children.wait_until(lambda: (tmp_path / "first" / "journal.json").exists(), child)
+    os.kill(child.pid, signal.SIGSTOP)
+    try:
+        with pytest.raises(QuantizationError, match=r"out\.work is in use by another run"):
+            quantize_to_directory(str(dense), out, children.config(work_dir=tmp_path / "second"))
+    finally:
+        os.kill(child.pid, signal.SIGCONT)
+    child.join(60)
+    assert_same_files(out, whole)
+
+
+@pytest.mark.parametrize("clock", [0, 4102444800])
+def test_times_of_files_mean_nothing(dense: Path, whole: Path, interrupted: Path, clock: int) -> None:
+    """Guards against a clock that was set between two runs: 1970, 2100."""
+    for path in Path(f"{interrupted}.work").iterdir():
+        os.utime(path, (clock, clock))
+    assert children.finish(dense, interrupted) == 0, children.stderr(interrupted)
+    assert_same_files(interrupted, whole)
+
+
+def test_names_beyond_ascii_in_the_c_locale(dense: Path, whole: Path, tmp_path: Path) -> None:
+    """Guards files and messages whose names the terminal's character set does not have."""
+    model, out = tmp_path / "Modell_ß", tmp_path / "Ergebnis_ü"
+    shutil.copytree(dense, model)
+    program = "import sys, resume_support as r; r.torch.set_num_threads(1); r.quantize_to_directory("
+    program += "sys.argv[1], r.Path(sys.argv[2]), r.config())"
+    paths = [str(Path(children.__file__).parent), *sys.path]
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    command = [sys.executable, "-c", program, str(model), str(out)]
+    result = subprocess.run(command, env=environment, capture_output=True, timeout=120)
+    assert result.returncode == 0, result.stderr.decode(errors="replace")
+    inspect = [sys.executable, "-m", "bitsmoe_plugin", "inspect", str(out)]
+    result = subprocess.run(inspect, env=environment, capture_output=True, timeout=120)
+    assert result.returncode == 0, result.stderr.decode(errors="replace")
+    for path in whole.iterdir():
+        if path.name != "README.md":  # which says what was quantized
+            assert (out / path.name).read_bytes() == path.read_bytes(), path.name

@@ -25,9 +25,12 @@ def dense(tiny_model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def run(model: Path, out: Path, processes: int, groups_of: int = 1) -> subprocess.CompletedProcess[str]:
+def run(
+    model: Path, out: Path, processes: int, groups_of: int = 1, dies_at: int = 0
+) -> subprocess.CompletedProcess[str]:
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    command = [sys.executable, *launcher, str(PROGRAM), str(model), str(out), str(groups_of)]
+    command = [sys.executable, *launcher, str(PROGRAM), str(model), str(out)]
+    command += [str(groups_of), str(dies_at)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
@@ -66,6 +69,19 @@ def test_several_processes_continue_what_one_began(dense: Path, tmp_path: Path, 
     result = run(dense, tmp_path / "out", 2, everyone)
     assert result.returncode == 0, result.stderr
     assert files(tmp_path / "out") == files(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("layer", [3, 7])
+def test_a_worker_that_is_killed_loses_nothing(dense: Path, alone: Path, tmp_path: Path, layer: int) -> None:
+    """In the first and in the second pass over four layers: no output, and the same command goes on."""
+    result = run(dense, tmp_path / "out", 2, dies_at=layer)
+    assert result.returncode != 0
+    assert not (tmp_path / "out").exists()
+    assert bool(list((tmp_path / "out.work").glob("widths*"))) == (layer == 7)
+    result = run(dense, tmp_path / "out", 2)
+    assert result.returncode == 0, result.stderr
+    assert files(tmp_path / "out") == files(alone)
+    assert not (tmp_path / "out.work").exists()
 
 
 def test_a_process_with_other_options_is_refused(dense: Path, tmp_path: Path) -> None:

@@ -2,21 +2,40 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import resume_support
 import torch
 
-from bitsmoe_plugin import problem
+from bitsmoe_plugin import pipeline, problem
 from bitsmoe_plugin.integrations.transformers import quantize_to_directory
 from bitsmoe_plugin.workers import connected
 
+
+def die_at(number: int) -> None:
+    """Kill this process when it begins so-many-th of its layers, over both passes."""
+    calls, take = [0], pipeline.release_free_memory
+
+    def count() -> None:
+        calls[0] += 1
+        if calls[0] == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        take()
+
+    pipeline.release_free_memory: Callable[[], None] = count
+
+
 if __name__ == "__main__":
-    model, out, groups_of = sys.argv[1:]
+    model, out, groups_of, dies_at = sys.argv[1:]
     torch.set_num_threads(1)
     problem.WORKING_SET = int(groups_of) * 32**2  # hidden_size of the tests' models
     with connected() as workers:
+        if workers.rank == 1:
+            die_at(int(dies_at))
         # Another text for one of the processes, if its rank is named.
         options = {"seed": workers.rank} if "differ" in Path(out).name else {}
         quantize_to_directory(model, Path(out), resume_support.config(**options))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ from bitsmoe_plugin.other_tensors import prediction_layers, record, stored_shape
 from bitsmoe_plugin.output_directory import check_output_directory, publish
 from bitsmoe_plugin.pipeline import quantize_model
 from bitsmoe_plugin.sources import ExpertSource, LoadedExperts
-from bitsmoe_plugin.work_directory import OUTPUT, has_progress, locked, remove
+from bitsmoe_plugin.work_directory import OUTPUT, has_progress, locked, remove, staging, writing
 from bitsmoe_plugin.workers import Workers
 
 
@@ -221,14 +222,17 @@ def quantize_to_directory(model: str, out: Path, config: BitsMoEConfig) -> None:
     out, workers = Path(out).resolve(), Workers.present()
     workers.from_main(lambda: check_output_directory(out))
     config = copy.copy(config)
-    config.work_dir = work = Path(config.work_dir or out.with_name(f"{out.name}.work"))
+    # Beside ``out``, so that a rename within one file system publishes it, wherever the layers are kept.
+    beside = out.with_name(f"{out.name}.work")
+    config.work_dir = work = Path(config.work_dir or beside)
     if not workers.main:  # it takes part, the first process writes
         AutoModelForCausalLM.from_pretrained(model, quantization_config=config)
         return
-    with locked(work):
+    with locked(work), staging(beside):
         try:
             quantized = AutoModelForCausalLM.from_pretrained(model, quantization_config=config)
-            _write_checkpoint(quantized, model, work / OUTPUT, out)
+            with writing(out):
+                _write_checkpoint(quantized, model, beside / OUTPUT, out)
         except BaseException as error:
             if not has_progress(work):
                 remove(work)
@@ -248,11 +252,15 @@ def _write_checkpoint(quantized: Any, model: str, partial: Path, out: Path) -> N
     Args:
         model: directory or hub name of what was quantized, with its tokenizer.
     """
+    if partial.exists():  # of a run that was killed
+        shutil.rmtree(partial)
     partial.mkdir()
     quantized.save_pretrained(partial)
     try:
-        AutoTokenizer.from_pretrained(model).save_pretrained(partial)
+        tokenizer = AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError) as error:
         warnings.warn(f"no tokenizer saved: none found at {model} ({error})", stacklevel=3)
+    else:
+        tokenizer.save_pretrained(partial)
     write_model_card(partial, model)
     publish(partial, out)

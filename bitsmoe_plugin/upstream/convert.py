@@ -28,7 +28,7 @@ from bitsmoe_plugin.tiled import TILE
 from bitsmoe_plugin.upstream.files import INDEX, UpstreamFiles, assign
 from bitsmoe_plugin.upstream.layer import ConvertedLayer, convert_layer
 from bitsmoe_plugin.upstream.rows import GROUP
-from bitsmoe_plugin.work_directory import OUTPUT, has_progress, locked, remove
+from bitsmoe_plugin.work_directory import OUTPUT, has_progress, staging, writing
 
 FILE_BYTES = 2**30
 """Tensors outside the MoE layers are written in files of about this size."""
@@ -51,20 +51,17 @@ def import_upstream(source: Path, out: Path) -> None:
     check_output_directory(out)
     config = read_base_config(source)
     work = out.with_name(f"{out.name}.work")
-    with locked(work):
+    with staging(work), writing(out):
         if has_progress(work):
             raise QuantizationError(
                 f"work directory {work} holds layers that bitsmoe quantize has finished; choose another name"
             )
-        try:
-            partial = work / OUTPUT
-            if partial.exists():  # of a run that was killed
-                shutil.rmtree(partial)
-            partial.mkdir()
-            _convert(source, config, partial)
-            publish(partial, out)
-        finally:
-            remove(work)
+        partial = work / OUTPUT
+        if partial.exists():  # of a run that was killed
+            shutil.rmtree(partial)
+        partial.mkdir()
+        _convert(source, config, partial)
+        publish(partial, out)
 
 
 def read_base_config(source: Path) -> dict[str, Any]:
