@@ -25,6 +25,7 @@ from bitsmoe_plugin.experts import BitsMoEExperts
 from bitsmoe_plugin.inspection import inspect_checkpoint
 from bitsmoe_plugin.upstream import convert
 from bitsmoe_plugin.upstream.convert import import_upstream
+from bitsmoe_plugin.work_directory import locked
 
 PROMPT = torch.tensor([[5, 6, 7, 11, 13, 60, 61, 62, 3, 9]])
 SIZES = {"hidden_size": 32, "moe_intermediate_size": 160}
@@ -206,6 +207,7 @@ import sys
 from pathlib import Path
 from peak_memory import watched
 from bitsmoe_plugin.upstream.convert import import_upstream
+from bitsmoe_plugin.work_directory import locked
 print(watched(lambda: import_upstream(*map(Path, sys.argv[1:]))))
 """
 
@@ -402,6 +404,21 @@ def test_an_interrupted_conversion_leaves_nothing(
     assert (tmp_path / "out" / "config.json").exists()
 
 
+@pytest.mark.parametrize("step", ["save_file", "_name_files", "publish"])
+def test_a_full_disk_is_named_and_leaves_nothing(
+    step: str, upstream: tuple[Path, Any], tmp_path: Path, monkeypatch
+) -> None:
+    """Guards against the system's bare error, and against half of a checkpoint."""
+
+    def full(*arguments: Any, **options: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(convert, step, full)
+    with pytest.raises(QuantizationError, match=r"cannot be written.*No space left.*make room"):
+        import_upstream(upstream[0], tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_a_killed_run_leaves_does_not_load_and_is_replaced(
     upstream: tuple[Path, Any], tmp_path: Path, monkeypatch
 ) -> None:
@@ -414,7 +431,7 @@ def test_what_a_killed_run_leaves_does_not_load_and_is_replaced(
         raise Killed
 
     monkeypatch.setattr(convert, "_quantization_config", kill)
-    monkeypatch.setattr(convert, "remove", lambda path: None)
+    monkeypatch.setattr(convert, "staging", locked)
     with pytest.raises(Killed):
         import_upstream(upstream[0], tmp_path / "out")
     assert not (tmp_path / "out").exists()

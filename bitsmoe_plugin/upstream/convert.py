@@ -45,23 +45,26 @@ def import_upstream(source: Path, out: Path) -> None:
 
     Raises:
         CheckpointError: ``source`` is no such checkpoint, or contradicts the format (see the package).
-        QuantizationError: ``out`` exists, or its work directory is in use or holds other work.
+        QuantizationError: ``out`` exists or cannot be written, or its work directory is in use or holds
+            other work.
     """
     out = Path(out).resolve()
     check_output_directory(out)
     config = read_base_config(source)
     work = out.with_name(f"{out.name}.work")
-    with staging(work), writing(out):
+    with staging(work):
         if has_progress(work):
             raise QuantizationError(
                 f"work directory {work} holds layers that bitsmoe quantize has finished; choose another name"
             )
         partial = work / OUTPUT
-        if partial.exists():  # of a run that was killed
-            shutil.rmtree(partial)
-        partial.mkdir()
+        with writing(partial):
+            if partial.exists():  # of a run that was killed
+                shutil.rmtree(partial)
+            partial.mkdir()
         _convert(source, config, partial)
-        publish(partial, out)
+        with writing(out):
+            publish(partial, out)
 
 
 def read_base_config(source: Path) -> dict[str, Any]:
@@ -138,7 +141,8 @@ class _Manifest:
         self.others.update(record(tensors))
         self.files.append({name: tensor.nbytes for name, tensor in tensors.items()})
         whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        save_file(whole, self.directory / f"{len(self.files)}.part", metadata={"format": "pt"})
+        with writing(self.directory):
+            save_file(whole, self.directory / f"{len(self.files)}.part", metadata={"format": "pt"})
 
 
 def _convert(source: Path, config: dict[str, Any], partial: Path) -> None:
@@ -152,11 +156,12 @@ def _convert(source: Path, config: dict[str, Any], partial: Path) -> None:
             manifest.write(manifest.add_layer(layer.name, shapes[layer.name], converted))
         for names in _batches(files, others):
             manifest.write({name: files.read(name) for name in names})
-    _name_files(manifest)
-    _copy_rest(source, partial)
     weights = sum(shape.weights for shape in shapes.values())
-    config["quantization_config"] = _quantization_config(manifest, weights).to_dict()
-    (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    with writing(partial):
+        _name_files(manifest)
+        _copy_rest(source, partial)
+        config["quantization_config"] = _quantization_config(manifest, weights).to_dict()
+        (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _batches(files: UpstreamFiles, names: list[str]) -> Iterator[list[str]]:
