@@ -11,6 +11,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from bitsmoe_plugin.config import BitsMoEConfig
 from bitsmoe_plugin.inspection import inspect_checkpoint, read_config
 from bitsmoe_plugin.output_directory import replace_file
+from bitsmoe_plugin.report.checkpoint_data import PART_NAMES
 from bitsmoe_plugin.report.evaluation_data import task_rows
 from bitsmoe_plugin.version import __version__
 
@@ -37,7 +38,7 @@ for the experts is counted; attention, router, embeddings, shared experts and de
 # pip install bitsmoe-plugin
 from transformers import AutoModelForCausalLM
 
-model = AutoModelForCausalLM.from_pretrained("DIR")
+model = AutoModelForCausalLM.from_pretrained("DIR")  # stays packed; nothing else has to be imported
 ```
 
 ```sh
@@ -93,13 +94,14 @@ def _section(text: str) -> str:
 
 def _facts(report: dict[str, Any], config: BitsMoEConfig, base: str) -> dict[str, Any]:
     layers = report["layers"].values()
+    parts = {PART_NAMES[part]: bits for part, bits in report["parts"].items()}
     kept = sum(len(layer["kept_experts"]) for layer in layers)
     calibration = report["calibration"]
     return {
         "base": base,
         "version": __version__,
         "bits": report["bits_per_weight"],
-        "parts": "\n".join(f"| {part} | {bits:.4f} |" for part, bits in report["parts"].items() if bits),
+        "parts": "\n".join(f"| {part} | {bits:.4f} |" for part, bits in parts.items() if bits),
         "method": config.method,
         "budget": f"bits={config.bits:g}"
         if config.factor_bits is None

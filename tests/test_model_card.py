@@ -33,7 +33,7 @@ def test_card_says_what_is_stored_and_how_to_load_it(packed: Path) -> None:
     report = inspect_checkpoint(packed)
     for text in (
         f"{report['bits_per_weight']:.3f} bits per weight",
-        f"| payload | {report['parts']['payload']:.4f} |",
+        f"| rounded rows | {report['parts']['payload']:.4f} |",
         f"{report['calibration']['tokens']:,} tokens",
         report["calibration"]["sha256"][:16],
         'from_pretrained("DIR")',

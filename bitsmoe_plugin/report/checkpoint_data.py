@@ -22,6 +22,16 @@ from bitsmoe_plugin.spectrum import BINS, rank_bins
 
 ERRORS = {"predicted": "estimated_error", "calibration": "calibration_error", "unseen": "unseen_error"}
 """Name in a report -> key of the manifest."""
+PART_NAMES = {
+    "payload": "rounded rows",
+    "row_codes": "widths and scales of rows",
+    "row_scales": "scales of rows",
+    "scale_grids": "scale grids",
+    "bases": "shared bases",
+    "biases": "biases",
+    "kept_experts": "kept experts",
+}
+"""Part of ``inspect_checkpoint`` -> what users call it."""
 
 
 @dataclass(frozen=True)
