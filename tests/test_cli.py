@@ -44,7 +44,7 @@ def test_quantize_writes_a_complete_checkpoint(packed) -> None:
 def test_quantize_tells_the_card_what_it_measured(packed) -> None:
     card = (packed / "README.md").read_text()
     assert "Perplexity on few.jsonl" in card
-    assert "Calibration: calibration.jsonl, 4," in card
+    assert "Calibration: calibration.jsonl, 3,840 tokens" in card
 
 
 def test_inspect_json(packed) -> None:

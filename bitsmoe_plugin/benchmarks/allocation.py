@@ -35,12 +35,12 @@ Table = NDArray[np.float32]
 def add(commands: Any) -> None:
     """``bench allocation``."""
     parser = add_benchmark(commands, "allocation", "global allocation of a model of full size", measure)
-    parser.add_argument("--layers", type=int, default=48)
+    parser.add_argument("--layers", type=int, default=48, help="MoE layers")
     parser.add_argument("--experts", type=int, default=128, help="per layer")
     parser.add_argument("--rank", type=int, default=2048, help="rows per factor, the model's hidden_size")
     parser.add_argument("--intermediate-size", type=int, default=768, help="values per row")
     parser.add_argument("--bits", type=float, default=2.0, help="counted bits per expert weight")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of the random costs")
 
 
 def relative_distortions(config: BitsMoEConfig, size: int, seed: int) -> Table:

@@ -26,10 +26,11 @@ COPY_BYTES = 2**28
 def add(commands: Any) -> None:
     """``bench layer``."""
     parser = add_benchmark(commands, "layer", "one MoE layer, ours against dense and GPTQ", measure)
-    parser.add_argument("--shape", default="qwen3-30b-a3b", choices=sorted(SHAPES))
-    parser.add_argument("--tokens", default="1,4,16,64,256", help="comma list")
+    parser.add_argument("--shape", default="qwen3-30b-a3b", choices=sorted(SHAPES), help="whose layer")
+    parser.add_argument("--tokens", default="1,4,16,64,256", help="comma list: tokens at once")
     parser.add_argument("--bits", default="2.0,3.0", help="comma list of counted bits per weight of ours")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=device, help="cpu or cuda; default: what is there")
     parser.add_argument("--threads", type=int, default=None, help="on a CPU; default: torch's")
     parser.add_argument("--repeats", type=int, default=15, help="timed calls of each, each with new experts")
 
