@@ -79,28 +79,38 @@ _PAPER = {
     "sequential": False,
     "scope": "layer",
 }
+_DEFAULT: dict[str, Any] = {
+    "widths": ALL_WIDTHS,
+    "grid": "trellis",
+    "basis_bits": 4,
+    "joint_basis": True,
+    "whitening": True,
+    "cost": "output",
+    "token_weighting": "residual",
+    "neuron_weighting": True,
+    "covariance_prior": 1.0,
+    "feedback": True,
+    "widening": True,
+    "refit": True,
+    "compensation": True,
+    "sequential": True,
+    "scope": "global",
+}
 METHODS: dict[str, dict[str, Any]] = {
-    "default": {
-        "widths": ALL_WIDTHS,
-        "grid": "trellis",
-        "basis_bits": 4,
-        "joint_basis": True,
-        "whitening": True,
-        "cost": "output",
-        "token_weighting": "residual",
-        "neuron_weighting": True,
-        "covariance_prior": 1.0,
-        "feedback": True,
-        "widening": True,
-        "refit": True,
-        "compensation": True,
-        "sequential": True,
-        "scope": "global",
+    "default": _DEFAULT,
+    "fast": {
+        **_DEFAULT,
+        "cost": "model",
+        "feedback": False,
+        "refit": False,
+        "compensation": False,
+        "sequential": False,
     },
     "paper-v1": _PAPER,
     "paper-v2": {**_PAPER, "basis_bits": 8, "scope": "global"},
 }
-"""What each method sets; options that are given replace it. "paper-v1" and "paper-v2" are our
+"""What each method sets; options that are given replace it. "fast" leaves out what takes long: see
+examples/speed.md and examples/quality.md for what that saves and costs. "paper-v1" and "paper-v2" are our
 reading of the two versions of arXiv 2606.00079, whose quantizer was never published."""
 
 
@@ -121,8 +131,9 @@ class BitsMoEConfig(QuantizationConfigMixin):
         batch_size: sequences per forward pass.
         held_out: share of the calibration sequences that no statistic sees; the output error of each
             layer is measured on them and reported. 0 to 0.5.
-        method: "default", or "paper-v1" or "paper-v2" as published; sets all options from ``widths``
-            to ``scope`` but ``basis_group_size`` that are not given.
+        method: "default", "fast" (less time, somewhat lower quality), or "paper-v1" or "paper-v2" as
+            published; sets all options from ``widths`` to ``scope`` but ``basis_group_size`` that are not
+            given.
         widths: bits that a row may take; 0 drops it. A subset of 0, 1, 2, 3, 4, 6, 8, 16.
         grid: "trellis" codes rows of up to 4 bits by trellis, "uniform" rounds all to uniform grids; "tiled"
             stands in checkpoints that ``import-upstream`` converted.
@@ -130,7 +141,8 @@ class BitsMoEConfig(QuantizationConfigMixin):
         basis_group_size: basis values that share a scale; divides hidden_size.
         joint_basis: one input basis for gate and up (True) or one for each (False).
         whitening: bases in the metric of the inputs and outputs (True) or from plain SVDs (False).
-        cost: "output" estimates the layer's output error, "spectral" is row energy times input
+        cost: "output" estimates the layer's output error from each row's own error at each width, "model"
+            from the row's energy and the error of Gaussian rows, "spectral" is row energy times input
             energy, relative to the projection's.
         token_weighting: "residual" weighs a token by 1 / mean square of its residual stream,
             "none" weighs all alike.
@@ -301,7 +313,7 @@ class BitsMoEConfig(QuantizationConfigMixin):
         for flag in _FLAGS:
             _check_choice(flag, getattr(self, flag), (True, False))
         _check_number("held_out", self.held_out, 0, 0.5)
-        _check_choice("cost", self.cost, ("output", "spectral"))
+        _check_choice("cost", self.cost, ("output", "model", "spectral"))
         _check_choice("token_weighting", self.token_weighting, ("residual", "none"))
         if self.grid == coding.TILED and self.layers:
             _check_tiled(self.basis_bits, self.basis_group_size)

@@ -134,7 +134,7 @@ def row_costs(problem: LayerProblem, known: dict[int, Feedback] | None = None) -
     """What the rows of a layer cost at every width.
 
     Args:
-        known: feedback of some experts, see ``rank_variances``; needed for ``cost="output"``.
+        known: feedback of some experts, see ``rank_variances``; needed unless ``cost="spectral"``.
 
     Returns:
         costs ``[3, E, r, widths]`` and energies ``[3, E, r]`` float32: estimated output error of
@@ -153,8 +153,12 @@ def row_costs(problem: LayerProblem, known: dict[int, Feedback] | None = None) -
         for factor, rows in enumerate(factors):
             energies[factor, chosen] = (rows.square() * inner[factor]).sum(-1) * outer[factor]
             for index, width in enumerate(config.widths):
-                distortion = grids.best_scale(rows, inner[factor], width)[1] * outer[factor]
-                distortion *= coding.expected_gain(width, config.grid, shape.intermediate_size)
+                if config.cost == "model":
+                    share = coding.gaussian_distortion(width, config.grid, shape.intermediate_size)
+                    distortion = energies[factor, chosen] * share
+                else:
+                    distortion = grids.best_scale(rows, inner[factor], width)[1] * outer[factor]
+                    distortion *= coding.expected_gain(width, config.grid, shape.intermediate_size)
                 if factor < 2 and variances is not None:
                     distortion *= GATE_UP_WEIGHT * (DROP_WEIGHT if width == 0 else 1.0)
                 costs[factor, chosen, :, index] = distortion
@@ -185,6 +189,8 @@ def plan_layer(problem: LayerProblem, payload_bits: int) -> LayerPlan:
     experts = list(range(0, problem.shape.num_experts, stride))
     feedback = {expert: rank_feedback(problem, expert) for expert in experts}
     costs, energies = row_costs(problem, feedback)
+    if problem.config.cost == "model":
+        return LayerPlan(costs, energies, problem.bases, 1.0)
     sizes = row_sizes(problem.shape, widths)
     least = costs.shape[:-1].numel() * sizes[0]
     trial = allocate([costs.view(-1, len(widths)).numpy()], [sizes], max(payload_bits, least))

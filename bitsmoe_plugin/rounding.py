@@ -105,11 +105,11 @@ class Feedback:
     (QuIP's form of the feedback, arXiv 2307.13304; GPTQ's, from the inverse of C, has the same targets.)
 
     Attributes:
-        unit: ``[..., n, n]`` float32, upper triangular, ones on the diagonal.
+        unit: ``[..., n, n]`` float32, upper triangular, ones on the diagonal; None: errors are not passed on.
         variance: ``[..., n]`` float32.
     """
 
-    unit: Tensor
+    unit: Tensor | None
     variance: Tensor
 
     @staticmethod
@@ -128,20 +128,20 @@ class Feedback:
         return Feedback(torch.stack(units).view(moments.shape), torch.stack(variances).view(*shape, n))
 
     @staticmethod
-    def none(moments: Tensor, damping: float) -> Feedback:
-        """Of the diagonals alone: errors are not passed on."""
-        diagonal = moments.diagonal(dim1=-2, dim2=-1)
-        variance = diagonal + damping * diagonal.mean(-1, keepdim=True).clamp_min(1e-30)
-        return Feedback(torch.eye(moments.shape[-1], device=moments.device).expand_as(moments), variance)
+    def none(diagonal: Tensor, damping: float) -> Feedback:
+        """Of the diagonals ``[..., n]`` of the moments alone: errors are not passed on."""
+        return Feedback(None, diagonal + damping * diagonal.mean(-1, keepdim=True).clamp_min(1e-30))
 
     def __getitem__(self, index: Any) -> Feedback:
         """Of some of the experts."""
-        return Feedback(self.unit[index], self.variance[index])
+        return Feedback(None if self.unit is None else self.unit[index], self.variance[index])
 
 
 def stacked_feedback(parts: list[Feedback], dim: int = 0) -> Feedback:
     """Several as one, along a new axis."""
-    return Feedback(torch.stack([f.unit for f in parts], dim), torch.stack([f.variance for f in parts], dim))
+    units = [f.unit for f in parts if f.unit is not None]
+    variance = torch.stack([f.variance for f in parts], dim)
+    return Feedback(torch.stack(units, dim) if units else None, variance)
 
 
 def best_scales(rows: Tensor, weights: Tensor, bits: Tensor, grid: str) -> Tensor:
@@ -214,14 +214,14 @@ class _RankLoop:
 
     Attributes:
         work: ``[2, e, r, I]``: rows not yet rounded; of the others, row minus value.
-        unit: ``[1 or 2, e, r, r]``.
+        unit: ``[1 or 2, e, r, r]``, or None.
         start, low, step: planned scale codes ``[2, e, r]`` and scale grids ``[2, r]``.
         rows: what is being filled.
     """
 
     work: Tensor
     bits: Tensor
-    unit: Tensor
+    unit: Tensor | None
     weights: Tensor
     start: Tensor
     low: Tensor
@@ -230,6 +230,7 @@ class _RankLoop:
 
     def passed_on(self, begin: int, end: int, first: int, last: int) -> Tensor:
         """What rows ``first`` to ``last`` make up for of rows ``begin`` to ``end``, ``[2, e, rows, I]``."""
+        assert self.unit is not None
         return self.unit[:, :, begin:end, first:last].transpose(-1, -2) @ self.work[:, :, begin:end]
 
     def round(self, first: int, last: int, target: Tensor, grid: str) -> None:
@@ -246,6 +247,8 @@ class _RankLoop:
             self.rows.codes[:, :, k], self.rows.scale_codes[:, :, k] = coded, code
             self.rows.values[:, :, k], self.rows.errors[:, :, k] = value, left.sum(-1)
             self.work[:, :, k] -= value
+            if self.unit is None:
+                continue
             share = self.unit[:, :, k, k + 1 : last, None]
             target[:, :, k + 1 - first :] += share * self.work[:, :, k, None]
 
@@ -292,7 +295,7 @@ def round_along_rank(
     loop = _RankLoop(
         factors.clone(memory_format=torch.contiguous_format),
         bits.to(torch.uint8).contiguous(),
-        feedback.unit.contiguous(),
+        None if feedback.unit is None else feedback.unit.contiguous(),
         neuron_weights.contiguous(),
         scale_grid.encode(scales).contiguous(),
         scale_grid.low.float().contiguous(),
@@ -300,7 +303,9 @@ def round_along_rank(
         rows,
     )
     round_part = loop.round_fast if fast and fast_rounding.available(factors) else loop.round
-    for far in range(0, rank, _FAR):
+    if feedback.unit is None:
+        round_part(0, rank, loop.work.clone(), grid)
+    for far in range(0, rank if feedback.unit is not None else 0, _FAR):
         targets = loop.passed_on(0, far, far, min(far + _FAR, rank))
         targets += loop.work[:, :, far : far + _FAR]
         for first in range(far, min(far + _FAR, rank), _LAZY):
@@ -344,6 +349,10 @@ def round_along_neurons(
     else:
         scale_codes = _choose_scales(factor, weights, bits, start, low, step)
     scale = torch.exp2(low + scale_codes * step)
+    if feedback.unit is None:
+        codes = coding.encode(factor, scale, weights, bits, grid)
+        values = coding.decode(codes, scale, bits, size, grid)
+        return RoundedRows(codes, scale_codes, values, (factor - values).square_().mul_(weights).sum(-1))
     codes = torch.empty(*bits.shape, coding.padded(size), dtype=torch.int32)
     values, errors = torch.empty_like(factor), torch.empty_like(factor)  # errors: factor minus value
     remaining = torch.zeros(bits.shape)
