@@ -373,7 +373,7 @@ def _fit_layer(run: _Run, index: int, exact: Hidden, widths: Widths) -> _FittedL
         counts = warn_about_thin_calibration(layer.name, seen, shape)
         biases = read_biases(layer.module)
         problem = build_problem(layer.name, weights, seen, gating, config, plan.bases, drift, biases)
-        result = round_layer(problem, row_bits, run.workers)
+        result = round_layer(problem, row_bits, run.workers, plan)
         packed = with_originals(result.packed, weights, biases, kept)
         entry = layer_manifest(shape, packed, layer.module.down_proj.dtype, kept)
     others = _others(plan.costs, kept)

@@ -8,6 +8,7 @@ All functions are batched over experts; widths differ from row to row.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from functools import cache
 from typing import Any
 
 import torch
@@ -187,6 +188,31 @@ def unbiased_scales(rows: Tensor, weights: Tensor, bits: Tensor, grid: str) -> T
     return torch.where(bits > 0, scales * ratio, scales)
 
 
+@cache
+def gaussian_scale(bits: int, grid: str, size: int, widened: bool) -> float:
+    """Scale of ``best_scales``, or of ``unbiased_scales``, for Gaussian rows ``[size]`` of variance 1."""
+    if bits == 0:
+        return 0.0
+    rows = coding.gaussian_rows(size)
+    choose = unbiased_scales if widened else best_scales
+    scales = choose(rows, torch.ones_like(rows), torch.full((len(rows),), bits), grid)
+    return float((scales / rows.square().mean(-1).sqrt()).mean())
+
+
+def model_scales(variance: Tensor, bits: Tensor, grid: str, size: int, widened: bool) -> Tensor:
+    """Scales ``[...]`` float32 of Gaussian rows of which only the variances ``[...]`` are known.
+
+    Args:
+        bits: ``[...]`` int64.
+        size: values of a row.
+        widened: see ``unbiased_scales``.
+    """
+    table = torch.zeros(17)
+    for width in torch.unique(bits).tolist():
+        table[width] = gaussian_scale(width, grid, size, widened)
+    return variance.clamp_min(0).sqrt() * table[bits]
+
+
 def _choose_scales(
     rows: Tensor, weights: Tensor, bits: Tensor, start: Tensor, low: Tensor, step: Tensor
 ) -> Tensor:
@@ -273,12 +299,12 @@ def round_along_rank(
     """Round gate and up factors, row after row, each row making up for the errors of the rows before it.
 
     Args:
-        factors: ``[2, experts, rank, I]`` float32.
-        bits: ``[2, experts, rank]`` int64.
-        feedback: ``[1 or 2, experts]`` of rank ``rank``: for both factors, or for each.
-        neuron_weights: ``[2, experts, I]``.
-        scale_grid: ``[2, rank]``.
-        scales: ``[2, experts, rank]``, free scales to start from.
+        factors: ``[factors, experts, rank, I]`` float32: gate and up.
+        bits: ``[factors, experts, rank]`` int64.
+        feedback: ``[1 or factors, experts]`` of rank ``rank``: for all factors, or for each.
+        neuron_weights: ``[factors, experts, I]``.
+        scale_grid: ``[factors, rank]``.
+        scales: ``[factors, experts, rank]``, free scales to start from.
         grid: see ``coding``.
         fast: use compiled code, if there is any.
 
@@ -338,8 +364,15 @@ def round_along_neurons(
 ) -> RoundedRows:
     """Round down factors, block after block of 32 neurons, each row under a scale fixed in advance.
 
-    Args as for ``round_along_rank`` without the first axis, but feedback is ``[experts]`` of neurons.
+    Args as for ``round_along_rank`` without the first axis, but feedback is ``[experts]`` of neurons, and
+    there are no ``neuron_weights``.
     """
+    if feedback.unit is None:  # then it is all the same which way one goes
+        rank = Feedback(None, torch.ones(1, *factor.shape[:-1]))
+        grid_of_one = ScaleGrid(scale_grid.low[None], scale_grid.step[None])
+        one = factor[None], bits[None], rank, feedback.variance[None], grid_of_one, scales[None]
+        rows = round_along_rank(*one, grid)
+        return RoundedRows(*(tensor[0] for tensor in _tensors(rows)))
     size = factor.shape[-1]
     weights = feedback.variance[:, None]
     low, step = scale_grid.low.float(), scale_grid.step.float()
@@ -349,10 +382,6 @@ def round_along_neurons(
     else:
         scale_codes = _choose_scales(factor, weights, bits, start, low, step)
     scale = torch.exp2(low + scale_codes * step)
-    if feedback.unit is None:
-        codes = coding.encode(factor, scale, weights, bits, grid)
-        values = coding.decode(codes, scale, bits, size, grid)
-        return RoundedRows(codes, scale_codes, values, (factor - values).square_().mul_(weights).sum(-1))
     codes = torch.empty(*bits.shape, coding.padded(size), dtype=torch.int32)
     values, errors = torch.empty_like(factor), torch.empty_like(factor)  # errors: factor minus value
     remaining = torch.zeros(bits.shape)
