@@ -99,7 +99,7 @@ def choose_kept(
         warnings.warn(
             f"{sum(map(len, found))} super experts are quantized like the others: in their original "
             f"precision they would take {bits / budget.weights:.3f} bits per weight, over "
-            f'{LARGEST_SHARE:.0%} of a budget. super_experts="keep" keeps them',
+            f'{LARGEST_SHARE:.0%} of the budget. super_experts="keep" keeps them',
             stacklevel=2,
         )
         return [()] * len(found)

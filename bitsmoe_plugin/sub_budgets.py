@@ -119,7 +119,7 @@ def _named_layer(layers: Sequence[StoredLayer], position: int, config: BitsMoECo
     if group.payload_bits < group.narrowest:
         raise QuantizationError(
             f"layer_bits gives {layer.name} {bits:g} bits per weight; the smallest reachable is "
-            f"{(fixed + group.narrowest) / weights:.4f}, {fixed / weights:.4f} of it beside the rows"
+            f"{(fixed + group.narrowest) / weights:.4f}, {fixed / weights:.4f} of it for all but rows"
         )
     return group
 
@@ -159,8 +159,8 @@ def _named_projection(
     if group.payload_bits < group.narrowest:
         raise QuantizationError(
             f"projection_bits gives {name} {bits:g} bits per weight; the smallest reachable is "
-            f"{(fixed + group.narrowest) / group.weights:.4f}, {fixed / group.weights:.4f} of it beside the "
-            "rows"
+            f"{(fixed + group.narrowest) / group.weights:.4f}, {fixed / group.weights:.4f} of it for row "
+            "codes, scale grids and kept experts"
         )
     return group
 
