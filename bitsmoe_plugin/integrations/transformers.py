@@ -30,7 +30,7 @@ from bitsmoe_plugin.experts import BitsMoEExperts, replace_module
 from bitsmoe_plugin.families import find_moe_layers
 from bitsmoe_plugin.integrations.streaming import StreamedExperts, can_stream
 from bitsmoe_plugin.interruption import Interrupted
-from bitsmoe_plugin.kept import model_budget, named_kept
+from bitsmoe_plugin.kept import model_budget
 from bitsmoe_plugin.model_card import write_model_card
 from bitsmoe_plugin.model_sizes import check_model_sizes, check_planned
 from bitsmoe_plugin.other_tensors import prediction_layers, record, stored_shapes, verify_others
@@ -86,7 +86,6 @@ class BitsMoEQuantizer(HfQuantizer):
         if not self.pre_quantized:
             self._source = _expert_source(model, checkpoint_files)
             model_budget(self._source, config)
-            named_kept(self._source, config)
             return
         self._replace_experts(model, checkpoint_files or [])
         if checkpoint_files:
