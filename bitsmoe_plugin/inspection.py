@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import statistics
 from collections import Counter
 from pathlib import Path
@@ -163,6 +164,12 @@ def table_console(stream: TextIO) -> Console:
 _ERRORS = {"estimated_error": "estimated", "calibration_error": "measured", "unseen_error": "unseen"}
 
 
+def layer_label(name: str, position: int) -> str:
+    """Number of the decoder layer, or the position among the MoE layers if its name has none."""
+    numbered = re.search(r"\.(\d+)\.", name)
+    return numbered[1] if numbered else str(position)
+
+
 def _layer_summary(layer: dict[str, Any]) -> list[str]:
     """The columns that a layer has once, not per projection; "-" for what the checkpoint lacks."""
     relative = layer.get("output_energy") or math.nan
@@ -195,13 +202,13 @@ def print_inspection(report: dict[str, Any], stream: TextIO) -> None:
     widths = list(next(iter(next(iter(report["layers"].values()))["widths"].values())))
     columns = [*(f"{w} bit" for w in widths), *_ERRORS.values(), "over bound", "tokens/dim"]
     table = Table("layer", "projection", "bits", *columns)
-    for name, layer in report["layers"].items():
+    for position, (name, layer) in enumerate(report["layers"].items()):
         summary = _layer_summary(layer)
         for factor, histogram in layer["widths"].items():
             first = factor == packing.FACTORS[0]
             total = sum(histogram.values())
             table.add_row(
-                name if first else "",
+                layer_label(name, position) if first else "",
                 factor,
                 f"{layer['bits_per_weight']:.3f}" if first else "",
                 *(f"{100 * histogram[w] / total:.1f} %" for w in widths),

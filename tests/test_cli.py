@@ -26,7 +26,10 @@ def bitsmoe(*arguments: str) -> subprocess.CompletedProcess:
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("cli") / "packed"
-    done = bitsmoe("quantize", MODEL, str(out), "--bits", "2.5", "--dataset", CALIBRATION, *FAST)
+    text = tmp_path_factory.mktemp("text") / "few.jsonl"
+    text.write_text("\n".join(Path(EVAL).read_text().splitlines()[:12]))
+    data = ("--dataset", CALIBRATION, "--eval", str(text))
+    done = bitsmoe("quantize", MODEL, str(out), "--bits", "2.5", *data, *FAST)
     assert done.returncode == 0, done.stderr
     assert done.stdout == ""
     assert "Rounding layers" in done.stderr
@@ -36,6 +39,12 @@ def packed(tmp_path_factory) -> Path:
 def test_quantize_writes_a_complete_checkpoint(packed) -> None:
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= {p.name for p in packed.iterdir()}
     assert [p.name for p in packed.parent.iterdir()] == ["packed"]
+
+
+def test_quantize_tells_the_card_what_it_measured(packed) -> None:
+    card = (packed / "README.md").read_text()
+    assert "Perplexity on few.jsonl" in card
+    assert "Calibration: calibration.jsonl, 4," in card
 
 
 def test_inspect_json(packed) -> None:
@@ -53,8 +62,9 @@ def test_inspect_table_names_every_projection(packed) -> None:
 
 
 def test_evaluate_json(packed) -> None:
-    done = bitsmoe("evaluate", str(packed), "--dataset", EVAL, "--max-tokens", "6000", "--json")
+    done = bitsmoe("evaluate", str(packed), "--dataset", EVAL, "--max-tokens", "6000", "--json", "--card")
     result = json.loads(done.stdout)
+    assert f"**{result['perplexity']:.3f}**" in (packed / "README.md").read_text()
     assert {"perplexity", "tokens", "per_domain"} <= result.keys()
     assert 40 < result["perplexity"] < 80
     assert {"fiction", "techdoc"} <= result["per_domain"].keys()
@@ -132,7 +142,10 @@ def test_every_method_that_help_names_can_be_run() -> None:
         (["estimate", MODEL, "--bits", "0.2"], "smallest reachable is 0.2604"),
         (["bench", "allocation", "--layers", "0"], "0 blocks"),
         (["inspect", MODEL], "not a packed BitsMoE checkpoint"),
+        (["evaluate", MODEL, "--dataset", EVAL, "--card"], "not a packed BitsMoE checkpoint"),
+        (["evaluate", "./no/model", "--dataset", EVAL], "model directory ./no/model does not exist"),
         (["compare", MODEL, "--dataset", CALIBRATION, "--eval", EVAL, "--methods", "awq"], "'awq'"),
+        (["compare", MODEL, "--dataset", CALIBRATION, "--eval", "none.txt"], "none.txt does not exist"),
     ],
 )
 def test_bad_arguments_give_one_error_line(arguments, message, tmp_path) -> None:

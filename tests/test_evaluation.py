@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from wheel_support import run_python
 from bitsmoe_plugin import ConfigError
 from bitsmoe_plugin.evaluation import EvaluationText, evaluate_model, evaluate_text, evaluation_text
 from bitsmoe_plugin.integrations.lm_eval import evaluate_tasks, language_model
+from bitsmoe_plugin.model_tokenizer import load_tokenizer
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 MODEL = str(EXAMPLES / "moe-tiny")
@@ -53,6 +55,13 @@ doc_to_target: 0
 metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
 """)
     return directory
+
+
+def test_a_model_without_a_tokenizer_is_refused(tmp_path) -> None:
+    """transformers makes one up that has no vocabulary: every text would be nothing, for calibration too."""
+    shutil.copy(Path(MODEL) / "config.json", tmp_path)
+    with pytest.raises(ConfigError, match=r"no tokenizer was found at .* has 1 tokens"):
+        load_tokenizer(str(tmp_path))
 
 
 @torch.no_grad()
