@@ -25,7 +25,7 @@ from bitsmoe_plugin.config import BitsMoEConfig
 from bitsmoe_plugin.errors import BitsMoEError, ConfigError, QuantizationError
 from bitsmoe_plugin.evaluation import evaluate_model, evaluation_text
 from bitsmoe_plugin.families import find_moe_layers
-from bitsmoe_plugin.inspection import table_console
+from bitsmoe_plugin.inspection import check_if_packed, table_console
 from bitsmoe_plugin.streams import stdout_to_stderr
 
 
@@ -207,6 +207,7 @@ def compare(task: ComparisonTask, methods: tuple[str, ...]) -> list[dict[str, An
 
     Raises:
         ConfigError: unknown method or bad option.
+        CheckpointError: a packed checkpoint is not sound.
         QuantizationError: a method failed; its message has gone to stderr.
     """
     unknown = [method for method in methods if method not in RUNNERS]
@@ -215,6 +216,9 @@ def compare(task: ComparisonTask, methods: tuple[str, ...]) -> list[dict[str, An
     if ("checkpoint" in methods) != (task.checkpoint is not None):
         raise ConfigError("method checkpoint and option --checkpoint need each other")
     task.config()
+    for path in (task.model, task.checkpoint):
+        if path is not None:  # before other methods take their time
+            check_if_packed(path)
     rows = []
     for number, method in enumerate(methods, 1):
         print(f"[{number}/{len(methods)}] {method}", file=sys.stderr, flush=True)
