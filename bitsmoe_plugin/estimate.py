@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from bitsmoe_plugin.budget import find_floor, reserve
+from bitsmoe_plugin.checkpoint_files import read_model_config
 from bitsmoe_plugin.config import BitsMoEConfig
 from bitsmoe_plugin.errors import QuantizationError
 from bitsmoe_plugin.families import layout_of
@@ -103,6 +104,7 @@ def _header_bytes(path: Path) -> int:
 def _model_config(directory: Path) -> Any:
     if not (directory / "config.json").is_file():
         raise QuantizationError(f"{directory / 'config.json'} does not exist; is {directory} a model?")
+    read_model_config(directory)  # it refuses what the loader would trip over
     try:
         config = AutoConfig.from_pretrained(directory)
     except (ValueError, KeyError, StrictDataclassError) as error:
@@ -180,6 +182,7 @@ def estimate(directory: Path, config: BitsMoEConfig) -> Estimate:
 
     Raises:
         QuantizationError: no model, a dense or unknown one, or a budget that cannot be met.
+        CheckpointError: config.json cannot be read, or the model needs code of its own.
     """
     stored = stored_bytes(Path(directory))
     model = empty_model(Path(directory), stored)

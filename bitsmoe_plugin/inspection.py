@@ -14,7 +14,7 @@ from rich.table import Table
 from torch import Tensor
 
 from bitsmoe_plugin import packing
-from bitsmoe_plugin.checkpoint_files import read_object, safetensors_files
+from bitsmoe_plugin.checkpoint_files import read_model_config, safetensors_files
 from bitsmoe_plugin.config import QUANT_METHOD, BitsMoEConfig
 from bitsmoe_plugin.errors import CheckpointError
 from bitsmoe_plugin.manifest_values import measured, number_list
@@ -50,7 +50,7 @@ def read_config(directory: Path) -> BitsMoEConfig:
     Raises:
         CheckpointError: not a packed BitsMoE checkpoint.
     """
-    model = read_object(Path(directory) / "config.json")
+    model = read_model_config(Path(directory))
     values = model.get("quantization_config") or {}
     method = values.get("quant_method") if isinstance(values, dict) else None
     if not isinstance(values, dict) or method != QUANT_METHOD:
@@ -67,13 +67,12 @@ def check_if_packed(directory: str | Path) -> None:
     """Refuse what a loader would trip over, if ``directory`` is that of a packed checkpoint.
 
     Raises:
-        CheckpointError: config.json cannot be read; or it is of a packed checkpoint, and sizes, files or
-            headers are not sound.
+        CheckpointError: config.json cannot be read, or is of a model with code of its own; or it is of a
+            packed checkpoint, and sizes, files or headers are not sound.
     """
-    path = Path(directory) / "config.json"
-    if not path.is_file():
+    if not (Path(directory) / "config.json").is_file():
         return
-    found = read_object(path).get("quantization_config")
+    found = read_model_config(Path(directory)).get("quantization_config")
     if isinstance(found, dict) and found.get("quant_method") == QUANT_METHOD:
         PackedFiles.open(safetensors_files(Path(directory)), read_config(Path(directory)))
 
