@@ -13,6 +13,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 # vLLM pins transformers and numpy, so it gets an environment of its own.
 VLLM_VENV := .venv-vllm
+# Tests run in so many processes, each with one thread.
+WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 4 ? n : 4)))
 
 EXAMPLE := examples/moe-tiny
 CALIBRATION := examples/data/calibration.jsonl
@@ -66,7 +68,7 @@ ablation: install
 	$(BIN)/python examples/ablation.py $(EXAMPLE) --dataset $(CALIBRATION) --eval $(EVAL)
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 test-vllm: install-vllm
 	$(VLLM_VENV)/bin/python -m pytest tests/test_vllm_*.py

@@ -69,6 +69,24 @@ def read_object(path: Path) -> dict[str, Any]:
     return parse_object(text, str(path))
 
 
+def read_model_config(folder: Path) -> dict[str, Any]:
+    """config.json of a model.
+
+    Raises:
+        CheckpointError: see ``read_object``; or the model is known only to code of its own, which is not
+            run.
+    """
+    from transformers import CONFIG_MAPPING
+
+    values = read_object(folder / "config.json")
+    if "auto_map" in values and values.get("model_type") not in CONFIG_MAPPING:
+        raise CheckpointError(
+            f"{folder} is of model_type {str(values.get('model_type'))[:80]!r}, which transformers does not "
+            "know; the code that it brings along is not run"
+        )
+    return values
+
+
 def _unreadable(path: Path, error: Exception) -> CheckpointError:
     return CheckpointError(f"{path} cannot be read ({error}); is {path.parent} a checkpoint?")
 

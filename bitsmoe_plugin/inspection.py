@@ -11,15 +11,17 @@ from typing import Any, TextIO
 
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from bitsmoe_plugin import packing
-from bitsmoe_plugin.checkpoint_files import read_object, safetensors_files
+from bitsmoe_plugin.checkpoint_files import read_model_config, safetensors_files
 from bitsmoe_plugin.config import QUANT_METHOD, BitsMoEConfig
 from bitsmoe_plugin.errors import CheckpointError
 from bitsmoe_plugin.manifest_values import measured, number_list
 from bitsmoe_plugin.model_sizes import check_model_sizes
 from bitsmoe_plugin.other_tensors import verify_others
 from bitsmoe_plugin.packed_files import PackedFiles
+from bitsmoe_plugin.packed_spec import PackedSpec
 from bitsmoe_plugin.pipeline import THIN_TOKENS_PER_DIMENSION
 
 _PARTS = {
@@ -38,6 +40,9 @@ _PARTS = {
     "bitsmoe_row_gains": "row_scales",
 }
 
+_ALIKE = ("row_codes", "scale_grid", "kept_input", "kept_output")
+"""Tensors of which each projection has a third."""
+
 
 def read_config(directory: Path) -> BitsMoEConfig:
     """The quantization config of a packed checkpoint.
@@ -45,7 +50,7 @@ def read_config(directory: Path) -> BitsMoEConfig:
     Raises:
         CheckpointError: not a packed BitsMoE checkpoint.
     """
-    model = read_object(Path(directory) / "config.json")
+    model = read_model_config(Path(directory))
     values = model.get("quantization_config") or {}
     method = values.get("quant_method") if isinstance(values, dict) else None
     if not isinstance(values, dict) or method != QUANT_METHOD:
@@ -62,13 +67,12 @@ def check_if_packed(directory: str | Path) -> None:
     """Refuse what a loader would trip over, if ``directory`` is that of a packed checkpoint.
 
     Raises:
-        CheckpointError: config.json cannot be read; or it is of a packed checkpoint, and sizes, files or
-            headers are not sound.
+        CheckpointError: config.json cannot be read, or is of a model with code of its own; or it is of a
+            packed checkpoint, and sizes, files or headers are not sound.
     """
-    path = Path(directory) / "config.json"
-    if not path.is_file():
+    if not (Path(directory) / "config.json").is_file():
         return
-    found = read_object(path).get("quantization_config")
+    found = read_model_config(Path(directory)).get("quantization_config")
     if isinstance(found, dict) and found.get("quant_method") == QUANT_METHOD:
         PackedFiles.open(safetensors_files(Path(directory)), read_config(Path(directory)))
 
@@ -78,7 +82,8 @@ def inspect_checkpoint(directory: Path) -> dict[str, Any]:
 
     Returns:
         ``bits_per_weight``, ``expert_bytes``, ``expert_weights``, ``parts`` (bits per weight by
-        part), ``calibration``, and ``layers``: for each ``bits_per_weight``, ``widths`` (projection
+        part), ``projections`` (bits per weight of the projection, as ``projection_bits`` counts them),
+        ``calibration``, and ``layers``: for each ``bits_per_weight``, ``projections``, ``widths`` (projection
         -> width -> rows), ``kept_experts`` (ids), ``tokens_per_dimension`` and what was
         measured while quantizing: errors (absolute, per token and hidden value,
         token-weighted), ``output_energy``, ``bits_over_bound``, ``tokens_per_expert``, ``output_peaks``,
@@ -92,6 +97,7 @@ def inspect_checkpoint(directory: Path) -> dict[str, Any]:
     verify_others(paths, config.other_tensors)
     specs = files.specs
     parts: Counter[str] = Counter()
+    projections: Counter[str] = Counter()
     layers: dict[str, Any] = {}
     weights = 0
     for layer, spec in specs.items():
@@ -102,9 +108,12 @@ def inspect_checkpoint(directory: Path) -> dict[str, Any]:
             parts[_PARTS[buffer]] += bits
             size += bits
         widths = packing.row_widths(files.read(layer).row_codes, config.widths)
+        rows = _projection_bits(spec, widths)
+        projections.update(rows)
         layers[layer] = {
             **measured(config.layers[layer]),  # first, so that it replaces nothing of what was counted
             "bits_per_weight": size / spec.shape.weights,
+            "projections": {factor: 3 * bits / spec.shape.weights for factor, bits in rows.items()},
             "widths": {
                 factor: {str(w): int((widths[i] == w).sum()) for w in config.widths}
                 for i, factor in enumerate(packing.FACTORS)
@@ -118,8 +127,26 @@ def inspect_checkpoint(directory: Path) -> dict[str, Any]:
         "expert_bytes": total // 8,
         "expert_weights": weights,
         "parts": {part: bits / weights for part, bits in parts.items()},
+        "projections": {factor: 3 * bits / weights for factor, bits in projections.items()},
         "calibration": config.calibration,
         "layers": layers,
+    }
+
+
+def _projection_bits(spec: PackedSpec, widths: Tensor) -> dict[str, int]:
+    """What is stored for each projection alone: its rows with their codes and scales, and kept experts.
+
+    Args:
+        widths: ``[3, E, r]`` bits of the rows.
+    """
+    sizes = {name: 8 * dtype.itemsize * math.prod(shape) for name, (dtype, shape) in spec.tensors().items()}
+    alike = sum(sizes.get(f"bitsmoe_{name}", 0) for name in _ALIKE) // len(packing.FACTORS)
+    scales = sum(sizes.get(f"bitsmoe_{name}", 0) for name in ("tile_scales", "row_gains"))
+    stored = (widths > 0).sum((1, 2)).tolist()
+    payload = (packing.BLOCK * spec.shape.blocks * widths.sum((1, 2))).tolist()
+    return {
+        factor: alike + payload[i] + scales * stored[i] // max(1, sum(stored))
+        for i, factor in enumerate(packing.FACTORS)
     }
 
 
@@ -158,8 +185,10 @@ def print_inspection(report: dict[str, Any], stream: TextIO) -> None:
     """The report as tables."""
     console = table_console(stream)
     parts = ", ".join(f"{part} {bits:.4f}" for part, bits in report["parts"].items())
+    projections = ", ".join(f"{name} {bits:.4f}" for name, bits in report["projections"].items())
     console.print(
         f"{report['bits_per_weight']:.4f} bits per expert weight = {parts}\n"
+        f"bits per weight of each projection, without bases and biases: {projections}\n"
         f"{report['expert_bytes']:,} bytes for {report['expert_weights']:,} expert weights",
         highlight=False,
     )

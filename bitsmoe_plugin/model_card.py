@@ -103,9 +103,7 @@ def _facts(report: dict[str, Any], config: BitsMoEConfig, base: str) -> dict[str
         "bits": report["bits_per_weight"],
         "parts": "\n".join(f"| {part} | {bits:.4f} |" for part, bits in parts.items() if bits),
         "method": config.method,
-        "budget": f"bits={config.bits:g}"
-        if config.factor_bits is None
-        else f"factor_bits={config.factor_bits:g}",
+        "budget": _budget(config),
         "experts": report["expert_weights"],
         "layers": len(layers),
         "size": report["expert_bytes"],
@@ -114,6 +112,12 @@ def _facts(report: dict[str, Any], config: BitsMoEConfig, base: str) -> dict[str
         "super_experts": f"\n- {kept} super experts keep their original weights." if kept else "",
         "errors": _errors(list(layers)),
     }
+
+
+def _budget(config: BitsMoEConfig) -> str:
+    total = f"bits={config.bits:g}" if config.factor_bits is None else f"factor_bits={config.factor_bits:g}"
+    tables = {"layer_bits": config.layer_bits, "projection_bits": config.projection_bits}
+    return ", ".join([total, *(f"{option}={table}" for option, table in tables.items() if table)])
 
 
 def _errors(layers: list[dict[str, Any]]) -> str:

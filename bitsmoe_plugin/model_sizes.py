@@ -22,7 +22,7 @@ _LARGEST = {
     "num_attention_heads": 2**14,
     "num_key_value_heads": 2**14,
     "head_dim": 2**16,
-    "max_position_embeddings": 2**31,
+    "max_position_embeddings": 2**24,
 }
 _SPARE = 2**20
 
@@ -44,9 +44,11 @@ def check_model_sizes(values: dict[str, Any], manifest: BitsMoEConfig) -> None:
                 raise CheckpointError(
                     f"{key}={str(value)[:80]} in config.json is not a size (a whole number up to {largest})"
                 )
+        _check_positions(part)
     part = text if isinstance(text, dict) else values
     _check_depth(part.get("num_hidden_layers"), manifest)
     hidden = part.get("hidden_size")
+    chosen = part.get("num_experts_per_tok")
     for name, entry in manifest.layers.items():
         found = entry.get("hidden_size") if isinstance(entry, dict) else None
         if hidden is not None and found != hidden:
@@ -54,6 +56,39 @@ def check_model_sizes(values: dict[str, Any], manifest: BitsMoEConfig) -> None:
                 f"{name}: hidden_size is {found!r} in quantization_config, but {hidden} in config.json; "
                 "it was altered"
             )
+        experts = entry.get("num_experts") if isinstance(entry, dict) else None
+        if chosen is not None and type(experts) is int and not 0 < chosen <= experts:
+            raise CheckpointError(
+                f"{name}: num_experts_per_tok={chosen} in config.json, of {experts} experts; it was altered"
+            )
+
+
+def _check_positions(part: dict[str, Any]) -> None:
+    """Servers make tables of sines and cosines for all positions that rotary embeddings are scaled to."""
+    for key in ("rope_parameters", "rope_scaling"):
+        whole = part.get(key)
+        if isinstance(whole, dict):
+            inner = [entry for entry in whole.values() if isinstance(entry, dict)]  # one per kind of layer
+            for entry in (whole, *inner):
+                _check_scaling(key, {**part, **entry})
+
+
+def _check_scaling(key: str, values: dict[str, Any]) -> None:
+    """``factor`` times the positions that a model was trained with first.
+
+    Args:
+        key: of the entry, for errors.
+        values: of the entry, and of the model where it lacks them.
+    """
+    factor = values.get("factor") or 1
+    positions = values.get("original_max_position_embeddings") or values.get("max_position_embeddings") or 1
+    largest = _LARGEST["max_position_embeddings"]
+    sizes = all(type(value) in (int, float) and 0 < value <= largest for value in (factor, positions))
+    if not sizes or factor * positions > largest:
+        raise CheckpointError(
+            f"{key} in config.json asks for {str(positions)[:80]} positions times {str(factor)[:80]}; that "
+            f"is no number up to {largest}"
+        )
 
 
 def _check_depth(depth: int | None, manifest: BitsMoEConfig) -> None:
@@ -85,7 +120,7 @@ def check_planned(planned: dict[str, tuple[int, ...]], stored: dict[str, tuple[i
         CheckpointError: naming a tensor, or with both sums.
     """
     planned = {name: shape for name, shape in planned.items() if ".bitsmoe_" not in name}
-    for name in planned.keys() & stored.keys():
+    for name in sorted(planned.keys() & stored.keys()):
         if planned[name] != stored[name]:
             raise CheckpointError(
                 f"{name} is {stored[name]} in the checkpoint, but config.json asks for {planned[name]}; "

@@ -1,27 +1,31 @@
-"""Feed altered packed checkpoints to the core: each must be refused by one of our errors, or be sound.
+"""Feed altered packed checkpoints to a reader: each must be refused by one of our errors, or be sound.
 
     python tests/fuzz_checkpoint.py --inputs 200000
+    python tests/fuzz_checkpoint.py --inputs 20000 --reader transformers    (or vllm)
 
-Every input is one mutation (or a few) of a small checkpoint of random rows, repeatable by its number
-(``--first N --inputs 1``). Mutations know the format: they alter headers, offsets, the index, config.json,
-the manifest, and values of packed tensors with the hashes of the manifest written anew, so that checks behind
-the hashes are reached. What is accepted is read, decoded and run through the kernels: rows must fill the
-payload exactly and all values must be finite. Anything else than one of our errors is a failure: another
-exception, a crash, more than ``SECONDS`` for an input, more than ``MEMORY`` bytes for the process.
+Every input is one mutation (``fuzz_mutations``) of a small checkpoint of random rows, repeatable by its
+number (``--first N --inputs 1``). Mutations alter headers, offsets, the index, config.json, the manifest, and
+values of packed tensors with the hashes of the manifest written anew, so that checks behind the hashes are
+reached.
+
+What is accepted is read, decoded and run through the kernels: rows must fill the payload exactly, all values
+must be finite, and all tensors must be those of the unaltered checkpoint, unless the mutation was one of
+config.json or of values with their hashes. Anything else than one of our errors is a failure: another
+exception (of ours: loaders have errors of their own for what they read before they ask us), a crash, more
+than ``SECONDS`` for an input, more than ``MEMORY`` bytes for the process.
 """
 
 from __future__ import annotations
 
 import argparse
 import faulthandler
-import json
-import random
 import resource
 import shutil
 import signal
 import sys
 import tempfile
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,222 +33,127 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
+from fuzz_mutations import Input, Mutations
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils import logging
 
-from bitsmoe_plugin import BitsMoEConfig, kernels, packing
-from bitsmoe_plugin.checkpoint import layer_manifest, tensor_digest
-from bitsmoe_plugin.checkpoint_files import INDEX, safetensors_files
+import bitsmoe_plugin
+import vllm_ext
+from bitsmoe_plugin import kernels, packing
+from bitsmoe_plugin.checkpoint import tensor_digest
+from bitsmoe_plugin.checkpoint_files import safetensors_files
 from bitsmoe_plugin.errors import BitsMoEError
+from bitsmoe_plugin.experts import BitsMoEExperts
 from bitsmoe_plugin.inspection import inspect_checkpoint, read_config
-from bitsmoe_plugin.other_tensors import record
 from bitsmoe_plugin.packed_files import PackedFiles
 from bitsmoe_plugin.packed_spec import PackedSpec
-from bitsmoe_plugin.packing import LayerShape, PackedExperts
-from bitsmoe_plugin.rounding import SCALE_LEVELS
+from bitsmoe_plugin.packing import PackedExperts
+from bitsmoe_plugin.sharding import whole
 
 SECONDS = 5.0
 MEMORY = 3 * 2**30
 """Beyond what the process has mapped at the start."""
-NASTY: tuple[Any, ...] = (
-    *(0, -1, 1, 2, 3, 5, 7, 16, 31, 33, 255, 2**15, 2**16, 2**31, 2**32, 2**40, 2**62, 2**63, 2**64, 10**40),
-    *(0.0, -0.5, 2.5, 1e308, float("nan"), float("inf"), float("-inf")),
-    *(True, False, None, "", "0", "2", "bitsmoe", "../x", "/etc/passwd", "\x00", "\u202e", "x" * 3000),
-    *([], [0], [1, 1], [-1], [2**70], ["a"], [[[[]]]], {}, {"a": 1}, {"": {}}, [None], [True], [0, 1, 2, 3]),
-    *("trellis", "uniform", "tiled", "float16", "float32", "bfloat16", "int8"),
-)
+SAME, OTHER = "accepted, the same", "accepted, another"
 
 
 @dataclass(frozen=True)
-class Base:
-    """A sound checkpoint: config.json as a dict, tensors by name."""
+class Read:
+    """What a reader has made of a checkpoint: sizes and packed tensors of each layer, and all others."""
 
-    config: dict[str, Any]
-    tensors: dict[str, torch.Tensor]
-
-
-def _values(buffer: str, shape: tuple[int, ...], dtype: torch.dtype, spec: PackedSpec) -> torch.Tensor:
-    if dtype == torch.int16 and buffer != "bitsmoe_scale_grid":
-        original = (
-            packing.ORIGINAL_DTYPES[spec.original_dtype] if "kept" in buffer or "bias" in buffer else None
-        )
-        return (torch.rand(shape) + 0.1).to(original or torch.float16).view(torch.int16)
-    if buffer == "bitsmoe_scale_grid":
-        grid = torch.full(shape, 0.25).half()
-        if grid.numel():
-            grid[:, 0] = -8.0
-        return grid.view(torch.int16)
-    return torch.randint(-(2**31), 2**31, shape).to(torch.int32)
+    layers: list[tuple[PackedSpec, PackedExperts]]
+    others: dict[str, torch.Tensor]
 
 
-def _layer(
-    spec_of: Callable[[int, int], PackedSpec], widths: tuple[int, ...], shape: LayerShape
-) -> PackedExperts:
-    first = spec_of(0, 0)
-    codes = torch.randint(len(widths), (3, shape.num_experts, shape.rank)) * SCALE_LEVELS
-    codes[:, list(first.kept)] = 0
-    if not first.is_tiled:
-        codes += torch.randint(SCALE_LEVELS, codes.shape)
-    index = packing.index_rows(codes.to(torch.uint8), widths, shape)
-    spec = spec_of(index.words, index.rows if first.is_tiled else 0)
-    tensors = {
-        buffer: _values(buffer, size, dtype, spec)
-        for buffer, (dtype, size) in spec.tensors().items()
-        if buffer != "bitsmoe_row_codes"
-    }
-    if first.is_tiled and 16 in widths:  # rows of float16 bits
-        tensors["bitsmoe_payload"] &= 0x3FFF3FFF
-    return PackedExperts(
-        row_codes=codes.to(torch.uint8),
-        **{name.removeprefix("bitsmoe_"): tensor for name, tensor in tensors.items()},
-    )
+def _others(folder: Path) -> dict[str, torch.Tensor]:
+    tensors = {n: t for path in safetensors_files(folder) for n, t in load_file(path).items()}
+    return {name: tensor for name, tensor in tensors.items() if ".bitsmoe_" not in name}
 
 
-def _base(grid: str, hidden: int, kept: tuple[int, ...], has_bias: bool, **options: Any) -> Base:
-    widths, shape = (0, 1, 2, 4, 16), LayerShape(3, hidden, 40)
-    name = "model.layers.{}.mlp.experts"
-    config = BitsMoEConfig(widths=widths, **options)
-    tensors: dict[str, torch.Tensor] = {"model.embed_tokens.weight": torch.randn(8, hidden)}
-    layers = {}
-    for layer in range(2):
-
-        def spec_of(words: int, rows: int) -> PackedSpec:
-            return PackedSpec(
-                shape,
-                widths,
-                config.basis_bits,
-                config.basis_group_size,
-                config.input_bases,
-                words,
-                grid,
-                has_bias,
-                kept,
-                "bfloat16",
-                rows,
-            )
-
-        packed = _layer(spec_of, widths, shape)
-        layers[name.format(layer)] = layer_manifest(shape, packed, torch.bfloat16, kept)
-        tensors |= {f"{name.format(layer)}.{buffer}": tensor for buffer, tensor in packed.tensors()}
-        tensors[f"model.layers.{layer}.mlp.gate.weight"] = torch.randn(3, hidden)
-    stored = {**config.to_dict(), "grid": grid, "layers": layers, "other_tensors": record(tensors)}
-    model = {
-        "model_type": "qwen3_moe",
-        "num_hidden_layers": 2,
-        "hidden_size": hidden,
-        "vocab_size": 8,
-        "moe_intermediate_size": 40,
-        "num_experts": 3,
-        "quantization_config": stored,
-    }
-    return Base(model, tensors)
+def read_core(folder: Path) -> Read:
+    """As `bitsmoe inspect`."""
+    inspect_checkpoint(folder)
+    files = PackedFiles.open(safetensors_files(folder), read_config(folder))
+    return Read([(spec, files.read(name)) for name, spec in files.specs.items()], _others(folder))
 
 
-def bases() -> list[Base]:
-    """Of every grid, with and without biases, kept experts and dense bases."""
-    torch.manual_seed(0)
-    return [
-        _base("trellis", 32, (1,), True, basis_bits=4),
-        _base("uniform", 32, (), False, basis_bits=16, joint_basis=False),
-        _base("uniform", 64, (0, 2), False, basis_bits=8),
-        _base("tiled", 128, (), False, basis_bits=8, basis_group_size=128),
-        _base("tiled", 32, (2,), False, basis_bits=16, basis_group_size=128),
-    ]
+def read_transformers(folder: Path) -> Read:
+    """Loads the model and runs it once."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model(torch.arange(8)[None])
+    modules = [module for module in model.modules() if isinstance(module, BitsMoEExperts)]
+    others = {name: t for name, t in model.state_dict().items() if ".bitsmoe_" not in name}
+    return Read([(module.spec, module.packed()) for module in modules], others)
 
 
-@dataclass
-class Input:
-    """A checkpoint that is being altered."""
+def read_vllm(folder: Path) -> Read:
+    """What vLLM asks of us: before it makes a model, and layer by layer."""
+    from vllm_ext.config import BitsMoEServingConfig
+    from vllm_ext.weight_loading import load_shard
 
-    config: bytes
-    files: dict[str, bytes]
-    links: dict[str, str]
-
-
-def _split(data: bytes) -> tuple[dict[str, Any], bytes]:
-    length = int.from_bytes(data[:8], "little")
-    return json.loads(data[8 : 8 + length]), data[8 + length :]
-
-
-def _join(header: dict[str, Any] | str, body: bytes) -> bytes:
-    text = (header if isinstance(header, str) else json.dumps(header)).encode("utf-8", "surrogatepass")
-    return len(text).to_bytes(8, "little") + text + body
+    model = AutoConfig.from_pretrained(folder)
+    config = BitsMoEServingConfig.from_config(model.quantization_config)
+    config.maybe_update_config(str(folder), model)
+    layers = []
+    for name, spec in config.files.specs.items():
+        shard, tensors = load_shard(config.files, name, whole(spec.shape), torch.device("cpu"))
+        layers.append((shard, PackedExperts(**{b.removeprefix("bitsmoe_"): t for b, t in tensors.items()})))
+    return Read(layers, _others(folder))
 
 
-def _damage(data: bytes, rng: random.Random, low: int = 0, high: int | None = None) -> bytes:
-    """A few bits or bytes changed between two places."""
-    changed = bytearray(data)
-    for _ in range(rng.choice((1, 1, 2, 8))):
-        place = rng.randrange(low, high or len(changed))
-        changed[place] = rng.choice((changed[place] ^ (1 << rng.randrange(8)), rng.randrange(256), 0, 255))
-    return bytes(changed)
-
-
-FILE = "model.safetensors"
-_DTYPES = (
-    "U8",
-    "I8",
-    "I16",
-    "U16",
-    "I32",
-    "I64",
-    "F16",
-    "BF16",
-    "F32",
-    "F64",
-    "BOOL",
-    "F8_E4M3",
-    "F4",
-    "C64",
-    "",
-)
+READERS: dict[str, Callable[[Path], Read]] = {
+    "core": read_core,
+    "transformers": read_transformers,
+    "vllm": read_vllm,
+}
+# Kinds of mutations that leave config.json and what it says of the tensors as they were.
+_PROTECTED = ("header", "length", "cut", "data", "index", "shards")
+_OURS = tuple(str(Path(module.__file__).parent) for module in (bitsmoe_plugin, vllm_ext))
 
 
 class Fuzzer:
-    """Makes inputs by number and judges them."""
+    """Makes inputs by number and judges them.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        folder: where they are written.
+        reader: one of ``READERS``.
+    """
+
+    def __init__(self, folder: Path, reader: str) -> None:
         self.folder = folder
-        self.bases = bases()
+        self.mutations = Mutations()
+        self.reader = READERS[reader]
         self.sound: set[tuple[PackedSpec, str]] = set()  # layers that were checked, unaltered as a rule
-        self.saved = [save(base.tensors, {"format": "pt"}) for base in self.bases]
-        self.kinds: dict[str, Callable[[random.Random, int, Input], None]] = {
-            "header bytes": self._header_bytes,
-            "header entry": self._header_entry,
-            "header offsets": self._header_offsets,
-            "header text": self._header_text,
-            "length": self._length,
-            "cut or grown": self._cut,
-            "data, hash as it was": self._data,
-            "values, hash fixed": self._tensor_values,
-            "shapes, hash fixed": self._tensor_shapes,
-            "config bytes": self._config_bytes,
-            "options": self._options,
-            "manifest": self._manifest,
-            "model sizes": self._sizes,
-            "index": self._index,
-            "shards and links": self._shards,
-        }
+        self.wanted = []
+        for number in range(len(self.mutations.bases)):
+            self._write(self.mutations.unaltered(number))
+            self.wanted.append(self.reader(folder))
 
     def run(self, number: int) -> tuple[str, str]:
-        """(kind, "accepted" or class of the error) of one input.
+        """(kind, result) of one input: ``SAME``, ``OTHER`` or the class of the error.
 
         Raises:
-            Exception: anything that is not one of our errors is a failure.
+            Exception: anything that is not one of our errors, nor one of a loader's own, is a failure.
         """
-        rng = random.Random(number)
-        base = number % len(self.bases)
-        kind = rng.choice(list(self.kinds))
-        made = Input(json.dumps(self.bases[base].config).encode(), {FILE: self.saved[base]}, {})
-        self.kinds[kind](rng, base, made)
+        kind, made = self.mutations.input(number)
         self._write(made)
         try:
-            inspect_checkpoint(self.folder)
-            self._check_accepted()
+            found = self.reader(self.folder)
         except BitsMoEError as error:
             return kind, type(error).__name__
-        changed = made.files.get(FILE) != self.saved[base]
-        assert not (changed and kind in ("data, hash as it was", "cut or grown")), f"{kind} was accepted"
-        return kind, "accepted"
+        except (MemoryError, TimeoutError, AssertionError):
+            raise
+        except Exception as error:
+            frames = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+            ours = any(name.startswith(_OURS) for name in frames)
+            if self.reader is read_core or ours or "DefaultCPUAllocator" in str(error):
+                raise
+            return kind, "a loader's own"
+        for spec, packed in found.layers:
+            self._check_layer(spec, packed)
+        same = self._is_same(found, self.wanted[number % len(self.wanted)])
+        assert same or not kind.startswith(_PROTECTED), f"{kind} was accepted"
+        return kind, SAME if same else OTHER
 
     def _write(self, made: Input) -> None:
         for path in self.folder.iterdir():
@@ -255,30 +164,37 @@ class Fuzzer:
         for name, target in made.links.items():
             (self.folder / name).symlink_to(target)
 
-    def _check_accepted(self) -> None:
-        """What was accepted is sound: rows fill the payload, every value is finite, kernels run."""
-        config = read_config(self.folder)
-        files = PackedFiles.open(safetensors_files(self.folder), config)
-        for name, spec in files.specs.items():
-            packed, shape = files.read(name), spec.shape
-            known = (spec, config.layers[name]["sha256"])
-            if known in self.sound:
-                continue
-            index = packing.index_rows(packed.row_codes, spec.widths, shape)
-            assert index.words == packed.payload.numel()
-            assert torch.equal(index.order.sort(-1).values, torch.arange(shape.rank).expand_as(index.order))
-            for words, scales, columns in (
-                (packed.input_basis, packed.input_scales, shape.hidden_size),
-                (packed.output_basis, packed.output_scales, shape.rank),
-            ):
-                basis = packing.unpack_basis(words, scales, spec.basis_bits, columns, spec.grid)
-                assert basis.isfinite().all(), "a basis is not finite"
-            self._check_rows(spec, packed, index)
-            ids = torch.arange(shape.num_experts)[:, None]
-            runtime = kernels.prepare(spec, packed, lambda gate, up: gate.sigmoid() * up)
-            out = runtime.forward(torch.ones(len(ids), shape.hidden_size), ids, torch.ones(len(ids), 1))
-            assert out.shape == (len(ids), shape.hidden_size)
-            self.sound.add(known)
+    @staticmethod
+    def _is_same(found: Read, wanted: Read) -> bool:
+        """Sizes and all tensors."""
+        specs = [spec for spec, _ in found.layers] == [spec for spec, _ in wanted.layers]
+        if not specs or found.others.keys() != wanted.others.keys():
+            return False
+        pairs = [(tensor, wanted.others[name]) for name, tensor in found.others.items()]
+        for (_, packed), (_, original) in zip(found.layers, wanted.layers, strict=True):
+            pairs += [(a, b) for (_, a), (_, b) in zip(packed.tensors(), original.tensors(), strict=True)]
+        return all(torch.equal(tensor, original) for tensor, original in pairs)
+
+    def _check_layer(self, spec: PackedSpec, packed: PackedExperts) -> None:
+        """A layer that was accepted is sound: rows fill the payload, every value is finite, kernels run."""
+        known, shape = (spec, tensor_digest(packed)), spec.shape
+        if known in self.sound:
+            return
+        index = packing.index_rows(packed.row_codes, spec.widths, shape)
+        assert index.words == packed.payload.numel()
+        assert torch.equal(index.order.sort(-1).values, torch.arange(shape.rank).expand_as(index.order))
+        for words, scales, columns in (
+            (packed.input_basis, packed.input_scales, shape.hidden_size),
+            (packed.output_basis, packed.output_scales, shape.rank),
+        ):
+            basis = packing.unpack_basis(words, scales, spec.basis_bits, columns, spec.grid)
+            assert basis.isfinite().all(), "a basis is not finite"
+        self._check_rows(spec, packed, index)
+        ids = torch.arange(shape.num_experts)[:, None]
+        runtime = kernels.prepare(spec, packed, lambda gate, up: gate.sigmoid() * up)
+        out = runtime.forward(torch.ones(len(ids), shape.hidden_size), ids, torch.ones(len(ids), 1))
+        assert out.shape == (len(ids), shape.hidden_size)
+        self.sound.add(known)
 
     @staticmethod
     def _check_rows(spec: PackedSpec, packed: PackedExperts, index: packing.RowIndex) -> None:
@@ -296,239 +212,6 @@ class Fuzzer:
                     )[0]
                     assert rows.isfinite().all(), "a row is not finite"
 
-    # Mutations: (random numbers, number of the base, what to alter).
-
-    def _header_bytes(self, rng: random.Random, base: int, made: Input) -> None:
-        data = made.files[FILE]
-        made.files[FILE] = _damage(data, rng, 8, 8 + int.from_bytes(data[:8], "little"))
-
-    def _header_entry(self, rng: random.Random, base: int, made: Input) -> None:
-        header, body = _split(made.files[FILE])
-        name = rng.choice([n for n in header if n != "__metadata__"])
-        entry = header[name]
-        change = rng.randrange(7)
-        if change == 0:
-            entry["dtype"] = rng.choice((*_DTYPES, *NASTY))
-        elif change == 1:
-            entry["shape"] = rng.choice((entry["shape"][::-1], [*entry["shape"], 1], [2**32, 2**32], *NASTY))
-        elif change == 2:
-            entry["shape"][rng.randrange(len(entry["shape"]))] = rng.choice(NASTY)
-        elif change == 3:
-            del header[name]
-        elif change == 4:
-            header[name + rng.choice(("x", ".bitsmoe_payload", "\x00", "\u202e"))] = header.pop(name)
-        elif change == 5:
-            header[name] = rng.choice(NASTY)
-        else:
-            other = rng.choice([n for n in header if n not in (name, "__metadata__")])
-            header[name], header[other] = header[other], header[name]
-        made.files[FILE] = _join(header, body)
-
-    def _header_offsets(self, rng: random.Random, base: int, made: Input) -> None:
-        header, body = _split(made.files[FILE])
-        names = [n for n in header if n != "__metadata__"]
-        first, second = rng.choice(names), rng.choice(names)
-        offsets = header[first]["data_offsets"]
-        change = rng.randrange(5)
-        if change == 0:
-            header[first]["data_offsets"] = list(header[second]["data_offsets"])
-        elif change == 1:
-            offsets[rng.randrange(2)] = rng.choice(NASTY)
-        elif change == 2:
-            offsets[rng.randrange(2)] += rng.choice((-4, -1, 1, 4, 64))
-        elif change == 3:
-            header[first]["data_offsets"] = offsets[::-1]
-        else:
-            gap = rng.choice((1, 8, 4096))
-            for name in names:
-                if header[name]["data_offsets"][0] >= offsets[1]:
-                    header[name]["data_offsets"] = [n + gap for n in header[name]["data_offsets"]]
-            body = body[: offsets[1]] + bytes(gap) + body[offsets[1] :]
-        made.files[FILE] = _join(header, body)
-
-    def _header_text(self, rng: random.Random, base: int, made: Input) -> None:
-        header, body = _split(made.files[FILE])
-        text = json.dumps(header)
-        name = rng.choice([n for n in header if n != "__metadata__"])
-        twice = f'{{"{name}": {json.dumps(header[name])}, {text[1:]}'
-        nested = "[" * 100_000
-        texts = (twice, nested, "", "{}", "[]", "null", "\ud800", text[:-1], text + "}", text + " " * 64)
-        made.files[FILE] = _join(rng.choice(texts), body)
-
-    def _length(self, rng: random.Random, base: int, made: Input) -> None:
-        data = made.files[FILE]
-        length = int.from_bytes(data[:8], "little")
-        lengths = (0, 1, 2**31, 2**63, 2**64 - 1, 10**8, len(data), len(data) - 8, length - 1, length + 1)
-        made.files[FILE] = rng.choice(lengths).to_bytes(8, "little") + data[8:]
-
-    def _cut(self, rng: random.Random, base: int, made: Input) -> None:
-        data = made.files[FILE]
-        cut = data[: rng.randrange(len(data))]
-        made.files[FILE] = rng.choice((cut, cut, data + bytes(rng.choice((1, 8, 4096))), b"", data * 2))
-
-    def _data(self, rng: random.Random, base: int, made: Input) -> None:
-        data = made.files[FILE]
-        made.files[FILE] = _damage(data, rng, 8 + int.from_bytes(data[:8], "little"))
-
-    def _rewritten(self, base: int, made: Input, tensors: dict[str, torch.Tensor], layer: str) -> None:
-        """Write the tensors with the hashes that they have."""
-        config = json.loads(json.dumps(self.bases[base].config))
-        entry = config["quantization_config"]["layers"][layer]
-        packed = {
-            name.removeprefix(f"{layer}.bitsmoe_"): tensor
-            for name, tensor in tensors.items()
-            if name.startswith(f"{layer}.bitsmoe_")
-        }
-        entry["sha256"] = tensor_digest(PackedExperts(**packed))
-        entry["payload_words"] = packed["payload"].numel()
-        if "row_gains" in packed:
-            entry["stored_rows"] = packed["row_gains"].numel()
-        made.config = json.dumps(config).encode()
-        made.files[FILE] = save(tensors, {"format": "pt"})
-
-    def _chosen(self, rng: random.Random, base: int) -> tuple[dict[str, torch.Tensor], str, str]:
-        tensors = dict(self.bases[base].tensors)
-        layer = f"model.layers.{rng.randrange(2)}.mlp.experts"
-        names = [n for n in tensors if n.startswith(f"{layer}.bitsmoe_") and tensors[n].numel()]
-        return tensors, layer, rng.choice(names)
-
-    def _tensor_values(self, rng: random.Random, base: int, made: Input) -> None:
-        tensors, layer, name = self._chosen(rng, base)
-        tensor = tensors[name] = tensors[name].clone()
-        flat, bits = tensor.view(-1), 8 * tensor.element_size()
-        for _ in range(rng.choice((1, 1, 3, 20))):
-            value = rng.choice((0, 255, 0x7C00, 0x7E00, 0xFC00, 0x7BFF, 0xFFFF, 0x7F80, rng.getrandbits(32)))
-            value %= 2**bits
-            signed = bits > 8 and value >= 2 ** (bits - 1)
-            flat[rng.randrange(len(flat))] = value - 2**bits if signed else value
-        if rng.random() < 0.1:
-            flat[:] = flat[rng.randrange(len(flat))].clone()
-        self._rewritten(base, made, tensors, layer)
-
-    def _tensor_shapes(self, rng: random.Random, base: int, made: Input) -> None:
-        tensors, layer, name = self._chosen(rng, base)
-        tensor = tensors[name]
-        tensors[name] = rng.choice(
-            (
-                tensor[: len(tensor) // 2].clone(),
-                torch.cat([tensor, tensor]),
-                tensor.float(),
-                tensor.to(torch.int64),
-                tensor.flatten().clone(),
-                tensor[None].clone(),
-                tensor[:0].clone(),
-            )
-        )
-        self._rewritten(base, made, tensors, layer)
-
-    def _config_bytes(self, rng: random.Random, base: int, made: Input) -> None:
-        made.config = rng.choice(
-            (
-                _damage(made.config, rng),
-                _damage(made.config, rng),
-                made.config[: rng.randrange(len(made.config))],
-                made.config.replace(b"{", b'{"hidden_size": 7, ', 1),
-                b'{"a": ' * 50_000,
-                b"[" * 100_000,
-                b"\xff\xfe" + made.config,
-                json.dumps(rng.choice(NASTY)).encode(),
-                b'{"quantization_config": ' + json.dumps(rng.choice(NASTY)).encode() + b"}",
-                made.config.replace(b"32", b"9" * rng.choice((20, 5000)), 1),
-            )
-        )
-
-    def _with(self, made: Input, change: Callable[[dict[str, Any]], None]) -> None:
-        config = json.loads(made.config)
-        change(config)
-        made.config = json.dumps(config).encode()
-
-    def _options(self, rng: random.Random, base: int, made: Input) -> None:
-        def change(config: dict[str, Any]) -> None:
-            stored = config["quantization_config"]
-            key = rng.choice((*stored, "new_option"))
-            if rng.random() < 0.1:
-                del stored[rng.choice(list(stored))]
-            else:
-                stored[key] = rng.choice(NASTY)
-
-        self._with(made, change)
-
-    def _manifest(self, rng: random.Random, base: int, made: Input) -> None:
-        def change(config: dict[str, Any]) -> None:
-            layers = config["quantization_config"]["layers"]
-            name = rng.choice(list(layers))
-            keys = (*layers[name], "kept_experts", "has_bias", "original_dtype", "stored_rows", "report")
-            match rng.randrange(6):
-                case 0:
-                    del layers[name]
-                case 1:
-                    layers[name] = rng.choice(NASTY)
-                case 2:
-                    layers[rng.choice(("", "x", "model.layers.7.mlp.experts", name + ".a"))] = layers[name]
-                case _:
-                    layers[name][rng.choice(keys)] = rng.choice(NASTY)
-
-        self._with(made, change)
-
-    def _sizes(self, rng: random.Random, base: int, made: Input) -> None:
-        def change(config: dict[str, Any]) -> None:
-            keys = [key for key in config if key != "quantization_config"]
-            config[rng.choice((*keys, "text_config", "num_local_experts"))] = rng.choice(NASTY)
-
-        self._with(made, change)
-
-    def _index(self, rng: random.Random, base: int, made: Input) -> None:
-        places: dict[str, Any] = dict.fromkeys(self.bases[base].tensors, FILE)
-        name = rng.choice(list(places))
-        tricks = (
-            "../" + FILE,
-            "/etc/passwd",
-            "./" + FILE,
-            "a/../" + FILE,
-            "config.json",
-            "..",
-            "C:\\x.safetensors",
-        )
-        match rng.randrange(5):
-            case 0:
-                places[name] = rng.choice((*tricks, *NASTY))
-            case 1:
-                del places[name]
-            case 2:
-                places["model.more"] = FILE
-            case 3:
-                pass
-            case _:
-                made.files[INDEX] = _damage(json.dumps({"weight_map": places}).encode(), rng)
-                return
-        whole: Any = rng.choice(({"weight_map": places},) * 8 + NASTY)
-        made.files[INDEX] = json.dumps(whole).encode()
-
-    def _shards(self, rng: random.Random, base: int, made: Input) -> None:
-        tensors = self.bases[base].tensors
-        names = sorted(tensors)
-        cut = rng.randrange(1, len(names))
-        parts = [{n: tensors[n] for n in names[:cut]}, {n: tensors[n] for n in names[cut:]}]
-        files = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
-        places = {name: file for file, part in zip(files, parts, strict=True) for name in part}
-        made.files = {}
-        match rng.randrange(5):
-            case 0:
-                parts[1][names[0]] = tensors[names[0]]
-            case 1:
-                del parts[0][names[rng.randrange(cut)]]
-            case 2:
-                made.links[files[0]] = rng.choice(
-                    (f"../{FILE}", "/etc/hostname", files[0], "/dev/zero", "..")
-                )
-            case 3:
-                places[names[0]] = files[1]
-        if rng.random() < 0.5:
-            made.files[INDEX] = json.dumps({"weight_map": places}).encode()
-        for file, part in zip(files, parts, strict=True):
-            if file not in made.links:
-                made.files[file] = save(part, {"format": "pt"})
-
 
 def _too_slow(*_: Any) -> None:
     raise TimeoutError(f"an input took more than {SECONDS} s")
@@ -541,7 +224,7 @@ def limit_memory() -> None:
 
 
 def fuzz(
-    first: int, inputs: int, seconds: float = float("inf")
+    first: int, inputs: int, seconds: float = float("inf"), reader: str = "core"
 ) -> tuple[Counter[tuple[str, str]], list[str]]:
     """Run inputs by number until there are enough or the time is up.
 
@@ -555,7 +238,7 @@ def fuzz(
     end = time.monotonic() + seconds
     before = signal.signal(signal.SIGALRM, _too_slow)
     try:
-        fuzzer = Fuzzer(folder)
+        fuzzer = Fuzzer(folder, reader)
         for number in range(first, first + inputs):
             if time.monotonic() > end:
                 break
@@ -583,22 +266,26 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--inputs", type=int, default=200_000)
     parser.add_argument("--first", type=int, default=0, help="number of the first input")
+    parser.add_argument("--reader", choices=READERS, default="core")
     args = parser.parse_args()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     faulthandler.enable()
     torch.set_num_threads(1)
     limit_memory()
     start = time.monotonic()
-    counts, failures = fuzz(args.first, args.inputs)
+    counts, failures = fuzz(args.first, args.inputs, reader=args.reader)
     took = time.monotonic() - start
     results = sorted({result for _, result in counts})
-    print(f"{'kind':24}" + "".join(f"{result:>18}" for result in results))
+    print(f"{'kind':24}" + "".join(f"{result:>20}" for result in results))
     for kind in sorted({kind for kind, _ in counts}):
-        print(f"{kind:24}" + "".join(f"{counts[kind, result]:18}" for result in results))
-    accepted = sum(count for (_, result), count in counts.items() if result == "accepted")
-    total = sum(counts.values())
+        print(f"{kind:24}" + "".join(f"{counts[kind, result]:20}" for result in results))
+    accepted = {name: sum(n for (_, result), n in counts.items() if result == name) for name in (SAME, OTHER)}
+    done, hangs = sum(counts.values()), sum("TimeoutError" in failure for failure in failures)
     print(
-        f"{total + len(failures)} inputs: {total - accepted} refused, {accepted} accepted and sound, "
-        f"{len(failures)} failures; {took:.0f} s, {args.inputs / took:.0f} per second"
+        f"{done + len(failures)} inputs: {done - sum(accepted.values())} refused, {accepted[SAME]} accepted "
+        f"with the same tensors, {accepted[OTHER]} as another sound checkpoint, {len(failures)} failures "
+        f"({hangs} of them hangs); {took:.0f} s, {args.inputs / took:.0f} per second"
     )
     for failure in failures[:50]:
         print(failure)

@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from command_line import run_here
 
 from bitsmoe_plugin.comparison import METHODS
 from bitsmoe_plugin.comparison.compare import RUNNERS
@@ -148,11 +149,17 @@ def test_every_method_that_help_names_can_be_run() -> None:
         (["compare", MODEL, "--dataset", CALIBRATION, "--eval", "none.txt"], "none.txt does not exist"),
     ],
 )
-def test_bad_arguments_give_one_error_line(arguments, message, tmp_path) -> None:
+def test_bad_arguments_give_one_error_line(arguments, message, tmp_path, capfd) -> None:
     arguments = [str(tmp_path / "out") if a == "OUT" else a for a in arguments]
-    done = bitsmoe(*arguments)
-    assert done.returncode == 2
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
-    assert done.stdout == ""
+    status, stdout, stderr = run_here(capfd, *arguments)
+    assert status == 2
+    assert message in stderr
+    assert "Traceback" not in stderr
+    assert stdout == ""
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_process_ends_with_the_status_of_its_error() -> None:
+    done = bitsmoe("inspect", MODEL)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.splitlines()[-1].startswith("bitsmoe: error: ")

@@ -97,6 +97,27 @@ def test_each_width_is_coded_as_documented(width: int, grid: str) -> None:
         assert torch.equal(values, grids.decode(plain, scales[:, None], width))
 
 
+# Mean squared error on a unit Gaussian that theory allows. Uniform grid: the optimal uniform quantizer, Max
+# (1960), table II; 6 and 8 bits by integrating the density; 16 bits step**2 / 12. Trellis: a code with memory
+# must beat every code without, so the optimal scalar quantizer, same paper, table I.
+UNIFORM_CEILING = {1: 0.3634, 2: 0.1188, 3: 0.03744, 4: 0.01154, 6: 1.040e-3, 8: 8.769e-5}
+SCALAR_CEILING = {1: 0.3634, 2: 0.1175, 3: 0.03454, 4: 0.009497}
+
+
+@both_grids
+@pytest.mark.parametrize("width", [width for width in ALL_WIDTHS if width])
+def test_error_is_below_the_ceiling_and_above_the_floor(width: int, grid: str) -> None:
+    """Guards every width as rows are stored. Floor: the distortion-rate function 4**-width (Shannon 1959),
+    below which a measurement is wrong. 65,536 values; the mean of their squared errors varies by 1 %: 2 %."""
+    rows = normal(64, 1024, seed=14)
+    rounded = coding.round_rows(rows, torch.ones(64), torch.ones(1), torch.full((64,), width), grid)
+    error = float((rounded - rows).double().square().mean())
+    ceiling = {**UNIFORM_CEILING, 16: grids.STEP[16] ** 2 / 12}[width]
+    if coding.uses_trellis(width, grid):
+        ceiling = SCALAR_CEILING[width]
+    assert 4.0**-width < error < 1.02 * ceiling
+
+
 @both_grids
 @pytest.mark.parametrize("width", [1, 2, 3, 4, 6, 8])
 def test_expected_gain_is_that_of_a_gaussian(width: int, grid: str) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from command_line import run_here
 from lm_eval.api.instance import Instance
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from wheel_support import run_python
@@ -168,15 +169,16 @@ def test_everything_from_the_command_line(tasks, packed_moe_tiny) -> None:
         (["--dataset", EVAL, "--reference", "OTHER"], "has 64 tokens in its vocabulary"),
     ],
 )
-def test_bad_arguments_give_one_error_line(tasks, tiny_model, tmp_path, arguments, message) -> None:
+def test_bad_arguments_give_one_error_line(tasks, tiny_model, tmp_path, arguments, message, capfd) -> None:
     if "OTHER" in arguments:
         tiny_model("qwen3_moe").save_pretrained(tmp_path / "other")
     places = {"TASKS": str(tasks), "OTHER": str(tmp_path / "other")}
-    done = bitsmoe(MODEL, *(places.get(argument, argument) for argument in arguments))
-    assert done.returncode == 2, done.stderr
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
-    assert done.stdout == ""
+    given = (places.get(argument, argument) for argument in arguments)
+    status, stdout, stderr = run_here(capfd, "evaluate", MODEL, *given)
+    assert status == 2, stderr
+    assert message in stderr
+    assert "Traceback" not in stderr
+    assert stdout == ""
 
 
 def test_lm_eval_itself_finds_packed_checkpoints(installed_wheel, tasks, packed_moe_tiny, tmp_path) -> None:

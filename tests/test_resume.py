@@ -132,6 +132,24 @@ def test_killed_around_every_kind_of_rename(dense: Path, whole: Path, tmp_path: 
     assert_same_files(out, whole)
 
 
+def test_killed_before_any_change_of_a_file(dense: Path, whole: Path, tmp_path: Path) -> None:
+    """Guards every state that the disk can be in between two calls of the system: a run that is killed there
+    is continued to the same bytes. With BITSMOE_TEST_KILLS=1000 all of them, else a tenth of that many."""
+    counted = tmp_path / "counted"
+    assert children.finish(dense, counted, changes=0) == 0
+    total = int(children.stderr(counted).rpartition(" changes of files")[0].split()[-1])
+    assert total > 40
+    for number in range(1, total + 1, max(1, 10 * total // KILLS)):
+        out = tmp_path / f"run{number}"
+        assert children.finish(dense, out, changes=number) == -signal.SIGKILL
+        if not out.exists():
+            assert children.finish(dense, out) == 0, children.stderr(out)
+        elif Path(f"{out}.work").exists():  # finished but for the removal of what it no longer needs
+            shutil.rmtree(f"{out}.work")
+        assert_same_files(out, whole)
+        shutil.rmtree(out)
+
+
 @pytest.fixture(scope="module")
 def extreme(tiny_model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model whose experts have biases, one of them the output of a super expert."""
@@ -283,6 +301,7 @@ def test_ctrl_c_stops_after_the_layer(dense: Path, whole: Path, tmp_path: Path) 
 
 def test_second_ctrl_c_stops_at_once() -> None:
     """Guards against a program that cannot be stopped; and the usual handling must come back."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     with deferred_interrupt() as stop:
         assert not stop()
         os.kill(os.getpid(), signal.SIGINT)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from fuzz_checkpoint import fuzz
+from fuzz_checkpoint import OTHER, SAME, fuzz
 from safetensors.torch import load_file, save, save_file
 from transformers import AutoModelForCausalLM
 
@@ -239,9 +239,22 @@ CASES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "absurd depth": (_model("num_hidden_layers", 10**9), "num_hidden_layers=1000000000"),
     "absurd vocabulary": (_model("vocab_size", 10**12), "vocab_size=1000000000000"),
     "absurd hidden size": (_model("hidden_size", 2**40), "hidden_size="),
+    "absurd experts": (_model("num_local_experts", 10**9), "num_local_experts=1000000000"),
+    "absurd positions": (_model("max_position_embeddings", 2**31), "max_position_embeddings=2147483648"),
+    "absurd scaling of positions": (
+        _model("rope_parameters", {"rope_type": "yarn", "rope_theta": 1e4, "factor": 10**9}), "times 10{9}"
+    ),
+    "more experts per token than there are": (_model("num_experts_per_tok", 5), "num_experts_per_tok=5"),
+    "code of its own": (
+        lambda f: _edit(f, lambda v: v.update(model_type="own", auto_map={"AutoConfig": "own.Config"})),
+        "not run"
+    ),
     "file outside": (_index(lambda p: p.update({EMBEDDING: "../x.safetensors"})), "x.safetensors"),
     "absolute path": (_index(lambda p: p.update({EMBEDDING: "/etc/passwd"})), "passwd"),
     "pickle in the index": (_index(lambda p: p.update({EMBEDDING: "pytorch_model.bin"})), "pytorch_model"),
+    "pickle in place of the file": (
+        lambda f: (f / FILE).rename(f / "pytorch_model.bin"), "lacks safetensors files"
+    ),
     "index says less": (_index(lambda p: p.pop(EMBEDDING)), "embed_tokens.*no file"),
     "index says more": (_index(lambda p: p.update({"model.more": SHARD})), r"model\.more"),
     "index without map": (lambda f: _index(dict.clear)(f), "weight_map"),
@@ -271,7 +284,7 @@ def test_the_sound_checkpoint_is_accepted(sound: Path, capfd: pytest.CaptureFixt
 
 
 # Found by transformers itself before it asks us, with errors of its own.
-_BEFORE_US = {"index without map"}
+_BEFORE_US = {"index without map", "code of its own"}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -286,10 +299,22 @@ def test_it_is_refused(case: str, copy: Path, tmp_path: Path, capfd: pytest.Capt
     error = capfd.readouterr().err.strip()
     assert re.search(message, error), error
     assert len(error.splitlines()) == 1
-    with pytest.raises((OSError, IndexError) if case in _BEFORE_US else BitsMoEError):
+    with pytest.raises((OSError, IndexError, ValueError) if case in _BEFORE_US else BitsMoEError):
         AutoModelForCausalLM.from_pretrained(copy)
     assert main(["report", str(copy), "--out", str(tmp_path / "report")]) == 2
     assert main(["evaluate", str(copy), "--dataset", str(data)]) == 2
+
+
+COMMANDS = (
+    "inspect DIR",
+    "report DIR",
+    "evaluate DIR --dataset text.txt",
+    "estimate DIR",
+    "quantize DIR DIR/../new --dataset text.txt",
+    "import-upstream DIR DIR/../new",
+    "compare DIR --dataset text.txt --eval text.txt",
+    "bench decode DIR",
+)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"a": ' * 50_000, '{"a": 1, "a": 2}'])
@@ -297,9 +322,28 @@ def test_a_config_that_is_none_is_refused_by_commands(
     text: str, copy: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     (copy / "config.json").write_text(text)
-    for command in (["inspect", str(copy)], ["evaluate", str(copy), "--dataset", "text.txt"]):
+    for command in COMMANDS:
+        assert main([part.replace("DIR", str(copy)) for part in command.split()]) == 2
+        assert "config.json cannot be read" in capfd.readouterr().err, command
+    assert not copy.with_name("new").exists()
+
+
+def test_commands_that_load_models_check_them_first(
+    copy: Path, moe_tiny_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Guards those that load in processes of their own, and `quantize`, which would write a copy."""
+    assert main(["quantize", str(copy), f"{copy}/new", "--dataset", "text.txt"]) == 2
+    assert "quantized already (quant_method 'bitsmoe')" in capfd.readouterr().err
+    CASES["truncated file"][0](copy)
+    compare = ["compare", str(moe_tiny_path), "--dataset", "x", "--eval", "x", "--methods", "full,checkpoint"]
+    for command in (
+        [*compare, "--checkpoint", str(copy)],
+        ["bench", "decode", str(moe_tiny_path), str(copy)],
+    ):
         assert main(command) == 2
-        assert "config.json cannot be read" in capfd.readouterr().err
+        error = capfd.readouterr().err.strip()
+        assert "as safetensors" in error
+        assert len(error.splitlines()) == 1
 
 
 def test_a_model_of_other_shapes_is_refused_by_transformers(copy: Path) -> None:
@@ -334,7 +378,7 @@ def test_altered_checkpoints_by_the_thousand() -> None:
     counts, failures = fuzz(0, 1500, seconds=10)
     assert not failures
     assert sum(counts.values()) > 300
-    assert {result for _, result in counts} == {"accepted", "CheckpointError", "ConfigError"}
+    assert {result for _, result in counts} == {SAME, OTHER, "CheckpointError", "ConfigError"}
 
 
 FORBIDDEN = (

@@ -353,7 +353,7 @@ def test_a_name_in_two_files_is_refused(upstream: tuple[Path, Any], tmp_path: Pa
     shutil.copy(source / "model.safetensors", source / "second.safetensors")
     names = {"weight_map": {"a": "model.safetensors", "b": "second.safetensors"}}
     (source / "model.safetensors.index.json").write_text(json.dumps(names))
-    with pytest.raises(CheckpointError, match="stands in a second file"):
+    with pytest.raises(CheckpointError, match="stands a second time in"):
         import_upstream(source, tmp_path / "out")
 
 

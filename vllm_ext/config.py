@@ -14,12 +14,12 @@ from vllm.model_executor.models.utils import WeightsMapper
 
 from bitsmoe_plugin.config import QUANT_METHOD, BitsMoEConfig
 from bitsmoe_plugin.errors import CheckpointError, ConfigError
-from bitsmoe_plugin.model_sizes import check_model_sizes
-from bitsmoe_plugin.other_tensors import verify_others
+from bitsmoe_plugin.model_sizes import check_model_sizes, check_planned
+from bitsmoe_plugin.other_tensors import stored_shapes, verify_others
 from bitsmoe_plugin.packed_files import PackedFiles
 from bitsmoe_plugin.sharding import split_blocks
 from vllm_ext.moe_method import BitsMoEMethod
-from vllm_ext.weight_loading import LayerNames, safetensors_files
+from vllm_ext.weight_loading import LayerNames, planned_shapes, safetensors_files
 
 NOT_SERVED = {
     "phimoe": "vLLM 0.32 does not run small models of this family, quantized or not",
@@ -89,11 +89,12 @@ class BitsMoEServingConfig(QuantizationConfig):
         if hasattr(hf_config, "to_dict"):
             check_model_sizes(hf_config.to_dict(), self.manifest)
         self._check_depth(hf_config)
-        if Path(model_name).is_dir():
-            self._files = self._open(safetensors_files(model_name))
+        if hf_config is not None and Path(model_name).is_dir():
+            self._files = self._open(safetensors_files(model_name), hf_config)
 
-    def _open(self, paths: list[Path]) -> PackedFiles:
+    def _open(self, paths: list[Path], hf_config: Any) -> PackedFiles:
         files = PackedFiles.open(paths, self.manifest)
+        check_planned(planned_shapes(hf_config), stored_shapes(paths))
         verify_others(paths, self.manifest.other_tensors)
         return files
 
@@ -122,7 +123,8 @@ class BitsMoEServingConfig(QuantizationConfig):
         if self._files is None:
             config = get_current_vllm_config()
             model, load = config.model_config, config.load_config
-            self._files = self._open(safetensors_files(model.model, model.revision, load.download_dir))
+            paths = safetensors_files(model.model, model.revision, load.download_dir)
+            self._files = self._open(paths, model.hf_config)
         return self._files
 
     def check_parallel(self, parallel: ParallelConfig) -> None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from bitsmoe_plugin import checkpoint_files
 from bitsmoe_plugin.checkpoint import tensor_key
 from bitsmoe_plugin.errors import CheckpointError
+from bitsmoe_plugin.families import find_moe_layers
 from bitsmoe_plugin.packed_files import PackedFiles
 from bitsmoe_plugin.packed_spec import PackedSpec
 from bitsmoe_plugin.packing import PackedExperts
@@ -37,6 +41,28 @@ def safetensors_files(model: str, revision: str | None = None, cache: str | None
             download_weights_from_hf(model, cache, ["*.safetensors", checkpoint_files.INDEX], revision)
         )
     return checkpoint_files.safetensors_files(folder)
+
+
+def planned_shapes(config: Any) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of all that config.json asks for besides the experts, as transformers would make it.
+
+    vLLM makes its tensors before any is read, in sizes that nobody compares with the files.
+
+    Args:
+        config: transformers' config of the model.
+
+    Raises:
+        CheckpointError: no language model can be made from it.
+    """
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+    except (ValueError, TypeError, KeyError, RuntimeError, ArithmeticError) as error:
+        raise CheckpointError(f"config.json describes no model that can be made ({error})") from error
+    for layer in find_moe_layers(model):
+        for name in list(dict(layer.module.named_parameters(recurse=False))):
+            delattr(layer.module, name)
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
 class LayerNames:

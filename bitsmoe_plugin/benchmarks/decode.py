@@ -17,6 +17,7 @@ from typing import Any
 
 from bitsmoe_plugin.benchmarks.output import Row, add_benchmark
 from bitsmoe_plugin.errors import BitsMoEError, ConfigError
+from bitsmoe_plugin.inspection import check_if_packed
 from bitsmoe_plugin.streams import stdout_to_stderr
 
 PROMPT_TOKENS = 16
@@ -93,12 +94,15 @@ def measure(args: argparse.Namespace) -> list[Row]:
 
     Raises:
         ConfigError: unknown engine.
+        CheckpointError: a packed model is not sound.
         BitsMoEError: a model could not be run; its message has gone to stderr.
     """
     possible = [name for name in ENGINES if find_spec(name)]
     engines = args.engines.split(",") if args.engines else possible
     if not set(engines) <= set(possible):
         raise ConfigError(f"--engines {args.engines}: installed here are {', '.join(possible)}")
+    for model in args.models:
+        check_if_packed(model)
     batches = [int(size) for size in args.batch.split(",")]
     rows = []
     for engine in engines:

@@ -25,7 +25,7 @@ from bitsmoe_plugin.config import BitsMoEConfig
 from bitsmoe_plugin.errors import BitsMoEError, ConfigError, QuantizationError
 from bitsmoe_plugin.evaluation import evaluate_model, evaluation_text
 from bitsmoe_plugin.families import find_moe_layers
-from bitsmoe_plugin.inspection import table_console
+from bitsmoe_plugin.inspection import check_if_packed, table_console
 from bitsmoe_plugin.model_tokenizer import load_tokenizer
 from bitsmoe_plugin.streams import stdout_to_stderr
 
@@ -208,6 +208,7 @@ def compare(task: ComparisonTask, methods: tuple[str, ...]) -> list[dict[str, An
 
     Raises:
         ConfigError: unknown method or bad option.
+        CheckpointError: a packed checkpoint is not sound.
         QuantizationError: a method failed; its message has gone to stderr.
     """
     unknown = [method for method in methods if method not in RUNNERS]
@@ -216,8 +217,12 @@ def compare(task: ComparisonTask, methods: tuple[str, ...]) -> list[dict[str, An
     if ("checkpoint" in methods) != (task.checkpoint is not None):
         raise ConfigError("method checkpoint and option --checkpoint need each other")
     task.config()
+    # What is missing or damaged should not show after another method's hours.
     for text in (task.dataset, task.eval):
-        load_documents(text)  # what is missing should not show after another method's hours
+        load_documents(text)
+    for path in (task.model, task.checkpoint):
+        if path is not None:
+            check_if_packed(path)
     rows = []
     for number, method in enumerate(methods, 1):
         print(f"[{number}/{len(methods)}] {method}", file=sys.stderr, flush=True)

@@ -10,7 +10,7 @@ from typing import Any
 
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.quantizers.auto import (
@@ -23,14 +23,14 @@ from transformers.quantizers.base import HfQuantizer
 
 from bitsmoe_plugin.calibration import load_documents, token_blocks
 from bitsmoe_plugin.checkpoint import check_shape, packed_spec, stored_tensors, verify_experts, verify_headers
-from bitsmoe_plugin.checkpoint_files import check_loaded_files
+from bitsmoe_plugin.checkpoint_files import check_loaded_files, read_model_config
 from bitsmoe_plugin.config import QUANT_METHOD, BitsMoEConfig
-from bitsmoe_plugin.errors import CheckpointError, ConfigError
+from bitsmoe_plugin.errors import CheckpointError, ConfigError, QuantizationError
 from bitsmoe_plugin.experts import BitsMoEExperts, replace_module
 from bitsmoe_plugin.families import find_moe_layers
 from bitsmoe_plugin.integrations.streaming import StreamedExperts, can_stream
 from bitsmoe_plugin.interruption import Interrupted
-from bitsmoe_plugin.kept import model_budget, named_kept
+from bitsmoe_plugin.kept import model_budget
 from bitsmoe_plugin.model_card import TAGS, write_model_card
 from bitsmoe_plugin.model_sizes import check_model_sizes, check_planned
 from bitsmoe_plugin.model_tokenizer import load_tokenizer
@@ -87,7 +87,6 @@ class BitsMoEQuantizer(HfQuantizer):
         if not self.pre_quantized:
             self._source = _expert_source(model, checkpoint_files)
             model_budget(self._source, config)
-            named_kept(self._source, config)
             return
         self._replace_experts(model, checkpoint_files or [])
         if checkpoint_files:
@@ -224,6 +223,7 @@ def quantize_to_directory(model: str, out: Path, config: BitsMoEConfig) -> None:
     """
     out, workers = Path(out).resolve(), Workers.present()
     workers.from_main(lambda: check_output_directory(out))
+    workers.from_main(lambda: _check_unquantized(model))
     config = copy.copy(config)
     # Beside ``out``, so that a rename within one file system publishes it, wherever the layers are kept.
     beside = out.with_name(f"{out.name}.work")
@@ -247,6 +247,18 @@ def quantize_to_directory(model: str, out: Path, config: BitsMoEConfig) -> None:
                 ) from error
             raise
         remove(work)
+
+
+def _check_unquantized(model: str) -> None:
+    """Refuse what transformers would load as it is, with no more than a warning, to be saved once more."""
+    if Path(model).is_dir():
+        read_model_config(Path(model))
+    found = getattr(AutoConfig.from_pretrained(model), "quantization_config", None) or {}
+    if found:
+        raise QuantizationError(
+            f"{model} is quantized already (quant_method {str(found.get('quant_method'))[:80]!r}); an "
+            "unquantized model is needed"
+        )
 
 
 def _write_checkpoint(quantized: Any, model: str, dataset: Any, partial: Path, out: Path) -> None:

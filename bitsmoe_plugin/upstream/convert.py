@@ -18,6 +18,7 @@ from transformers.utils import logging
 
 from bitsmoe_plugin import coding
 from bitsmoe_plugin.checkpoint import layer_manifest
+from bitsmoe_plugin.checkpoint_files import read_object
 from bitsmoe_plugin.config import ALL_WIDTHS, BitsMoEConfig
 from bitsmoe_plugin.errors import CheckpointError, QuantizationError
 from bitsmoe_plugin.families import find_moe_layers, layer_shape
@@ -74,11 +75,8 @@ def read_base_config(source: Path) -> dict[str, Any]:
         CheckpointError: it lacks the mark, or is of a model that the authors' code does not run.
     """
     path = Path(source) / "config.json"
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        tagged = values.get("bitsmoe")
-    except (OSError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}); is {source} a checkpoint?") from error
+    values = read_object(path)
+    tagged = values.get("bitsmoe")
     if tagged is not True or "quantization_config" in values:
         raise CheckpointError(
             f"{source} is no checkpoint of the BitsMoE authors: config.json has bitsmoe={tagged!r}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -13,7 +12,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from bitsmoe_plugin.checkpoint_files import check_file_name, check_place
+from bitsmoe_plugin.checkpoint_files import check_file_name, check_place, read_object, tensor_files
 from bitsmoe_plugin.errors import CheckpointError
 from bitsmoe_plugin.packing import FACTORS
 from bitsmoe_plugin.upstream import bases, rows
@@ -48,14 +47,14 @@ class UpstreamFiles:
         """
         found: dict[str, Any] = {}
         with ExitStack() as stack:
-            for path in _paths(directory):
+            paths = _paths(directory)
+            tensor_files(paths)  # it refuses names that stand twice
+            for path in paths:
                 try:
                     file = stack.enter_context(safe_open(path, framework="pt"))
                 except (OSError, SafetensorError) as error:
                     raise CheckpointError(f"{path} cannot be read as safetensors ({error})") from error
-                for name in file.keys():  # noqa: SIM118 (it is no dict)
-                    if found.setdefault(name, file) is not file:
-                        raise CheckpointError(f"{name} in {path} stands in a second file")
+                found |= dict.fromkeys(file.keys(), file)
             yield cls(directory, found)
 
     def read(self, name: str) -> Tensor:
@@ -72,12 +71,13 @@ def _paths(directory: Path) -> list[Path]:
     if not index.is_file():
         names = {"model.safetensors"}
     else:
-        try:
-            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-            raise CheckpointError(f"{index} is damaged ({type(error).__name__}: {error})") from error
+        places = read_object(index).get("weight_map")
+        if not isinstance(places, dict):
+            raise CheckpointError(f"{index} is damaged (it has no weight_map)")
+        for name in places.values():
+            check_file_name(name, index)
+        names = set(places.values())
     for name in names:
-        check_file_name(name, index)
         check_place(directory / name, directory)
         if not (directory / name).is_file():
             raise CheckpointError(f"{directory} lacks {name}; only safetensors files are converted")
