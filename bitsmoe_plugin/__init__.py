@@ -3,9 +3,14 @@
 Importing this package registers the quantization method ``bitsmoe`` with transformers.
 """
 
+from bitsmoe_plugin.tested_versions import check_versions
+
+check_versions("torch", "transformers")  # before what an older release would break is imported
+
 from bitsmoe_plugin.config import BitsMoEConfig
-from bitsmoe_plugin.errors import BitsMoEError, CheckpointError, ConfigError, QuantizationError
+from bitsmoe_plugin.errors import BitsMoEError, CheckpointError, ConfigError, QuantizationError, VersionError
 from bitsmoe_plugin.integrations.transformers import BitsMoEQuantizer, register
+from bitsmoe_plugin.model_card import write_model_card
 from bitsmoe_plugin.version import __version__
 
 __all__ = [
@@ -15,7 +20,9 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "QuantizationError",
+    "VersionError",
     "__version__",
+    "write_model_card",
 ]
 
 register()

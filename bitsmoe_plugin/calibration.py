@@ -73,7 +73,7 @@ def _read_columns(dataset: Any) -> list[Any]:
 
 def _read_file(path: Path) -> list[str]:
     if not path.is_file():
-        raise QuantizationError(f"dataset file {path} does not exist")
+        raise QuantizationError(f"dataset file {path} does not exist; give a .txt or .jsonl file")
     text = _read_text(path)
     if path.suffix == ".txt":
         return [text] if text.strip() else []

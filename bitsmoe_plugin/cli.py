@@ -12,11 +12,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
-from bitsmoe_plugin.benchmarks import BENCHMARKS
-from bitsmoe_plugin.comparison import METHODS as COMPARED
-from bitsmoe_plugin.config import METHODS, BitsMoEConfig
+from bitsmoe_plugin import cli_parser
+from bitsmoe_plugin.config import BitsMoEConfig
 from bitsmoe_plugin.errors import BitsMoEError, ConfigError
 from bitsmoe_plugin.streams import stdout_to_stderr
+from bitsmoe_plugin.tested_versions import describe_versions
 
 _FLAGS = (
     "bits",
@@ -29,140 +29,15 @@ _FLAGS = (
     "method",
 )
 """Options of BitsMoEConfig that have a flag of their own; ``--option`` leaves them to it."""
+_SESSION = """\
+a first session:
+  %(prog)s estimate MODEL
+  %(prog)s quantize MODEL OUT --dataset calibration.jsonl
+  %(prog)s evaluate OUT --dataset eval.jsonl --reference MODEL
+  vllm serve OUT
 
-
-def _add_budget(parser: argparse.ArgumentParser) -> None:
-    bits = BitsMoEConfig().bits
-    parser.add_argument("--bits", type=float, default=bits, help="counted bits per expert weight")
-    parser.add_argument("--factor-bits", type=float, help="replaces --bits: the same count without the bases")
-
-
-def _add_calibration(parser: argparse.ArgumentParser) -> None:
-    defaults = BitsMoEConfig()
-    _add_budget(parser)
-    parser.add_argument("--dataset", required=True, help="calibration text, .txt or .jsonl")
-    parser.add_argument("--calibration-tokens", type=int, default=defaults.calibration_tokens)
-    parser.add_argument("--sequence-length", type=int, default=defaults.sequence_length)
-    parser.add_argument("--batch-size", type=int, default=defaults.batch_size)
-    parser.add_argument("--seed", type=int, default=defaults.seed)
-
-
-def _add_quantize(commands: Any) -> None:
-    parser = commands.add_parser(
-        "quantize",
-        help="quantize a model and save it packed; may be interrupted",
-        description="Quantize a model and save it packed. Finished layers are kept in OUT.work until all is "
-        "done: after Ctrl-C (once: stops after the layer, twice: at once), a crash or a reboot, the same "
-        "command continues there, with the same result.",
-    )
-    parser.add_argument("model", help="model directory or hub name")
-    parser.add_argument("out", type=Path, help="directory to write; must not exist or be empty")
-    _add_calibration(parser)
-    _add_method(parser)
-    parser.add_argument(
-        "--report", action="store_true", help="also write OUT/report/report.html and its plots"
-    )
-    parser.set_defaults(run=_quantize)
-
-
-def _add_method(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--method", default="default", help=f"one of {', '.join(METHODS)}")
-    parser.add_argument(
-        "--option",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="any other option of BitsMoEConfig, e.g. basis_bits=8, widths=[2,3,4], refit=false",
-    )
-
-
-def _add_estimate(commands: Any) -> None:
-    parser = commands.add_parser("estimate", help="size, memory and time of quantizing, without doing it")
-    parser.add_argument("model", type=Path, help="model directory; of the weights only an index is needed")
-    _add_budget(parser)
-    parser.add_argument("--calibration-tokens", type=int, default=BitsMoEConfig().calibration_tokens)
-    _add_method(parser)
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.set_defaults(run=_estimate)
-
-
-def _add_inspect(commands: Any) -> None:
-    parser = commands.add_parser("inspect", help="where the bits of a packed checkpoint went")
-    parser.add_argument("model", type=Path, help="directory of a packed checkpoint")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.set_defaults(run=_inspect)
-
-
-def _add_report(commands: Any) -> None:
-    parser = commands.add_parser("report", help="one HTML page and plots of a packed checkpoint")
-    parser.add_argument("model", type=Path, help="directory of a packed checkpoint")
-    parser.add_argument("--out", type=Path, help="directory to write to; default: DIR/report")
-    parser.add_argument(
-        "--evaluation", type=Path, help="what `evaluate --json` or `compare --json` wrote: for the perplexity"
-    )
-    parser.set_defaults(run=_report)
-
-
-def _add_evaluate(commands: Any) -> None:
-    parser = commands.add_parser(
-        "evaluate",
-        help="perplexity, divergence and tasks of a model, packed, of GPTQ or not quantized",
-        description="Evaluate a model on text (--dataset), on tasks of lm-eval (--tasks), or both.",
-    )
-    parser.add_argument("model", help="model directory or hub name")
-    _add_evaluation_options(parser, "--dataset", required=False)
-    parser.add_argument("--reference", help="full-precision model: also KL divergence and top-1 agreement")
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--sequence-length", type=int, default=512, help="tokens per block of the text")
-    parser.add_argument(
-        "--stride", type=int, help="overlapping blocks that begin this many tokens apart; each scores the new"
-    )
-    parser.add_argument("--tasks", help="comma list of tasks of lm-eval, e.g. arc_easy,hellaswag")
-    parser.add_argument("--task-dir", type=Path, help="directory of further tasks, as .yaml files of lm-eval")
-    parser.add_argument("--few-shot", type=int, help="examples in each prompt; default: as the task says")
-    parser.add_argument("--limit", type=int, help="only the first examples of each task")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.set_defaults(run=_evaluate)
-
-
-def _add_evaluation_options(parser: argparse.ArgumentParser, name: str, required: bool = True) -> None:
-    text = "evaluation text, .txt or .jsonl (field domain is used)"
-    parser.add_argument(name, required=required, help=text)
-    parser.add_argument("--max-tokens", type=int, default=None, help="evaluate on at most this many tokens")
-
-
-def _add_compare(commands: Any) -> None:
-    parser = commands.add_parser("compare", help="quantize with several methods and compare")
-    parser.add_argument("model", help="model directory or hub name")
-    _add_calibration(parser)
-    _add_evaluation_options(parser, "--eval")
-    parser.add_argument("--methods", default="full,rtn,bitsmoe", help=f"comma list of {', '.join(COMPARED)}")
-    parser.add_argument("--group-size", type=int, default=64, help="of round-to-nearest and GPTQ")
-    parser.add_argument(
-        "--checkpoint", help="directory of a GPTQ or packed checkpoint, for the method checkpoint"
-    )
-    parser.add_argument(
-        "--prompt", default=None, help="also print a continuation of this text by each method"
-    )
-    parser.add_argument("--new-tokens", type=int, default=40, help="length of the continuation")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.set_defaults(run=_compare)
-
-
-def _add_import(commands: Any) -> None:
-    parser = commands.add_parser(
-        "import-upstream", help="convert a checkpoint that the BitsMoE authors released, without loss"
-    )
-    parser.add_argument("model", type=Path, help="directory of their checkpoint, safetensors")
-    parser.add_argument("out", type=Path, help="directory to write; must not exist or be empty")
-    parser.set_defaults(run=_import)
-
-
-def _add_bench(commands: Any) -> None:
-    parser = commands.add_parser("bench", help="benchmarks")
-    names = parser.add_subparsers(required=True, metavar="NAME")
-    for add in BENCHMARKS:
-        add(names)
+`%(prog)s COMMAND --help` explains a command.
+"""
 
 
 def build_parser(program: str = "bitsmoe") -> argparse.ArgumentParser:
@@ -172,20 +47,22 @@ def build_parser(program: str = "bitsmoe") -> argparse.ArgumentParser:
         program: what users type before a command.
     """
     parser = argparse.ArgumentParser(
-        prog=program, description="Quantize Mixture-of-Experts language models to 2 bits."
+        prog=program,
+        description="Store the experts of a Mixture-of-Experts language model in about 2 bits\n"
+        "per weight, and see what that did to it.",
+        epilog=_SESSION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (
-        _add_estimate,
-        _add_quantize,
-        _add_inspect,
-        _add_report,
-        _add_evaluate,
-        _add_compare,
-        _add_import,
-        _add_bench,
-    ):
-        add(commands)
+    parser.add_argument("--version", action="version", version=describe_versions())
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", title="commands")
+    cli_parser.add_estimate(commands, _estimate)
+    cli_parser.add_quantize(commands, _quantize)
+    cli_parser.add_inspect(commands, _inspect)
+    cli_parser.add_report(commands, _report)
+    cli_parser.add_evaluate(commands, _evaluate)
+    cli_parser.add_compare(commands, _compare)
+    cli_parser.add_import(commands, _import)
+    cli_parser.add_bench(commands)
     return parser
 
 
@@ -236,19 +113,47 @@ def _quantize(args: argparse.Namespace, stdout: TextIO) -> None:
     from bitsmoe_plugin.resources import KERNELS
     from bitsmoe_plugin.workers import connected
 
-    if args.report:
-        from bitsmoe_plugin.report import check_report_extra, write_report
+    if args.report:  # what is missing should not show after hours
+        from bitsmoe_plugin.report import check_report_extra
 
-        check_report_extra()  # what is missing should not show after hours
+        check_report_extra()
+    if args.eval is not None:
+        from bitsmoe_plugin.calibration import load_documents
+
+        load_documents(args.eval)
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(KERNELS))  # read at the first product
     with connected() as workers:
         if not workers.main:
             logging.disable_progress_bar()
         quantize_to_directory(args.model, args.out, _config(args))
-        if workers.main:
-            _report_size(args.out)
-            if args.report:
-                print(f"report: {write_report(args.out)}", file=sys.stderr)
+        main = workers.main
+    if main:
+        _report_size(args.out)
+        evaluation = _evaluate_packed(args.out, args.eval) if args.eval is not None else None
+        if args.report:
+            _write_report(args.out, evaluation)
+
+
+def _evaluate_packed(directory: Path, text: str) -> dict[str, Any]:
+    """Measure a model that was just written, and tell its card."""
+    from bitsmoe_plugin.evaluation import as_record, evaluate_path
+    from bitsmoe_plugin.model_card import record_evaluation
+
+    result = as_record(evaluate_path(str(directory), text), text)
+    record_evaluation(directory, result)
+    print(f"perplexity: {result['perplexity']:.3f}, written into {directory / 'README.md'}", file=sys.stderr)
+    return result
+
+
+def _write_report(directory: Path, evaluation: dict[str, Any] | None) -> None:
+    from bitsmoe_plugin.report import FOLDER, write_report
+
+    path = None
+    if evaluation is not None:
+        path = directory / FOLDER / "evaluation.json"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(evaluation, indent=2), encoding="utf-8")
+    print(f"report: {write_report(directory, evaluation=path)}", file=sys.stderr)
 
 
 def _import(args: argparse.Namespace, stdout: TextIO) -> None:
@@ -282,18 +187,19 @@ def _report(args: argparse.Namespace, stdout: TextIO) -> None:
 
 
 def _evaluate(args: argparse.Namespace, stdout: TextIO) -> None:
-    from transformers import AutoTokenizer
-
     from bitsmoe_plugin.evaluation import load_for_evaluation
-    from bitsmoe_plugin.inspection import check_if_packed, print_evaluation
+    from bitsmoe_plugin.inspection import check_if_packed, print_evaluation, read_config
+    from bitsmoe_plugin.model_tokenizer import load_tokenizer
 
     _check_evaluate(args)
     check_if_packed(args.model)
+    if args.card:
+        read_config(args.model)  # only a packed model has a card of ours
     if args.tasks:
         from bitsmoe_plugin.integrations.lm_eval import find_tasks
 
         find_tasks(args.tasks.split(","), args.task_dir)  # a wrong name should not cost a load
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    tokenizer = load_tokenizer(args.model)
     result: dict[str, Any] = {}
     model = load_for_evaluation(args.model)
     if args.dataset:
@@ -310,6 +216,10 @@ def _evaluate(args: argparse.Namespace, stdout: TextIO) -> None:
             limit=args.limit,
             batch_size=args.batch_size,
         )
+    if args.card:
+        from bitsmoe_plugin.model_card import record_evaluation
+
+        record_evaluation(Path(args.model), result)
     if args.json:
         _print_json(result, stdout)
     else:
@@ -317,7 +227,9 @@ def _evaluate(args: argparse.Namespace, stdout: TextIO) -> None:
 
 
 def _check_evaluate(args: argparse.Namespace) -> None:
-    """Refuse options without what they belong to."""
+    """Refuse options without what they belong to, and text that cannot be read."""
+    from bitsmoe_plugin.calibration import load_documents
+
     if not args.dataset and not args.tasks:
         raise ConfigError("give --dataset TEXT for perplexity, --tasks NAMES for tasks of lm-eval, or both")
     needs = {"--dataset": ("reference", "stride", "max_tokens"), "--tasks": ("task_dir", "few_shot", "limit")}
@@ -325,15 +237,19 @@ def _check_evaluate(args: argparse.Namespace) -> None:
         for name in names:
             if getattr(args, name) is not None and not getattr(args, owner[2:]):
                 raise ConfigError(f"--{name.replace('_', '-')} belongs to {owner}, which is not given")
+    if args.dataset:
+        load_documents(args.dataset)
 
 
 def _evaluate_text(args: argparse.Namespace, model: Any, tokenizer: Any) -> dict[str, Any]:
-    from bitsmoe_plugin.evaluation import evaluate_text
+    from bitsmoe_plugin.evaluation import as_record, evaluate_text
 
-    names = ("sequence_length", "max_tokens", "stride", "reference", "batch_size")
+    names = ("sequence_length", "stride", "reference")
     options = {name: getattr(args, name) for name in names}
-    result = asdict(evaluate_text(model, tokenizer, args.dataset, **options))
-    return {key: value for key, value in result.items() if value is not None}
+    result = evaluate_text(
+        model, tokenizer, args.dataset, max_tokens=args.max_tokens, batch_size=args.batch_size, **options
+    )
+    return as_record(result, args.dataset, **options)
 
 
 def _compare(args: argparse.Namespace, stdout: TextIO) -> None:
@@ -373,12 +289,34 @@ def main(argv: Sequence[str] | None = None, program: str = "bitsmoe") -> int:
     """
     args = build_parser(program).parse_args(argv)
     try:
+        _check_paths(args)
         with stdout_to_stderr() as stdout:
             args.run(args, stdout)
     except (BitsMoEError, OSError) as error:  # OSError: transformers on a path without a model
-        print(f"{program}: error: {error}", file=sys.stderr)
+        print(f"{program}: error: {_not_here(args, error)}{error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as error:
         print(f"{program}: {error or 'interrupted; nothing was written'}", file=sys.stderr)
         return 130
     return 0
+
+
+def _missing_models(args: argparse.Namespace) -> list[str]:
+    """Models that are given by name or directory, and are no directory here."""
+    given = [getattr(args, name, None) for name in ("model", "reference")]
+    return [model for model in given if isinstance(model, str) and not Path(model).exists()]
+
+
+def _check_paths(args: argparse.Namespace) -> None:
+    """Refuse paths without a model that cannot be names on the hub, which is asked for them for a minute."""
+    for model in _missing_models(args):
+        if model.count("/") > 1 or model.startswith((".", "/", "~")):
+            raise ConfigError(f"model directory {model} does not exist")
+
+
+def _not_here(args: argparse.Namespace, error: Exception) -> str:
+    """What transformers' errors about the hub leave out: most often the path of a directory is wrong."""
+    missing = _missing_models(args)
+    if not missing or isinstance(error, BitsMoEError):
+        return ""
+    return f"{missing[0]} is no directory here, and loading it from the hub failed: "

@@ -39,12 +39,25 @@ def expected_gain(width: int, grid: str, size: int) -> float:
     """
     if not uses_trellis(width, grid):
         return 1.0
-    rows = torch.randn(-(-_SAMPLE // size), size, generator=torch.Generator().manual_seed(0))
+    rows = gaussian_rows(size)
     weights, bits = torch.ones_like(rows), torch.full((len(rows),), width)
     scales, distortion = grids.best_scale(rows, weights, width)
     values = round_rows(rows, scales.squeeze(-1), weights, bits, grid)
     ratio = (rows * values).sum(-1, keepdim=True) / values.square().sum(-1, keepdim=True)
     return float((rows - ratio * values).square().sum() / distortion.sum())
+
+
+@cache
+def gaussian_distortion(width: int, grid: str, size: int) -> float:
+    """Squared error of Gaussian rows of ``size`` values at their best scales, relative to their energy."""
+    rows = gaussian_rows(size)
+    distortion = grids.best_scale(rows, torch.ones_like(rows), width)[1]
+    return float(distortion.sum() / rows.square().sum()) * expected_gain(width, grid, size)
+
+
+def gaussian_rows(size: int) -> Tensor:
+    """About 32,000 values of variance 1 in rows ``[..., size]``, always the same."""
+    return torch.randn(-(-_SAMPLE // size), size, generator=torch.Generator().manual_seed(0))
 
 
 def encode(rows: Tensor, scales: Tensor, weights: Tensor, bits: Tensor, grid: str) -> Tensor:

@@ -10,7 +10,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from bitsmoe_plugin import coding, tiled
 from bitsmoe_plugin.errors import CheckpointError, ConfigError
-from bitsmoe_plugin.packing import FORMAT_VERSION
+from bitsmoe_plugin.packing import FACTORS, FORMAT_VERSION
 
 QUANT_METHOD = "bitsmoe"
 ALL_WIDTHS = (0, 1, 2, 3, 4, 6, 8, 16)
@@ -55,6 +55,13 @@ def _check_tiled(basis_bits: int, basis_group_size: int) -> None:
     _check_choice("basis_group_size", basis_group_size, (tiled.TILE,))
 
 
+def _is_budget_table(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(name, str) and type(bits) in (int, float) and 0.1 <= bits <= 16
+        for name, bits in value.items()
+    )
+
+
 def _is_expert_table(value: Any) -> bool:
     return isinstance(value, dict) and all(
         isinstance(name, str) and isinstance(ids, list) and all(type(i) is int and i >= 0 for i in ids)
@@ -79,28 +86,38 @@ _PAPER = {
     "sequential": False,
     "scope": "layer",
 }
+_DEFAULT: dict[str, Any] = {
+    "widths": ALL_WIDTHS,
+    "grid": "trellis",
+    "basis_bits": 4,
+    "joint_basis": True,
+    "whitening": True,
+    "cost": "output",
+    "token_weighting": "residual",
+    "neuron_weighting": True,
+    "covariance_prior": 1.0,
+    "feedback": True,
+    "widening": True,
+    "refit": True,
+    "compensation": True,
+    "sequential": True,
+    "scope": "global",
+}
 METHODS: dict[str, dict[str, Any]] = {
-    "default": {
-        "widths": ALL_WIDTHS,
-        "grid": "trellis",
-        "basis_bits": 4,
-        "joint_basis": True,
-        "whitening": True,
-        "cost": "output",
-        "token_weighting": "residual",
-        "neuron_weighting": True,
-        "covariance_prior": 1.0,
-        "feedback": True,
-        "widening": True,
-        "refit": True,
-        "compensation": True,
-        "sequential": True,
-        "scope": "global",
+    "default": _DEFAULT,
+    "fast": {
+        **_DEFAULT,
+        "cost": "model",
+        "feedback": False,
+        "refit": False,
+        "compensation": False,
+        "sequential": False,
     },
     "paper-v1": _PAPER,
     "paper-v2": {**_PAPER, "basis_bits": 8, "scope": "global"},
 }
-"""What each method sets; options that are given replace it. "paper-v1" and "paper-v2" are our
+"""What each method sets; options that are given replace it. "fast" leaves out what takes long: see
+examples/speed.md and examples/quality.md for what that saves and costs. "paper-v1" and "paper-v2" are our
 reading of the two versions of arXiv 2606.00079, whose quantizer was never published."""
 
 
@@ -112,6 +129,13 @@ class BitsMoEConfig(QuantizationConfigMixin):
             widths, bases) over the number of original expert weights. 0.1 to 16.
         factor_bits: if given, replaces ``bits``: the same count without the two bases, for models whose
             few experts make the bases a large share.
+        layer_bits: counted bits of layers that get a budget of their own, {"path.of.experts": bits}; the
+            others share what these leave of ``bits`` (or ``factor_bits``, and then bases do not count here
+            either).
+        projection_bits: the same for projections, {"gate", "up" or "down": bits}: all that is stored for
+            their rows (payload, row codes, scale grids, kept experts) over their weights, in each layer of
+            ``layer_bits`` and in all others together; the projections not named share the rest. Bases and
+            biases belong to no projection.
         dataset: calibration text: list of strings, list of token id lists, ``datasets.Dataset``
             with a column ``text`` or ``input_ids``, or a path to a .txt or .jsonl file. Needed to
             quantize, not stored in the checkpoint (its token count and hash are).
@@ -121,8 +145,9 @@ class BitsMoEConfig(QuantizationConfigMixin):
         batch_size: sequences per forward pass.
         held_out: share of the calibration sequences that no statistic sees; the output error of each
             layer is measured on them and reported. 0 to 0.5.
-        method: "default", or "paper-v1" or "paper-v2" as published; sets all options from ``widths``
-            to ``scope`` but ``basis_group_size`` that are not given.
+        method: "default", "fast" (less time, somewhat lower quality), or "paper-v1" or "paper-v2" as
+            published; sets all options from ``widths`` to ``scope`` but ``basis_group_size`` that are not
+            given.
         widths: bits that a row may take; 0 drops it. A subset of 0, 1, 2, 3, 4, 6, 8, 16.
         grid: "trellis" codes rows of up to 4 bits by trellis, "uniform" rounds all to uniform grids; "tiled"
             stands in checkpoints that ``import-upstream`` converted.
@@ -130,7 +155,8 @@ class BitsMoEConfig(QuantizationConfigMixin):
         basis_group_size: basis values that share a scale; divides hidden_size.
         joint_basis: one input basis for gate and up (True) or one for each (False).
         whitening: bases in the metric of the inputs and outputs (True) or from plain SVDs (False).
-        cost: "output" estimates the layer's output error, "spectral" is row energy times input
+        cost: "output" estimates the layer's output error from each row's own error at each width, "model"
+            from the row's energy and the error of Gaussian rows, "spectral" is row energy times input
             energy, relative to the projection's.
         token_weighting: "residual" weighs a token by 1 / mean square of its residual stream,
             "none" weighs all alike.
@@ -211,6 +237,8 @@ class BitsMoEConfig(QuantizationConfigMixin):
         all_experts: bool = False,
         seed: int = 0,
         work_dir: str | Path | None = None,
+        layer_bits: dict[str, float] | None = None,
+        projection_bits: dict[str, float] | None = None,
         format_version: int = FORMAT_VERSION,
         layers: dict[str, dict[str, Any]] | None = None,
         calibration: dict[str, Any] | None = None,
@@ -238,6 +266,8 @@ class BitsMoEConfig(QuantizationConfigMixin):
             )
         self.bits = bits
         self.factor_bits = factor_bits
+        self.layer_bits = {} if layer_bits is None else layer_bits
+        self.projection_bits = {} if projection_bits is None else projection_bits
         self.dataset = dataset
         self.tokenizer = tokenizer
         self.calibration_tokens = calibration_tokens
@@ -286,6 +316,11 @@ class BitsMoEConfig(QuantizationConfigMixin):
         _check_number("bits", self.bits, 0.1, 16)
         if self.factor_bits is not None:
             _check_number("factor_bits", self.factor_bits, 0.1, 16)
+        if not _is_budget_table(self.layer_bits):
+            _fail("layer_bits", self.layer_bits, '{"path.of.experts": bits from 0.1 to 16}')
+        if not _is_budget_table(self.projection_bits) or set(self.projection_bits) - set(FACTORS):
+            allowed = '{"gate", "up" or "down": bits from 0.1 to 16}'
+            _fail("projection_bits", self.projection_bits, allowed)
         _check_number("calibration_tokens", self.calibration_tokens, 1, 10**12, whole=True)
         _check_number("sequence_length", self.sequence_length, 8, 10**7, whole=True)
         _check_number("batch_size", self.batch_size, 1, 10**6, whole=True)
@@ -301,7 +336,7 @@ class BitsMoEConfig(QuantizationConfigMixin):
         for flag in _FLAGS:
             _check_choice(flag, getattr(self, flag), (True, False))
         _check_number("held_out", self.held_out, 0, 0.5)
-        _check_choice("cost", self.cost, ("output", "spectral"))
+        _check_choice("cost", self.cost, ("output", "model", "spectral"))
         _check_choice("token_weighting", self.token_weighting, ("residual", "none"))
         if self.grid == coding.TILED and self.layers:
             _check_tiled(self.basis_bits, self.basis_group_size)
@@ -340,6 +375,9 @@ class BitsMoEConfig(QuantizationConfigMixin):
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready options and manifest, without the calibration text."""
         values = {k: v for k, v in self.__dict__.items() if k not in _RUNTIME_ONLY}
+        for option in ("layer_bits", "projection_bits"):
+            if not values[option]:  # releases that do not know it can read what was made without it
+                del values[option]
         values["widths"] = list(self.widths)
         return values
 

@@ -15,3 +15,7 @@ class QuantizationError(BitsMoEError, ValueError):
 
 class CheckpointError(BitsMoEError, ValueError):
     """A packed checkpoint is incomplete, altered or of another version."""
+
+
+class VersionError(BitsMoEError, ImportError):
+    """An installed package is older than what this one works with."""

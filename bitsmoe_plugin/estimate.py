@@ -22,9 +22,10 @@ from bitsmoe_plugin.config import BitsMoEConfig
 from bitsmoe_plugin.errors import QuantizationError
 from bitsmoe_plugin.families import layout_of
 from bitsmoe_plugin.inspection import table_console
-from bitsmoe_plugin.kept import bias_bits, kept_bits, model_budget, named_kept
+from bitsmoe_plugin.kept import bias_bits, kept_bits, model_budget, named_kept, row_groups
 from bitsmoe_plugin.resources import Workload, peak_memory, rough_seconds
 from bitsmoe_plugin.sources import LoadedExperts
+from bitsmoe_plugin.sub_budgets import smallest_payload
 
 _HEADER_BYTES = 128
 """Per tensor in the header of a safetensors file; 110 to 120 measured, more with longer names."""
@@ -43,7 +44,8 @@ class Estimate:
         experts: routed experts of all layers.
         expert_weights: their weights, the denominator of all bits per weight.
         bits_per_weight: counted, bases included.
-        smallest_bits: smallest reachable ``bits`` (``factor_bits``, if that is given).
+        smallest_bits: smallest reachable ``bits`` (``factor_bits``, if that is given) with the same
+            ``layer_bits`` and ``projection_bits``.
         parts: stored for the experts, by part.
         expert_bytes: their sum.
         other_bytes: everything that is not quantized.
@@ -187,9 +189,12 @@ def estimate(directory: Path, config: BitsMoEConfig) -> Estimate:
     source = LoadedExperts(model)
     layers, shapes = source.layers, source.shapes
     kept = named_kept(source, config) or [()] * len(layers)
-    budget = reserve(model_budget(source, config), "kept_experts", kept_bits(source, kept))
-    parts = {part: bits // 8 for part, bits in {"payload": budget.payload_bits, **budget.fixed}.items()}
-    expert_bytes = sum(parts.values())
+    budget = model_budget(source, config)
+    groups = row_groups(source, config, budget, kept)
+    budget = reserve(budget, "kept_experts", sum(kept_bits(source, kept)))
+    payload = sum(group.payload_bits for group in groups)
+    parts = {part: bits // 8 for part, bits in {"payload": payload, **budget.fixed}.items()}
+    expert_bytes, floor = sum(parts.values()), find_floor(shapes, config, sum(bias_bits(source)))
     experts = {id(tensor) for layer in layers for tensor in layer.module.parameters()}
     others = [tensor for tensor in _tensors(model) if id(tensor) not in experts]
     other_bytes = sum(map(_bytes, others))
@@ -202,7 +207,7 @@ def estimate(directory: Path, config: BitsMoEConfig) -> Estimate:
         experts=sum(shape.num_experts for shape in shapes),
         expert_weights=budget.weights,
         bits_per_weight=8 * expert_bytes / budget.weights,
-        smallest_bits=find_floor(shapes, config, bias_bits(source)).bits,
+        smallest_bits=(floor.counted + smallest_payload(groups)) / floor.weights,
         parts=parts,
         expert_bytes=expert_bytes,
         other_bytes=other_bytes,

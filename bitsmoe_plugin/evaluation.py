@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,10 @@ from transformers.utils import logging
 
 from bitsmoe_plugin.calibration import load_documents, read_jsonl, token_stream
 from bitsmoe_plugin.errors import ConfigError, QuantizationError
+from bitsmoe_plugin.model_tokenizer import load_tokenizer
+
+BLOCK = 512
+"""Tokens per block of text, unless another number is asked for."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,24 @@ class Evaluation:
     per_domain: dict[str, float] = field(default_factory=dict)
     kl_divergence: float | None = None
     top1_agreement: float | None = None
+
+
+def as_record(
+    result: Evaluation,
+    dataset: str,
+    *,
+    sequence_length: int = BLOCK,
+    stride: int | None = None,
+    reference: str | None = None,
+) -> dict[str, Any]:
+    """What was measured, and on what, JSON-ready: of directories and files only the names are told."""
+    settings = {
+        "dataset": Path(dataset).name,
+        "sequence_length": sequence_length,
+        "stride": stride,
+        "reference": Path(reference).name if reference and Path(reference).exists() else reference,
+    }
+    return {name: value for name, value in {**settings, **asdict(result)}.items() if value is not None}
 
 
 def evaluation_text(
@@ -201,7 +223,7 @@ def evaluate_text(
     tokenizer: Any,
     dataset: Any,
     *,
-    sequence_length: int = 512,
+    sequence_length: int = BLOCK,
     max_tokens: int | None = None,
     stride: int | None = None,
     reference: str | None = None,
@@ -225,6 +247,4 @@ def evaluate_text(
 
 def evaluate_path(model: str, dataset: Any, **options: Any) -> Evaluation:
     """``evaluate_text`` for a saved model, packed, of GPTQ or not quantized, with its own tokenizer."""
-    from transformers import AutoTokenizer
-
-    return evaluate_text(load_for_evaluation(model), AutoTokenizer.from_pretrained(model), dataset, **options)
+    return evaluate_text(load_for_evaluation(model), load_tokenizer(model), dataset, **options)

@@ -153,7 +153,7 @@ def round_rank(
     work: Tensor,
     target: Tensor,
     bits: Tensor,
-    unit: Tensor,
+    unit: Tensor | None,
     weights: Tensor,
     start: Tensor,
     low: Tensor,
@@ -168,9 +168,10 @@ def round_rank(
     """Rows ``first`` to ``last`` of ``rounding.round_along_rank``; the tensors are those of its loop."""
     rank, size = work.shape[-2:]
     rows = _RankRows(
-        *(bits.numel() // rank, unit.numel() // rank**2, rank, first, last),
+        *(bits.numel() // rank, 1 if unit is None else unit.numel() // rank**2, rank, first, last),
         *(size, codes.shape[-1], bits.shape[1]),
-        *(pointer(tensor) for tensor in (weights, unit, bits, start, low, step)),
+        *(pointer(weights), None if unit is None else pointer(unit)),
+        *(pointer(tensor) for tensor in (bits, start, low, step)),
         *(pointer(tensor) for tensor in (work, target, scale_codes, codes, values, errors)),
     )
     grids = _grids(steps, tables)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import statistics
 from collections import Counter
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any, TextIO
 
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from bitsmoe_plugin import packing
 from bitsmoe_plugin.checkpoint_files import read_model_config, safetensors_files
@@ -19,6 +21,7 @@ from bitsmoe_plugin.manifest_values import measured, number_list
 from bitsmoe_plugin.model_sizes import check_model_sizes
 from bitsmoe_plugin.other_tensors import verify_others
 from bitsmoe_plugin.packed_files import PackedFiles
+from bitsmoe_plugin.packed_spec import PackedSpec
 from bitsmoe_plugin.pipeline import THIN_TOKENS_PER_DIMENSION
 
 _PARTS = {
@@ -36,6 +39,9 @@ _PARTS = {
     "bitsmoe_tile_scales": "row_scales",
     "bitsmoe_row_gains": "row_scales",
 }
+
+_ALIKE = ("row_codes", "scale_grid", "kept_input", "kept_output")
+"""Tensors of which each projection has a third."""
 
 
 def read_config(directory: Path) -> BitsMoEConfig:
@@ -76,7 +82,8 @@ def inspect_checkpoint(directory: Path) -> dict[str, Any]:
 
     Returns:
         ``bits_per_weight``, ``expert_bytes``, ``expert_weights``, ``parts`` (bits per weight by
-        part), ``calibration``, and ``layers``: for each ``bits_per_weight``, ``widths`` (projection
+        part), ``projections`` (bits per weight of the projection, as ``projection_bits`` counts them),
+        ``calibration``, and ``layers``: for each ``bits_per_weight``, ``projections``, ``widths`` (projection
         -> width -> rows), ``kept_experts`` (ids), ``tokens_per_dimension`` and what was
         measured while quantizing: errors (absolute, per token and hidden value,
         token-weighted), ``output_energy``, ``bits_over_bound``, ``tokens_per_expert``, ``output_peaks``,
@@ -90,6 +97,7 @@ def inspect_checkpoint(directory: Path) -> dict[str, Any]:
     verify_others(paths, config.other_tensors)
     specs = files.specs
     parts: Counter[str] = Counter()
+    projections: Counter[str] = Counter()
     layers: dict[str, Any] = {}
     weights = 0
     for layer, spec in specs.items():
@@ -100,9 +108,12 @@ def inspect_checkpoint(directory: Path) -> dict[str, Any]:
             parts[_PARTS[buffer]] += bits
             size += bits
         widths = packing.row_widths(files.read(layer).row_codes, config.widths)
+        rows = _projection_bits(spec, widths)
+        projections.update(rows)
         layers[layer] = {
             **measured(config.layers[layer]),  # first, so that it replaces nothing of what was counted
             "bits_per_weight": size / spec.shape.weights,
+            "projections": {factor: 3 * bits / spec.shape.weights for factor, bits in rows.items()},
             "widths": {
                 factor: {str(w): int((widths[i] == w).sum()) for w in config.widths}
                 for i, factor in enumerate(packing.FACTORS)
@@ -116,8 +127,26 @@ def inspect_checkpoint(directory: Path) -> dict[str, Any]:
         "expert_bytes": total // 8,
         "expert_weights": weights,
         "parts": {part: bits / weights for part, bits in parts.items()},
+        "projections": {factor: 3 * bits / weights for factor, bits in projections.items()},
         "calibration": config.calibration,
         "layers": layers,
+    }
+
+
+def _projection_bits(spec: PackedSpec, widths: Tensor) -> dict[str, int]:
+    """What is stored for each projection alone: its rows with their codes and scales, and kept experts.
+
+    Args:
+        widths: ``[3, E, r]`` bits of the rows.
+    """
+    sizes = {name: 8 * dtype.itemsize * math.prod(shape) for name, (dtype, shape) in spec.tensors().items()}
+    alike = sum(sizes.get(f"bitsmoe_{name}", 0) for name in _ALIKE) // len(packing.FACTORS)
+    scales = sum(sizes.get(f"bitsmoe_{name}", 0) for name in ("tile_scales", "row_gains"))
+    stored = (widths > 0).sum((1, 2)).tolist()
+    payload = (packing.BLOCK * spec.shape.blocks * widths.sum((1, 2))).tolist()
+    return {
+        factor: alike + payload[i] + scales * stored[i] // max(1, sum(stored))
+        for i, factor in enumerate(packing.FACTORS)
     }
 
 
@@ -132,6 +161,12 @@ def table_console(stream: TextIO) -> Console:
 
 
 _ERRORS = {"estimated_error": "estimated", "calibration_error": "measured", "unseen_error": "unseen"}
+
+
+def layer_label(name: str, position: int) -> str:
+    """Number of the decoder layer, or the position among the MoE layers if its name has none."""
+    numbered = re.search(r"\.(\d+)\.", name)
+    return numbered[1] if numbered else str(position)
 
 
 def _layer_summary(layer: dict[str, Any]) -> list[str]:
@@ -150,8 +185,10 @@ def print_inspection(report: dict[str, Any], stream: TextIO) -> None:
     """The report as tables."""
     console = table_console(stream)
     parts = ", ".join(f"{part} {bits:.4f}" for part, bits in report["parts"].items())
+    projections = ", ".join(f"{name} {bits:.4f}" for name, bits in report["projections"].items())
     console.print(
         f"{report['bits_per_weight']:.4f} bits per expert weight = {parts}\n"
+        f"bits per weight of each projection, without bases and biases: {projections}\n"
         f"{report['expert_bytes']:,} bytes for {report['expert_weights']:,} expert weights",
         highlight=False,
     )
@@ -164,13 +201,13 @@ def print_inspection(report: dict[str, Any], stream: TextIO) -> None:
     widths = list(next(iter(next(iter(report["layers"].values()))["widths"].values())))
     columns = [*(f"{w} bit" for w in widths), *_ERRORS.values(), "over bound", "tokens/dim"]
     table = Table("layer", "projection", "bits", *columns)
-    for name, layer in report["layers"].items():
+    for position, (name, layer) in enumerate(report["layers"].items()):
         summary = _layer_summary(layer)
         for factor, histogram in layer["widths"].items():
             first = factor == packing.FACTORS[0]
             total = sum(histogram.values())
             table.add_row(
-                name if first else "",
+                layer_label(name, position) if first else "",
                 factor,
                 f"{layer['bits_per_weight']:.3f}" if first else "",
                 *(f"{100 * histogram[w] / total:.1f} %" for w in widths),

@@ -8,13 +8,14 @@ from dataclasses import replace
 import torch
 
 from bitsmoe_plugin import packing
-from bitsmoe_plugin.budget import Budget, plan_budget
+from bitsmoe_plugin.budget import Budget, plan_budget, reserve
 from bitsmoe_plugin.config import BitsMoEConfig
 from bitsmoe_plugin.errors import QuantizationError
 from bitsmoe_plugin.families import layout_of
 from bitsmoe_plugin.packing import PackedExperts
 from bitsmoe_plugin.sources import ExpertSource
 from bitsmoe_plugin.spectral import ExpertBiases, ExpertWeights
+from bitsmoe_plugin.sub_budgets import RowGroup, StoredLayer, sub_budgets
 
 LARGEST_SHARE = 0.25
 """Of the budget, for super experts that nobody asked to keep. SmolLM2-135M cut into 240 experts, 2 of them
@@ -27,9 +28,30 @@ def model_budget(source: ExpertSource, config: BitsMoEConfig) -> Budget:
     """``plan_budget`` of a model's layers and their biases.
 
     Raises:
-        QuantizationError: see there.
+        QuantizationError: see there and ``named_kept``; what is known beforehand to be too much for a budget.
     """
-    return plan_budget(source.shapes, config, bias_bits(source))
+    budget = plan_budget(source.shapes, config, sum(bias_bits(source)))
+    row_groups(source, config, budget, named_kept(source, config) or [()] * len(source.layers))
+    return budget
+
+
+def row_groups(
+    source: ExpertSource, config: BitsMoEConfig, budget: Budget, kept: list[tuple[int, ...]]
+) -> list[RowGroup]:
+    """What rows of a model may spend, together or, with ``layer_bits`` or ``projection_bits``, apart.
+
+    Args:
+        kept: experts of every layer that have no rows; what they take comes out of the budget.
+
+    Raises:
+        QuantizationError: see ``reserve`` and ``sub_budgets``.
+    """
+    bits = kept_bits(source, kept)
+    layers = [
+        StoredLayer(layer.name, shape, *sizes)
+        for layer, shape, *sizes in zip(source.layers, source.shapes, bias_bits(source), bits, strict=True)
+    ]
+    return sub_budgets(layers, reserve(budget, "kept_experts", sum(bits)).payload_bits, config)
 
 
 def named_kept(source: ExpertSource, config: BitsMoEConfig) -> list[tuple[int, ...]] | None:
@@ -72,8 +94,8 @@ def choose_kept(
     kept = named_kept(source, config)
     if kept is not None:
         return kept
-    bits = kept_bits(source, found)
-    if config.super_experts == "auto" and bits > LARGEST_SHARE * budget.payload_bits:
+    if config.super_experts == "auto" and _take_too_much(source, found, budget, config):
+        bits = sum(kept_bits(source, found))
         warnings.warn(
             f"{sum(map(len, found))} super experts are quantized like the others: in their original "
             f"precision they would take {bits / budget.weights:.3f} bits per weight, over "
@@ -85,6 +107,18 @@ def choose_kept(
     return found
 
 
+def _take_too_much(
+    source: ExpertSource, found: list[tuple[int, ...]], budget: Budget, config: BitsMoEConfig
+) -> bool:
+    """True if the experts ``found`` would take more than their share of what any group of rows may spend."""
+    bits = kept_bits(source, found)
+    for group in row_groups(source, config, budget, [()] * len(found)):
+        taken = sum(bits[layer] for layer in group.layers) * len(group.factors) / len(packing.FACTORS)
+        if taken > LARGEST_SHARE * group.payload_bits:
+            return True
+    return False
+
+
 def _check_widths(kept: list[tuple[int, ...]], config: BitsMoEConfig) -> None:
     if any(kept) and 0 not in config.widths:
         raise QuantizationError(
@@ -93,21 +127,22 @@ def _check_widths(kept: list[tuple[int, ...]], config: BitsMoEConfig) -> None:
         )
 
 
-def kept_bits(source: ExpertSource, kept: list[tuple[int, ...]]) -> int:
-    """What the weights of the kept experts take."""
-    return sum(
+def kept_bits(source: ExpertSource, kept: list[tuple[int, ...]]) -> list[int]:
+    """What the weights of the kept experts of every layer take."""
+    return [
         8 * dtype.itemsize * shape.weights * len(ids) // shape.num_experts
         for shape, dtype, ids in zip(source.shapes, source.dtypes, kept, strict=True)
-    )
+    ]
 
 
-def bias_bits(source: ExpertSource) -> int:
-    """What the biases of all experts take."""
-    return sum(
+def bias_bits(source: ExpertSource) -> list[int]:
+    """What the biases of the experts of every layer take."""
+    return [
         8 * dtype.itemsize * shape.num_experts * (2 * shape.intermediate_size + shape.hidden_size)
-        for layer, shape, dtype in zip(source.layers, source.shapes, source.dtypes, strict=True)
         if layout_of(layer.module).has_bias
-    )
+        else 0
+        for layer, shape, dtype in zip(source.layers, source.shapes, source.dtypes, strict=True)
+    ]
 
 
 def with_originals(

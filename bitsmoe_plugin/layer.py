@@ -13,12 +13,13 @@ from torch import Tensor
 
 from bitsmoe_plugin import bound, coding, grids, packing, rounding
 from bitsmoe_plugin.allocation import allocate
+from bitsmoe_plugin.config import BitsMoEConfig
 from bitsmoe_plugin.memory import release_free_memory
 from bitsmoe_plugin.packing import LayerShape, PackedExperts
 from bitsmoe_plugin.problem import LayerProblem, feedback_of, rank_feedback, rank_variances
 from bitsmoe_plugin.products import product, weighted_products
 from bitsmoe_plugin.rounding import Feedback, ScaleGrid
-from bitsmoe_plugin.spectral import SharedBases
+from bitsmoe_plugin.spectral import Experts, SharedBases
 from bitsmoe_plugin.workers import ALONE, Workers
 
 GATE_UP_WEIGHT = 2.0
@@ -98,7 +99,9 @@ def _joined(parts: list[RoundedExperts], dim: int) -> tuple[Tensor, Tensor, Tens
     )
 
 
-def _output_weights(problem: LayerProblem, rank: Tensor, chosen: slice) -> tuple[list[Tensor], list[Tensor]]:
+def _output_weights(
+    problem: LayerProblem, rank: Tensor, chosen: Experts
+) -> tuple[list[Tensor], list[Tensor]]:
     """What a unit of squared error in a factor's values costs at the layer's output, to first order.
 
     Args:
@@ -134,7 +137,7 @@ def row_costs(problem: LayerProblem, known: dict[int, Feedback] | None = None) -
     """What the rows of a layer cost at every width.
 
     Args:
-        known: feedback of some experts, see ``rank_variances``; needed for ``cost="output"``.
+        known: feedback of some experts, see ``rank_variances``; needed unless ``cost="spectral"``.
 
     Returns:
         costs ``[3, E, r, widths]`` and energies ``[3, E, r]`` float32: estimated output error of
@@ -153,8 +156,12 @@ def row_costs(problem: LayerProblem, known: dict[int, Feedback] | None = None) -
         for factor, rows in enumerate(factors):
             energies[factor, chosen] = (rows.square() * inner[factor]).sum(-1) * outer[factor]
             for index, width in enumerate(config.widths):
-                distortion = grids.best_scale(rows, inner[factor], width)[1] * outer[factor]
-                distortion *= coding.expected_gain(width, config.grid, shape.intermediate_size)
+                if config.cost == "model":
+                    share = coding.gaussian_distortion(width, config.grid, shape.intermediate_size)
+                    distortion = energies[factor, chosen] * share
+                else:
+                    distortion = grids.best_scale(rows, inner[factor], width)[1] * outer[factor]
+                    distortion *= coding.expected_gain(width, config.grid, shape.intermediate_size)
                 if factor < 2 and variances is not None:
                     distortion *= GATE_UP_WEIGHT * (DROP_WEIGHT if width == 0 else 1.0)
                 costs[factor, chosen, :, index] = distortion
@@ -185,6 +192,8 @@ def plan_layer(problem: LayerProblem, payload_bits: int) -> LayerPlan:
     experts = list(range(0, problem.shape.num_experts, stride))
     feedback = {expert: rank_feedback(problem, expert) for expert in experts}
     costs, energies = row_costs(problem, feedback)
+    if problem.config.cost == "model":
+        return LayerPlan(costs, energies, problem.bases, 1.0)
     sizes = row_sizes(problem.shape, widths)
     least = costs.shape[:-1].numel() * sizes[0]
     trial = allocate([costs.view(-1, len(widths)).numpy()], [sizes], max(payload_bits, least))
@@ -205,6 +214,7 @@ def round_experts(
     feedback: dict[int, Feedback] | None = None,
     with_values: bool = False,
     workers: Workers = ALONE,
+    energies: Tensor | None = None,
 ) -> tuple[RoundedExperts, ScaleGrid]:
     """Round some experts at given widths, a group of bounded working set after the other.
 
@@ -214,14 +224,22 @@ def round_experts(
         feedback: of each, if known.
         with_values: also return what the codes stand for.
         workers: share the groups, and get all of them.
+        energies: ``[3, E, r]`` of the plan; if given, scales follow from them instead of from the rows.
 
     Returns:
         the rows, and their scale grid ``[3, r]``.
     """
     config = problem.config
     groups = {i: part for i, part in enumerate(problem.chunks(len(experts))) if workers.takes(i)}
+    modelled = None if energies is None else _model_scales(problem, energies, bits, experts)
     scales = _of_all(
-        workers, {i: _input_scales(problem, bits[:2, part], experts[part]) for i, part in groups.items()}
+        workers,
+        {
+            i: _input_scales(problem, bits[:2, part], experts[part])
+            if modelled is None
+            else modelled[:2, part]
+            for i, part in groups.items()
+        },
     )
     input_grid = ScaleGrid.covering(scales, bits[:2] > 0)
     first, waiting = {}, {}
@@ -236,7 +254,8 @@ def round_experts(
             config.grid,
         )
         first[i] = RoundedExperts.of(rows, bits[:2, part], config.widths, with_values)
-        waiting[i] = _refitted(problem, rows.values, bits[2, part], experts[part])
+        known = None if modelled is None else modelled[2, part]
+        waiting[i] = _refitted(problem, rows.values, bits[2, part], experts[part], known)
         release_free_memory()
     # Down is refitted to gate and up, but the grid of its scales must be known before its first row.
     scales = _of_all(workers, {i: down.scales for i, down in waiting.items()})
@@ -279,15 +298,35 @@ class _Down:
     scales: Tensor
 
 
-def _refitted(problem: LayerProblem, values: Tensor, bits: Tensor, experts: list[int]) -> _Down:
+def _model_scales(problem: LayerProblem, energies: Tensor, bits: Tensor, experts: list[int]) -> Tensor:
+    """Scales ``[3, e, r]`` of rows of ``bits`` alike, from the plan's energies ``[3, E, r]``."""
+    config, size = problem.config, problem.shape.intermediate_size
+    variances = rank_variances(problem, {})
+    scales = torch.empty(bits.shape)
+    for part in problem.chunks(len(experts)):
+        chosen = experts[part]
+        weights = _output_weights(problem, variances[:, chosen], chosen)
+        for factor, (inner, outer) in enumerate(zip(*weights, strict=True)):
+            variance = energies[factor, chosen] / (outer * inner.sum(-1)).clamp_min(1e-30)
+            scales[factor, part] = rounding.model_scales(
+                variance, bits[factor, part], config.grid, size, config.widening and factor < 2
+            )
+    return scales
+
+
+def _refitted(
+    problem: LayerProblem, values: Tensor, bits: Tensor, experts: list[int], scales: Tensor | None
+) -> _Down:
     """
     Args:
         values: ``[2, e, r, I]``, decoded gate and up.
         bits: ``[e, r]``, of down.
+        scales: ``[e, r]``, if they are known.
     """
     factors, moments = refit_down(problem, values, experts)
     feedback = feedback_of(moments, problem.config)
-    scales = rounding.best_scales(factors, feedback.variance[:, None], bits, problem.config.grid)
+    if scales is None:
+        scales = rounding.best_scales(factors, feedback.variance[:, None], bits, problem.config.grid)
     return _Down(factors, feedback, scales)
 
 
@@ -389,6 +428,11 @@ def sampled_error(problem: LayerProblem, experts: list[int], values: Tensor) -> 
     return alone + (together - routed_alone) * pairs
 
 
+def _scales_from_energies(config: BitsMoEConfig) -> bool:
+    """Whether energies tell scales: rows are taken for Gaussian, and are what they were planned as."""
+    return config.cost == "model" and not (config.feedback or config.refit or config.sequential)
+
+
 @dataclass(frozen=True)
 class RoundedLayer:
     """Attributes:
@@ -400,16 +444,20 @@ class RoundedLayer:
     errors: Tensor
 
 
-def round_layer(problem: LayerProblem, row_bits: Tensor, workers: Workers = ALONE) -> RoundedLayer:
+def round_layer(
+    problem: LayerProblem, row_bits: Tensor, workers: Workers = ALONE, plan: LayerPlan | None = None
+) -> RoundedLayer:
     """Round all experts at the allocated widths and pack them.
 
     Args:
         row_bits: ``[3, E, r]`` int64.
         workers: share the work; all must call this with the same arguments, and get the same.
+        plan: with ``cost="model"``, scales follow from its energies.
     """
     widths = problem.config.widths
     everyone = list(range(problem.shape.num_experts))
-    rounded, grid = round_experts(problem, row_bits, everyone, workers=workers)
+    energies = plan.energies if plan is not None and _scales_from_energies(problem.config) else None
+    rounded, grid = round_experts(problem, row_bits, everyone, workers=workers, energies=energies)
     input_basis, input_scales = packing.pack_basis(problem.bases.input_basis)
     output_basis, output_scales = packing.pack_basis(problem.bases.output_basis)
     packed = PackedExperts(

@@ -1,4 +1,4 @@
-"""A directory that is either absent or complete: written elsewhere, renamed when it is done."""
+"""Directories and files that are either absent or complete: written elsewhere, renamed when done."""
 
 from __future__ import annotations
 
@@ -24,3 +24,13 @@ def publish(partial: Path, out: Path) -> None:
         out.rmdir()
     os.replace(partial, out)
     sync_directory(out.parent)
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file that is complete whenever it is seen."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

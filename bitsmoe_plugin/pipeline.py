@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from bitsmoe_plugin.allocation import allocate
-from bitsmoe_plugin.budget import Budget, reserve
+from bitsmoe_plugin.budget import Budget
 from bitsmoe_plugin.calibration import LayerwiseForward, capture_layer
 from bitsmoe_plugin.checkpoint import layer_manifest, packed_spec
 from bitsmoe_plugin.config import BitsMoEConfig
@@ -31,7 +31,7 @@ from bitsmoe_plugin.errors import QuantizationError
 from bitsmoe_plugin.experts import BitsMoEExperts, replace_module
 from bitsmoe_plugin.families import MoELayer, apply_gating, check_computation, layer_shape, read_biases
 from bitsmoe_plugin.interruption import Interrupted, deferred_interrupt
-from bitsmoe_plugin.kept import choose_kept, kept_bits, model_budget, with_originals
+from bitsmoe_plugin.kept import choose_kept, model_budget, row_groups, with_originals
 from bitsmoe_plugin.layer import LayerPlan, bits_over_bound, plan_layer, round_layer, row_sizes
 from bitsmoe_plugin.memory import release_free_memory
 from bitsmoe_plugin.packing import LayerShape, PackedExperts
@@ -43,6 +43,7 @@ from bitsmoe_plugin.sources import ExpertSource, LoadedExperts, weights_digest
 from bitsmoe_plugin.spectral import ExpertWeights
 from bitsmoe_plugin.spectrum import spectrum
 from bitsmoe_plugin.statistics import LayerActivations
+from bitsmoe_plugin.sub_budgets import RowGroup, each_layer, layer_share
 from bitsmoe_plugin.super_experts import ExpertOutputs, detect, forms_massive_activations
 from bitsmoe_plugin.work_directory import WorkDirectory, locked
 from bitsmoe_plugin.workers import Workers
@@ -83,34 +84,32 @@ def warn_about_thin_calibration(name: str, activations: LayerActivations, shape:
 def allocate_rows(
     costs: dict[int, Tensor],
     shapes: list[LayerShape],
-    budget: Budget,
+    groups: list[RowGroup],
     config: BitsMoEConfig,
     kept: dict[int, tuple[int, ...]],
 ) -> Widths:
-    """Widths of all rows of all layers; one allocation for all layers, or one for each.
+    """Widths of all rows of all layers; one allocation for each group, or for each of its layers.
 
     Args:
         costs: ``[3, E, r, widths]`` of each layer, in the order of ``shapes``.
+        groups: what rows may spend.
         kept: experts of each layer that have no rows.
     """
-    tables = [_table(cost, kept[index]) for index, cost in costs.items()]
-    sizes = [row_sizes(shape, config.widths) for shape in shapes]
-    if config.scope == "global":
-        results = [allocate(tables, sizes, budget.payload_bits)]
-    else:
-        results = [
-            allocate([table], [size], budget.payload_bits * shape.weights // budget.weights)
-            for shape, table, size in zip(shapes, tables, sizes, strict=True)
-        ]
-    choice = np.concatenate([result.choice for result in results])
-    pieces = np.split(choice, np.cumsum([len(table) for table in tables])[:-1])
-    bits = np.array(config.widths, dtype=np.uint8)
-    rows = {}
-    for (index, cost), piece in zip(costs.items(), pieces, strict=True):
-        rows[index] = torch.zeros(cost.shape[:-1], dtype=torch.uint8)
-        own = _others(cost, kept[index])
-        rows[index][:, own] = torch.from_numpy(bits[piece]).view(3, -1, cost.shape[2])
-    return Widths(rows, kept, max(result.relative_gap for result in results))
+    indices, bits = list(costs), np.array(config.widths, dtype=np.uint8)
+    rows = {index: torch.zeros(cost.shape[:-1], dtype=torch.uint8) for index, cost in costs.items()}
+    gap = 0.0
+    for group in groups if config.scope == "global" else each_layer(groups, shapes):
+        own = [indices[position] for position in group.layers]
+        tables = [_table(costs[index], group.factors, kept[index]) for index in own]
+        sizes = [row_sizes(shapes[position], config.widths) for position in group.layers]
+        result = allocate(tables, sizes, group.payload_bits)
+        gap = max(gap, result.relative_gap)
+        pieces = np.split(result.choice, np.cumsum([len(table) for table in tables])[:-1])
+        for index, piece in zip(own, pieces, strict=True):
+            experts = torch.nonzero(_others(costs[index], kept[index])).flatten()
+            widths = torch.from_numpy(bits[piece]).view(len(group.factors), len(experts), -1)
+            rows[index][torch.tensor(group.factors)[:, None], experts] = widths
+    return Widths(rows, kept, gap)
 
 
 def _others(costs: Tensor, kept: tuple[int, ...]) -> Tensor:
@@ -120,8 +119,10 @@ def _others(costs: Tensor, kept: tuple[int, ...]) -> Tensor:
     return others
 
 
-def _table(costs: Tensor, kept: tuple[int, ...]) -> np.ndarray:
-    """``[units, widths]``; no copy if all experts have rows."""
+def _table(costs: Tensor, factors: tuple[int, ...], kept: tuple[int, ...]) -> np.ndarray:
+    """``[units, widths]``; no copy if all rows are asked for."""
+    if len(factors) < len(costs):
+        costs = costs[list(factors)]
     costs = costs[:, _others(costs, kept)] if kept else costs
     return costs.reshape(-1, costs.shape[-1]).numpy()
 
@@ -192,6 +193,11 @@ class _Run:
         with self.source.loaded(layer) as weights:
             self.progress.check_weights(layer.name, weights_digest(layer))
             yield weights
+
+    def share(self, index: int) -> int:
+        """What the rows of decoder layer ``index`` would spend if it got its share of every budget."""
+        groups = row_groups(self.source, self.config, self.budget, [()] * len(self.moe))
+        return layer_share(groups, self.source.shapes, list(self.moe).index(index))
 
     def remaining(self, first: int, text: str) -> Iterator[int]:
         """Indices of the decoder layers from ``first`` on, with a progress bar.
@@ -264,8 +270,7 @@ def _plan_layer(run: _Run, index: int) -> tuple[PlannedLayer, Hidden]:
         )
         gating, biases = partial(apply_gating, layer.module), read_biases(layer.module)
         problem = build_problem(layer.name, weights, seen, gating, run.config, biases=biases)
-        share = run.budget.payload_bits * weights.numel() // run.budget.weights
-        plan = plan_layer(problem, share)
+        plan = plan_layer(problem, run.share(index))
     massive = forms_massive_activations(run.forward.hidden, outputs)
     return PlannedLayer(plan, ExpertOutputs(problem.statistics.output_peaks, massive)), outputs
 
@@ -279,9 +284,9 @@ def _allocate(run: _Run) -> Widths:
         outputs.append(planned.outputs)
     found = detect(outputs)
     kept = choose_kept(run.source, found, run.budget, run.config)
-    budget = reserve(run.budget, "kept_experts", kept_bits(run.source, kept))
+    groups = row_groups(run.source, run.config, run.budget, kept)
     by_index = dict(zip(run.moe, kept, strict=True))
-    widths = allocate_rows(costs, run.source.shapes, budget, run.config, by_index)
+    widths = allocate_rows(costs, run.source.shapes, groups, run.config, by_index)
     return replace(widths, super_experts=dict(zip(run.moe, found, strict=True)))
 
 
@@ -373,7 +378,7 @@ def _fit_layer(run: _Run, index: int, exact: Hidden, widths: Widths) -> _FittedL
         counts = warn_about_thin_calibration(layer.name, seen, shape)
         biases = read_biases(layer.module)
         problem = build_problem(layer.name, weights, seen, gating, config, plan.bases, drift, biases)
-        result = round_layer(problem, row_bits, run.workers)
+        result = round_layer(problem, row_bits, run.workers, plan)
         packed = with_originals(result.packed, weights, biases, kept)
         entry = layer_manifest(shape, packed, layer.module.down_proj.dtype, kept)
     others = _others(plan.costs, kept)

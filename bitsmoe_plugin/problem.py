@@ -148,13 +148,17 @@ def build_problem(
 
 def feedback_of(moments: Tensor, config: BitsMoEConfig) -> Feedback:
     """Feedback of second moments ``[..., n, n]``, none if the config switches it off."""
-    make = Feedback.of if config.feedback else Feedback.none
-    return make(moments, config.damping)
+    if config.feedback:
+        return Feedback.of(moments, config.damping)
+    return Feedback.none(moments.diagonal(dim1=-2, dim2=-1), config.damping)
 
 
 def rank_feedback(problem: LayerProblem, expert: int) -> Feedback:
     """Feedback of an expert's gate and up: ``[1 or 2]`` of the rank."""
-    return feedback_of(statistics.input_covariance(*_seen_by(problem, expert)), problem.config)
+    config, seen = problem.config, _seen_by(problem, expert)
+    if config.feedback:
+        return Feedback.of(statistics.input_covariance(*seen), config.damping)
+    return Feedback.none(statistics.input_variance(*seen), config.damping)
 
 
 def rank_variances(problem: LayerProblem, known: dict[int, Feedback]) -> Tensor:
@@ -166,13 +170,15 @@ def rank_variances(problem: LayerProblem, known: dict[int, Feedback]) -> Tensor:
     """
     config, rank = problem.config, problem.shape.rank
     experts = range(problem.shape.num_experts)
+    if not config.feedback:
+        return torch.stack([rank_feedback(problem, expert).variance for expert in experts], 1)
     total = torch.stack([statistics.input_variance(*_seen_by(problem, expert)) for expert in experts], 1)
     total += config.damping * total.mean(-1, keepdim=True).clamp_min(1e-30)
     share = torch.tensor([statistics.own_share(rows, rank, config.covariance_prior) for rows in problem.rows])
     exact = torch.stack([feedback.variance for feedback in known.values()], 1)
     sample = list(known)
     left = (exact / total[:, sample]).log().mean(1, keepdim=True)
-    diagonal = Feedback.none(problem.pooled, config.damping).variance
+    diagonal = Feedback.none(problem.pooled.diagonal(dim1=-2, dim2=-1), config.damping).variance
     left_of_layer = (feedback_of(problem.pooled, config).variance / diagonal).log()[:, None]
     own = (share / share[sample].mean().clamp_min(1e-9)).clamp_max(1.0)[:, None]
     total *= (own * left + (1 - own) * left_of_layer).exp()

@@ -8,6 +8,7 @@ All functions are batched over experts; widths differ from row to row.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from functools import cache
 from typing import Any
 
 import torch
@@ -105,11 +106,11 @@ class Feedback:
     (QuIP's form of the feedback, arXiv 2307.13304; GPTQ's, from the inverse of C, has the same targets.)
 
     Attributes:
-        unit: ``[..., n, n]`` float32, upper triangular, ones on the diagonal.
+        unit: ``[..., n, n]`` float32, upper triangular, ones on the diagonal; None: errors are not passed on.
         variance: ``[..., n]`` float32.
     """
 
-    unit: Tensor
+    unit: Tensor | None
     variance: Tensor
 
     @staticmethod
@@ -128,20 +129,20 @@ class Feedback:
         return Feedback(torch.stack(units).view(moments.shape), torch.stack(variances).view(*shape, n))
 
     @staticmethod
-    def none(moments: Tensor, damping: float) -> Feedback:
-        """Of the diagonals alone: errors are not passed on."""
-        diagonal = moments.diagonal(dim1=-2, dim2=-1)
-        variance = diagonal + damping * diagonal.mean(-1, keepdim=True).clamp_min(1e-30)
-        return Feedback(torch.eye(moments.shape[-1], device=moments.device).expand_as(moments), variance)
+    def none(diagonal: Tensor, damping: float) -> Feedback:
+        """Of the diagonals ``[..., n]`` of the moments alone: errors are not passed on."""
+        return Feedback(None, diagonal + damping * diagonal.mean(-1, keepdim=True).clamp_min(1e-30))
 
     def __getitem__(self, index: Any) -> Feedback:
         """Of some of the experts."""
-        return Feedback(self.unit[index], self.variance[index])
+        return Feedback(None if self.unit is None else self.unit[index], self.variance[index])
 
 
 def stacked_feedback(parts: list[Feedback], dim: int = 0) -> Feedback:
     """Several as one, along a new axis."""
-    return Feedback(torch.stack([f.unit for f in parts], dim), torch.stack([f.variance for f in parts], dim))
+    units = [f.unit for f in parts if f.unit is not None]
+    variance = torch.stack([f.variance for f in parts], dim)
+    return Feedback(torch.stack(units, dim) if units else None, variance)
 
 
 def best_scales(rows: Tensor, weights: Tensor, bits: Tensor, grid: str) -> Tensor:
@@ -187,6 +188,31 @@ def unbiased_scales(rows: Tensor, weights: Tensor, bits: Tensor, grid: str) -> T
     return torch.where(bits > 0, scales * ratio, scales)
 
 
+@cache
+def gaussian_scale(bits: int, grid: str, size: int, widened: bool) -> float:
+    """Scale of ``best_scales``, or of ``unbiased_scales``, for Gaussian rows ``[size]`` of variance 1."""
+    if bits == 0:
+        return 0.0
+    rows = coding.gaussian_rows(size)
+    choose = unbiased_scales if widened else best_scales
+    scales = choose(rows, torch.ones_like(rows), torch.full((len(rows),), bits), grid)
+    return float((scales / rows.square().mean(-1).sqrt()).mean())
+
+
+def model_scales(variance: Tensor, bits: Tensor, grid: str, size: int, widened: bool) -> Tensor:
+    """Scales ``[...]`` float32 of Gaussian rows of which only the variances ``[...]`` are known.
+
+    Args:
+        bits: ``[...]`` int64.
+        size: values of a row.
+        widened: see ``unbiased_scales``.
+    """
+    table = torch.zeros(17)
+    for width in torch.unique(bits).tolist():
+        table[width] = gaussian_scale(width, grid, size, widened)
+    return variance.clamp_min(0).sqrt() * table[bits]
+
+
 def _choose_scales(
     rows: Tensor, weights: Tensor, bits: Tensor, start: Tensor, low: Tensor, step: Tensor
 ) -> Tensor:
@@ -214,14 +240,14 @@ class _RankLoop:
 
     Attributes:
         work: ``[2, e, r, I]``: rows not yet rounded; of the others, row minus value.
-        unit: ``[1 or 2, e, r, r]``.
+        unit: ``[1 or 2, e, r, r]``, or None.
         start, low, step: planned scale codes ``[2, e, r]`` and scale grids ``[2, r]``.
         rows: what is being filled.
     """
 
     work: Tensor
     bits: Tensor
-    unit: Tensor
+    unit: Tensor | None
     weights: Tensor
     start: Tensor
     low: Tensor
@@ -230,6 +256,7 @@ class _RankLoop:
 
     def passed_on(self, begin: int, end: int, first: int, last: int) -> Tensor:
         """What rows ``first`` to ``last`` make up for of rows ``begin`` to ``end``, ``[2, e, rows, I]``."""
+        assert self.unit is not None
         return self.unit[:, :, begin:end, first:last].transpose(-1, -2) @ self.work[:, :, begin:end]
 
     def round(self, first: int, last: int, target: Tensor, grid: str) -> None:
@@ -246,6 +273,8 @@ class _RankLoop:
             self.rows.codes[:, :, k], self.rows.scale_codes[:, :, k] = coded, code
             self.rows.values[:, :, k], self.rows.errors[:, :, k] = value, left.sum(-1)
             self.work[:, :, k] -= value
+            if self.unit is None:
+                continue
             share = self.unit[:, :, k, k + 1 : last, None]
             target[:, :, k + 1 - first :] += share * self.work[:, :, k, None]
 
@@ -270,12 +299,12 @@ def round_along_rank(
     """Round gate and up factors, row after row, each row making up for the errors of the rows before it.
 
     Args:
-        factors: ``[2, experts, rank, I]`` float32.
-        bits: ``[2, experts, rank]`` int64.
-        feedback: ``[1 or 2, experts]`` of rank ``rank``: for both factors, or for each.
-        neuron_weights: ``[2, experts, I]``.
-        scale_grid: ``[2, rank]``.
-        scales: ``[2, experts, rank]``, free scales to start from.
+        factors: ``[factors, experts, rank, I]`` float32: gate and up.
+        bits: ``[factors, experts, rank]`` int64.
+        feedback: ``[1 or factors, experts]`` of rank ``rank``: for all factors, or for each.
+        neuron_weights: ``[factors, experts, I]``.
+        scale_grid: ``[factors, rank]``.
+        scales: ``[factors, experts, rank]``, free scales to start from.
         grid: see ``coding``.
         fast: use compiled code, if there is any.
 
@@ -292,7 +321,7 @@ def round_along_rank(
     loop = _RankLoop(
         factors.clone(memory_format=torch.contiguous_format),
         bits.to(torch.uint8).contiguous(),
-        feedback.unit.contiguous(),
+        None if feedback.unit is None else feedback.unit.contiguous(),
         neuron_weights.contiguous(),
         scale_grid.encode(scales).contiguous(),
         scale_grid.low.float().contiguous(),
@@ -300,7 +329,9 @@ def round_along_rank(
         rows,
     )
     round_part = loop.round_fast if fast and fast_rounding.available(factors) else loop.round
-    for far in range(0, rank, _FAR):
+    if feedback.unit is None:
+        round_part(0, rank, loop.work.clone(), grid)
+    for far in range(0, rank if feedback.unit is not None else 0, _FAR):
         targets = loop.passed_on(0, far, far, min(far + _FAR, rank))
         targets += loop.work[:, :, far : far + _FAR]
         for first in range(far, min(far + _FAR, rank), _LAZY):
@@ -333,8 +364,15 @@ def round_along_neurons(
 ) -> RoundedRows:
     """Round down factors, block after block of 32 neurons, each row under a scale fixed in advance.
 
-    Args as for ``round_along_rank`` without the first axis, but feedback is ``[experts]`` of neurons.
+    Args as for ``round_along_rank`` without the first axis, but feedback is ``[experts]`` of neurons, and
+    there are no ``neuron_weights``.
     """
+    if feedback.unit is None:  # then it is all the same which way one goes
+        rank = Feedback(None, torch.ones(1, *factor.shape[:-1]))
+        grid_of_one = ScaleGrid(scale_grid.low[None], scale_grid.step[None])
+        one = factor[None], bits[None], rank, feedback.variance[None], grid_of_one, scales[None]
+        rows = round_along_rank(*one, grid)
+        return RoundedRows(*(tensor[0] for tensor in _tensors(rows)))
     size = factor.shape[-1]
     weights = feedback.variance[:, None]
     low, step = scale_grid.low.float(), scale_grid.step.float()

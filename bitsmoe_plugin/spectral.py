@@ -180,9 +180,10 @@ class BasisInverses:
 
     @staticmethod
     def of(bases: SharedBases) -> BasisInverses:
-        """Computed in float64."""
+        """Computed in float64, one by one: a batch of them makes MKL fail or hang with several threads
+        (torch 2.13, two matrices of 2048)."""
         return BasisInverses(
-            torch.linalg.inv(bases.input_bases().double()).float(),
+            torch.stack([torch.linalg.inv(basis.double()).float() for basis in bases.input_bases()]),
             torch.linalg.inv(bases.output_basis.dequantize().double()).float(),
         )
 

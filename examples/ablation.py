@@ -47,6 +47,7 @@ VARIANTS = (
     Variant("earlier layers' errors not made up for", {"compensation": False}),
     Variant("not sequential", {"sequential": False}),
     Variant("budget per layer", {"scope": "layer"}),
+    Variant("fast", {"method": "fast"}),
     Variant("paper-v1", {"method": "paper-v1"}),
     Variant("paper-v2", {"method": "paper-v2"}),
 )

@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from command_line import run_here
 
 from bitsmoe_plugin.comparison import METHODS
 from bitsmoe_plugin.comparison.compare import RUNNERS
@@ -26,7 +27,10 @@ def bitsmoe(*arguments: str) -> subprocess.CompletedProcess:
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("cli") / "packed"
-    done = bitsmoe("quantize", MODEL, str(out), "--bits", "2.5", "--dataset", CALIBRATION, *FAST)
+    text = tmp_path_factory.mktemp("text") / "few.jsonl"
+    text.write_text("\n".join(Path(EVAL).read_text().splitlines()[:12]))
+    data = ("--dataset", CALIBRATION, "--eval", str(text))
+    done = bitsmoe("quantize", MODEL, str(out), "--bits", "2.5", *data, *FAST)
     assert done.returncode == 0, done.stderr
     assert done.stdout == ""
     assert "Rounding layers" in done.stderr
@@ -36,6 +40,12 @@ def packed(tmp_path_factory) -> Path:
 def test_quantize_writes_a_complete_checkpoint(packed) -> None:
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= {p.name for p in packed.iterdir()}
     assert [p.name for p in packed.parent.iterdir()] == ["packed"]
+
+
+def test_quantize_tells_the_card_what_it_measured(packed) -> None:
+    card = (packed / "README.md").read_text()
+    assert "Perplexity on few.jsonl" in card
+    assert "Calibration: calibration.jsonl, 4," in card
 
 
 def test_inspect_json(packed) -> None:
@@ -53,8 +63,9 @@ def test_inspect_table_names_every_projection(packed) -> None:
 
 
 def test_evaluate_json(packed) -> None:
-    done = bitsmoe("evaluate", str(packed), "--dataset", EVAL, "--max-tokens", "6000", "--json")
+    done = bitsmoe("evaluate", str(packed), "--dataset", EVAL, "--max-tokens", "6000", "--json", "--card")
     result = json.loads(done.stdout)
+    assert f"**{result['perplexity']:.3f}**" in (packed / "README.md").read_text()
     assert {"perplexity", "tokens", "per_domain"} <= result.keys()
     assert 40 < result["perplexity"] < 80
     assert {"fiction", "techdoc"} <= result["per_domain"].keys()
@@ -132,14 +143,23 @@ def test_every_method_that_help_names_can_be_run() -> None:
         (["estimate", MODEL, "--bits", "0.2"], "smallest reachable is 0.2604"),
         (["bench", "allocation", "--layers", "0"], "0 blocks"),
         (["inspect", MODEL], "not a packed BitsMoE checkpoint"),
+        (["evaluate", MODEL, "--dataset", EVAL, "--card"], "not a packed BitsMoE checkpoint"),
+        (["evaluate", "./no/model", "--dataset", EVAL], "model directory ./no/model does not exist"),
         (["compare", MODEL, "--dataset", CALIBRATION, "--eval", EVAL, "--methods", "awq"], "'awq'"),
+        (["compare", MODEL, "--dataset", CALIBRATION, "--eval", "none.txt"], "none.txt does not exist"),
     ],
 )
-def test_bad_arguments_give_one_error_line(arguments, message, tmp_path) -> None:
+def test_bad_arguments_give_one_error_line(arguments, message, tmp_path, capfd) -> None:
     arguments = [str(tmp_path / "out") if a == "OUT" else a for a in arguments]
-    done = bitsmoe(*arguments)
-    assert done.returncode == 2
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
-    assert done.stdout == ""
+    status, stdout, stderr = run_here(capfd, *arguments)
+    assert status == 2
+    assert message in stderr
+    assert "Traceback" not in stderr
+    assert stdout == ""
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_process_ends_with_the_status_of_its_error() -> None:
+    done = bitsmoe("inspect", MODEL)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.splitlines()[-1].startswith("bitsmoe: error: ")

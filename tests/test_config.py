@@ -16,6 +16,8 @@ from bitsmoe_plugin.packing import FORMAT_VERSION
 INVALID: dict[str, tuple[list[Any], str]] = {
     "factor_bits": ([0, 0.09, 16.5, math.nan, "2", True], "a number from 0.1 to 16"),
     "bits": ([0, -1, 0.09, 16.5, math.nan, math.inf, "2", None, True], "a number from 0.1 to 16"),
+    "layer_bits": ([2.0, [3], {"a": 0}, {"a": "2"}, {"a": True}, {1: 2.0}, {"a": math.nan}], "bits from 0.1"),
+    "projection_bits": ([2.0, {"gate_up": 2}, {"down": 17}, {"up": None}], '"gate", "up" or "down"'),
     "calibration_tokens": ([0, -5, 1e5, "9", None, True], "a whole number from 1 to"),
     "sequence_length": ([0, 7, 512.0, None], "a whole number from 8 to"),
     "batch_size": ([0, 2.5, "8", True], "a whole number from 1 to"),
@@ -48,8 +50,8 @@ INVALID: dict[str, tuple[list[Any], str]] = {
     "compensation": ([1, 0, "yes"], "True, False"),
     "widening": ([1, 0, "yes"], "True, False"),
     "held_out": ([-0.1, 0.6, math.nan, "1", None, True], "a number from 0 to 0.5"),
-    "method": (["paper", "", None, 1], "'default', 'paper-v1', 'paper-v2'"),
-    "cost": (["Output", "energy", "", True], "'output', 'spectral'"),
+    "method": (["paper", "", None, 1], "'default', 'fast', 'paper-v1', 'paper-v2'"),
+    "cost": (["Output", "energy", "", True], "'output', 'model', 'spectral'"),
     "grid": (["Trellis", "", True], "'trellis', 'uniform'"),
     "token_weighting": (["Residual", "all", "", True], "'residual', 'none'"),
     "scope": (["Global", "model", "", 1], "'global', 'layer'"),
@@ -85,7 +87,8 @@ def test_bad_value_is_refused_with_option_value_and_what_is_allowed(
 
 def test_every_option_is_covered_above() -> None:
     """Guards against an option that is added without validation."""
-    stored = set(BitsMoEConfig().to_dict()) - {"quant_method"}
+    budgets = {"layer_bits": {"a": 2}, "projection_bits": {"up": 2}}  # not stored if empty
+    stored = set(BitsMoEConfig(**budgets).to_dict()) - {"quant_method"}
     assert stored == set(INVALID)
 
 

@@ -149,8 +149,8 @@ def _unseen_error(packed: nn.Module) -> float:
     return total
 
 
-@pytest.mark.parametrize("method", ["paper-v1", "paper-v2"])
-def test_published_methods_run_and_reload_bitwise(method: str, tmp_path) -> None:
+@pytest.mark.parametrize("method", ["fast", "paper-v1", "paper-v2"])
+def test_other_methods_run_and_reload_bitwise(method: str, tmp_path) -> None:
     """Guards the other half of every switch: two input bases, wider bases, uniform grids, no feedback."""
     options = {**OPTIONS, "bits": 3.0, "calibration_tokens": 4096, "method": method}
     model = AutoModelForCausalLM.from_pretrained(MODEL, quantization_config=BitsMoEConfig(**options))

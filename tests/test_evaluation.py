@@ -2,12 +2,14 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from command_line import run_here
 from lm_eval.api.instance import Instance
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from wheel_support import run_python
@@ -15,6 +17,7 @@ from wheel_support import run_python
 from bitsmoe_plugin import ConfigError
 from bitsmoe_plugin.evaluation import EvaluationText, evaluate_model, evaluate_text, evaluation_text
 from bitsmoe_plugin.integrations.lm_eval import evaluate_tasks, language_model
+from bitsmoe_plugin.model_tokenizer import load_tokenizer
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 MODEL = str(EXAMPLES / "moe-tiny")
@@ -53,6 +56,13 @@ doc_to_target: 0
 metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
 """)
     return directory
+
+
+def test_a_model_without_a_tokenizer_is_refused(tmp_path) -> None:
+    """transformers makes one up that has no vocabulary: every text would be nothing, for calibration too."""
+    shutil.copy(Path(MODEL) / "config.json", tmp_path)
+    with pytest.raises(ConfigError, match=r"no tokenizer was found at .* has 1 tokens"):
+        load_tokenizer(str(tmp_path))
 
 
 @torch.no_grad()
@@ -159,15 +169,16 @@ def test_everything_from_the_command_line(tasks, packed_moe_tiny) -> None:
         (["--dataset", EVAL, "--reference", "OTHER"], "has 64 tokens in its vocabulary"),
     ],
 )
-def test_bad_arguments_give_one_error_line(tasks, tiny_model, tmp_path, arguments, message) -> None:
+def test_bad_arguments_give_one_error_line(tasks, tiny_model, tmp_path, arguments, message, capfd) -> None:
     if "OTHER" in arguments:
         tiny_model("qwen3_moe").save_pretrained(tmp_path / "other")
     places = {"TASKS": str(tasks), "OTHER": str(tmp_path / "other")}
-    done = bitsmoe(MODEL, *(places.get(argument, argument) for argument in arguments))
-    assert done.returncode == 2, done.stderr
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
-    assert done.stdout == ""
+    given = (places.get(argument, argument) for argument in arguments)
+    status, stdout, stderr = run_here(capfd, "evaluate", MODEL, *given)
+    assert status == 2, stderr
+    assert message in stderr
+    assert "Traceback" not in stderr
+    assert stdout == ""
 
 
 def test_lm_eval_itself_finds_packed_checkpoints(installed_wheel, tasks, packed_moe_tiny, tmp_path) -> None:

@@ -123,6 +123,7 @@ def dequantized(packed: PackedExperts, problem: LayerProblem) -> ExpertWeights:
         {"joint_basis": False},
         {"joint_basis": False, "basis_bits": 16},
         {"method": "paper-v2"},
+        {"method": "fast"},
     ],
     ids=str,
 )
@@ -242,7 +243,9 @@ def test_same_input_same_bytes(layer) -> None:
     assert len(digests) == 1
 
 
-@pytest.mark.parametrize("options", [{}, {"grid": "uniform"}, {"cost": "spectral"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"grid": "uniform"}, {"cost": "spectral"}, {"cost": "model"}], ids=str
+)
 def test_costs_fall_with_the_width(layer, options: dict) -> None:
     """Guards the surrogate: a wider row never costs more, and 16 bits cost next to nothing."""
     costs = costs_of(problem_of(layer, **options))[0]
@@ -270,6 +273,17 @@ def test_spectral_costs_are_row_energy_times_input_energy(layer) -> None:
         relative = wanted / energies[part].double().sum()
         torch.testing.assert_close(costs[part, expert, :, 0].double(), relative, rtol=1e-4, atol=0)
         torch.testing.assert_close(energies[part, expert].double(), wanted, rtol=1e-4, atol=0)
+
+
+def test_model_costs_are_energy_times_the_error_of_gaussian_rows(layer) -> None:
+    """Close to the measured ones in sum (the rows here are nearly Gaussian), and the same at width 0."""
+    model, energies = costs_of(problem_of(layer, cost="model", feedback=False))
+    measured, same = costs_of(problem_of(layer, feedback=False))
+    assert torch.equal(energies, same)
+    torch.testing.assert_close(model[..., 0], measured[..., 0], rtol=1e-5, atol=0)
+    ratio = model.sum((0, 1, 2)) / measured.sum((0, 1, 2))
+    assert bool((ratio[1:5] > 0.8).all())
+    assert bool((ratio[1:5] < 1.25).all())
 
 
 def test_spectral_plan_is_not_corrected(layer) -> None:

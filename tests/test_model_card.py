@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard
 from bitsmoe_plugin import BitsMoEConfig
 from bitsmoe_plugin.inspection import inspect_checkpoint
 from bitsmoe_plugin.integrations.transformers import quantize_to_directory
-from bitsmoe_plugin.model_card import model_card, write_model_card
+from bitsmoe_plugin.model_card import model_card, record_evaluation, write_model_card
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*calibration token", "ignore:no tokenizer saved")
 
@@ -33,7 +33,7 @@ def test_card_says_what_is_stored_and_how_to_load_it(packed: Path) -> None:
     report = inspect_checkpoint(packed)
     for text in (
         f"{report['bits_per_weight']:.3f} bits per weight",
-        f"| payload | {report['parts']['payload']:.4f} |",
+        f"| rounded rows | {report['parts']['payload']:.4f} |",
         f"{report['calibration']['tokens']:,} tokens",
         report["calibration"]["sha256"][:16],
         'from_pretrained("DIR")',
@@ -61,3 +61,33 @@ def test_the_users_own_text_stays(packed: Path, tmp_path: Path) -> None:
             (tmp_path / file.name).write_bytes(file.read_bytes())
     write_model_card(tmp_path, "someone/model")
     assert (tmp_path / "README.md").read_text() == "mine"
+
+
+def test_what_was_measured_replaces_what_was_measured_before_and_nothing_else(packed: Path) -> None:
+    before = (packed / "README.md").read_text()
+    assert "Nothing yet" in before
+    first = {"dataset": "a.txt", "sequence_length": 8, "perplexity": 12.5, "tokens": 7000, "per_domain": {}}
+    second = {
+        **first,
+        "perplexity": 11.25,
+        "reference": "base",
+        "kl_divergence": 0.5,
+        "top1_agreement": 0.75,
+        "tasks": {"arc": {"acc": 0.5, "acc_stderr": 0.25, "samples": 4}},
+    }
+    for result in (first, second):
+        record_evaluation(packed, result)
+    card = (packed / "README.md").read_text()
+    for text in (
+        "7,000 tokens in blocks of 8: **11.250**",
+        "0.5000 nats",
+        "75.0 %",
+        "| arc | acc | 0.5000 | 0.2500 |",
+    ):
+        assert text in card
+    assert "12.5" not in card
+    assert card.split("## Measured")[0] == before.split("## Measured")[0]
+    (packed / "README.md").write_text("mine\n")
+    record_evaluation(packed, first)
+    assert (packed / "README.md").read_text().startswith("mine\n\n## Measured")
+    (packed / "README.md").write_text(before)

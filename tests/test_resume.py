@@ -301,6 +301,7 @@ def test_ctrl_c_stops_after_the_layer(dense: Path, whole: Path, tmp_path: Path) 
 
 def test_second_ctrl_c_stops_at_once() -> None:
     """Guards against a program that cannot be stopped; and the usual handling must come back."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     with deferred_interrupt() as stop:
         assert not stop()
         os.kill(os.getpid(), signal.SIGINT)

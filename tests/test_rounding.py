@@ -118,9 +118,38 @@ def test_feedback_factors_the_damped_moments() -> None:
     assert torch.equal(unit.diagonal(dim1=1, dim2=2), torch.ones(EXPERTS, RANK))
     product = (unit * feedback.variance[:, None]) @ unit.transpose(1, 2)
     torch.testing.assert_close(product, moment + 0.01 * mean * torch.eye(RANK), rtol=1e-4, atol=1e-5)
-    plain = Feedback.none(moment, 0.01)
-    assert torch.equal(plain.unit, torch.eye(RANK).expand(EXPERTS, RANK, RANK))
+    plain = Feedback.none(moment.diagonal(dim1=-2, dim2=-1), 0.01)
+    assert plain.unit is None
     torch.testing.assert_close(plain.variance, moment.diagonal(dim1=1, dim2=2) + 0.01 * mean[..., 0])
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("fast", [True, False])
+def test_no_feedback_is_feedback_of_a_diagonal(grid: str, fast: bool) -> None:
+    """Guards the short way through both roundings: nothing is passed on where nothing is correlated. The
+    root weights of a block are the same up to their last bit, so a near tie may differ."""
+    factor, bits = normal(2, EXPERTS, RANK, SIZE), mixed_widths(4)[None].repeat(2, 1, 1)
+    variance = torch.rand(EXPERTS, RANK, generator=torch.Generator().manual_seed(1)) + 0.5
+    unit = torch.eye(RANK).expand(1, EXPERTS, -1, -1)
+    ones = torch.ones(2, EXPERTS, SIZE)
+    scales = rounding.best_scales(factor, ones[:, :, None], bits, grid)
+    scale_grid = ScaleGrid.covering(scales, bits > 0)
+    along_rank = [
+        rounding.round_along_rank(
+            factor, bits, Feedback(units, variance[None]), ones, scale_grid, scales, grid, fast=fast
+        )
+        for units in (None, unit)
+    ]
+    variance = torch.rand(EXPERTS, SIZE, generator=torch.Generator().manual_seed(2)) + 0.5
+    own = ScaleGrid(scale_grid.low[0], scale_grid.step[0])
+    along_neurons = [
+        rounding.round_along_neurons(factor[0], bits[0], Feedback(units, variance), own, scales[0], grid)
+        for units in (None, torch.eye(SIZE).expand(EXPERTS, -1, -1))
+    ]
+    for short, long in (along_rank, along_neurons):
+        assert torch.equal(short.scale_codes, long.scale_codes)
+        torch.testing.assert_close(short.errors, long.errors, rtol=1e-4, atol=1e-12)
+        assert float((short.codes == long.codes).float().mean()) > 0.999
 
 
 @pytest.mark.parametrize("grid", GRIDS)

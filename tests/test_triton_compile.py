@@ -32,7 +32,10 @@ def resources(*arguments: str) -> list[dict]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize(
+    "capability",
+    [pytest.param(80, marks=pytest.mark.exhaustive), 90, pytest.param(100, marks=pytest.mark.exhaustive)],
+)
 def test_no_kernel_spills(capability: int) -> None:
     """Sizes of Qwen3-30B-A3B, float16 and bfloat16: a spill turns registers into memory traffic."""
     table = resources("--capability", str(capability))

@@ -100,7 +100,7 @@ def _quantize(weights: ExpertWeights, activations: LayerActivations, config: Bit
     result = allocate([costs], [layer.row_sizes(shape, config.widths)], budget)
     bits = torch.tensor(config.widths)[torch.from_numpy(result.choice).long()].view(plan.costs.shape[:-1])
     second = problem.build_problem("layer", weights, activations, _gating, config, plan.bases)
-    layer.round_layer(second, bits)
+    layer.round_layer(second, bits, plan=plan)
 
 
 def _seconds(stats: pstats.Stats, function: Callable[..., Any]) -> float:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from rich.table import Table
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from bitsmoe_plugin.calibration import load_documents, token_blocks
 from bitsmoe_plugin.config import BitsMoEConfig
@@ -26,6 +26,7 @@ from bitsmoe_plugin.errors import BitsMoEError, ConfigError, QuantizationError
 from bitsmoe_plugin.evaluation import evaluate_model, evaluation_text
 from bitsmoe_plugin.families import find_moe_layers
 from bitsmoe_plugin.inspection import check_if_packed, table_console
+from bitsmoe_plugin.model_tokenizer import load_tokenizer
 from bitsmoe_plugin.streams import stdout_to_stderr
 
 
@@ -109,7 +110,7 @@ def _peer(module: str, options: tuple[str, ...], task: ComparisonTask, scratch: 
     """Run ``comparison.<module>`` in a process of its own and read the GPTQ-format checkpoint it writes."""
     from bitsmoe_plugin.comparison.gptq_checkpoint import expert_bytes, load_gptq_model
 
-    tokenizer = AutoTokenizer.from_pretrained(task.model)
+    tokenizer = load_tokenizer(task.model)
     blocks = token_blocks(
         load_documents(task.dataset),
         tokenizer,
@@ -179,7 +180,7 @@ def run_method(method: str, task: ComparisonTask) -> dict[str, Any]:
         keys method, bits_per_weight, expert_bytes, perplexity, per_domain, kl_divergence,
         top1_agreement, quantize_seconds, and sample if the task has a prompt.
     """
-    tokenizer = AutoTokenizer.from_pretrained(task.model)
+    tokenizer = load_tokenizer(task.model)
     texts = evaluation_text(
         task.eval, tokenizer, sequence_length=task.sequence_length, max_tokens=task.max_tokens
     )
@@ -216,8 +217,11 @@ def compare(task: ComparisonTask, methods: tuple[str, ...]) -> list[dict[str, An
     if ("checkpoint" in methods) != (task.checkpoint is not None):
         raise ConfigError("method checkpoint and option --checkpoint need each other")
     task.config()
+    # What is missing or damaged should not show after another method's hours.
+    for text in (task.dataset, task.eval):
+        load_documents(text)
     for path in (task.model, task.checkpoint):
-        if path is not None:  # before other methods take their time
+        if path is not None:
             check_if_packed(path)
     rows = []
     for number, method in enumerate(methods, 1):

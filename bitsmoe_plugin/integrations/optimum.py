@@ -10,6 +10,9 @@ from optimum.quantization_base import OptimumQuantizer
 from bitsmoe_plugin.config import BitsMoEConfig
 from bitsmoe_plugin.errors import ConfigError
 from bitsmoe_plugin.integrations.transformers import quantize_to_directory
+from bitsmoe_plugin.tested_versions import check_versions
+
+check_versions("optimum")
 
 
 class BitsMoEQuantizer(OptimumQuantizer):

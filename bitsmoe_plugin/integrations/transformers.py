@@ -10,7 +10,7 @@ from typing import Any
 
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.quantizers.auto import (
@@ -30,9 +30,10 @@ from bitsmoe_plugin.experts import BitsMoEExperts, replace_module
 from bitsmoe_plugin.families import find_moe_layers
 from bitsmoe_plugin.integrations.streaming import StreamedExperts, can_stream
 from bitsmoe_plugin.interruption import Interrupted
-from bitsmoe_plugin.kept import model_budget, named_kept
-from bitsmoe_plugin.model_card import write_model_card
+from bitsmoe_plugin.kept import model_budget
+from bitsmoe_plugin.model_card import TAGS, write_model_card
 from bitsmoe_plugin.model_sizes import check_model_sizes, check_planned
+from bitsmoe_plugin.model_tokenizer import load_tokenizer
 from bitsmoe_plugin.other_tensors import prediction_layers, record, stored_shapes, verify_others
 from bitsmoe_plugin.output_directory import check_output_directory, publish
 from bitsmoe_plugin.pipeline import quantize_model
@@ -86,7 +87,6 @@ class BitsMoEQuantizer(HfQuantizer):
         if not self.pre_quantized:
             self._source = _expert_source(model, checkpoint_files)
             model_budget(self._source, config)
-            named_kept(self._source, config)
             return
         self._replace_experts(model, checkpoint_files or [])
         if checkpoint_files:
@@ -114,6 +114,7 @@ class BitsMoEQuantizer(HfQuantizer):
             replace_module(model, layer.name, module)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        model.add_model_tags(list(TAGS))  # of the card that transformers writes on push_to_hub
         if self.pre_quantized:
             for name, module in model.named_modules():
                 if isinstance(module, BitsMoEExperts):
@@ -139,13 +140,14 @@ class BitsMoEQuantizer(HfQuantizer):
         if given is not None and not isinstance(given, str):
             return given
         try:
-            return AutoTokenizer.from_pretrained(given or model.config._name_or_path)
+            return load_tokenizer(given or model.config._name_or_path)
         except (OSError, ValueError) as error:
             if not needed:
                 return None
             raise ConfigError(
                 f"BitsMoEConfig: dataset holds text, but no tokenizer was found at "
-                f"{given or model.config._name_or_path!r}; give tokenizer="
+                f"{given or model.config._name_or_path!r}; save the model's tokenizer there, or give "
+                "tokenizer= (on the command line: --option tokenizer=DIR)"
             ) from error
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -233,7 +235,7 @@ def quantize_to_directory(model: str, out: Path, config: BitsMoEConfig) -> None:
         try:
             quantized = AutoModelForCausalLM.from_pretrained(model, quantization_config=config)
             with writing(out):
-                _write_checkpoint(quantized, model, beside / OUTPUT, out)
+                _write_checkpoint(quantized, model, config.dataset, beside / OUTPUT, out)
         except BaseException as error:
             if not has_progress(work):
                 remove(work)
@@ -259,21 +261,22 @@ def _check_unquantized(model: str) -> None:
         )
 
 
-def _write_checkpoint(quantized: Any, model: str, partial: Path, out: Path) -> None:
+def _write_checkpoint(quantized: Any, model: str, dataset: Any, partial: Path, out: Path) -> None:
     """Save at ``partial``, which then becomes ``out``.
 
     Args:
         model: directory or hub name of what was quantized, with its tokenizer.
+        dataset: what it was calibrated on.
     """
     if partial.exists():  # of a run that was killed
         shutil.rmtree(partial)
     partial.mkdir()
     quantized.save_pretrained(partial)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model)
+        tokenizer = load_tokenizer(model)
     except (OSError, ValueError) as error:
         warnings.warn(f"no tokenizer saved: none found at {model} ({error})", stacklevel=3)
     else:
         tokenizer.save_pretrained(partial)
-    write_model_card(partial, model)
+    write_model_card(partial, model, dataset)
     publish(partial, out)

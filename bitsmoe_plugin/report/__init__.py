@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from importlib import import_module
 from pathlib import Path
 
 from bitsmoe_plugin.errors import ConfigError
+from bitsmoe_plugin.output_directory import replace_file
 
 PAGE = "report.html"
 FOLDER = "report"
@@ -57,15 +57,5 @@ def write_report(directory: Path, out: Path | None = None, evaluation: Path | No
     files = [*png_files(data), (PAGE, page)]
     out.mkdir(parents=True, exist_ok=True)
     for name, content in files:
-        _replace(out / name, content)
+        replace_file(out / name, content)
     return out / PAGE
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Write a file that is complete whenever it is seen."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

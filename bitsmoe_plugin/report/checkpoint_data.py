@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +14,23 @@ from bitsmoe_plugin import packing
 from bitsmoe_plugin.checkpoint import packed_spec, stored_tensors, tensor_key
 from bitsmoe_plugin.checkpoint_files import safetensors_files
 from bitsmoe_plugin.config import BitsMoEConfig
-from bitsmoe_plugin.inspection import inspect_checkpoint, read_config
+from bitsmoe_plugin.inspection import inspect_checkpoint, layer_label, read_config
 from bitsmoe_plugin.manifest_values import id_list, measured, number, number_list, number_table
 from bitsmoe_plugin.packed_spec import PackedSpec
 from bitsmoe_plugin.spectrum import BINS, rank_bins
 
 ERRORS = {"predicted": "estimated_error", "calibration": "calibration_error", "unseen": "unseen_error"}
 """Name in a report -> key of the manifest."""
+PART_NAMES = {
+    "payload": "rounded rows",
+    "row_codes": "widths and scales of rows",
+    "row_scales": "scales of rows",
+    "scale_grids": "scale grids",
+    "bases": "shared bases",
+    "biases": "biases",
+    "kept_experts": "kept experts",
+}
+"""Part of ``inspect_checkpoint`` -> what users call it."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +38,7 @@ class LayerData:
     """One MoE layer; what its checkpoint lacks is None.
 
     Attributes:
-        label: number of the decoder layer, or the position among the MoE layers if its name has none.
+        label: see ``layer_label``.
         bits: counted bits per expert weight.
         projection_bits: ``[3]`` float64, mean width of the rows of gate, up and down.
         width_shares: ``[3, widths, bins]`` float64, share of rows of each width along the ranks, weak ranks
@@ -160,10 +169,9 @@ def _layer(
     expert_bits = rows.double().mean((0, 2))
     expert_bits[~packed] = 8 * packing.ORIGINAL_DTYPES[spec.original_dtype].itemsize
     energy = number(told, "output_energy")
-    numbered = re.search(r"\.(\d+)\.", name)
     return LayerData(
         name=name,
-        label=numbered[1] if numbered else str(position),
+        label=layer_label(name, position),
         bits=bits,
         projection_bits=rows[:, packed].double().mean((1, 2)).nan_to_num().numpy(),
         width_shares=_width_shares(rows[:, packed], config.widths),

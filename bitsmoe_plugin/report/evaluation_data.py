@@ -78,7 +78,7 @@ def read_evaluation(path: Path) -> EvaluationData:
     else:
         rows = [_row({"method": THIS, **values})]
     rows = [row for row in rows if row.perplexity is not None]
-    tasks = _tasks(values.get("tasks"))
+    tasks = task_rows(values.get("tasks"))
     if not rows and not tasks:
         raise ConfigError(
             f"evaluation {path} holds no perplexity and no tasks; give what `bitsmoe evaluate --json` or "
@@ -101,8 +101,8 @@ def _row(values: dict[str, Any]) -> EvaluationRow:
     )
 
 
-def _tasks(tasks: Any) -> tuple[TaskRow, ...]:
-    """Names of metrics are lm-eval's: ``acc,none``, next to it ``acc_stderr,none``."""
+def task_rows(tasks: Any) -> tuple[TaskRow, ...]:
+    """Rows of ``tasks`` of ``evaluate --json``; metrics are lm-eval's: ``acc``, next to it ``acc_stderr``."""
     rows = []
     for task, values in tasks.items() if isinstance(tasks, dict) else ():
         for metric in values if isinstance(values, dict) else ():

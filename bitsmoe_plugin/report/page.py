@@ -6,10 +6,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from bitsmoe_plugin.pipeline import THIN_TOKENS_PER_DIMENSION
-from bitsmoe_plugin.report.checkpoint_data import CheckpointData, LayerData, worst
+from bitsmoe_plugin.report.checkpoint_data import PART_NAMES, CheckpointData, LayerData, worst
 from bitsmoe_plugin.report.evaluation_data import THIS, EvaluationData, EvaluationRow
 from bitsmoe_plugin.report.figures import pictures
-from bitsmoe_plugin.report.plots_bits import PART_NAMES
 from bitsmoe_plugin.report.plots_quality import wanted_tokens
 from bitsmoe_plugin.version import __version__
 

@@ -18,19 +18,8 @@ from bitsmoe_plugin.report.axes import (
     layer_ticks,
     write_in_cells,
 )
-from bitsmoe_plugin.report.checkpoint_data import CheckpointData
+from bitsmoe_plugin.report.checkpoint_data import PART_NAMES, CheckpointData
 from bitsmoe_plugin.report.style import Look
-
-PART_NAMES = {
-    "payload": "rounded rows",
-    "row_codes": "widths and scales of rows",
-    "row_scales": "scales of rows",
-    "scale_grids": "scale grids",
-    "bases": "shared bases",
-    "biases": "biases",
-    "kept_experts": "kept experts",
-}
-"""Part of ``inspect_checkpoint`` -> what users call it."""
 
 
 def bits_by_layer(data: CheckpointData, look: Look) -> Figure:

@@ -155,8 +155,9 @@ static void round_some(const Grids *grids, const RankRows *r, int64_t from, int6
       float *value = r->values + at * r->size;
       decode_row(grids, r->codes + at * r->padded, r->size, r->bits[at],
                  exp2f(r->low[grid] + r->scale_codes[at] * r->step[grid]), value);
+      const float *unit = r->unit ? r->unit + (p % r->units * r->rank + k) * r->rank + k : NULL;
       r->errors[at] = rounding->pass_on(r->work + at * r->size, value, r->target + (p * called + k - r->first) * r->size,
-                              r->weights + p * r->size, r->size, r->unit + (p % r->units * r->rank + k) * r->rank + k, (int)(r->last - k));
+                              r->weights + p * r->size, r->size, unit, unit ? (int)(r->last - k) : 1);
     }
   }
 }
