@@ -319,8 +319,10 @@ COMMANDS = (
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"a": ' * 50_000, '{"a": 1, "a": 2}'])
 def test_a_config_that_is_none_is_refused_by_commands(
-    text: str, copy: Path, capfd: pytest.CaptureFixture[str]
+    text: str, copy: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.chdir(copy.parent)
+    Path("text.txt").write_text("text")
     (copy / "config.json").write_text(text)
     for command in COMMANDS:
         assert main([part.replace("DIR", str(copy)) for part in command.split()]) == 2
@@ -329,13 +331,24 @@ def test_a_config_that_is_none_is_refused_by_commands(
 
 
 def test_commands_that_load_models_check_them_first(
-    copy: Path, moe_tiny_path: Path, capfd: pytest.CaptureFixture[str]
+    copy: Path, moe_tiny_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Guards those that load in processes of their own, and `quantize`, which would write a copy."""
+    monkeypatch.chdir(copy.parent)
+    Path("text.txt").write_text("text")
     assert main(["quantize", str(copy), f"{copy}/new", "--dataset", "text.txt"]) == 2
     assert "quantized already (quant_method 'bitsmoe')" in capfd.readouterr().err
     CASES["truncated file"][0](copy)
-    compare = ["compare", str(moe_tiny_path), "--dataset", "x", "--eval", "x", "--methods", "full,checkpoint"]
+    compare = [
+        "compare",
+        str(moe_tiny_path),
+        "--dataset",
+        "text.txt",
+        "--eval",
+        "text.txt",
+        "--methods",
+        "full,checkpoint",
+    ]
     for command in (
         [*compare, "--checkpoint", str(copy)],
         ["bench", "decode", str(moe_tiny_path), str(copy)],
