@@ -22,8 +22,8 @@ EVAL := examples/data/eval.jsonl
 COMPARE = $(BIN)/bitsmoe compare $(EXAMPLE) --bits 2.0 --dataset $(CALIBRATION) --eval $(EVAL) \
 	--prompt "In the beginning there was"
 
-.PHONY: install install-gptq install-autoround install-vllm demo demo-gptq ablation test test-vllm \
-	test-oldest lint format check clean
+.PHONY: install install-gptq install-torchao install-autoround install-vllm demo demo-gptq ablation test \
+	test-vllm test-oldest lint format check clean
 install: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml
@@ -38,6 +38,13 @@ $(VENV)/.installed-gptq: $(VENV)/.installed
 	$(BIN)/pip install -q --no-deps gptqmodel==7.6.0 defuser==0.0.28 device-smi==0.5.7 \
 		logbar==0.4.15 pypcre==0.6.4 tokenicer==0.0.14
 	$(BIN)/pip install -q accelerate==1.15.0 pillow==13.0.0 requests==2.34.2 threadpoolctl==3.8.0
+	touch $@
+
+# For examples/attention_8bit.py. Apart from the other packages: transformers imports torchao wherever it finds
+# it, which takes seconds in every process.
+install-torchao: $(VENV)/.installed-torchao
+$(VENV)/.installed-torchao: $(VENV)/.installed
+	$(BIN)/pip install -q --no-deps --upgrade --target $(VENV)/torchao torchao==0.18.0
 	touch $@
 
 install-autoround: $(VENV)/.installed-autoround
@@ -67,7 +74,7 @@ demo-gptq: install-gptq
 ablation: install
 	$(BIN)/python examples/ablation.py $(EXAMPLE) --dataset $(CALIBRATION) --eval $(EVAL)
 
-test: install
+test: install install-torchao
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 test-vllm: install-vllm

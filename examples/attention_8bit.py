@@ -21,7 +21,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from bitsmoe_plugin.evaluation import evaluate_text
 
 PACKED = "out/quickstart"
-EVALUATION = {"dataset": "examples/data/eval.jsonl", "max_tokens": 20_000}
+EVALUATION = "examples/data/eval.jsonl"
+EVALUATION_TOKENS = 20_000
 
 
 def is_attention(module: torch.nn.Module, name: str) -> bool:
@@ -38,10 +39,11 @@ def attention_bytes(model: torch.nn.Module) -> int:
 # %% Load the packed model; its experts are no Linear layers, so torchao leaves them alone in any case
 model = AutoModelForCausalLM.from_pretrained(PACKED)
 tokenizer = AutoTokenizer.from_pretrained(PACKED)
-before, size = evaluate_text(model, tokenizer, **EVALUATION), attention_bytes(model)
+size = attention_bytes(model)
+before = evaluate_text(model, tokenizer, EVALUATION, max_tokens=EVALUATION_TOKENS)
 
 # %% Quantize attention
 quantize_(model, Int8WeightOnlyConfig(), filter_fn=is_attention)
-after = evaluate_text(model, tokenizer, **EVALUATION)
+after = evaluate_text(model, tokenizer, EVALUATION, max_tokens=EVALUATION_TOKENS)
 print(f"attention: {size:,} -> {attention_bytes(model):,} bytes")
 print(f"perplexity: {before.perplexity:.2f} -> {after.perplexity:.2f}")

@@ -15,10 +15,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from bitsmoe_plugin import BitsMoEConfig
 from bitsmoe_plugin.comparison.compare import ComparisonTask, compare, print_comparison
-from bitsmoe_plugin.comparison.gptq_checkpoint import expert_bytes
-from bitsmoe_plugin.estimate import estimate
 
 
 def main() -> None:
@@ -43,7 +40,7 @@ def main() -> None:
             dataset=args.dataset,
             eval=args.eval,
             calibration_tokens=args.calibration_tokens,
-            sequence_length=256,
+            sequence_length=512,
             batch_size=8,
             seed=0,
             max_tokens=args.eval_tokens,
@@ -54,14 +51,9 @@ def main() -> None:
         )
         return compare(task, methods)
 
-    if args.checkpoint:
-        rows = run(("full", "checkpoint"), args.bits, args.checkpoint)
-        weights = estimate(Path(args.model), BitsMoEConfig()).expert_weights
-        bits = 8 * expert_bytes(args.checkpoint) / weights
-    else:
-        rows = run(("full", "gptq"), args.bits)
-        bits = rows[1]["bits_per_weight"]
-    print_comparison(rows + run(("bitsmoe",), bits), sys.stdout)
+    rows = run(("full", "checkpoint" if args.checkpoint else "gptq"), args.bits, args.checkpoint)
+    counted = rows[1]["bits_per_weight"]
+    print_comparison(rows + run(("bitsmoe",), counted), sys.stdout)
 
 
 if __name__ == "__main__":

@@ -26,9 +26,11 @@ from bitsmoe_plugin.evaluation import evaluate_text
 from bitsmoe_plugin.inspection import inspect_checkpoint
 
 MODEL = "examples/moe-tiny"
-OUT = Path("out/custom-budget")
-CALIBRATION = {"dataset": "examples/data/calibration.jsonl", "calibration_tokens": 8192}
-EVALUATION = {"dataset": "examples/data/eval.jsonl", "max_tokens": 20_000}
+OUT = "out/custom-budget"
+CALIBRATION = "examples/data/calibration.jsonl"
+CALIBRATION_TOKENS = 8192
+EVALUATION = "examples/data/eval.jsonl"
+EVALUATION_TOKENS = 20_000
 FIRST = "model.layers.0.mlp.experts"
 
 BUDGETS = {
@@ -47,12 +49,12 @@ except QuantizationError as error:
 # %% Quantize with each, and see that the bits went where they should
 tokenizer = AutoTokenizer.from_pretrained(MODEL)
 for number, (name, options) in enumerate(BUDGETS.items()):
-    config = BitsMoEConfig(bits=2.0, **CALIBRATION, **options)
+    config = BitsMoEConfig(bits=2.0, dataset=CALIBRATION, calibration_tokens=CALIBRATION_TOKENS, **options)
     model = AutoModelForCausalLM.from_pretrained(MODEL, quantization_config=config)
-    model.save_pretrained(OUT / str(number))
-    report = inspect_checkpoint(OUT / str(number))
+    model.save_pretrained(f"{OUT}/{number}")
+    report = inspect_checkpoint(Path(f"{OUT}/{number}"))
     layers = ", ".join(f"{layer['bits_per_weight']:.3f}" for layer in report["layers"].values())
     projections = ", ".join(f"{key} {bits:.3f}" for key, bits in report["projections"].items())
-    result = evaluate_text(model, tokenizer, **EVALUATION, reference=MODEL)
+    result = evaluate_text(model, tokenizer, EVALUATION, reference=MODEL, max_tokens=EVALUATION_TOKENS)
     print(f"{name}: {report['bits_per_weight']:.4f} bits (by layer {layers}; {projections})")
     print(f"    perplexity {result.perplexity:.2f}, KL divergence {result.kl_divergence:.4f}\n")

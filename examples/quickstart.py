@@ -18,7 +18,7 @@ from bitsmoe_plugin.inspection import inspect_checkpoint, print_inspection
 MODEL = "examples/moe-tiny"  # a directory, or a name on the hub
 CALIBRATION = "examples/data/calibration.jsonl"
 EVALUATION = "examples/data/eval.jsonl"
-OUT = Path("out/quickstart")
+OUT = "out/quickstart"
 BITS = 2.0  # everything that is stored for the experts, over their number of weights
 CALIBRATION_TOKENS = 16_384  # the default is 131_072; more is better, and slower
 EVALUATION_TOKENS = 20_000
@@ -36,7 +36,7 @@ tokenizer.save_pretrained(OUT)
 # tokenizer.push_to_hub("your-name/moe-tiny-2bit")
 
 # %% Where did the bits go?
-print_inspection(inspect_checkpoint(OUT), sys.stdout)
+print_inspection(inspect_checkpoint(Path(OUT)), sys.stdout)
 
 # %% How far is it from full precision, on text that calibration has not seen?
 result = evaluate_text(model, tokenizer, EVALUATION, reference=MODEL, max_tokens=EVALUATION_TOKENS)

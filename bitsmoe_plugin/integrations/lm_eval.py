@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ def find_tasks(names: Sequence[str], task_dir: Path | None = None) -> TaskManage
     """
     if task_dir is not None and not task_dir.is_dir():
         raise ConfigError(f"task directory {task_dir} does not exist")
-    manager = TaskManager(include_path=str(task_dir) if task_dir else None)
+    manager = _manager(task_dir)
     for name in names:
         if name not in manager.all_tasks:
             close = difflib.get_close_matches(name, manager.all_tasks)
@@ -56,6 +57,12 @@ def find_tasks(names: Sequence[str], task_dir: Path | None = None) -> TaskManage
                 + (f"; did you mean {', '.join(close)}?" if close else "; `lm-eval ls tasks` lists its own")
             )
     return manager
+
+
+@cache
+def _manager(task_dir: Path | None) -> TaskManager:
+    """It reads thousands of files, which takes seconds."""
+    return TaskManager(include_path=str(task_dir) if task_dir else None)
 
 
 def evaluate_tasks(
@@ -67,6 +74,7 @@ def evaluate_tasks(
     few_shot: int | None = None,
     limit: int | None = None,
     batch_size: int = 8,
+    unsafe_code: bool = False,
 ) -> dict[str, dict[str, float]]:
     """Run tasks; their data comes from the hub, unless a task names files.
 
@@ -76,6 +84,8 @@ def evaluate_tasks(
         few_shot: examples in each prompt; None: as the task says.
         limit: only the first examples of each task, to try things out.
         batch_size: sequences per forward pass.
+        unsafe_code: also run tasks that execute what the model writes, such as humaneval (whose metric
+            wants the environment variable HF_ALLOW_CODE_EVAL=1 besides).
 
     Returns:
         task -> metric -> value; ``acc_stderr`` is the standard error of ``acc``, a filter other than
@@ -91,6 +101,7 @@ def evaluate_tasks(
         num_fewshot=few_shot,
         limit=limit,
         log_samples=False,
+        confirm_run_unsafe_code=unsafe_code,
     )
     samples = results["n-samples"]
     return {
