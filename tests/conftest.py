@@ -20,6 +20,7 @@ import pytest
 import torch
 from hypothesis import settings
 from torch import Tensor, nn
+from wheel_support import build_sdist
 
 from bitsmoe_plugin.spectral import ExpertWeights
 from bitsmoe_plugin.statistics import LayerActivations
@@ -122,16 +123,18 @@ def packed_moe_tiny(moe_tiny_path: Path, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture(scope="session")
 def installed_wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The package as users get it: built into a wheel and installed into this directory, to be put on
-    PYTHONPATH. The editable installation that tests run from has other entry points and files."""
+    """The package as users get it: built into a wheel, from a source distribution, and installed into this
+    directory, to be put on PYTHONPATH. The editable installation that tests run from has other entry points
+    and files. Both distributions lie next to the directory, and ``source``, what they were built from."""
     root, scratch = Path(__file__).parents[1], tmp_path_factory.mktemp("wheel")
     source = scratch / "source"  # a copy, because files left in build/ would get into the wheel
     # All folders, so that one that should not be packaged would be noticed.
-    unwanted = (".*", "build", "dist", "out", "logs", "*.egg-info", "__pycache__", "*.so")
-    shutil.copytree(root, source, ignore=shutil.ignore_patterns(*unwanted))
+    unwanted = (".git", ".*env*", ".*cache", ".hypothesis", "build", "dist", "out", "logs", "__pycache__")
+    shutil.copytree(root, source, ignore=shutil.ignore_patterns(*unwanted, "*.egg-info", "*.so"))
+    sdist = build_sdist(source, scratch)
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
     build = [*pip, "wheel", "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", str(scratch)]
-    subprocess.run([*build, str(source)], check=True)
+    subprocess.run([*build, str(sdist)], check=True)
     (wheel,) = scratch.glob("*.whl")
     target = scratch / "installed"
     install = [*pip, "install", "--no-deps", "--no-index", "--target", str(target), str(wheel)]

@@ -21,3 +21,13 @@ def run_python(installed: Path, *arguments: str, cwd: Path, **variables: str) ->
     environment.update(PYTHONPATH=os.pathsep.join([str(installed), *packages]), **variables)
     command = [sys.executable, "-S", *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=cwd, env=environment)
+
+
+def build_sdist(source: Path, directory: Path) -> Path:
+    """Build a source distribution of a tree as every frontend does: by the hook of its build backend."""
+    program = "import build_backend, sys; print(build_backend.build_sdist(sys.argv[1]))"
+    environment = {**os.environ, "PYTHONPATH": str(source / ".ci")}
+    command = [sys.executable, "-c", program, str(directory)]
+    built = subprocess.run(command, cwd=source, env=environment, capture_output=True, text=True, timeout=120)
+    assert built.returncode == 0, built.stderr
+    return directory / built.stdout.split()[-1]
