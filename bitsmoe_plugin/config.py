@@ -131,7 +131,7 @@ class BitsMoEConfig(QuantizationConfigMixin):
             few experts make the bases a large share.
         layer_bits: counted bits of layers that get a budget of their own, {"path.of.experts": bits}; the
             others share what these leave of ``bits`` (or ``factor_bits``, and then bases do not count here
-            either).
+            either). Where there are no others it stays unspent.
         projection_bits: the same for projections, {"gate", "up" or "down": bits}: all that is stored for
             their rows (payload, row codes, scale grids, kept experts) over their weights, in each layer of
             ``layer_bits`` and in all others together; the projections not named share the rest. Bases and

@@ -145,6 +145,18 @@ def test_streaming_gives_the_same_text(url: str) -> None:
     assert "".join(pieces) == complete(url, prompt, count=20)["text"]
 
 
+def test_the_example_of_a_client(url: str) -> None:
+    """As a user runs it: a text, the same text streamed, and log-probabilities of its tokens."""
+    script = Path(__file__).parents[1] / "examples" / "vllm_client.py"
+    command = [sys.executable, script, "--url", url, "--prompt", "Once upon a time", "--tokens", "12"]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+    wanted = complete(url, "Once upon a time", count=12)
+    assert f"tiny goes on: {wanted['text']!r} (length)\n" in done.stdout, done.stderr
+    assert f"streamed: {wanted['text']}\n" in done.stdout
+    first = wanted["logprobs"]["tokens"][0], wanted["logprobs"]["token_logprobs"][0]
+    assert f"{first[0]!r}: {first[1]:.2f}" in done.stdout
+
+
 def _truncate(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:-1000])
 
