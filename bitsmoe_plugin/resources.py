@@ -23,6 +23,8 @@ KERNELS = 96
 """Matrix products through oneDNN: it compiles a kernel for every shape, so in 16 bits for every number of
 tokens that an expert is given, and keeps so many (the command line says so; 1024 otherwise). Measured in
 16 bits: 0.67 MB per shape."""
+_NEURON_VALUES = 9
+"""Values in float32 per neuron and token while an expert's activations are computed."""
 _SECONDS_PER_WEIGHT = 6e-7
 """Pricing, rounding and packing without their matrix products, one core with AVX-512 (``bench quantize``)."""
 
@@ -58,6 +60,7 @@ def peak_memory(work: Workload, config: BitsMoEConfig) -> dict[str, int]:
     ``activations``: hidden states of all tokens (embedded, inputs, exact, outputs, captured, residual,
     drift: 7 in the model's dtype; 3 in float32 while statistics are computed).
     ``layer``: see ``_layer_bytes``.
+    ``shown``: with ``all_experts``, see ``_shown_bytes``.
 
     Checked on the CPU only, against ``ru_maxrss`` of whole runs, on layers of 5 million weights: 7 % too much
     at 2 layers, 29 % at 8, all of it ``kernels``, whose shapes repeat from layer to layer; with
@@ -75,6 +78,7 @@ def peak_memory(work: Workload, config: BitsMoEConfig) -> dict[str, int]:
         "plan": max(_plan_bytes(shape, config) for shape in work.shapes),
         "activations": work.tokens * hidden * (7 * work.itemsize + 3 * 4),
         "layer": max(_layer_bytes(shape, work.tokens, bits, config.input_bases) for shape in work.shapes),
+        "shown": max(_shown_bytes(shape, work.tokens, config) for shape in work.shapes),
     }
 
 
@@ -102,6 +106,15 @@ def _layer_bytes(shape: LayerShape, tokens: int, bits: float, input_bases: int) 
     return kept + 4 * 4 * rows + 2 * 4 * group * covariance
 
 
+def _shown_bytes(shape: LayerShape, tokens: int, config: BitsMoEConfig) -> int:
+    """What ``all_experts`` adds: which tokens every expert sees and their weights, and the activations of the
+    one expert at work, which routing would keep to few tokens."""
+    if not config.all_experts:
+        return 0
+    h, i = shape.hidden_size, shape.intermediate_size
+    return tokens * (12 * shape.num_experts + 4 * ((1 + config.input_bases) * h + _NEURON_VALUES * i))
+
+
 def rough_seconds(work: Workload, config: BitsMoEConfig) -> float | None:
     """Order of magnitude of the time on this machine; None if the experts per token are unknown.
 
@@ -113,6 +126,8 @@ def rough_seconds(work: Workload, config: BitsMoEConfig) -> float | None:
     weights = sum(shape.weights for shape in work.shapes)
     flops = 4 * 2 * work.tokens * work.active_weights
     flops += sum(_layer_flops(shape, work.tokens, work.experts_per_token) for shape in work.shapes)
+    if config.all_experts:
+        flops += sum(_shown_flops(shape, work.tokens, work.experts_per_token) for shape in work.shapes)
     return _SECONDS_PER_WEIGHT * weights / torch.get_num_threads() + flops / _matmul_speed()
 
 
@@ -128,6 +143,16 @@ def _layer_flops(shape: LayerShape, tokens: int, experts_per_token: int) -> int:
     per_row = 4 * 6 * h * i + 2 * (8 * h * i + 4 * h**2 + 4 * i**2)
     per_expert = 2 * (10 * i * h**2 + 2 * 2 * 2 * h**3 // 3 + 2 * 8 * i**3 // 3)
     return tokens * (experts_per_token * per_row + 2 * 2 * h**2) + shape.num_experts * per_expert
+
+
+def _shown_flops(shape: LayerShape, tokens: int, experts_per_token: int) -> int:
+    """Of the tokens that ``all_experts`` shows to experts that they are not routed to.
+
+    Gate and up in either pass (8HI); what the refit of down compares, with exact and with rounded weights
+    (8HI); covariances of hidden activations, once in the first pass (2I^2) and twice in the refit (4I^2).
+    """
+    h, i = shape.hidden_size, shape.intermediate_size
+    return tokens * (shape.num_experts - experts_per_token) * (16 * h * i + 6 * i**2)
 
 
 def _matmul_speed() -> float:
