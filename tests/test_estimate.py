@@ -27,7 +27,7 @@ from bitsmoe_plugin.inspection import inspect_checkpoint, read_config
 from bitsmoe_plugin.layer import plan_layer
 from bitsmoe_plugin.packing import LayerShape
 from bitsmoe_plugin.problem import build_problem
-from bitsmoe_plugin.resources import KERNELS, Workload, peak_memory
+from bitsmoe_plugin.resources import KERNELS, Workload, peak_memory, rough_seconds
 
 CONFIG = BitsMoEConfig(bits=2.0)
 SMALL = {"vocab_size": 64, "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
@@ -250,3 +250,20 @@ def test_no_weight_is_allocated(description: Path) -> None:
     result = estimate(description, CONFIG)
     assert result.expert_weights == 4 * 3 * 2**40
     assert 4 * result.memory["experts"] == 2 * result.expert_weights
+
+
+def test_showing_all_tokens_to_all_experts_takes_more() -> None:
+    """Guards users of ``all_experts`` against the estimate of a run without it."""
+    shapes = [LayerShape(40, 64, 32)]
+    work = partial(Workload, shapes, experts_per_token=2, other_bytes=0, active_weights=0, itemsize=2)
+    shown = BitsMoEConfig(all_experts=True)
+    assert peak_memory(work(tokens=1000), CONFIG)["shown"] == 0
+    assert (
+        peak_memory(work(tokens=2000), shown)["shown"]
+        == 2 * peak_memory(work(tokens=1000), shown)["shown"]
+        > 0
+    )
+    few, many = (rough_seconds(work(tokens=10**9), config) for config in (CONFIG, shown))
+    assert few is not None
+    assert many is not None
+    assert many > few

@@ -217,3 +217,28 @@ def test_a_super_expert_planted_in_a_trained_model(moe_tiny_path, tmp_path) -> N
     result = evaluate_model(quantized, texts, reference=model)
     full = evaluate_model(model, texts).perplexity
     assert result.perplexity == pytest.approx(full, rel=0.1)
+
+
+def test_a_super_expert_that_the_model_rests_on(moe_tiny, moe_tiny_path, tmp_path, monkeypatch) -> None:
+    """Planted without changing what the model computes: perplexity is lost with this expert (measured 330
+    against 51.6), so it must be found, the only one, kept, and quality with it."""
+    import importlib
+
+    from transformers import AutoTokenizer
+
+    from bitsmoe_plugin.evaluation import EvaluationText, evaluate_model
+
+    monkeypatch.syspath_prepend(moe_tiny_path.parent)
+    example = importlib.import_module("plant_super_expert")
+    data, tokenizer = moe_tiny_path.parent / "data", AutoTokenizer.from_pretrained(moe_tiny_path)
+    tokens = example.sequences(str(data / "calibration.jsonl"), tokenizer, 64)
+    text = [EvaluationText("all", example.sequences(str(data / "eval.jsonl"), tokenizer, 8))]
+    planted = example.plant(moe_tiny, tokens)
+    planted.model.save_pretrained(tmp_path)
+    model = example.quantize(tmp_path, tokens[:32], bits=3.0, method="fast")
+    layers = model.config.quantization_config.layers
+    kept = {name: entry["kept_experts"] for name, entry in layers.items() if "kept_experts" in entry}
+    assert kept == {planted.layer: [planted.expert]}
+    full, packed = (evaluate_model(each, text).perplexity for each in (planted.model, model))
+    assert evaluate_model(example.without_expert(planted, planted.expert), text).perplexity > 3 * full
+    assert packed < 1.05 * full
