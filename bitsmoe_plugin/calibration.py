@@ -321,8 +321,17 @@ class LayerwiseForward:
             "calibration blocks per forward pass (batch_size)",
             stacklevel=3,
         )
-        self._at_once = fewer
         release_free_memory()
+        self.limit(fewer)
+
+    @property
+    def at_once(self) -> int:
+        """Blocks that a layer is given at once."""
+        return self._at_once
+
+    def limit(self, blocks: int) -> None:
+        """Give layers so many blocks at once from here on."""
+        self._at_once = blocks
         self._record()
 
     def restart(self) -> None:

@@ -233,6 +233,7 @@ def _plan(run: _Run) -> None:
         if index + 1 < run.layers and sum(i in run.moe for i, _ in passed) not in (0, workers.size):
             continue  # to another layer, for another of the workers
         plans = workers.merged(planned)
+        progress.at_once = run.forward.at_once
         for number, hidden in passed:
             if workers.main:
                 progress.finish_plan(number, plans.get(number), hidden)
@@ -304,6 +305,7 @@ def _round(run: _Run, widths: Widths) -> None:
         # exact: as the unquantized model goes on; forward.hidden is the quantized one's.
         layer, exact, hidden = _round_layer(run, index, exact, widths)
         run.forward.advance(hidden)
+        progress.at_once = run.forward.at_once
         if workers.main:
             progress.finish_layer(index, layer, exact, hidden)
             if layer is not None:  # from now on computed from where the progress keeps it
@@ -470,6 +472,11 @@ def _quantize(
         blocks, seen = held_out_last(blocks, config.held_out)
         tokens = seen * blocks.shape[1]
         forward = LayerwiseForward(model, modules, blocks, config.batch_size)
+        at_once = workers.from_main(lambda: progress.at_once)
+        if (
+            at_once is not None and at_once < forward.at_once
+        ):  # before it was interrupted, it ran out of memory
+            forward.limit(at_once)
         run = _Run(model, forward, len(modules), moe, source, progress, budget, tokens, config, stop, workers)
         widths = workers.from_main(lambda: progress.widths)
         if widths is None:

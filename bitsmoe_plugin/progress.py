@@ -72,6 +72,9 @@ class Progress(Protocol):
     rounded: int
     """Decoder layers that the second pass has finished."""
     widths: Widths | None
+    at_once: int | None
+    """Blocks that layers are given at once, as of the last finished layer; None: none is finished. How
+    products are rounded may depend on it."""
 
     def check_weights(self, name: str, digest: str) -> None:
         """Refuse weights other than those that were read for this layer before."""
@@ -129,6 +132,7 @@ class ProgressInMemory:
     def __init__(self) -> None:
         self.planned = self.rounded = 0
         self.widths: Widths | None = None
+        self.at_once: int | None = None
         self._digests: dict[str, str] = {}
         self._plans: dict[int, PlannedLayer] = {}
         self._packed: dict[int, PackedLayer] = {}

@@ -59,6 +59,14 @@ class ProgressOnDisk:
         self.planned, self.rounded = self._state["planned"], self._state["rounded"]
         self.widths = self._read_widths() if self._state["gap"] is not None else None
 
+    @property
+    def at_once(self) -> int | None:
+        return self._state.get("at_once")
+
+    @at_once.setter
+    def at_once(self, blocks: int | None) -> None:
+        self._state["at_once"] = blocks  # committed with the layer
+
     def check_weights(self, name: str, digest: str) -> None:
         check_digest(self._state["digests"], name, digest)
 

@@ -299,6 +299,43 @@ def test_ctrl_c_stops_after_the_layer(dense: Path, whole: Path, tmp_path: Path) 
     assert_same_files(out, whole)
 
 
+class Cramped:
+    """A hook of a layer that runs out of memory with more than two blocks; it can stop the run after it."""
+
+    def __init__(self, stop: bool) -> None:
+        self.stop, self.most = stop, 0
+
+    def __call__(self, _layer: Any, args: tuple[torch.Tensor, ...], _output: Any) -> None:
+        self.most = max(self.most, len(args[0]))
+        if len(args[0]) > 2:
+            if self.stop:
+                self.stop = False
+                os.kill(os.getpid(), signal.SIGINT)
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+
+@pytest.mark.filterwarnings("ignore:out of memory in decoder layer 1")
+def test_fewer_blocks_after_running_out_of_memory_are_remembered(tiny_model: Any, tmp_path: Path) -> None:
+    """Guards the bytes: products of other sizes may be rounded otherwise. Without it, a run that goes on
+    would try all blocks again."""
+
+    def quantize(work: Path | None, cramped: Cramped) -> dict[str, torch.Tensor]:
+        model = tiny_model("qwen3_moe", num_hidden_layers=LAYERS)
+        model.model.layers[1].register_forward_hook(cramped)
+        blocks = torch.tensor(children.TOKENS).view(-1, 32)
+        quantize_model(model, blocks, BitsMoEConfig(**children.OPTIONS, work_dir=work))
+        return model.state_dict()
+
+    whole = quantize(None, Cramped(stop=False))
+    with pytest.raises(Interrupted):
+        quantize(tmp_path / "work", Cramped(stop=True))
+    rest = Cramped(stop=False)
+    found = quantize(tmp_path / "work", rest)
+    assert rest.most == 2
+    assert found.keys() == whole.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in whole.items())
+
+
 def test_second_ctrl_c_stops_at_once() -> None:
     """Guards against a program that cannot be stopped; and the usual handling must come back."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it

@@ -56,17 +56,23 @@ def wait_until_ready(process: subprocess.Popen, port: int, log: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def url(packed_moe_tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """``vllm serve DIR``: the method is found in config.json."""
+def server(packed_moe_tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[int, str]]:
+    """Process and address of ``vllm serve DIR``: the method is found in config.json."""
     log = tmp_path_factory.mktemp("serve") / "log"
     process, port = start(
         packed_moe_tiny, log, "--dtype", "float32", "--served-model-name", "tiny", "--chat-template", TEMPLATE
     )
     wait_until_ready(process, port, log)
     assert "quantization=bitsmoe" in log.read_text()
-    yield f"http://127.0.0.1:{port}/v1"
+    yield process.pid, f"http://127.0.0.1:{port}/v1"
     process.terminate()
     process.wait(timeout=60)
+
+
+@pytest.fixture(scope="module")
+def url(server: tuple[int, str]) -> str:
+    """Address of the API."""
+    return server[1]
 
 
 @pytest.fixture(scope="module")
@@ -155,6 +161,17 @@ def test_the_example_of_a_client(url: str) -> None:
     assert f"streamed: {wanted['text']}\n" in done.stdout
     first = wanted["logprobs"]["tokens"][0], wanted["logprobs"]["token_logprobs"][0]
     assert f"{first[0]!r}: {first[1]:.2f}" in done.stdout
+
+
+def test_a_server_under_load_loses_nothing(server: tuple[int, str]) -> None:
+    """Guards against errors that are not the client's own, answers that depend on the load, and requests of
+    clients that left. A small part of what ``examples/serve_load.py`` is for."""
+    script, (pid, url) = Path(__file__).parents[1] / "examples" / "serve_load.py", server
+    command = [sys.executable, str(script), "--url", url, "--name", "tiny", "--pid", str(pid)]
+    command += ["--requests", "80", "--concurrency", "16"]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert sum(json.loads(run.stdout)["requests"].values()) == 80
 
 
 def _truncate(file: Path) -> None:
