@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import copy
+import runpy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bitsmoe_plugin import BitsMoEConfig, kept, kernels
 from bitsmoe_plugin.errors import CheckpointError, QuantizationError
+from bitsmoe_plugin.evaluation import EvaluationText
 from bitsmoe_plugin.families import apply_gating, find_moe_layers
 from bitsmoe_plugin.inspection import inspect_checkpoint
 from bitsmoe_plugin.serving import gating
@@ -184,36 +186,34 @@ def test_gating_of_the_module_is_used(tiny_model) -> None:
     assert float(apply_gating(module, gate, up)) == pytest.approx(float(wanted))
 
 
-def test_a_super_expert_planted_in_a_trained_model(moe_tiny_path, tmp_path) -> None:
-    """A trained expert is given an output of some thousand times the residual stream's median. It must be
-    found, the only one, and perplexity must stay near that of the model it was planted in: measured 66.8
-    to 62.8 (without a planted expert 51.2 to 50.9: massive tokens make the whole model more sensitive)."""
-    from transformers import AutoTokenizer
-
-    from bitsmoe_plugin.evaluation import evaluate_model, evaluation_text
-
-    model = AutoModelForCausalLM.from_pretrained(moe_tiny_path).eval()
-    experts = model.get_submodule(LAYER)
-    experts.down_proj.data[19, 127] += 2e4 * experts.down_proj.data[19].float().mean(0).bfloat16()
-    model.save_pretrained(tmp_path / "planted")
-    AutoTokenizer.from_pretrained(moe_tiny_path).save_pretrained(tmp_path / "planted")
-    data = moe_tiny_path.parent / "data"
-    quick = {"method": "paper-v2", "grid": "trellis", "basis_bits": 4, "joint_basis": True}
-    config = BitsMoEConfig(
-        bits=4.0,
-        dataset=str(data / "calibration.jsonl"),
-        calibration_tokens=1024,
-        sequence_length=256,
-        super_experts="keep",
-        **quick,
-    )
-    quantized = AutoModelForCausalLM.from_pretrained(tmp_path / "planted", quantization_config=config)
-    layers = quantized.config.quantization_config.layers
-    assert {name: entry["kept_experts"] for name, entry in layers.items() if "kept_experts" in entry} == {
-        LAYER: [19]
-    }
+def test_a_planted_super_expert_that_the_model_rests_on(moe_tiny_path, tmp_path) -> None:
+    """The mechanism of real ones, planted in the trained model: perplexity stays (46.8 and 45.5), is lost
+    without the expert (293) and with no other. At 2 bits it must be found, alone, and kept, and the model
+    remain what it was: KL divergence 0.045, 0.037 of the same model without a super expert."""
+    example = runpy.run_path(str(moe_tiny_path.parent / "plant_super_expert.py"))
+    data, evaluate = moe_tiny_path.parent / "data", example["evaluate_model"]
     tokenizer = AutoTokenizer.from_pretrained(moe_tiny_path)
-    texts = evaluation_text(str(data / "eval.jsonl"), tokenizer, sequence_length=256, max_tokens=2048)
-    result = evaluate_model(quantized, texts, reference=model)
-    full = evaluate_model(model, texts).perplexity
-    assert result.perplexity == pytest.approx(full, rel=0.1)
+    tokens = example["sequences"](str(data / "calibration.jsonl"), tokenizer, 16, 128)
+    text = [EvaluationText("all", example["sequences"](str(data / "eval.jsonl"), tokenizer, 8, 128))]
+    dense = AutoModelForCausalLM.from_pretrained(moe_tiny_path).eval()
+    planted = example["plant"](dense, tokens)
+    before, after, lost, other = (
+        evaluate(model, text).perplexity
+        for model in (
+            dense,
+            planted.model,
+            example["without_expert"](planted, planted.expert),
+            example["without_expert"](planted, planted.expert + 1),
+        )
+    )
+    assert after == pytest.approx(before, rel=0.05)
+    assert other == pytest.approx(after, rel=0.05)
+    assert lost > 4 * after
+    planted.model.save_pretrained(tmp_path / "planted")
+    quantized = example["quantize"](tmp_path / "planted", tokens, bits=2.0)
+    layers = quantized.config.quantization_config.layers
+    assert {n: e["report"]["super_experts"] for n, e in layers.items() if e["report"]["super_experts"]} == {
+        LAYER: [planted.expert]
+    }
+    assert layers[LAYER]["kept_experts"] == [planted.expert]
+    assert evaluate(quantized, text, reference=planted.model).kl_divergence < 0.1
