@@ -37,6 +37,7 @@ from bitsmoe_plugin.memory import release_free_memory
 from bitsmoe_plugin.packing import LayerShape, PackedExperts
 from bitsmoe_plugin.problem import build_problem
 from bitsmoe_plugin.progress import Hidden, PackedLayer, PlannedLayer, Progress, ProgressInMemory, Widths
+from bitsmoe_plugin.residual_gain import as_seen_by_the_stream, residual_gains
 from bitsmoe_plugin.run_identity import identity
 from bitsmoe_plugin.saved_progress import ProgressOnDisk
 from bitsmoe_plugin.sources import ExpertSource, LoadedExperts, weights_digest
@@ -133,9 +134,11 @@ def _estimated_error(plan: LayerPlan, row_bits: Tensor, others: Tensor, config: 
     return float(costs[:, others].double().sum())
 
 
-def _drift(exact: list[Tensor], outputs: list[Tensor]) -> Tensor:
-    """``[T, H]``: what is missing from the residual stream ``outputs`` of the quantized model so far."""
-    return torch.cat([(a - b).flatten(0, -2).cpu() for a, b in zip(exact, outputs, strict=True)])
+def _drift(exact: list[Tensor], outputs: list[Tensor], gains: Tensor | None) -> Tensor:
+    """``[T, H]``: what is missing from the residual stream ``outputs`` of the quantized model so far, as much
+    as the experts must put out to add it."""
+    drift = torch.cat([(a - b).flatten(0, -2).cpu() for a, b in zip(exact, outputs, strict=True)])
+    return drift if gains is None else drift.float() / gains[:, None]
 
 
 def _output_errors(exact: list[Tensor], rounded: list[Tensor], token_weights: Tensor) -> Tensor:
@@ -265,7 +268,8 @@ def _plan_layer(run: _Run, index: int) -> tuple[PlannedLayer, Hidden]:
     layer = run.moe[index]
     with run.loaded(layer) as weights:
         activations, outputs = capture_layer(run.forward, index, layer.module, run.config.token_weighting)
-        seen = activations.first(run.tokens)
+        gains = residual_gains(run.forward, index, layer.module, outputs)
+        seen = _seen(run, activations, gains)
         check_computation(
             layer.name, layer.module, weights, (seen.hidden, seen.top_k_index, seen.top_k_weights)
         )
@@ -274,6 +278,12 @@ def _plan_layer(run: _Run, index: int) -> tuple[PlannedLayer, Hidden]:
         plan = plan_layer(problem, run.share(index))
     massive = forms_massive_activations(run.forward.hidden, outputs)
     return PlannedLayer(plan, ExpertOutputs(problem.statistics.output_peaks, massive)), outputs
+
+
+def _seen(run: _Run, activations: LayerActivations, gains: Tensor | None) -> LayerActivations:
+    """What statistics see of a layer."""
+    alike = run.config.token_weighting == "none"
+    return as_seen_by_the_stream(activations, gains, alike).first(run.tokens)
 
 
 def _allocate(run: _Run) -> Widths:
@@ -375,8 +385,9 @@ def _fit_layer(run: _Run, index: int, exact: Hidden, widths: Widths) -> _FittedL
         exact = run.forward.run(index, exact)
         activations, outputs = capture_layer(run.forward, index, layer.module, config.token_weighting)
         shape, gating = layer_shape(layer.module), partial(apply_gating, layer.module)
-        seen = activations.first(run.tokens)
-        drift = _drift(exact, outputs)[: run.tokens] if config.compensation else None
+        gains = residual_gains(run.forward, index, layer.module, outputs)
+        seen = _seen(run, activations, gains)
+        drift = _drift(exact, outputs, gains)[: run.tokens] if config.compensation else None
         counts = warn_about_thin_calibration(layer.name, seen, shape)
         biases = read_biases(layer.module)
         problem = build_problem(layer.name, weights, seen, gating, config, plan.bases, drift, biases)
