@@ -32,6 +32,8 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
 def weighted_products(a: Tensor, b: Tensor, weights: Tensor) -> Tensor:
     """``sum_n weights[n] a[n] b[n]^T``, ``[m, k]``, of float32 ``[n, m]`` and ``[n, k]``."""
-    missing = -len(weights) % _MULTIPLE
-    left, right = pad(a.T * weights, (0, missing)), pad(b.T, (0, missing))
-    return product(left, right)
+    missing = (0, -len(weights) % _MULTIPLE)
+    right = pad(b.T, missing).contiguous()
+    # Transposing takes longer than weighting, so it is done once where once is enough.
+    left = right if a is b else pad(a.T, missing).contiguous()
+    return product(left * pad(weights, missing), right)

@@ -49,6 +49,10 @@ class ExpertWeights:
         """Number of expert weights, the denominator of bits_per_weight."""
         return self.gate.numel() + self.up.numel() + self.down.numel()
 
+    def every(self, stride: int) -> ExpertWeights:
+        """Views of every ``stride``-th neuron."""
+        return ExpertWeights(self.gate[:, ::stride], self.up[:, ::stride], self.down[..., ::stride])
+
 
 @dataclass(frozen=True)
 class ExpertBiases:

