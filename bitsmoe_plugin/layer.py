@@ -40,18 +40,56 @@ _REFIT_RIDGE = 0.003
 
 
 @dataclass(frozen=True)
+class RowWeights:
+    """What a unit of squared error in a factor's values costs at the layer's output, to first order.
+
+    Attributes:
+        neuron: ``[2, E, I]`` float32, of gate and up: importance of each neuron.
+        hidden: ``[E, I]`` float32, variances of the hidden activations that down is multiplied with.
+        rank: ``[1 or 2, E, r]`` float32, variances of what gate and up are multiplied with.
+    """
+
+    neuron: Tensor
+    hidden: Tensor
+    rank: Tensor
+
+    def of(self, chosen: Experts, output_basis: Tensor) -> tuple[Tensor, Tensor]:
+        """For gate, up and down the weights within a row, ``[3, e, I]``, and of whole rows, ``[3, e, r]``.
+
+        Args:
+            output_basis: ``[H, r]``.
+        """
+        rank = self.rank[:, chosen]
+        reach = output_basis.square().sum(0).expand(rank.shape[1], -1)
+        return (
+            torch.cat([self.neuron[:, chosen], self.hidden[None, chosen]]),
+            torch.stack([rank[0], rank[-1], reach]),
+        )
+
+
+@dataclass(frozen=True)
 class LayerPlan:
     """Attributes:
     costs: ``[3, E, r, widths]`` float32, estimated output error of each row at each width.
     energies: ``[3, E, r]`` float32, first-order output error of dropping each row.
     bases: quantized, to be reused when the layer is rounded.
     correction: measured over estimated error of a trial rounding; already inside ``costs``.
+    output_energy: of the layer, see ``statistics.LayerStatistics``.
+    row_weights: if rounding needs no more than the plan, see ``rounds_as_planned``.
     """
 
     costs: Tensor
     energies: Tensor
     bases: SharedBases
     correction: float
+    output_energy: float
+    row_weights: RowWeights | None = None
+
+
+def rounds_as_planned(config: BitsMoEConfig) -> bool:
+    """Whether nothing that is found out after planning changes how rows are rounded: they are taken for
+    Gaussian, so that energies tell scales, and neither follow each other nor what earlier layers put out."""
+    return config.cost == "model" and not (config.feedback or config.refit or config.sequential)
 
 
 @dataclass(frozen=True)
@@ -102,26 +140,24 @@ def _joined(parts: list[RoundedExperts], dim: int) -> tuple[Tensor, Tensor, Tens
     )
 
 
-def _output_weights(
-    problem: LayerProblem, rank: Tensor, chosen: Experts
-) -> tuple[list[Tensor], list[Tensor]]:
-    """What a unit of squared error in a factor's values costs at the layer's output, to first order.
+def row_weights(problem: LayerProblem, known: dict[int, Feedback]) -> RowWeights:
+    """Those of the rows of a layer.
 
     Args:
-        rank: ``[1 or 2, e, r]``, conditional variances of the chosen experts' gate and up inputs.
-
-    Returns:
-        for gate, up and down the weights within a row, ``[e, 1, I]``, and of whole rows, ``[e, r]``.
+        known: see ``rank_variances``.
     """
-    statistics = problem.statistics
-    hidden = feedback_of(statistics.hidden_moment[chosen], problem.config).variance
-    reach = problem.output_basis.square().sum(0).expand(rank.shape[1], -1)
-    neuron = statistics.neuron_weights[:, chosen, None]
-    return [neuron[0], neuron[1], hidden[:, None]], [rank[0], rank[-1], reach]
+    statistics, config = problem.statistics, problem.config
+    hidden = torch.cat(
+        [
+            feedback_of(statistics.hidden_moment[part], config).variance
+            for part in problem.chunks(problem.shape.num_experts)
+        ]
+    )
+    return RowWeights(statistics.neuron_weights, hidden, rank_variances(problem, known))
 
 
-def _spectral_weights(problem: LayerProblem, chosen: slice) -> tuple[list[Tensor], list[Tensor]]:
-    """The same for ``cost="spectral"``: the energy of what the factor is multiplied with.
+def _spectral_weights(problem: LayerProblem, chosen: slice) -> tuple[Tensor, Tensor]:
+    """As ``RowWeights.of``, for ``cost="spectral"``: the energy of what the factor is multiplied with.
 
     ``row_costs`` takes errors relative to each projection's total, the only common unit there is.
     """
@@ -132,15 +168,15 @@ def _spectral_weights(problem: LayerProblem, chosen: slice) -> tuple[list[Tensor
     z_energy = torch.stack(energies, 1)
     moments = problem.statistics.hidden_moment[chosen]
     hidden = moments.diagonal(dim1=1, dim2=2).mean(-1, keepdim=True).expand(-1, problem.shape.rank)
-    ones = torch.ones(len(moments), 1, problem.shape.intermediate_size)
-    return [ones, ones, ones], [z_energy[0], z_energy[-1], hidden]
+    ones = torch.ones(3, len(moments), problem.shape.intermediate_size)
+    return ones, torch.stack([z_energy[0], z_energy[-1], hidden])
 
 
-def row_costs(problem: LayerProblem, known: dict[int, Feedback] | None = None) -> tuple[Tensor, Tensor]:
+def row_costs(problem: LayerProblem, own: RowWeights | None = None) -> tuple[Tensor, Tensor]:
     """What the rows of a layer cost at every width.
 
     Args:
-        known: feedback of some experts, see ``rank_variances``; needed unless ``cost="spectral"``.
+        own: weights of the rows; needed unless ``cost="spectral"``.
 
     Returns:
         costs ``[3, E, r, widths]`` and energies ``[3, E, r]`` float32: estimated output error of
@@ -149,14 +185,14 @@ def row_costs(problem: LayerProblem, known: dict[int, Feedback] | None = None) -
     config, shape, size = problem.config, problem.shape, problem.shape.intermediate_size
     costs = torch.empty(3, shape.num_experts, shape.rank, len(config.widths))
     energies = torch.empty(3, shape.num_experts, shape.rank)
-    variances = rank_variances(problem, known) if known else None
     stride = max(1, size // _ENERGY_NEURONS) if config.cost == "model" else 1
     seen = problem.weights.every(stride)
     for chosen in problem.chunks(shape.num_experts):
-        if variances is None:
+        if own is None:
             inner, outer = _spectral_weights(problem, chosen)
         else:
-            inner, outer = _output_weights(problem, variances[:, chosen], chosen)
+            inner, outer = own.of(chosen, problem.output_basis)
+        inner = inner[:, :, None]
         factors = [
             *spectral.input_factors(seen, problem.inverses, chosen),
             spectral.down_factors(seen, problem.inverses, chosen),
@@ -172,10 +208,10 @@ def row_costs(problem: LayerProblem, known: dict[int, Feedback] | None = None) -
                 else:
                     distortion = grids.best_scale(rows, inner[factor], width)[1] * outer[factor]
                     distortion *= coding.expected_gain(width, config.grid, size)
-                if factor < 2 and variances is not None:
+                if factor < 2 and own is not None:
                     distortion *= GATE_UP_WEIGHT * (DROP_WEIGHT if width == 0 else 1.0)
                 costs[factor, chosen, :, index] = distortion
-    if variances is None:  # what a projection's factor is multiplied with has a unit of its own
+    if own is None:  # what a projection's factor is multiplied with has a unit of its own
         totals = energies.sum((1, 2), keepdim=True).clamp_min(1e-30)
         costs /= totals[..., None]
     return costs, energies
@@ -206,15 +242,17 @@ def plan_layer(problem: LayerProblem, payload_bits: int) -> LayerPlan:
     Args:
         payload_bits: the layer's share of the budget, for the trial.
     """
-    widths = problem.config.widths
+    widths, energy = problem.config.widths, problem.statistics.output_energy
     if problem.config.cost == "spectral":
-        return LayerPlan(*row_costs(problem), problem.bases, 1.0)
+        return LayerPlan(*row_costs(problem), problem.bases, 1.0, energy)
     stride = max(1, problem.shape.num_experts // _TRIAL_EXPERTS)
     experts = list(range(0, problem.shape.num_experts, stride))
     feedback = {expert: rank_feedback(problem, expert) for expert in experts}
-    costs, energies = row_costs(problem, feedback)
+    weights = row_weights(problem, feedback)
+    costs, energies = row_costs(problem, weights)
     if problem.config.cost == "model":
-        return LayerPlan(costs, energies, problem.bases, 1.0)
+        kept = weights if rounds_as_planned(problem.config) else None
+        return LayerPlan(costs, energies, problem.bases, 1.0, energy, kept)
     sizes = row_sizes(problem.shape, widths)
     least = costs.shape[:-1].numel() * sizes[0]
     trial = allocate([costs.view(-1, len(widths)).numpy()], [sizes], max(payload_bits, least))
@@ -225,7 +263,7 @@ def plan_layer(problem: LayerProblem, payload_bits: int) -> LayerPlan:
     estimated = costs[:, experts].gather(-1, choice[:, experts, :, None]).sum()
     measured = sampled_error(problem, experts, rounded.values)
     correction = measured / float(estimated) if float(estimated) > 0 and measured > 0 else 1.0
-    return LayerPlan(costs * correction, energies, problem.bases, correction)
+    return LayerPlan(costs * correction, energies, problem.bases, correction, energy)
 
 
 def round_experts(
@@ -235,7 +273,6 @@ def round_experts(
     feedback: dict[int, Feedback] | None = None,
     with_values: bool = False,
     workers: Workers = ALONE,
-    energies: Tensor | None = None,
 ) -> tuple[RoundedExperts, ScaleGrid]:
     """Round some experts at given widths, a group of bounded working set after the other.
 
@@ -245,23 +282,14 @@ def round_experts(
         feedback: of each, if known.
         with_values: also return what the codes stand for.
         workers: share the groups, and get all of them.
-        energies: ``[3, E, r]`` of the plan; if given, scales follow from them instead of from the rows.
 
     Returns:
         the rows, and their scale grid ``[3, r]``.
     """
     config = problem.config
     groups = {i: part for i, part in enumerate(problem.chunks(len(experts))) if workers.takes(i)}
-    modelled = None if energies is None else _model_scales(problem, energies, bits, experts)
-    scales = _of_all(
-        workers,
-        {
-            i: _input_scales(problem, bits[:2, part], experts[part])
-            if modelled is None
-            else modelled[:2, part]
-            for i, part in groups.items()
-        },
-    )
+    own = {i: _input_scales(problem, bits[:2, part], experts[part]) for i, part in groups.items()}
+    scales = _of_all(workers, own)
     input_grid = ScaleGrid.covering(scales, bits[:2] > 0)
     first, waiting = {}, {}
     for i, part in groups.items():
@@ -275,8 +303,7 @@ def round_experts(
             config.grid,
         )
         first[i] = RoundedExperts.of(rows, bits[:2, part], config.widths, with_values)
-        known = None if modelled is None else modelled[2, part]
-        waiting[i] = _refitted(problem, rows.values, bits[2, part], experts[part], known)
+        waiting[i] = _refitted(problem, rows.values, bits[2, part], experts[part])
         release_free_memory()
     # Down is refitted to gate and up, but the grid of its scales must be known before its first row.
     scales = _of_all(workers, {i: down.scales for i, down in waiting.items()})
@@ -284,8 +311,8 @@ def round_experts(
     done = {}
     for i, part in groups.items():
         down = waiting.pop(i)
-        own = down.factors, bits[2, part], down.feedback, grid, down.scales
-        rows = rounding.stacked(rounding.round_along_neurons(*own, config.grid))
+        given = down.factors, bits[2, part], down.feedback, grid, down.scales
+        rows = rounding.stacked(rounding.round_along_neurons(*given, config.grid))
         last = RoundedExperts.of(rows, bits[2:, part], config.widths, with_values)
         done[i] = RoundedExperts.of_all_factors(first.pop(i), last)
     everyone = RoundedExperts.of_all_experts(list(workers.merged(done).values()))
@@ -319,35 +346,15 @@ class _Down:
     scales: Tensor
 
 
-def _model_scales(problem: LayerProblem, energies: Tensor, bits: Tensor, experts: list[int]) -> Tensor:
-    """Scales ``[3, e, r]`` of rows of ``bits`` alike, from the plan's energies ``[3, E, r]``."""
-    config, size = problem.config, problem.shape.intermediate_size
-    variances = rank_variances(problem, {})
-    scales = torch.empty(bits.shape)
-    for part in problem.chunks(len(experts)):
-        chosen = experts[part]
-        weights = _output_weights(problem, variances[:, chosen], chosen)
-        for factor, (inner, outer) in enumerate(zip(*weights, strict=True)):
-            variance = energies[factor, chosen] / (outer * inner.sum(-1)).clamp_min(1e-30)
-            scales[factor, part] = rounding.model_scales(
-                variance, bits[factor, part], config.grid, size, config.widening and factor < 2
-            )
-    return scales
-
-
-def _refitted(
-    problem: LayerProblem, values: Tensor, bits: Tensor, experts: list[int], scales: Tensor | None
-) -> _Down:
+def _refitted(problem: LayerProblem, values: Tensor, bits: Tensor, experts: list[int]) -> _Down:
     """
     Args:
         values: ``[2, e, r, I]``, decoded gate and up.
         bits: ``[e, r]``, of down.
-        scales: ``[e, r]``, if they are known.
     """
     factors, moments = refit_down(problem, values, experts)
     feedback = feedback_of(moments, problem.config)
-    if scales is None:
-        scales = rounding.best_scales(factors, feedback.variance[:, None], bits, problem.config.grid)
+    scales = rounding.best_scales(factors, feedback.variance[:, None], bits, problem.config.grid)
     return _Down(factors, feedback, scales)
 
 
@@ -449,11 +456,6 @@ def sampled_error(problem: LayerProblem, experts: list[int], values: Tensor) -> 
     return alone + (together - routed_alone) * pairs
 
 
-def _scales_from_energies(config: BitsMoEConfig) -> bool:
-    """Whether energies tell scales: rows are taken for Gaussian, and are what they were planned as."""
-    return config.cost == "model" and not (config.feedback or config.refit or config.sequential)
-
-
 @dataclass(frozen=True)
 class RoundedLayer:
     """Attributes:
@@ -465,22 +467,24 @@ class RoundedLayer:
     errors: Tensor
 
 
-def round_layer(
-    problem: LayerProblem, row_bits: Tensor, workers: Workers = ALONE, plan: LayerPlan | None = None
-) -> RoundedLayer:
+def round_layer(problem: LayerProblem, row_bits: Tensor, workers: Workers = ALONE) -> RoundedLayer:
     """Round all experts at the allocated widths and pack them.
 
     Args:
         row_bits: ``[3, E, r]`` int64.
         workers: share the work; all must call this with the same arguments, and get the same.
-        plan: with ``cost="model"``, scales follow from its energies.
     """
-    widths = problem.config.widths
     everyone = list(range(problem.shape.num_experts))
-    energies = plan.energies if plan is not None and _scales_from_energies(problem.config) else None
-    rounded, grid = round_experts(problem, row_bits, everyone, workers=workers, energies=energies)
-    input_basis, input_scales = packing.pack_basis(problem.bases.input_basis)
-    output_basis, output_scales = packing.pack_basis(problem.bases.output_basis)
+    rounded, grid = round_experts(problem, row_bits, everyone, workers=workers)
+    return pack_layer(rounded, grid, problem.bases, row_bits, problem.config.widths)
+
+
+def pack_layer(
+    rounded: RoundedExperts, grid: ScaleGrid, bases: SharedBases, row_bits: Tensor, widths: tuple[int, ...]
+) -> RoundedLayer:
+    """A layer of which all experts ``[3, E]`` are rounded, as it is stored."""
+    input_basis, input_scales = packing.pack_basis(bases.input_basis)
+    output_basis, output_scales = packing.pack_basis(bases.output_basis)
     packed = PackedExperts(
         row_codes=packing.pack_row_codes(row_bits, rounded.scale_codes, widths),
         scale_grid=packing.pack_scale_grid(grid),
@@ -491,7 +495,7 @@ def round_layer(
         output_scales=output_scales,
     )
     errors = rounded.errors.sum(2)
-    errors[2] = rounded.errors[2] @ problem.output_basis.square().sum(0)
+    errors[2] = rounded.errors[2] @ bases.output_basis.dequantize().square().sum(0)
     return RoundedLayer(packed, errors)
 
 

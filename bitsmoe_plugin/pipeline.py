@@ -35,6 +35,7 @@ from bitsmoe_plugin.kept import choose_kept, model_budget, row_groups, with_orig
 from bitsmoe_plugin.layer import LayerPlan, bits_over_bound, plan_layer, round_layer, row_sizes
 from bitsmoe_plugin.memory import release_free_memory
 from bitsmoe_plugin.packing import LayerShape, PackedExperts
+from bitsmoe_plugin.planned_rounding import round_as_planned
 from bitsmoe_plugin.problem import build_problem
 from bitsmoe_plugin.progress import Hidden, PackedLayer, PlannedLayer, Progress, ProgressInMemory, Widths
 from bitsmoe_plugin.residual_gain import as_seen_by_the_stream, residual_gains
@@ -379,7 +380,8 @@ def _round_layer(
 def _fit_layer(run: _Run, index: int, exact: Hidden, widths: Widths) -> _FittedLayer:
     """Round the experts of an MoE layer on what the layers before it put out."""
     layer, config = run.moe[index], run.config
-    plan = run.workers.from_main(lambda: run.progress.plan(index).plan)
+    planned = run.workers.from_main(lambda: run.progress.plan(index))
+    plan = planned.plan
     row_bits, kept = widths.rows[index].long(), widths.kept[index]
     with run.loaded(layer) as weights:
         exact = run.forward.run(index, exact)
@@ -390,8 +392,13 @@ def _fit_layer(run: _Run, index: int, exact: Hidden, widths: Widths) -> _FittedL
         drift = _drift(exact, outputs, gains)[: run.tokens] if config.compensation else None
         counts = warn_about_thin_calibration(layer.name, seen, shape)
         biases = read_biases(layer.module)
-        problem = build_problem(layer.name, weights, seen, gating, config, plan.bases, drift, biases)
-        result = round_layer(problem, row_bits, run.workers, plan)
+        energy, peaks = plan.output_energy, planned.outputs.peaks
+        if plan.row_weights is not None:
+            result = round_as_planned(weights, row_bits, plan, plan.row_weights, config, run.workers)
+        else:
+            problem = build_problem(layer.name, weights, seen, gating, config, plan.bases, drift, biases)
+            result = round_layer(problem, row_bits, run.workers)
+            energy, peaks = problem.statistics.output_energy, problem.statistics.output_peaks
         packed = with_originals(result.packed, weights, biases, kept)
         entry = layer_manifest(shape, packed, layer.module.down_proj.dtype, kept)
     others = _others(plan.costs, kept)
@@ -401,9 +408,9 @@ def _fit_layer(run: _Run, index: int, exact: Hidden, widths: Widths) -> _FittedL
         "calibration_error": None,
         "unseen_error": None,
         "bits_over_bound": over,
-        "output_energy": problem.statistics.output_energy,
+        "output_energy": energy,
         "tokens_per_expert": counts.tolist(),
-        "output_peaks": problem.statistics.output_peaks.tolist(),
+        "output_peaks": peaks.tolist(),
         "super_experts": list(widths.super_experts[index]),
         "spectrum": spectrum(plan.energies, others),
     }

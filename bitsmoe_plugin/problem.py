@@ -77,8 +77,17 @@ class LayerProblem:
 
     def chunks(self, experts: int) -> list[slice]:
         """Positions 0..experts in groups of bounded working set."""
-        size = max(1, WORKING_SET // self.pooled.numel())
-        return [slice(start, min(start + size, experts)) for start in range(0, experts, size)]
+        return expert_groups(experts, self.pooled.numel())
+
+
+def expert_groups(experts: int, covariance: int) -> list[slice]:
+    """Positions 0..experts in groups of bounded working set.
+
+    Args:
+        covariance: values that the covariances of an expert hold.
+    """
+    size = max(1, WORKING_SET // covariance)
+    return [slice(start, min(start + size, experts)) for start in range(0, experts, size)]
 
 
 def shared_bases(weights: ExpertWeights, stats: LayerStatistics, config: BitsMoEConfig) -> SharedBases:

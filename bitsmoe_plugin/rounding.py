@@ -295,6 +295,7 @@ def round_along_rank(
     scales: Tensor,
     grid: str,
     fast: bool = True,
+    in_place: bool = False,
 ) -> RoundedRows:
     """Round gate and up factors, row after row, each row making up for the errors of the rows before it.
 
@@ -307,6 +308,7 @@ def round_along_rank(
         scales: ``[factors, experts, rank]``, free scales to start from.
         grid: see ``coding``.
         fast: use compiled code, if there is any.
+        in_place: ``factors``, contiguous, may be overwritten.
 
     Returns:
         see ``RoundedRows``.
@@ -319,7 +321,7 @@ def round_along_rank(
         torch.empty(bits.shape),
     )
     loop = _RankLoop(
-        factors.clone(memory_format=torch.contiguous_format),
+        factors if in_place else factors.clone(memory_format=torch.contiguous_format),
         bits.to(torch.uint8).contiguous(),
         None if feedback.unit is None else feedback.unit.contiguous(),
         neuron_weights.contiguous(),
@@ -329,8 +331,8 @@ def round_along_rank(
         rows,
     )
     round_part = loop.round_fast if fast and fast_rounding.available(factors) else loop.round
-    if feedback.unit is None:
-        round_part(0, rank, loop.work.clone(), grid)
+    if feedback.unit is None:  # a row is its own target, and what is left of it nobody reads
+        round_part(0, rank, loop.work, grid)
     for far in range(0, rank if feedback.unit is not None else 0, _FAR):
         targets = loop.passed_on(0, far, far, min(far + _FAR, rank))
         targets += loop.work[:, :, far : far + _FAR]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitsmoe_plugin.layer import LayerPlan
+from bitsmoe_plugin.layer import LayerPlan, RowWeights
 from bitsmoe_plugin.packing import PackedExperts
 from bitsmoe_plugin.progress import Hidden, PackedLayer, PlannedLayer, Widths, check_digest
 from bitsmoe_plugin.spectral import QuantizedBasis, SharedBases
@@ -74,7 +74,13 @@ class ProgressOnDisk:
         if layer is not None:
             plan, outputs = layer.plan, layer.outputs
             tensors = {"costs": plan.costs, "energies": plan.energies, "peaks": outputs.peaks}
-            values: dict[str, Any] = {"correction": plan.correction, "massive": outputs.massive}
+            values: dict[str, Any] = {
+                "correction": plan.correction,
+                "output_energy": plan.output_energy,
+                "massive": outputs.massive,
+            }
+            if plan.row_weights is not None:
+                tensors |= {f"weights.{name}": tensor for name, tensor in vars(plan.row_weights).items()}
             for name in _BASES:
                 basis: QuantizedBasis = getattr(plan.bases, name)
                 tensors |= {f"{name}.codes": basis.codes, f"{name}.scales": basis.scales}
@@ -97,8 +103,18 @@ class ProgressOnDisk:
             )
             for name in _BASES
         ]
+        weights = {
+            name.removeprefix("weights."): tensor.clone()
+            for name, tensor in tensors.items()
+            if name.startswith("weights.")
+        }
         plan = LayerPlan(
-            tensors["costs"], tensors["energies"].clone(), SharedBases(*bases), values["correction"]
+            costs=tensors["costs"],
+            energies=tensors["energies"].clone(),
+            bases=SharedBases(*bases),
+            correction=values["correction"],
+            output_energy=values["output_energy"],
+            row_weights=RowWeights(**weights) if weights else None,
         )
         return PlannedLayer(plan, ExpertOutputs(tensors["peaks"].clone(), values["massive"]))
 

@@ -22,10 +22,12 @@ from bitsmoe_plugin.layer import (
     round_experts,
     round_layer,
     row_costs,
+    row_weights,
     sampled_error,
 )
 from bitsmoe_plugin.packed_spec import PackedSpec
 from bitsmoe_plugin.packing import PackedExperts
+from bitsmoe_plugin.planned_rounding import round_as_planned
 from bitsmoe_plugin.problem import LayerProblem, build_problem, rank_feedback, rank_variances
 from bitsmoe_plugin.serving import gating
 from bitsmoe_plugin.spectral import ExpertWeights
@@ -144,7 +146,8 @@ def costs_of(problem: LayerProblem) -> tuple[Tensor, Tensor]:
     """``row_costs`` with the feedback of all experts, if it is needed."""
     if problem.config.cost == "spectral":
         return row_costs(problem)
-    return row_costs(problem, {expert: rank_feedback(problem, expert) for expert in range(E)})
+    known = {expert: rank_feedback(problem, expert) for expert in range(E)}
+    return row_costs(problem, row_weights(problem, known))
 
 
 def factors_of(problem: LayerProblem) -> Tensor:
@@ -413,6 +416,20 @@ def test_reported_errors_predict_the_measured_error(layer) -> None:
     squares = (out - layer.forward(*routing(layer))).square().mean(-1)
     measured = float((squares * layer.activations.token_weights).mean())
     assert float(rounded.errors.sum()) == pytest.approx(measured, rel=0.2)
+
+
+def test_rounding_as_planned_is_as_good(layer) -> None:
+    """Method fast rounds from the plan alone: the errors that it reports must be those of rounding that looks
+    at rows and activations again, but for scales (a few percent), factor by factor; and expert by expert."""
+    problem, row_bits = problem_of(layer, method="fast"), mixed_widths()
+    plan = plan_layer(problem, 10**6)
+    assert plan.row_weights is not None
+    planned = round_as_planned(layer.weights, row_bits, plan, plan.row_weights, problem.config)
+    wanted = round_layer(problem, row_bits)
+    torch.testing.assert_close(planned.errors.sum(1), wanted.errors.sum(1), rtol=0.05, atol=0)
+    torch.testing.assert_close(planned.errors[:, 1], wanted.errors[:, 1])  # nothing is left of it
+    assert planned.packed.payload.shape == wanted.packed.payload.shape
+    assert plan_layer(problem_of(layer), 10**6).row_weights is None
 
 
 def test_a_runtime_follows_its_buffers(layer) -> None:

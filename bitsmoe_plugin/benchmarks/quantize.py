@@ -26,6 +26,7 @@ from bitsmoe_plugin.benchmarks.output import Row, add_benchmark
 from bitsmoe_plugin.budget import plan_budget
 from bitsmoe_plugin.config import METHODS, BitsMoEConfig
 from bitsmoe_plugin.packing import LayerShape
+from bitsmoe_plugin.planned_rounding import round_as_planned
 from bitsmoe_plugin.rounding import round_along_neurons, round_along_rank
 from bitsmoe_plugin.spectral import ExpertWeights
 from bitsmoe_plugin.statistics import LayerActivations
@@ -99,8 +100,11 @@ def _quantize(weights: ExpertWeights, activations: LayerActivations, config: Bit
     costs = plan.costs.view(-1, len(config.widths)).numpy()
     result = allocate([costs], [layer.row_sizes(shape, config.widths)], budget)
     bits = torch.tensor(config.widths)[torch.from_numpy(result.choice).long()].view(plan.costs.shape[:-1])
-    second = problem.build_problem("layer", weights, activations, _gating, config, plan.bases)
-    layer.round_layer(second, bits, plan=plan)
+    if plan.row_weights is not None:
+        round_as_planned(weights, bits, plan, plan.row_weights, config)
+    else:
+        second = problem.build_problem("layer", weights, activations, _gating, config, plan.bases)
+        layer.round_layer(second, bits)
 
 
 def _seconds(stats: pstats.Stats, function: Callable[..., Any]) -> float:
