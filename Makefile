@@ -115,8 +115,8 @@ lock: install-gptq install-vllm
 audit:
 	test -d $(AUDIT_VENV) || $(PYTHON) -m venv $(AUDIT_VENV)
 	$(AUDIT_VENV)/bin/pip install -q pip-audit==2.10.1
-	$(AUDIT_VENV)/bin/pip-audit --disable-pip --no-deps -r .ci/constraints.txt
-	$(AUDIT_VENV)/bin/pip-audit --disable-pip --no-deps -r .ci/constraints-vllm.txt
+	$(AUDIT_VENV)/bin/pip-audit --strict --disable-pip --no-deps -r .ci/constraints.txt
+	$(AUDIT_VENV)/bin/pip-audit --strict --disable-pip --no-deps -r .ci/constraints-vllm.txt
 
 # pip unpacks the source distribution into another directory each time.
 dist: install
