@@ -65,7 +65,9 @@ def run(args: argparse.Namespace, variant: Variant, texts: list[EvaluationText],
         batch_size=args.batch_size,
         **variant.options,
     )
-    model = AutoModelForCausalLM.from_pretrained(args.model, quantization_config=config)
+    model = AutoModelForCausalLM.from_pretrained(
+        args.model, quantization_config=config, device_map=args.device
+    )
     seconds = time.perf_counter() - start
     result = evaluate_model(model, texts, reference=reference, batch_size=args.batch_size)
     agreement = 100 * (result.top1_agreement or 0.0)
@@ -90,6 +92,7 @@ def main() -> None:
     parser.add_argument("--sequence-length", type=int, default=512)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--max-tokens", type=int, default=30_000)
+    parser.add_argument("--device", help="for example cuda; default: the CPU")
     parser.add_argument("--only", help="comma list of variant numbers, from 0")
     args = parser.parse_args()
     chosen = [VARIANTS[int(i)] for i in args.only.split(",")] if args.only else list(VARIANTS)
@@ -97,7 +100,7 @@ def main() -> None:
     texts = evaluation_text(
         args.eval, tokenizer, sequence_length=args.sequence_length, max_tokens=args.max_tokens
     )
-    reference = AutoModelForCausalLM.from_pretrained(args.model).eval()
+    reference = AutoModelForCausalLM.from_pretrained(args.model, device_map=args.device).eval()
     full = evaluate_model(reference, texts, batch_size=args.batch_size)
     print("| variant | perplexity | KL | same top token | bits over bound | seconds |")
     print("|---|---|---|---|---|---|")
