@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from functools import cache
 from importlib.util import find_spec
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from bitsmoe_plugin import fast_rounding, grids, trellis
-from bitsmoe_plugin.kernels.triton_target import Launch, Launcher, run
+
+if TYPE_CHECKING:
+    from bitsmoe_plugin.kernels.triton_target import Launcher
 
 BLOCK = trellis.BLOCK
 _BLOCKS, _COLUMNS = 1, 1024
@@ -35,6 +37,21 @@ def available(*tensors: Tensor) -> bool:
     return all(tensor.device.type == "cuda" for tensor in tensors) and _has_triton()
 
 
+def _launch(
+    kernel: str,
+    grid: tuple[int, ...],
+    arguments: dict[str, Any],
+    constants: dict[str, Any],
+    warps: int,
+    launch: Launcher | None,
+) -> None:
+    """Launch a kernel, by default on the current stream. Triton is imported only here."""
+    from bitsmoe_plugin.kernels import triton_rounding, triton_target
+
+    entry = triton_target.Launch(getattr(triton_rounding, kernel), grid, arguments, constants, warps)
+    (launch or triton_target.run)(entry)
+
+
 @cache
 def _tables(device: torch.device) -> tuple[Tensor, Tensor]:
     """Values of the trellises' windows ``[4, 256]``, and the uniform grids' steps ``[17]``."""
@@ -49,6 +66,11 @@ def _programs(blocks: int, device: torch.device) -> tuple[int, int]:
     return per, -(-blocks // per)
 
 
+def _bytes(widths: Tensor) -> Tensor:
+    """Always of one dtype, because kernels are compiled for each."""
+    return widths.to(torch.uint8).contiguous()
+
+
 def round_into(
     rows: Tensor,
     scales: Tensor,
@@ -58,7 +80,7 @@ def round_into(
     codes: Tensor,
     values: Tensor,
     grid: str,
-    launch: Launcher = run,
+    launch: Launcher | None = None,
 ) -> None:
     """Codes and values of rows, each at its own width.
 
@@ -75,11 +97,9 @@ def round_into(
         return
     assert rows.stride(1) == codes.stride(1) == values.stride(1) == 1
     assert weights.is_contiguous()
-    from bitsmoe_plugin.kernels.triton_rounding import round_kernel
-
     tables, steps = _tables(rows.device)
     blocks, programs = _programs(-(-size // BLOCK), rows.device)
-    tensors = {"rows": rows, "scales": scales.contiguous(), "weights": weights, "widths": widths.contiguous()}
+    tensors = {"rows": rows, "scales": scales.contiguous(), "weights": weights, "widths": _bytes(widths)}
     sizes = {
         "size": size,
         "row_stride": rows.stride(0),
@@ -89,7 +109,7 @@ def round_into(
     }
     tensors |= {"tables": tables, "steps": steps, "codes": codes, "values": values}
     constants = {"BLOCKS": blocks, "TRELLIS": grid == "trellis"}
-    launch(Launch(round_kernel, (count, programs), {**tensors, **sizes}, constants, 1))
+    _launch("round_kernel", (count, programs), {**tensors, **sizes}, constants, 1, launch)
 
 
 def rounded(rows: Tensor, scales: Tensor, weights: Tensor, bits: Tensor, grid: str) -> tuple[Tensor, Tensor]:
@@ -105,7 +125,13 @@ def rounded(rows: Tensor, scales: Tensor, weights: Tensor, bits: Tensor, grid: s
 
 
 def choose_scales(
-    rows: Tensor, weights: Tensor, bits: Tensor, start: Tensor, low: Tensor, step: Tensor, launch: Launcher = run
+    rows: Tensor,
+    weights: Tensor,
+    bits: Tensor,
+    start: Tensor,
+    low: Tensor,
+    step: Tensor,
+    launch: Launcher | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Scale codes uint8 and scales float32, both ``[...]``, of rows ``[..., n]``; see ``rounding``.
 
@@ -114,33 +140,29 @@ def choose_scales(
         start: planned codes ``[...]``, float32.
         low, step: broadcast against ``start``.
     """
-    from bitsmoe_plugin.kernels.triton_rounding import choose_kernel
-
     size = rows.shape[-1]
     shared, per = fast_rounding.per_row(weights, rows)
     flat = rows.reshape(-1, size)
     codes = torch.empty(start.shape, dtype=torch.uint8, device=rows.device)
     scales = torch.empty(start.shape, dtype=torch.float32, device=rows.device)
-    tensors: dict[str, Any] = {"rows": flat, "weights": shared, "widths": bits.contiguous()}
+    tensors: dict[str, Any] = {"rows": flat, "weights": shared, "widths": _bytes(bits)}
     tensors |= {"start": start.contiguous(), "low": low.expand_as(start).contiguous()}
     tensors |= {"step": step.expand_as(start).contiguous(), "steps": grids.steps(rows.device)}
     tensors |= {"scale_codes": codes, "scales": scales}
     sizes = {"size": size, "row_stride": flat.stride(0), "rows_per_weights": per}
     columns = min(_COLUMNS, max(32, 1 << (size - 1).bit_length()))
     constants = {"NEARBY": _NEARBY, "LEVELS": _LEVELS, "COLUMNS": columns}
-    launch(Launch(choose_kernel, (len(flat),), {**tensors, **sizes}, constants, 4))
+    _launch("choose_kernel", (len(flat),), {**tensors, **sizes}, constants, 4, launch)
     return codes, scales
 
 
-def pack(codes: Tensor, bits: Tensor, launch: Launcher = run) -> list[Tensor]:
-    """Payload words of the rows of every (factor, expert), int32 on the CPU; see ``packing.pack_expert``.
+def pack(codes: Tensor, bits: Tensor, launch: Launcher | None = None) -> list[Tensor]:
+    """Payload words of the rows of every expert's factor, int32 on the CPU; see ``packing.pack_expert``.
 
     Args:
         codes: ``[pairs, r, n]`` int32, whole blocks.
         bits: ``[pairs, r]`` int64.
     """
-    from bitsmoe_plugin.kernels.triton_rounding import pack_kernel
-
     pairs, _, size = codes.shape
     order = torch.argsort(-bits, dim=-1, stable=True)
     words = bits * (size // BLOCK)
@@ -152,7 +174,7 @@ def pack(codes: Tensor, bits: Tensor, launch: Launcher = run) -> list[Tensor]:
     if sum(own):
         blocks, programs = _programs(size // BLOCK, codes.device)
         flat = codes.reshape(-1, size)
-        arguments = {"codes": flat, "widths": bits.flatten(), "starts": starts.flatten(), "payload": payload}
+        arguments = {"codes": flat, "widths": _bytes(bits), "starts": starts.flatten(), "payload": payload}
         grid = (pairs * bits.shape[1], programs)
-        launch(Launch(pack_kernel, grid, {**arguments, "size": size}, {"BLOCKS": blocks}, 1))
+        _launch("pack_kernel", grid, {**arguments, "size": size}, {"BLOCKS": blocks}, 1, launch)
     return list(payload.cpu().split(own))

@@ -14,6 +14,7 @@ from torch import Tensor
 from bitsmoe_plugin import bound, coding, grids, packing, rounding
 from bitsmoe_plugin.allocation import allocate
 from bitsmoe_plugin.config import BitsMoEConfig
+from bitsmoe_plugin.devices import computing_on
 from bitsmoe_plugin.memory import release_free_memory
 from bitsmoe_plugin.packing import LayerShape, PackedExperts
 from bitsmoe_plugin.problem import LayerProblem, feedback_of, rank_feedback, rank_variances
@@ -39,7 +40,8 @@ _REFIT_RIDGE = 0.003
 @dataclass(frozen=True)
 class LayerPlan:
     """Attributes:
-    costs: ``[3, E, r, widths]`` float32, estimated output error of each row at each width.
+    costs: ``[3, E, r, widths]`` float32, estimated output error of each row at each width. This and all
+        else is on the CPU.
     energies: ``[3, E, r]`` float32, first-order output error of dropping each row.
     bases: quantized, to be reused when the layer is rounded.
     correction: measured over estimated error of a trial rounding; already inside ``costs``.
@@ -56,7 +58,7 @@ class RoundedExperts:
     """Some experts after rounding; first axis: gate, up, down.
 
     Attributes:
-        words: payload of each ``[3][e]``.
+        words: payload of each ``[3][e]``, on the CPU.
         scale_codes: ``[3, e, r]`` uint8.
         errors: ``[3, e, r]`` float32, see ``rounding.RoundedRows``.
         values: ``[3, e, r, I]`` float32, what is stored; None unless asked for.
@@ -73,10 +75,14 @@ class RoundedExperts:
     ) -> RoundedExperts:
         """Packed rows of some factors ``[factors, e, r, ...]`` at ``bits`` alike."""
         words = [
-            [packing.pack_expert(*expert, widths) for expert in zip(codes, width, strict=True)]
-            for codes, width in zip(rows.codes, bits, strict=True)
+            packing.pack_experts(codes, width, widths) for codes, width in zip(rows.codes, bits, strict=True)
         ]
         return RoundedExperts(words, rows.scale_codes, rows.errors, rows.values if with_values else None)
+
+    def to(self, device: torch.device | str) -> RoundedExperts:
+        """The same on a device, but for the words."""
+        values = None if self.values is None else self.values.to(device)
+        return RoundedExperts(self.words, self.scale_codes.to(device), self.errors.to(device), values)
 
     @staticmethod
     def of_all_factors(rank: RoundedExperts, down: RoundedExperts) -> RoundedExperts:
@@ -185,26 +191,34 @@ def plan_layer(problem: LayerProblem, payload_bits: int) -> LayerPlan:
     Args:
         payload_bits: the layer's share of the budget, for the trial.
     """
+    with computing_on(problem.device):
+        costs, energies, correction = _corrected_costs(problem, payload_bits)
+    cpu = torch.device("cpu")
+    return LayerPlan(costs.to(cpu), energies.to(cpu), problem.bases.to(cpu), correction)
+
+
+def _corrected_costs(problem: LayerProblem, payload_bits: int) -> tuple[Tensor, Tensor, float]:
+    """Costs, energies and correction of a plan."""
     widths = problem.config.widths
     if problem.config.cost == "spectral":
-        return LayerPlan(*row_costs(problem), problem.bases, 1.0)
+        return *row_costs(problem), 1.0
     stride = max(1, problem.shape.num_experts // _TRIAL_EXPERTS)
     experts = list(range(0, problem.shape.num_experts, stride))
     feedback = {expert: rank_feedback(problem, expert) for expert in experts}
     costs, energies = row_costs(problem, feedback)
     if problem.config.cost == "model":
-        return LayerPlan(costs, energies, problem.bases, 1.0)
+        return costs, energies, 1.0
     sizes = row_sizes(problem.shape, widths)
     least = costs.shape[:-1].numel() * sizes[0]
-    trial = allocate([costs.view(-1, len(widths)).numpy()], [sizes], max(payload_bits, least))
-    choice = torch.from_numpy(trial.choice).long().view(costs.shape[:-1])
+    trial = allocate([costs.view(-1, len(widths)).cpu().numpy()], [sizes], max(payload_bits, least))
+    choice = torch.from_numpy(trial.choice).to(costs.device).long().view(costs.shape[:-1])
     bits = torch.tensor(widths)[choice[:, experts]]
     rounded, _ = round_experts(problem, bits, experts, feedback, with_values=True)
     assert rounded.values is not None
     estimated = costs[:, experts].gather(-1, choice[:, experts, :, None]).sum()
     measured = sampled_error(problem, experts, rounded.values)
     correction = measured / float(estimated) if float(estimated) > 0 and measured > 0 else 1.0
-    return LayerPlan(costs * correction, energies, problem.bases, correction)
+    return costs * correction, energies, correction
 
 
 def round_experts(
@@ -240,6 +254,7 @@ def round_experts(
             else modelled[:2, part]
             for i, part in groups.items()
         },
+        problem.device,
     )
     input_grid = ScaleGrid.covering(scales, bits[:2] > 0)
     first, waiting = {}, {}
@@ -258,7 +273,7 @@ def round_experts(
         waiting[i] = _refitted(problem, rows.values, bits[2, part], experts[part], known)
         release_free_memory()
     # Down is refitted to gate and up, but the grid of its scales must be known before its first row.
-    scales = _of_all(workers, {i: down.scales for i, down in waiting.items()})
+    scales = _of_all(workers, {i: down.scales for i, down in waiting.items()}, problem.device)
     grid = ScaleGrid.covering(scales, bits[2] > 0)
     done = {}
     for i, part in groups.items():
@@ -267,13 +282,17 @@ def round_experts(
         rows = rounding.stacked(rounding.round_along_neurons(*own, config.grid))
         last = RoundedExperts.of(rows, bits[2:, part], config.widths, with_values)
         done[i] = RoundedExperts.of_all_factors(first.pop(i), last)
-    everyone = RoundedExperts.of_all_experts(list(workers.merged(done).values()))
+    if workers.size > 1:
+        done = workers.merged({i: part.to("cpu") for i, part in done.items()})
+    everyone = RoundedExperts.of_all_experts(list(done.values())).to(problem.device)
     return everyone, input_grid.stacked_with(grid)
 
 
-def _of_all(workers: Workers, scales: dict[int, Tensor]) -> Tensor:
+def _of_all(workers: Workers, scales: dict[int, Tensor], device: torch.device) -> Tensor:
     """Scales ``[..., e, r]`` of all groups from those of this process's."""
-    return torch.cat(list(workers.merged(scales).values()), dim=-2)
+    if workers.size > 1:
+        scales = workers.merged({i: part.cpu() for i, part in scales.items()})
+    return torch.cat([part.to(device) for part in scales.values()], dim=-2)
 
 
 def _input_scales(problem: LayerProblem, bits: Tensor, experts: list[int]) -> Tensor:
@@ -453,10 +472,22 @@ def round_layer(
         row_bits: ``[3, E, r]`` int64.
         workers: share the work; all must call this with the same arguments, and get the same.
         plan: with ``cost="model"``, scales follow from its energies.
+
+    Returns:
+        the layer, on the CPU.
     """
+    with computing_on(problem.device):
+        return _rounded_layer(problem, row_bits.to(problem.device), workers, plan)
+
+
+def _rounded_layer(
+    problem: LayerProblem, row_bits: Tensor, workers: Workers, plan: LayerPlan | None
+) -> RoundedLayer:
     widths = problem.config.widths
     everyone = list(range(problem.shape.num_experts))
-    energies = plan.energies if plan is not None and _scales_from_energies(problem.config) else None
+    energies = None
+    if plan is not None and _scales_from_energies(problem.config):
+        energies = plan.energies.to(problem.device)
     rounded, grid = round_experts(problem, row_bits, everyone, workers=workers, energies=energies)
     input_basis, input_scales = packing.pack_basis(problem.bases.input_basis)
     output_basis, output_scales = packing.pack_basis(problem.bases.output_basis)
@@ -471,7 +502,7 @@ def round_layer(
     )
     errors = rounded.errors.sum(2)
     errors[2] = rounded.errors[2] @ problem.output_basis.square().sum(0)
-    return RoundedLayer(packed, errors)
+    return RoundedLayer(packed.cpu(), errors.cpu())
 
 
 def bits_over_bound(

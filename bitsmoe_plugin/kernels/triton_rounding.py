@@ -65,7 +65,9 @@ def _run(x_start, w_start, keep, tail, scale, largest, metric, table, BITS: tl.c
 
 
 @triton.jit
-def _trace_back(trace, state, codes, values, tables, scale, store, tail, BITS: tl.constexpr, STORE: tl.constexpr):
+def _trace_back(
+    trace, state, codes, values, tables, scale, store, tail, BITS: tl.constexpr, STORE: tl.constexpr
+):
     """State where the best path into ``state`` ``[B]`` began; stores its codes and values if STORE."""
     states: tl.constexpr = 1 << (8 - BITS)
     every = tl.expand_dims(tl.arange(0, states), 0)
@@ -115,7 +117,11 @@ def _search(x_start, w_start, codes, values, tables, scale, keep, tail, BITS: tl
         _trace_back(trace, seam, codes, values, tables, scale, again, tail, BITS, True)
 
 
-@triton.jit
+_NUMBERS = ["size", "row_stride", "code_stride", "value_stride", "rows_per_weights"]
+"""What compiled code does not depend on: compiling the trellis searches takes some seconds."""
+
+
+@triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=["rows", "weights", "codes", "values"])
 def round_kernel(
     rows,
     scales,
@@ -166,7 +172,7 @@ def round_kernel(
         tl.store(tl.expand_dims(v_start, 1) + column, (code - top * 0.5) * (scale * step), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_NUMBERS[:2] + _NUMBERS[4:], do_not_specialize_on_alignment=["rows", "weights"])
 def choose_kernel(
     rows,
     weights,
@@ -230,7 +236,9 @@ def pack_kernel(codes, widths, starts, payload, size, BLOCKS: tl.constexpr):
     for j in range(width):
         shift = column * width - 32 * j
         inside = (shift > -width) & (shift < 32)
-        moved = tl.where(shift >= 0, code << tl.maximum(tl.minimum(shift, 31), 0), code >> tl.maximum(-shift, 0))
+        moved = tl.where(
+            shift >= 0, code << tl.maximum(tl.minimum(shift, 31), 0), code >> tl.maximum(-shift, 0)
+        )
         # Their bits do not overlap, so that the sum joins them.
         word = tl.sum(tl.where(inside, moved & 0xFFFFFFFF, 0), axis=1)
         tl.store(start + j, word.to(tl.int32), mask=keep)
