@@ -27,6 +27,12 @@ _COPIES = ("aten::_to_copy", "aten::copy_")
 _TABLES = (grids.steps, gpu_rounding._tables)
 
 
+def _without_lists(index: Any) -> Any:
+    """Lists as tensors; torch would make them on the meta device, without values."""
+    parts = index if isinstance(index, tuple) else (index,)
+    return tuple(torch.tensor(part, device=DEVICE) if isinstance(part, list) else part for part in parts)
+
+
 class Elsewhere(Tensor):
     """Says that it is on ``DEVICE``; the values are those of ``here``."""
 
@@ -50,6 +56,12 @@ class Elsewhere(Tensor):
 
     def numpy(self, *_: Any) -> Any:
         raise AssertionError("numpy() of a tensor that is not on the CPU")
+
+    def __getitem__(self, index: Any) -> Any:
+        return super().__getitem__(_without_lists(index))
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        super().__setitem__(_without_lists(index), value)
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -94,6 +106,20 @@ def _run(launch: triton_target.Launch) -> None:
         launch.kernel[launch.grid](**here, **launch.constants)
 
 
+def _with_values(make: Any) -> Any:
+    """``torch.tensor`` or ``as_tensor``, which make tensors on the meta device without asking for values."""
+
+    def made(data: Any, **options: Any) -> Tensor:
+        device = options.pop("device", None) or (
+            data.device if isinstance(data, Tensor) else torch.empty(0).device
+        )
+        with torch.device("cpu"):
+            result: Tensor = data if isinstance(data, Tensor) else make(data, **options)
+        return result.to(device)
+
+    return made
+
+
 @contextmanager
 def pretended_device(monkeypatch: pytest.MonkeyPatch, triton: bool) -> Iterator[torch.device]:
     """The device, while this is entered; with or without the kernels of ``gpu_rounding``."""
@@ -111,6 +137,8 @@ def pretended_device(monkeypatch: pytest.MonkeyPatch, triton: bool) -> Iterator[
         gpu_rounding, "available", lambda *ts: triton and all(t.device.type == DEVICE.type for t in ts)
     )
     monkeypatch.setattr(triton_target, "run", _run)
+    monkeypatch.setattr(torch, "tensor", _with_values(torch.tensor))
+    monkeypatch.setattr(torch, "as_tensor", _with_values(torch.as_tensor))
     for cached in _TABLES:
         cached.cache_clear()
     with _Mode():

@@ -202,7 +202,7 @@ def choose_kernel(
     best = float("inf")
     chosen = begin * 0.0
     for offset in range(2 * NEARBY + 1):
-        code = tl.minimum(tl.maximum(begin + (offset - NEARBY).to(tl.float32), 0.0), LEVELS - 1.0)
+        code = tl.minimum(tl.maximum(begin + (offset - NEARBY), 0.0), LEVELS - 1.0)
         scale = tl.exp2(base + code * octaves)
         total = tl.zeros([COLUMNS], tl.float32)
         for first in range(0, size, COLUMNS):
