@@ -117,8 +117,9 @@ class PackedExperts:
 
     def cpu(self) -> PackedExperts:
         """The same on the CPU; no copy if it is there."""
-        found = {field.name: getattr(self, field.name) for field in fields(self)}
-        return PackedExperts(**{name: None if t is None else t.cpu() for name, t in found.items()})
+        return PackedExperts(
+            **{name.removeprefix("bitsmoe_"): tensor.cpu() for name, tensor in self.tensors()}
+        )
 
     def stored_bits(self) -> int:
         """Everything that is stored for the experts of this layer."""

@@ -77,7 +77,11 @@ def _compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         strangers = [t.shape for t in checked if not isinstance(t, Elsewhere) and t.dim()]
         if strangers:
             raise AssertionError(f"{name}: tensors of shapes {strangers} are on the CPU, others elsewhere")
-    if kwargs.get("generator") is not None and asked is not None and torch.device(asked) != torch.device("cpu"):
+    if (
+        kwargs.get("generator") is not None
+        and asked is not None
+        and torch.device(asked) != torch.device("cpu")
+    ):
         raise AssertionError(f"{name}: a generator of the CPU for a tensor elsewhere")
     moved = asked is not None and torch.device(asked).type == DEVICE.type
     there = moved or (asked is None and any(isinstance(t, Elsewhere) for t in tensors))
@@ -85,7 +89,7 @@ def _compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         kwargs = {**kwargs, "device": torch.device("cpu")}
     here = tree_map(lambda t: t.here if isinstance(t, Elsewhere) else t, (args, kwargs))
     result = func(*here[0], **here[1])
-    if name == "aten::copy_" or name.rstrip("_") != name and not name.endswith("__"):
+    if name == "aten::copy_" or (name.rstrip("_") != name and not name.endswith("__")):
         return args[0]
     wrap = there and name != "aten::_local_scalar_dense"
     return tree_map(lambda t: Elsewhere(t) if wrap and isinstance(t, Tensor) else t, result)

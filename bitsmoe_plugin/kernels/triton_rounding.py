@@ -1,8 +1,8 @@
 """Triton kernels that round rows of mixed widths: the device's side of ``coding`` and ``rounding``.
 
-Nothing waits for the host: every row brings its own width, and a launch treats all of them. What they compute is
-defined in ``viterbi``, ``grids`` and ``rounding._choose_scales``; sums are taken in another order, so that
-a choice between nearly equal codes may differ.
+Nothing waits for the host: every row brings its own width, and a launch treats all of them. What they
+compute is defined in ``viterbi``, ``grids`` and ``rounding._choose_scales``; sums are taken in another
+order, so that a choice between nearly equal codes may differ.
 
 The trellis needs no gathers. With S = 2**(8 - bits) states, window w leads from state w % S to state
 w >> bits. So costs of all windows are the costs of the states, repeated for the windows' upper bits, and the
@@ -28,9 +28,10 @@ def _nearest_codes(x, scale, step, top):
 
 @triton.jit
 def _step(x, weight, metric, table, BITS: tl.constexpr):
-    """One value further: costs ``[B, S]`` of the states before -> of those after, and the windows' lower bits.
+    """One value further: costs ``[B, S]`` of the states before -> of those after, and choices alike.
 
-    ``x``, ``weight`` ``[B]``; ``table`` ``[1, S, 2**BITS]``, the windows' values.
+    ``x``, ``weight`` ``[B]``; ``table`` ``[1, S, 2**BITS]``, the windows' values. A choice is
+    the lower bits of the best window.
     """
     states: tl.constexpr = 1 << (8 - BITS)
     choices: tl.constexpr = 1 << BITS
@@ -51,7 +52,7 @@ def _value(start, i, keep, tail, scale):
 
 @triton.jit
 def _run(x_start, w_start, keep, tail, scale, largest, metric, table, BITS: tl.constexpr):
-    """The trellis over all values of blocks: the costs at the end, and the choices, 4 words ``[B, S]`` of 8."""
+    """The trellis over all values of blocks: costs at the end, and choices in 4 words ``[B, S]`` of 8."""
     trace = ()
     for part in tl.static_range(4):
         word = tl.zeros(metric.shape, tl.uint32)
@@ -236,9 +237,8 @@ def pack_kernel(codes, widths, starts, payload, size, BLOCKS: tl.constexpr):
     for j in range(width):
         shift = column * width - 32 * j
         inside = (shift > -width) & (shift < 32)
-        moved = tl.where(
-            shift >= 0, code << tl.maximum(tl.minimum(shift, 31), 0), code >> tl.maximum(-shift, 0)
-        )
+        left, right = tl.maximum(tl.minimum(shift, 31), 0), tl.maximum(tl.minimum(-shift, 31), 0)
+        moved = tl.where(shift >= 0, code << left, code >> right)
         # Their bits do not overlap, so that the sum joins them.
         word = tl.sum(tl.where(inside, moved & 0xFFFFFFFF, 0), axis=1)
         tl.store(start + j, word.to(tl.int32), mask=keep)
