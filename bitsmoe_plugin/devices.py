@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
 
 import torch
 
@@ -54,7 +53,7 @@ def choose_device(name: str) -> str:
         name: "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:1".
 
     Raises:
-        ConfigError: there is no such device, or no accelerate, which transformers needs to load to it.
+        ConfigError: there is no such device.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -70,8 +69,4 @@ def choose_device(name: str) -> str:
     index = device.index if device.index is not None else int(os.environ.get("LOCAL_RANK", "0")) % count
     if index >= count:
         raise ConfigError(f"--device {name}: there are {count} GPUs, numbered from 0")
-    if find_spec("accelerate") is None:
-        raise ConfigError(
-            f"--device {name}: transformers needs accelerate to load to a GPU; pip install accelerate"
-        )
     return f"cuda:{index}"

@@ -59,9 +59,9 @@ def _tables(device: torch.device) -> tuple[Tensor, Tensor]:
     return values.to(device), grids.steps(device)
 
 
-def _programs(blocks: int, device: torch.device) -> tuple[int, int]:
+def _programs(blocks: int, on_gpu: bool) -> tuple[int, int]:
     """Blocks per program, and programs per row; in the interpreter, time goes by programs."""
-    wanted = _BLOCKS if device.type == "cuda" else _INTERPRETED_BLOCKS
+    wanted = _BLOCKS if on_gpu else _INTERPRETED_BLOCKS
     per = min(wanted, 1 << (blocks - 1).bit_length())
     return per, -(-blocks // per)
 
@@ -81,6 +81,7 @@ def round_into(
     values: Tensor,
     grid: str,
     launch: Launcher | None = None,
+    on_gpu: bool | None = None,
 ) -> None:
     """Codes and values of rows, each at its own width.
 
@@ -91,6 +92,7 @@ def round_into(
         widths: ``[n]`` uint8 or int64.
         codes: ``[n, padded(I)]`` int32, to be filled.
         values: ``[n, I]`` float32, to be filled.
+        on_gpu: whether it is compiled; default: if ``rows`` are on a GPU.
     """
     count, size = rows.shape
     if not count or not size:
@@ -98,7 +100,8 @@ def round_into(
     assert rows.stride(1) == codes.stride(1) == values.stride(1) == 1
     assert weights.is_contiguous()
     tables, steps = _tables(rows.device)
-    blocks, programs = _programs(-(-size // BLOCK), rows.device)
+    compiled = rows.device.type == "cuda" if on_gpu is None else on_gpu
+    blocks, programs = _programs(-(-size // BLOCK), compiled)
     tensors = {"rows": rows, "scales": scales.contiguous(), "weights": weights, "widths": _bytes(widths)}
     sizes = {
         "size": size,
@@ -156,12 +159,15 @@ def choose_scales(
     return codes, scales
 
 
-def pack(codes: Tensor, bits: Tensor, launch: Launcher | None = None) -> list[Tensor]:
+def pack(
+    codes: Tensor, bits: Tensor, launch: Launcher | None = None, on_gpu: bool | None = None
+) -> list[Tensor]:
     """Payload words of the rows of every expert's factor, int32 on the CPU; see ``packing.pack_expert``.
 
     Args:
         codes: ``[pairs, r, n]`` int32, whole blocks.
         bits: ``[pairs, r]`` int64.
+        on_gpu: see ``round_into``.
     """
     pairs, _, size = codes.shape
     order = torch.argsort(-bits, dim=-1, stable=True)
@@ -172,7 +178,8 @@ def pack(codes: Tensor, bits: Tensor, launch: Launcher | None = None) -> list[Te
     own = words.sum(1).tolist()
     payload = torch.empty(sum(own), dtype=torch.int32, device=codes.device)
     if sum(own):
-        blocks, programs = _programs(size // BLOCK, codes.device)
+        compiled = codes.device.type == "cuda" if on_gpu is None else on_gpu
+        blocks, programs = _programs(size // BLOCK, compiled)
         flat = codes.reshape(-1, size)
         arguments = {"codes": flat, "widths": _bytes(bits), "starts": starts.flatten(), "payload": payload}
         grid = (pairs * bits.shape[1], programs)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import shutil
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -227,6 +228,8 @@ def quantize_to_directory(model: str, out: Path, config: BitsMoEConfig, device: 
     out, workers = Path(out).resolve(), Workers.present()
     workers.from_main(lambda: check_output_directory(out))
     workers.from_main(lambda: _check_unquantized(model))
+    if device != "cpu" and find_spec("accelerate") is None:
+        raise ConfigError(f"to load to {device}, transformers needs accelerate; pip install accelerate")
     config = copy.copy(config)
     options = {"quantization_config": config, **({} if device == "cpu" else {"device_map": {"": device}})}
     # Beside ``out``, so that a rename within one file system publishes it, wherever the layers are kept.
