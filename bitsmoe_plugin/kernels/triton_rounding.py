@@ -114,8 +114,8 @@ def _search(x_start, w_start, codes, values, tables, scale, keep, tail, BITS: tl
     again = keep & (begun != seam)
     if tl.max(again.to(tl.int32), axis=0) > 0:
         bound = tl.where(every == tl.expand_dims(seam, 1), 0.0, 1e30)
-        _, trace = _run(x_start, w_start, keep, tail, scale, largest, bound, table, BITS)
-        _trace_back(trace, seam, codes, values, tables, scale, again, tail, BITS, True)
+        _, closed = _run(x_start, w_start, keep, tail, scale, largest, bound, table, BITS)
+        _trace_back(closed, seam, codes, values, tables, scale, again, tail, BITS, True)
 
 
 _NUMBERS = ["size", "row_stride", "code_stride", "value_stride", "rows_per_weights"]
