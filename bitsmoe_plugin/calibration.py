@@ -361,8 +361,8 @@ def capture_layer(
         token_weighting: "residual" or "none".
 
     Returns:
-        the activations, on the CPU, where all statistics are computed; and the layer's outputs, where
-        the model is (for ``forward.advance``).
+        the activations, on the device of the experts' inputs, where the layer is quantized; and the layer's
+        outputs (for ``forward.advance``).
     """
     seen: list[tuple[Tensor, ...]] = []
 
@@ -370,14 +370,14 @@ def capture_layer(
         hidden, top_k_index, top_k_weights = routed_inputs(experts, [*args, *kwargs.values()])
         # Copies, because a model may go on to change what it passed in place.
         captured = (hidden.detach(), top_k_index, top_k_weights.float())
-        seen.append(tuple(tensor.clone().cpu() for tensor in captured))
+        seen.append(tuple(tensor.clone() for tensor in captured))
 
     handle = experts.register_forward_pre_hook(record, with_kwargs=True)
     try:
         outputs = forward.run(index, again=seen.clear)
     finally:
         handle.remove()
-    residual = torch.cat([out.flatten(0, -2).cpu() for out in outputs])
+    residual = torch.cat([out.flatten(0, -2).to(seen[0][0].device) for out in outputs])
     weights = residual_weights(residual)
     if token_weighting == "none":
         alike = torch.full_like(weights, float(1 / residual.float().square().mean()))

@@ -15,12 +15,13 @@ def upper_root(matrix: Tensor) -> Tensor:
 
     In products of float32 (a quarter of LAPACK's time in float64 at n = 2048); the error of an entry is that
     of the entry of the matrix relative to the root of its row's and column's diagonals. A matrix that is
-    not positive definite after rounding is factored in float64.
+    not positive definite after rounding is factored in float64, and so is all on a GPU, where blocks
+    would have to be waited for.
 
     Raises:
         torch.linalg.LinAlgError: not positive definite in float64 either.
     """
-    root = _blocked(matrix)
+    root = _blocked(matrix) if matrix.device.type == "cpu" else None
     return _exact(matrix) if root is None else root
 
 

@@ -109,6 +109,7 @@ def _estimate(args: argparse.Namespace, stdout: TextIO) -> None:
 def _quantize(args: argparse.Namespace, stdout: TextIO) -> None:
     from transformers.utils import logging
 
+    from bitsmoe_plugin.devices import choose_device
     from bitsmoe_plugin.integrations.transformers import quantize_to_directory
     from bitsmoe_plugin.resources import KERNELS
     from bitsmoe_plugin.workers import connected
@@ -121,11 +122,12 @@ def _quantize(args: argparse.Namespace, stdout: TextIO) -> None:
         from bitsmoe_plugin.calibration import load_documents
 
         load_documents(args.eval)
+    device = choose_device(args.device)
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(KERNELS))  # read at the first product
     with connected() as workers:
         if not workers.main:
             logging.disable_progress_bar()
-        quantize_to_directory(args.model, args.out, _config(args))
+        quantize_to_directory(args.model, args.out, _config(args), device)
         main = workers.main
     if main:
         _report_size(args.out)

@@ -147,6 +147,8 @@ def add_quantize(commands: Any, run: Run) -> None:
     parser.add_argument("out", type=Path, help=_OUT)
     _add_calibration(parser)
     _add_method(parser)
+    text = "auto (a GPU if there is one), cpu, cuda or cuda:N; with several processes each takes its own GPU"
+    parser.add_argument("--device", default="auto", help=f"{text} (default: %(default)s)")
     text = "afterwards measure the perplexity of the packed model on this text, and tell it in the model card"
     parser.add_argument("--eval", metavar="FILE", help=text)
     text = "also write OUT/report/report.html, see `bitsmoe report`"

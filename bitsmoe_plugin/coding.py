@@ -11,7 +11,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from bitsmoe_plugin import grids, trellis
+from bitsmoe_plugin import gpu_rounding, grids, trellis
 
 BLOCK = trellis.BLOCK
 GRIDS = ("trellis", "uniform")
@@ -40,9 +40,10 @@ def expected_gain(width: int, grid: str, size: int) -> float:
     if not uses_trellis(width, grid):
         return 1.0
     rows = gaussian_rows(size)
-    weights, bits = torch.ones_like(rows), torch.full((len(rows),), width)
-    scales, distortion = grids.best_scale(rows, weights, width)
-    values = round_rows(rows, scales.squeeze(-1), weights, bits, grid)
+    with torch.device(rows.device):
+        weights, bits = torch.ones_like(rows), torch.full((len(rows),), width)
+        scales, distortion = grids.best_scale(rows, weights, width)
+        values = round_rows(rows, scales.squeeze(-1), weights, bits, grid)
     ratio = (rows * values).sum(-1, keepdim=True) / values.square().sum(-1, keepdim=True)
     return float((rows - ratio * values).square().sum() / distortion.sum())
 
@@ -51,13 +52,15 @@ def expected_gain(width: int, grid: str, size: int) -> float:
 def gaussian_distortion(width: int, grid: str, size: int) -> float:
     """Squared error of Gaussian rows of ``size`` values at their best scales, relative to their energy."""
     rows = gaussian_rows(size)
-    distortion = grids.best_scale(rows, torch.ones_like(rows), width)[1]
+    with torch.device(rows.device):
+        distortion = grids.best_scale(rows, torch.ones_like(rows), width)[1]
     return float(distortion.sum() / rows.square().sum()) * expected_gain(width, grid, size)
 
 
 def gaussian_rows(size: int) -> Tensor:
-    """About 32,000 values of variance 1 in rows ``[..., size]``, always the same."""
-    return torch.randn(-(-_SAMPLE // size), size, generator=torch.Generator().manual_seed(0))
+    """About 32,000 values of variance 1 in rows ``[..., size]`` on the CPU, always the same."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(-(-_SAMPLE // size), size, generator=generator, device="cpu")
 
 
 def encode(rows: Tensor, scales: Tensor, weights: Tensor, bits: Tensor, grid: str) -> Tensor:
@@ -72,8 +75,10 @@ def encode(rows: Tensor, scales: Tensor, weights: Tensor, bits: Tensor, grid: st
     Returns:
         ``[..., padded(n)]`` int32.
     """
+    if gpu_rounding.available(rows):
+        return gpu_rounding.rounded(rows, scales, weights, bits, grid)[0]
     n = rows.shape[-1]
-    codes = torch.zeros(*rows.shape[:-1], padded(n), dtype=torch.int32)
+    codes = torch.zeros(*rows.shape[:-1], padded(n), dtype=torch.int32, device=rows.device)
     weights = weights.expand_as(rows)
     for width in torch.unique(bits).tolist():
         if width == 0:
@@ -90,9 +95,17 @@ def encode(rows: Tensor, scales: Tensor, weights: Tensor, bits: Tensor, grid: st
     return codes
 
 
+def rounded(rows: Tensor, scales: Tensor, weights: Tensor, bits: Tensor, grid: str) -> tuple[Tensor, Tensor]:
+    """Codes of rows as ``encode`` gives them, and their values as ``decode`` does."""
+    if gpu_rounding.available(rows):
+        return gpu_rounding.rounded(rows, scales, weights, bits, grid)
+    codes = encode(rows, scales, weights, bits, grid)
+    return codes, decode(codes, scales, bits, rows.shape[-1], grid)
+
+
 def round_rows(rows: Tensor, scales: Tensor, weights: Tensor, bits: Tensor, grid: str) -> Tensor:
     """``decode(encode(rows))``."""
-    return decode(encode(rows, scales, weights, bits, grid), scales, bits, rows.shape[-1], grid)
+    return rounded(rows, scales, weights, bits, grid)[1]
 
 
 def decode_width(codes: Tensor, scales: Tensor, width: int, size: int, grid: str) -> Tensor:
@@ -104,7 +117,7 @@ def decode_width(codes: Tensor, scales: Tensor, width: int, size: int, grid: str
 
 def decode(codes: Tensor, scales: Tensor, bits: Tensor, size: int, grid: str) -> Tensor:
     """As ``decode_width`` with a width per row, ``[...]`` int64; zeros at width 0."""
-    values = torch.zeros(*codes.shape[:-1], size)
+    values = torch.zeros(*codes.shape[:-1], size, device=codes.device)
     for width in torch.unique(bits).tolist():
         if width:
             pick = bits == width

@@ -243,7 +243,8 @@ def print_estimate(result: Estimate, stream: TextIO) -> None:
     if result.seconds is not None:
         hours = result.seconds / 3600
         rough = f"{hours:.1f} hours" if hours >= 1 else f"{result.seconds / 60:.1f} minutes"
-        console.print(f"time on this machine: of the order of {rough}", highlight=False)
+        gpu = ", on its CPU (a GPU takes less)" if torch.cuda.is_available() else ""
+        console.print(f"time on this machine{gpu}: of the order of {rough}", highlight=False)
 
 
 def _storage_table(result: Estimate) -> Table:

@@ -149,8 +149,8 @@ def split_gate_up(module: Any, gate_up: Tensor, dim: int) -> tuple[Tensor, Tenso
 
 
 def read_experts(module: Any) -> ExpertWeights:
-    """The module's fused parameters, on the CPU (views, if they are there)."""
-    gate_up, down = module.gate_up_proj.detach().cpu(), module.down_proj.detach().cpu()
+    """The module's fused parameters, as views where they are."""
+    gate_up, down = module.gate_up_proj.detach(), module.down_proj.detach()
     if layout_of(module).is_transposed:
         gate_up, down = gate_up.transpose(1, 2), down.transpose(1, 2)
     gate, up = split_gate_up(module, gate_up, 1)
@@ -161,8 +161,8 @@ def read_biases(module: Any) -> ExpertBiases | None:
     """The biases of the module's experts, None if they have none."""
     if not layout_of(module).has_bias:
         return None
-    gate, up = split_gate_up(module, module.gate_up_proj_bias.detach().cpu(), 1)
-    return ExpertBiases(gate, up, module.down_proj_bias.detach().cpu())
+    gate, up = split_gate_up(module, module.gate_up_proj_bias.detach(), 1)
+    return ExpertBiases(gate, up, module.down_proj_bias.detach())
 
 
 def apply_gating(module: Any, gate: Tensor, up: Tensor) -> Tensor:
@@ -210,10 +210,10 @@ def check_computation(
     if layout_of(module).takes_copies:  # an entry of ours, tested
         return
     hidden, index, share = (tensor[:4].to(module.down_proj.device) for tensor in inputs)
-    found = module(hidden, index, share.to(hidden.dtype)).float().cpu()
+    found = module(hidden, index, share.to(hidden.dtype)).float()
     biases, wanted = read_biases(module), torch.zeros_like(found)
     for token, slot in torch.nonzero(index < weights.num_experts).tolist():
-        expert, x = int(index[token, slot]), hidden[token].float().cpu()
+        expert, x = int(index[token, slot]), hidden[token].float()
         gate, up = weights.gate[expert].float() @ x, weights.up[expert].float() @ x
         if biases is not None:
             gate, up = biases.add(gate, up, expert)

@@ -70,7 +70,7 @@ def _grids(steps: dict[int, float], tables: dict[int, Tensor]) -> _Grids:
     return grids
 
 
-def _per_row(weights: Tensor, rows: Tensor) -> tuple[Tensor, int]:
+def per_row(weights: Tensor, rows: Tensor) -> tuple[Tensor, int]:
     """Weights ``[m, n]`` of rows ``[..., n]``, and how many rows in succession share one of them."""
     if weights.dim() == rows.dim() and weights.shape == (*rows.shape[:-2], 1, rows.shape[-1]):
         return weights.reshape(-1, rows.shape[-1]).contiguous(), rows.shape[-2]
@@ -110,7 +110,7 @@ def best_scales(
         scales and distortions, both ``[...]`` float32.
     """
     widths = torch.as_tensor(bits, dtype=torch.uint8).expand(rows.shape[:-1]).contiguous()
-    weights, per = _per_row(weights, rows)
+    weights, per = per_row(weights, rows)
     rows = rows.contiguous()
     scales, distortions = rows.new_empty(rows.shape[:-1]), rows.new_empty(rows.shape[:-1])
     _library().bitsmoe_best_scales(
@@ -135,7 +135,7 @@ def choose_scales(
         low, step: ``[r]``.
     """
     widths = bits.to(torch.uint8).contiguous()
-    weights, per = _per_row(weights, rows)
+    weights, per = per_row(weights, rows)
     rows, start, low, step = (tensor.contiguous() for tensor in (rows, start, low, step))
     codes = torch.empty_like(widths)
     _library().bitsmoe_choose_scales(

@@ -11,6 +11,8 @@ one stored scale serves every width and the scales of neighbouring rows look ali
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -36,14 +38,18 @@ SCALE_CANDIDATES = 8
 Width = int | Tensor
 """One width for all rows, or an integer tensor ``[..., 1]`` with a width (0 to 16) per row."""
 
-_STEPS = torch.tensor([STEP.get(bits, 0.0) for bits in range(17)])
+
+@cache
+def steps(device: torch.device) -> Tensor:
+    """``STEP`` by width, ``[17]`` float32, 0 where there is none."""
+    return torch.tensor([STEP.get(bits, 0.0) for bits in range(17)], device=device)
 
 
 def _step_and_top(bits: Width, scale: Tensor) -> tuple[Tensor, Width]:
     """Distance of neighbouring values, and the largest code."""
     if isinstance(bits, int):
         return scale * STEP.get(bits, 0.0), 2**bits - 1
-    return scale * _STEPS.to(scale.device)[bits], (2**bits) - 1
+    return scale * steps(scale.device)[bits], (2**bits) - 1
 
 
 def encode(rows: Tensor, scale: Tensor, bits: Width) -> Tensor:

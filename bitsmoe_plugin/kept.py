@@ -148,7 +148,7 @@ def bias_bits(source: ExpertSource) -> list[int]:
 def with_originals(
     packed: PackedExperts, weights: ExpertWeights, biases: ExpertBiases | None, kept: tuple[int, ...]
 ) -> PackedExperts:
-    """The packed layer with what is stored of it as it was: biases, and the experts ``kept``."""
+    """The packed layer, on the CPU, with what is stored of it as it was: biases, and the experts ``kept``."""
     found = {}
     if biases is not None:
         found = {"input_bias": torch.stack([biases.gate, biases.up], 1), "output_bias": biases.down}
@@ -156,4 +156,4 @@ def with_originals(
         ids = list(kept)
         found["kept_input"] = torch.stack([weights.gate[ids], weights.up[ids]], 1)
         found["kept_output"] = weights.down[ids]
-    return replace(packed, **{name: packing.store_bits(tensor) for name, tensor in found.items()})
+    return replace(packed, **{name: packing.store_bits(tensor).cpu() for name, tensor in found.items()})

@@ -14,6 +14,7 @@ from torch import Tensor
 from bitsmoe_plugin import bound, coding, grids, packing, rounding, spectral
 from bitsmoe_plugin.allocation import allocate
 from bitsmoe_plugin.config import BitsMoEConfig
+from bitsmoe_plugin.devices import computing_on
 from bitsmoe_plugin.memory import release_free_memory
 from bitsmoe_plugin.packing import LayerShape, PackedExperts
 from bitsmoe_plugin.problem import LayerProblem, feedback_of, rank_feedback, rank_variances
@@ -53,6 +54,10 @@ class RowWeights:
     hidden: Tensor
     rank: Tensor
 
+    def to(self, device: torch.device) -> RowWeights:
+        """The same on a device."""
+        return RowWeights(self.neuron.to(device), self.hidden.to(device), self.rank.to(device))
+
     def of(self, chosen: Experts, output_basis: Tensor) -> tuple[Tensor, Tensor]:
         """For gate, up and down the weights within a row, ``[3, e, I]``, and of whole rows, ``[3, e, r]``.
 
@@ -70,7 +75,8 @@ class RowWeights:
 @dataclass(frozen=True)
 class LayerPlan:
     """Attributes:
-    costs: ``[3, E, r, widths]`` float32, estimated output error of each row at each width.
+    costs: ``[3, E, r, widths]`` float32, estimated output error of each row at each width. This and all
+        else is on the CPU.
     energies: ``[3, E, r]`` float32, first-order output error of dropping each row.
     bases: quantized, to be reused when the layer is rounded.
     correction: measured over estimated error of a trial rounding; already inside ``costs``.
@@ -97,7 +103,7 @@ class RoundedExperts:
     """Some experts after rounding; first axis: gate, up, down.
 
     Attributes:
-        words: payload of each ``[3][e]``.
+        words: payload of each ``[3][e]``, on the CPU.
         scale_codes: ``[3, e, r]`` uint8.
         errors: ``[3, e, r]`` float32, see ``rounding.RoundedRows``.
         values: ``[3, e, r, I]`` float32, what is stored; None unless asked for.
@@ -114,10 +120,14 @@ class RoundedExperts:
     ) -> RoundedExperts:
         """Packed rows of some factors ``[factors, e, r, ...]`` at ``bits`` alike."""
         words = [
-            [packing.pack_expert(*expert, widths) for expert in zip(codes, width, strict=True)]
-            for codes, width in zip(rows.codes, bits, strict=True)
+            packing.pack_experts(codes, width, widths) for codes, width in zip(rows.codes, bits, strict=True)
         ]
         return RoundedExperts(words, rows.scale_codes, rows.errors, rows.values if with_values else None)
+
+    def to(self, device: torch.device | str) -> RoundedExperts:
+        """The same on a device, but for the words."""
+        values = None if self.values is None else self.values.to(device)
+        return RoundedExperts(self.words, self.scale_codes.to(device), self.errors.to(device), values)
 
     @staticmethod
     def of_all_factors(rank: RoundedExperts, down: RoundedExperts) -> RoundedExperts:
@@ -242,28 +252,42 @@ def plan_layer(problem: LayerProblem, payload_bits: int) -> LayerPlan:
     Args:
         payload_bits: the layer's share of the budget, for the trial.
     """
-    widths, energy = problem.config.widths, problem.statistics.output_energy
-    if problem.config.cost == "spectral":
-        return LayerPlan(*row_costs(problem), problem.bases, 1.0, energy)
+    cpu, energy, config = torch.device("cpu"), problem.statistics.output_energy, problem.config
+    with computing_on(problem.device):
+        weights, correction = None, 1.0
+        if config.cost == "spectral":
+            costs, energies = row_costs(problem)
+        elif config.cost == "model":
+            weights = row_weights(problem, _trial_feedback(problem))
+            costs, energies = row_costs(problem, weights)
+        else:
+            costs, energies, correction = _corrected_costs(problem, payload_bits)
+    kept = weights.to(cpu) if weights is not None and rounds_as_planned(config) else None
+    return LayerPlan(costs.to(cpu), energies.to(cpu), problem.bases.to(cpu), correction, energy, kept)
+
+
+def _trial_feedback(problem: LayerProblem) -> dict[int, Feedback]:
+    """Feedback of some experts, evenly spaced, which tell what it does to the others'."""
     stride = max(1, problem.shape.num_experts // _TRIAL_EXPERTS)
-    experts = list(range(0, problem.shape.num_experts, stride))
-    feedback = {expert: rank_feedback(problem, expert) for expert in experts}
-    weights = row_weights(problem, feedback)
-    costs, energies = row_costs(problem, weights)
-    if problem.config.cost == "model":
-        kept = weights if rounds_as_planned(problem.config) else None
-        return LayerPlan(costs, energies, problem.bases, 1.0, energy, kept)
+    return {expert: rank_feedback(problem, expert) for expert in range(0, problem.shape.num_experts, stride)}
+
+
+def _corrected_costs(problem: LayerProblem, payload_bits: int) -> tuple[Tensor, Tensor, float]:
+    """Costs times the correction, energies, and the correction of a plan."""
+    widths, feedback = problem.config.widths, _trial_feedback(problem)
+    experts = list(feedback)
+    costs, energies = row_costs(problem, row_weights(problem, feedback))
     sizes = row_sizes(problem.shape, widths)
     least = costs.shape[:-1].numel() * sizes[0]
-    trial = allocate([costs.view(-1, len(widths)).numpy()], [sizes], max(payload_bits, least))
-    choice = torch.from_numpy(trial.choice).long().view(costs.shape[:-1])
+    trial = allocate([costs.view(-1, len(widths)).cpu().numpy()], [sizes], max(payload_bits, least))
+    choice = torch.from_numpy(trial.choice).to(costs.device).long().view(costs.shape[:-1])
     bits = torch.tensor(widths)[choice[:, experts]]
     rounded, _ = round_experts(problem, bits, experts, feedback, with_values=True)
     assert rounded.values is not None
     estimated = costs[:, experts].gather(-1, choice[:, experts, :, None]).sum()
     measured = sampled_error(problem, experts, rounded.values)
     correction = measured / float(estimated) if float(estimated) > 0 and measured > 0 else 1.0
-    return LayerPlan(costs * correction, energies, problem.bases, correction, energy)
+    return costs * correction, energies, correction
 
 
 def round_experts(
@@ -289,7 +313,7 @@ def round_experts(
     config = problem.config
     groups = {i: part for i, part in enumerate(problem.chunks(len(experts))) if workers.takes(i)}
     own = {i: _input_scales(problem, bits[:2, part], experts[part]) for i, part in groups.items()}
-    scales = _of_all(workers, own)
+    scales = _of_all(workers, own, problem.device)
     input_grid = ScaleGrid.covering(scales, bits[:2] > 0)
     first, waiting = {}, {}
     for i, part in groups.items():
@@ -306,7 +330,7 @@ def round_experts(
         waiting[i] = _refitted(problem, rows.values, bits[2, part], experts[part])
         release_free_memory()
     # Down is refitted to gate and up, but the grid of its scales must be known before its first row.
-    scales = _of_all(workers, {i: down.scales for i, down in waiting.items()})
+    scales = _of_all(workers, {i: down.scales for i, down in waiting.items()}, problem.device)
     grid = ScaleGrid.covering(scales, bits[2] > 0)
     done = {}
     for i, part in groups.items():
@@ -315,13 +339,23 @@ def round_experts(
         rows = rounding.stacked(rounding.round_along_neurons(*given, config.grid))
         last = RoundedExperts.of(rows, bits[2:, part], config.widths, with_values)
         done[i] = RoundedExperts.of_all_factors(first.pop(i), last)
-    everyone = RoundedExperts.of_all_experts(list(workers.merged(done).values()))
-    return everyone, input_grid.stacked_with(grid)
+    return merged_experts(done, workers, problem.device), input_grid.stacked_with(grid)
 
 
-def _of_all(workers: Workers, scales: dict[int, Tensor]) -> Tensor:
+def merged_experts(
+    groups: dict[int, RoundedExperts], workers: Workers, device: torch.device
+) -> RoundedExperts:
+    """All experts, from the groups that this one of the workers has rounded."""
+    if workers.size > 1:
+        groups = workers.merged({i: part.to("cpu") for i, part in groups.items()})
+    return RoundedExperts.of_all_experts(list(groups.values())).to(device)
+
+
+def _of_all(workers: Workers, scales: dict[int, Tensor], device: torch.device) -> Tensor:
     """Scales ``[..., e, r]`` of all groups from those of this process's."""
-    return torch.cat(list(workers.merged(scales).values()), dim=-2)
+    if workers.size > 1:
+        scales = workers.merged({i: part.cpu() for i, part in scales.items()})
+    return torch.cat([part.to(device) for part in scales.values()], dim=-2)
 
 
 def _input_scales(problem: LayerProblem, bits: Tensor, experts: list[int]) -> Tensor:
@@ -473,16 +507,21 @@ def round_layer(problem: LayerProblem, row_bits: Tensor, workers: Workers = ALON
     Args:
         row_bits: ``[3, E, r]`` int64.
         workers: share the work; all must call this with the same arguments, and get the same.
+
+    Returns:
+        the layer, on the CPU.
     """
     everyone = list(range(problem.shape.num_experts))
-    rounded, grid = round_experts(problem, row_bits, everyone, workers=workers)
-    return pack_layer(rounded, grid, problem.bases, row_bits, problem.config.widths)
+    with computing_on(problem.device):
+        row_bits = row_bits.to(problem.device)
+        rounded, grid = round_experts(problem, row_bits, everyone, workers=workers)
+        return pack_layer(rounded, grid, problem.bases, row_bits, problem.config.widths)
 
 
 def pack_layer(
     rounded: RoundedExperts, grid: ScaleGrid, bases: SharedBases, row_bits: Tensor, widths: tuple[int, ...]
 ) -> RoundedLayer:
-    """A layer of which all experts ``[3, E]`` are rounded, as it is stored."""
+    """A layer of which all experts ``[3, E]`` are rounded, as it is stored: on the CPU."""
     input_basis, input_scales = packing.pack_basis(bases.input_basis)
     output_basis, output_scales = packing.pack_basis(bases.output_basis)
     packed = PackedExperts(
@@ -496,7 +535,7 @@ def pack_layer(
     )
     errors = rounded.errors.sum(2)
     errors[2] = rounded.errors[2] @ bases.output_basis.dequantize().square().sum(0)
-    return RoundedLayer(packed, errors)
+    return RoundedLayer(packed.cpu(), errors.cpu())
 
 
 def bits_over_bound(

@@ -56,7 +56,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from bitsmoe_plugin import coding, fast_rounding, grids, tiled, trellis
+from bitsmoe_plugin import coding, fast_rounding, gpu_rounding, grids, tiled, trellis
 from bitsmoe_plugin.rounding import SCALE_LEVELS, ScaleGrid
 from bitsmoe_plugin.spectral import QuantizedBasis
 
@@ -115,6 +115,12 @@ class PackedExperts:
             if tensor is not None:
                 yield f"bitsmoe_{field.name}", tensor
 
+    def cpu(self) -> PackedExperts:
+        """The same on the CPU; no copy if it is there."""
+        return PackedExperts(
+            **{name.removeprefix("bitsmoe_"): tensor.cpu() for name, tensor in self.tensors()}
+        )
+
     def stored_bits(self) -> int:
         """Everything that is stored for the experts of this layer."""
         return sum(8 * t.numel() * t.element_size() for _, t in self.tensors())
@@ -155,7 +161,7 @@ def pack_codes_reference(padded: Tensor, bits: int) -> Tensor:
     """``pack_codes`` in plain torch, of whole blocks ``[rows, n]`` int64."""
     rows = len(padded)
     values = padded.view(rows, -1, BLOCK)
-    words = torch.zeros(rows, values.shape[1], bits + 1, dtype=torch.int64)
+    words = torch.zeros(rows, values.shape[1], bits + 1, dtype=torch.int64, device=padded.device)
     for i in range(BLOCK):
         word, shift = divmod(i * bits, 32)
         shifted = values[:, :, i] << shift
@@ -250,6 +256,18 @@ def pack_expert(codes: Tensor, row_bits: Tensor, widths: tuple[int, ...]) -> Ten
         if width and bool((row_bits == width).any())
     ]
     return torch.cat(pieces) if pieces else torch.zeros(0, dtype=torch.int32)
+
+
+def pack_experts(codes: Tensor, row_bits: Tensor, widths: tuple[int, ...]) -> list[Tensor]:
+    """``pack_expert`` of one factor of several experts, on the CPU.
+
+    Args:
+        codes: ``[e, r, padded(I)]`` int32.
+        row_bits: ``[e, r]`` int64.
+    """
+    if gpu_rounding.available(codes):
+        return gpu_rounding.pack(codes, row_bits)
+    return [pack_expert(*expert, widths).cpu() for expert in zip(codes, row_bits, strict=True)]
 
 
 def pack_row_codes(row_bits: Tensor, scale_codes: Tensor, widths: tuple[int, ...]) -> Tensor:

@@ -138,8 +138,8 @@ def _estimated_error(plan: LayerPlan, row_bits: Tensor, others: Tensor, config: 
 def _drift(exact: list[Tensor], outputs: list[Tensor], gains: Tensor | None) -> Tensor:
     """``[T, H]``: what is missing from the residual stream ``outputs`` of the quantized model so far, as much
     as the experts must put out to add it."""
-    drift = torch.cat([(a - b).flatten(0, -2).cpu() for a, b in zip(exact, outputs, strict=True)])
-    return drift if gains is None else drift.float() / gains[:, None]
+    drift = torch.cat([(a - b).flatten(0, -2) for a, b in zip(exact, outputs, strict=True)])
+    return drift if gains is None else drift.float() / gains[:, None].to(drift.device)
 
 
 def _output_errors(exact: list[Tensor], rounded: list[Tensor], token_weights: Tensor) -> Tensor:
@@ -148,9 +148,9 @@ def _output_errors(exact: list[Tensor], rounded: list[Tensor], token_weights: Te
     Everything but the routed experts is the same in both, so this is the experts' output error.
     """
     squares = [
-        (a.float() - b.float()).square().mean(-1).flatten().cpu() for a, b in zip(exact, rounded, strict=True)
+        (a.float() - b.float()).square().mean(-1).flatten() for a, b in zip(exact, rounded, strict=True)
     ]
-    return torch.cat(squares) * token_weights
+    return torch.cat(squares) * token_weights.to(squares[0].device)
 
 
 def _moe_by_index(model: nn.Module, layers: list[MoELayer]) -> tuple[nn.ModuleList, dict[int, MoELayer]]:
@@ -278,7 +278,7 @@ def _plan_layer(run: _Run, index: int) -> tuple[PlannedLayer, Hidden]:
         problem = build_problem(layer.name, weights, seen, gating, run.config, biases=biases)
         plan = plan_layer(problem, run.share(index))
     massive = forms_massive_activations(run.forward.hidden, outputs)
-    return PlannedLayer(plan, ExpertOutputs(problem.statistics.output_peaks, massive)), outputs
+    return PlannedLayer(plan, ExpertOutputs(problem.statistics.output_peaks.cpu(), massive)), outputs
 
 
 def _seen(run: _Run, activations: LayerActivations, gains: Tensor | None) -> LayerActivations:
@@ -394,7 +394,8 @@ def _fit_layer(run: _Run, index: int, exact: Hidden, widths: Widths) -> _FittedL
         biases = read_biases(layer.module)
         energy, peaks = plan.output_energy, planned.outputs.peaks
         if plan.row_weights is not None:
-            result = round_as_planned(weights, row_bits, plan, plan.row_weights, config, run.workers)
+            given = weights, row_bits, plan, plan.row_weights, config, run.workers
+            result = round_as_planned(*given, device=seen.hidden.device)
         else:
             problem = build_problem(layer.name, weights, seen, gating, config, plan.bases, drift, biases)
             result = round_layer(problem, row_bits, run.workers)

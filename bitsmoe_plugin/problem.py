@@ -9,14 +9,13 @@ from torch import Tensor
 
 from bitsmoe_plugin import spectral, statistics
 from bitsmoe_plugin.config import BitsMoEConfig
+from bitsmoe_plugin.devices import computing_on, working_set
 from bitsmoe_plugin.packing import LayerShape
 from bitsmoe_plugin.products import product
 from bitsmoe_plugin.rounding import Feedback
 from bitsmoe_plugin.spectral import BasisInverses, ExpertBiases, Experts, ExpertWeights, SharedBases
 from bitsmoe_plugin.statistics import ExpertRows, Gating, LayerActivations, LayerStatistics
 
-WORKING_SET = 2**24
-"""Experts are treated in groups whose covariances hold about this many values (64 MiB)."""
 _SECOND_MOMENT_SHRINKAGE = 1e-3
 
 
@@ -59,6 +58,11 @@ class LayerProblem:
         return LayerShape(w.num_experts, w.hidden_size, w.intermediate_size)
 
     @property
+    def device(self) -> torch.device:
+        """Where all tensors are."""
+        return self.activations.hidden.device
+
+    @property
     def input_bases(self) -> Tensor:
         """``[1 or 2, r, H]`` float32, dequantized; the first is of gate, the last of up."""
         return self.bases.input_bases()
@@ -77,16 +81,16 @@ class LayerProblem:
 
     def chunks(self, experts: int) -> list[slice]:
         """Positions 0..experts in groups of bounded working set."""
-        return expert_groups(experts, self.pooled.numel())
+        return expert_groups(experts, self.pooled.numel(), self.device)
 
 
-def expert_groups(experts: int, covariance: int) -> list[slice]:
+def expert_groups(experts: int, covariance: int, device: torch.device) -> list[slice]:
     """Positions 0..experts in groups of bounded working set.
 
     Args:
         covariance: values that the covariances of an expert hold.
     """
-    size = max(1, WORKING_SET // covariance)
+    size = max(1, working_set(device) // covariance)
     return [slice(start, min(start + size, experts)) for start in range(0, experts, size)]
 
 
@@ -120,6 +124,9 @@ def build_problem(
 ) -> LayerProblem:
     """Collect what is known about one layer, to plan it or, if ``bases`` are given, to round it.
 
+    All of it, and what is computed from it, is on the device of ``activations``; the other arguments may be
+    elsewhere.
+
     Args:
         drift: ``[T, H]``, otherwise as in ``LayerProblem``.
         biases: see there.
@@ -127,6 +134,31 @@ def build_problem(
     Raises:
         QuantizationError: NaN or infinity in weights, activations or statistics.
     """
+    device = activations.hidden.device
+    with computing_on(device):
+        return _collected(
+            name,
+            weights.to(device),
+            activations,
+            gating,
+            config,
+            None if bases is None else bases.to(device),
+            None if drift is None else drift.to(device),
+            None if biases is None else biases.to(device),
+        )
+
+
+def _collected(
+    name: str,
+    weights: ExpertWeights,
+    activations: LayerActivations,
+    gating: Gating,
+    config: BitsMoEConfig,
+    bases: SharedBases | None,
+    drift: Tensor | None,
+    biases: ExpertBiases | None,
+) -> LayerProblem:
+    """``build_problem`` of tensors on one device."""
     statistics.check_finite(name, weights, activations)
     rows = statistics.expert_rows(activations, weights.num_experts, config.seed, config.all_experts)
     # Rounding with refitted down computes them from the rounded gate and up.

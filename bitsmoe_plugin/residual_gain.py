@@ -81,7 +81,7 @@ def as_seen_by_the_stream(
     """
     if gains is None:
         return activations
-    squares = gains.square()
+    squares = gains.square().to(activations.token_weights.device)
     return replace(
         activations, token_weights=activations.token_weights * (squares.mean() if alike else squares)
     )

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 
 from bitsmoe_plugin.config import BitsMoEConfig
+from bitsmoe_plugin.devices import CPU_WORKING_SET
 from bitsmoe_plugin.packing import LayerShape
-from bitsmoe_plugin.problem import WORKING_SET
 
 PROCESS_BYTES = 390 * 2**20
 """Python with torch and transformers, measured."""
@@ -98,7 +98,7 @@ def _layer_bytes(shape: LayerShape, tokens: int, bits: float, input_bases: int) 
     (while it is stacked).
     """
     covariance = input_bases * shape.rank**2
-    group = min(shape.num_experts, max(1, WORKING_SET // covariance))
+    group = min(shape.num_experts, max(1, CPU_WORKING_SET // covariance))
     kept = 4 * shape.weights // 3 + 4 * shape.num_experts * shape.intermediate_size**2
     kept += 12 * 4 * shape.hidden_size**2 + 4 * tokens * input_bases * shape.rank
     kept += int(bits * shape.weights / 8)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitsmoe_plugin import coding, fast_rounding, grids, trellis
+from bitsmoe_plugin import coding, fast_rounding, gpu_rounding, grids, trellis
 from bitsmoe_plugin.cholesky import upper_root
 
 SCALE_LEVELS = 32
@@ -27,6 +27,8 @@ _FAR = 128
 """and rows further on than these theirs in one larger, more efficient product."""
 _NEARBY = 2
 """Scale codes tried on either side of the planned one when a row's turn comes."""
+_GPU_VALUES = 2**26
+"""Values that a GPU rounds at once where no row waits for another."""
 _SAMPLE = 256
 """Values of a row from which the trellis's best scale is learnt: 8 blocks."""
 
@@ -195,7 +197,8 @@ def gaussian_scale(bits: int, grid: str, size: int, widened: bool) -> float:
         return 0.0
     rows = coding.gaussian_rows(size)
     choose = unbiased_scales if widened else best_scales
-    scales = choose(rows, torch.ones_like(rows), torch.full((len(rows),), bits), grid)
+    with torch.device(rows.device):
+        scales = choose(rows, torch.ones_like(rows), torch.full((len(rows),), bits), grid)
     return float((scales / rows.square().mean(-1).sqrt()).mean())
 
 
@@ -278,6 +281,24 @@ class _RankLoop:
             share = self.unit[:, :, k, k + 1 : last, None]
             target[:, :, k + 1 - first :] += share * self.work[:, :, k, None]
 
+    def round_on_gpu(self, first: int, last: int, target: Tensor, grid: str) -> None:
+        """The same in a few launches per row, or for many rows at once where errors are not passed on."""
+        together = 1 if self.unit is not None else max(1, _GPU_VALUES // target[:, :, 0].numel())
+        weights = self.weights[:, :, None]
+        for k in range(first, last, together):
+            some = slice(k, min(k + together, last))
+            rows, width = target[:, :, some.start - first : some.stop - first], self.bits[:, :, some]
+            low, step = self.low[:, None, some], self.step[:, None, some]
+            code, scale = gpu_rounding.choose_scales(rows, weights, width, self.start[:, :, some], low, step)
+            coded, value = gpu_rounding.rounded(rows, scale, weights, width, grid)
+            left = (rows - value).square_().mul_(weights)
+            self.rows.codes[:, :, some], self.rows.scale_codes[:, :, some] = coded, code
+            self.rows.values[:, :, some], self.rows.errors[:, :, some] = value, left.sum(-1)
+            self.work[:, :, some] -= value
+            if self.unit is not None:
+                share = self.unit[:, :, k, k + 1 : last, None]
+                target[:, :, k + 1 - first :].addcmul_(share, self.work[:, :, some])
+
     def round_fast(self, first: int, last: int, target: Tensor, grid: str) -> None:
         """The same, compiled."""
         tables = {bits: trellis.table(bits) for bits in trellis.WIDTHS if coding.uses_trellis(bits, grid)}
@@ -307,7 +328,7 @@ def round_along_rank(
         scale_grid: ``[factors, rank]``.
         scales: ``[factors, experts, rank]``, free scales to start from.
         grid: see ``coding``.
-        fast: use compiled code, if there is any.
+        fast: use compiled code, if there is any for the device.
         in_place: ``factors``, contiguous, may be overwritten.
 
     Returns:
@@ -330,7 +351,11 @@ def round_along_rank(
         scale_grid.step.float().contiguous(),
         rows,
     )
-    round_part = loop.round_fast if fast and fast_rounding.available(factors) else loop.round
+    round_part = loop.round
+    if fast and fast_rounding.available(factors):
+        round_part = loop.round_fast
+    elif fast and gpu_rounding.available(factors):
+        round_part = loop.round_on_gpu
     if feedback.unit is None:  # a row is its own target, and what is left of it nobody reads
         round_part(0, rank, loop.work, grid)
     for far in range(0, rank if feedback.unit is not None else 0, _FAR):
@@ -381,6 +406,8 @@ def round_along_neurons(
     start = scale_grid.encode(scales)
     if fast_rounding.available(factor):
         scale_codes = fast_rounding.choose_scales(factor, weights, bits, start, low, step, grids.STEP)
+    elif gpu_rounding.available(factor):
+        scale_codes, _ = gpu_rounding.choose_scales(factor, weights, bits, start, low, step)
     else:
         scale_codes = _choose_scales(factor, weights, bits, start, low, step)
     scale = torch.exp2(low + scale_codes * step)
@@ -396,9 +423,9 @@ def round_along_neurons(
         target = factor[:, :, first:last] + passed_on @ torch.linalg.inv(own)
         if grid == "uniform":
             code = _round_columns(target, scale, bits, own)
+            value = coding.decode(code, scale, bits, last - first, grid)
         else:
-            code = coding.encode(target, scale, root.square().sum(-1)[:, None], bits, grid)
-        value = coding.decode(code, scale, bits, last - first, grid)
+            code, value = coding.rounded(target, scale, root.square().sum(-1)[:, None], bits, grid)
         codes[:, :, first : first + coding.BLOCK], values[:, :, first:last] = code, value
         errors[:, :, first:last] = factor[:, :, first:last] - value
         remaining += ((target - value) @ root).square().sum(-1)

@@ -10,7 +10,7 @@ of the *quantized* basis, so that the bases' rounding error does not reach the o
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -53,6 +53,10 @@ class ExpertWeights:
         """Views of every ``stride``-th neuron."""
         return ExpertWeights(self.gate[:, ::stride], self.up[:, ::stride], self.down[..., ::stride])
 
+    def to(self, device: torch.device) -> ExpertWeights:
+        """The same on a device; no copy if they are there."""
+        return ExpertWeights(self.gate.to(device), self.up.to(device), self.down.to(device))
+
 
 @dataclass(frozen=True)
 class ExpertBiases:
@@ -71,6 +75,10 @@ class ExpertBiases:
     def add(self, gate: Tensor, up: Tensor, expert: int | Tensor) -> tuple[Tensor, Tensor]:
         """Gate and up products ``[..., I]`` of one expert, or of one each ``[...]``, with their biases."""
         return gate + self.gate[expert].float(), up + self.up[expert].float()
+
+    def to(self, device: torch.device) -> ExpertBiases:
+        """The same on a device."""
+        return ExpertBiases(self.gate.to(device), self.up.to(device), self.down.to(device))
 
 
 @dataclass(frozen=True)
@@ -108,6 +116,15 @@ class SharedBases:
 
     input_basis: QuantizedBasis
     output_basis: QuantizedBasis
+
+    def to(self, device: torch.device) -> SharedBases:
+        """The same on a device."""
+        return SharedBases(
+            *(
+                replace(basis, codes=basis.codes.to(device), scales=basis.scales.to(device))
+                for basis in (self.input_basis, self.output_basis)
+            )
+        )
 
     def input_bases(self) -> Tensor:
         """``[bases, rank, hidden_size]`` float32, dequantized."""

@@ -147,7 +147,7 @@ def expert_rows(
             share = typical * PRIOR_TOKENS / (len(token) + PRIOR_TOKENS) / max(len(extra), 1)
             token, a = torch.cat([token, extra]), torch.cat([a, share.expand(len(extra))])
         elif len(token) < PRIOR_TOKENS:
-            extra = torch.randint(total, (PRIOR_TOKENS,), generator=generator).to(token.device)
+            extra = torch.randint(total, (PRIOR_TOKENS,), generator=generator, device="cpu").to(token.device)
             share = (1 - len(token) / PRIOR_TOKENS) * typical / PRIOR_TOKENS
             token, a = torch.cat([token, extra]), torch.cat([a, share.expand(PRIOR_TOKENS)])
         rows.append(ExpertRows(token, slot, a))

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 # Triton decides when it is imported, and torch imports it, whether its functions are compiled or interpreted.
-os.environ["TRITON_INTERPRET"] = "1"
+# TRITON_INTERPRET=0 pytest tests/test_gpu_*.py runs what needs a GPU.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 # As in this process, see below: results depend on the number of threads, and several tests run at once.
 os.environ["OMP_NUM_THREADS"] = "1"
 

@@ -59,6 +59,14 @@ def test_the_uniform_grid_does_not_spill() -> None:
     assert all(row["spill_stores"] == row["spill_loads"] == row["stack"] == 0 for row in table)
 
 
+def test_the_kernels_that_quantize_do_not_spill() -> None:
+    """Four trellis searches in one kernel, and the uniform grid's."""
+    for grid in ("trellis", "uniform"):
+        table = resources("--rounding", "--capability", "90", "--grid", grid)
+        assert {row["kernel"] for row in table} == {"round", "choose", "pack"}
+        assert all(row["spill_stores"] == row["spill_loads"] == row["stack"] == 0 for row in table)
+
+
 def test_interpreted_kernels_are_not_compiled() -> None:
     """Says what is wrong, instead of failing deep inside Triton."""
     done = run_module("--capability", "90", TRITON_INTERPRET="1")

@@ -11,7 +11,7 @@ from pathlib import Path
 import resume_support
 import torch
 
-from bitsmoe_plugin import pipeline, problem
+from bitsmoe_plugin import devices, pipeline
 from bitsmoe_plugin.integrations.transformers import quantize_to_directory
 from bitsmoe_plugin.workers import connected
 
@@ -32,7 +32,7 @@ def die_at(number: int) -> None:
 if __name__ == "__main__":
     model, out, groups_of, dies_at = sys.argv[1:]
     torch.set_num_threads(1)
-    problem.WORKING_SET = int(groups_of) * 32**2  # hidden_size of the tests' models
+    devices.CPU_WORKING_SET = int(groups_of) * 32**2  # hidden_size of the tests' models
     with connected() as workers:
         if workers.rank == 1:
             die_at(int(dies_at))

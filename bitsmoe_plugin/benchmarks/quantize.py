@@ -8,10 +8,10 @@ does not depend on how many there are, so it is scaled up to all.
 from __future__ import annotations
 
 import argparse
-import cProfile
-import pstats
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
 
@@ -19,14 +19,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bitsmoe_plugin import layer, packing, problem, spectral, statistics
+from bitsmoe_plugin import layer, packing, planned_rounding, problem, rounding, spectral, statistics
 from bitsmoe_plugin.allocation import allocate
 from bitsmoe_plugin.benchmarks.layer import SHAPES
 from bitsmoe_plugin.benchmarks.output import Row, add_benchmark
 from bitsmoe_plugin.budget import plan_budget
 from bitsmoe_plugin.config import METHODS, BitsMoEConfig
+from bitsmoe_plugin.devices import choose_device
 from bitsmoe_plugin.packing import LayerShape
-from bitsmoe_plugin.planned_rounding import round_as_planned
 from bitsmoe_plugin.rounding import round_along_neurons, round_along_rank
 from bitsmoe_plugin.spectral import ExpertWeights
 from bitsmoe_plugin.statistics import LayerActivations
@@ -42,9 +42,10 @@ PARTS: dict[str, Callable[..., Any]] = {
     "gate and up": round_along_rank,
     "refit of down": layer.refit_down,
     "down": round_along_neurons,
-    "packing": packing.pack_expert,
+    "packing": packing.pack_experts,
 }
 """What is timed; feedback is computed twice, once for the costs."""
+_MODULES = (layer, packing, planned_rounding, problem, rounding, spectral, statistics)
 
 
 def add(commands: Any) -> None:
@@ -57,6 +58,8 @@ def add(commands: Any) -> None:
     parser.add_argument("--method", default="default", choices=sorted(METHODS))
     parser.add_argument("--gptq-experts", type=int, default=2, help="experts that GPTQ quantizes; 0: no GPTQ")
     parser.add_argument("--threads", type=int, default=None, help="default: torch's")
+    text = "auto (a GPU if there is one), cpu or cuda, of both quantizers (default: %(default)s)"
+    parser.add_argument("--device", default="auto", help=text)
 
 
 def random_experts(shape: LayerShape, generator: torch.Generator) -> ExpertWeights:
@@ -98,23 +101,58 @@ def _quantize(weights: ExpertWeights, activations: LayerActivations, config: Bit
     plan = layer.plan_layer(first, budget)
     del first
     costs = plan.costs.view(-1, len(config.widths)).numpy()
-    result = allocate([costs], [layer.row_sizes(shape, config.widths)], budget)
+    result = layer.allocate([costs], [layer.row_sizes(shape, config.widths)], budget)
     bits = torch.tensor(config.widths)[torch.from_numpy(result.choice).long()].view(plan.costs.shape[:-1])
     if plan.row_weights is not None:
-        round_as_planned(weights, bits, plan, plan.row_weights, config)
+        known, device = plan.row_weights, activations.hidden.device
+        planned_rounding.round_as_planned(weights, bits, plan, known, config, device=device)
     else:
         second = problem.build_problem("layer", weights, activations, _gating, config, plan.bases)
         layer.round_layer(second, bits)
 
 
-def _seconds(stats: pstats.Stats, function: Callable[..., Any]) -> float:
-    """Time in a function and what it called."""
-    code = function.__code__
-    times = stats.stats.get((code.co_filename, code.co_firstlineno, code.co_name))  # type: ignore[attr-defined]
-    return times[3] if times else 0.0
+@contextmanager
+def _timed(device: torch.device) -> Iterator[dict[str, float]]:
+    """Seconds by part while this is entered. A GPU is waited for before and after each call of a part: what
+    it is asked for is otherwise computed in the time of another."""
+    seconds = dict.fromkeys(PARTS, 0.0)
+
+    def timed(part: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            start = _now(device)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                seconds[part] += _now(device) - start
+
+        return call
+
+    places = [
+        (module, name, part)
+        for part, function in PARTS.items()
+        for module in _MODULES
+        for name, value in vars(module).items()
+        if value is function
+    ]
+    for module, name, part in places:
+        setattr(module, name, timed(part, PARTS[part]))
+    try:
+        yield seconds
+    finally:
+        for module, name, part in places:
+            setattr(module, name, PARTS[part])
 
 
-def _gptq_seconds(weights: ExpertWeights, activations: LayerActivations, experts: int) -> float:
+def _now(device: torch.device) -> float:
+    """Seconds, when all that a GPU was asked for is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _gptq_seconds(
+    weights: ExpertWeights, activations: LayerActivations, experts: int, device: torch.device
+) -> float:
     """Time of gptqmodel for some experts, with the settings of ``comparison.gptq_quantize``."""
     from gptqmodel.quantization.gptq import GPTQ
 
@@ -127,15 +165,26 @@ def _gptq_seconds(weights: ExpertWeights, activations: LayerActivations, experts
         gate, up, down = weights.gate[expert], weights.up[expert], weights.down[expert]
         hidden = _gating(x @ gate.T, x @ up.T)
         for weight, inputs in ((gate, x), (up, x), (down, hidden)):
-            linear = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=weight.dtype)
+            sizes = weight.shape[1], weight.shape[0]
+            linear = torch.nn.Linear(*sizes, bias=False, dtype=weight.dtype, device=device)
             linear.weight.data.copy_(weight)
             task = GPTQ(linear, quantize_config(GptqSettings()))
             task.quantizer.configure(perchannel=True)
-            start = time.perf_counter()
+            start = _now(device)
             task.add_batch(inputs[None], None)
             task.quantize()
-            total += time.perf_counter() - start
+            total += _now(device) - start
     return total
+
+
+def _first(weights: ExpertWeights) -> ExpertWeights:
+    """The first two experts."""
+    return ExpertWeights(weights.gate[:2], weights.up[:2], weights.down[:2])
+
+
+def _routed_to_first(activations: LayerActivations) -> LayerActivations:
+    """The same tokens, routed to two experts."""
+    return replace(activations, top_k_index=activations.top_k_index % 2)
 
 
 def measure(args: argparse.Namespace) -> list[Row]:
@@ -148,17 +197,23 @@ def measure(args: argparse.Namespace) -> list[Row]:
     generator = torch.Generator().manual_seed(0)
     weights = random_experts(shape, generator)
     activations = random_activations(shape, min(k, shape.num_experts), args.tokens, generator)
-    profile = cProfile.Profile()
-    start = time.perf_counter()
+    device = torch.device(choose_device(args.device))
+    weights = weights.to(device)
+    activations = LayerActivations(*(tensor.to(device) for tensor in vars(activations).values()))
+    config = BitsMoEConfig(bits=args.bits, method=args.method)
     with torch.no_grad():
-        profile.runcall(_quantize, weights, activations, BitsMoEConfig(bits=args.bits, method=args.method))
-    ours = time.perf_counter() - start
-    stats = pstats.Stats(profile)
-    times = {f"  {part}": _seconds(stats, function) for part, function in PARTS.items()}
-    times = {f"bitsmoe ({args.method})": ours, **times}
+        if device.type == "cuda":  # kernels are compiled, and libraries loaded, at their first use
+            _quantize(_first(weights), _routed_to_first(activations), config)
+        with _timed(device) as parts:
+            start = _now(device)
+            _quantize(weights, activations, config)
+            ours = _now(device) - start
+    times = {f"bitsmoe ({args.method})": ours, **{f"  {part}": value for part, value in parts.items()}}
     if args.gptq_experts and find_spec("gptqmodel"):
         some = min(args.gptq_experts, shape.num_experts)
-        times["gptq"] = _gptq_seconds(weights, activations, some) * shape.num_experts / some
+        if device.type == "cuda":
+            _gptq_seconds(weights, activations, 1, device)
+        times["gptq"] = _gptq_seconds(weights, activations, some, device) * shape.num_experts / some
     return [
         {
             "part": part,

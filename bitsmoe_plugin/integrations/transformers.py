@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import shutil
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -210,12 +211,15 @@ def register() -> None:
         register_quantizer(QUANT_METHOD)(BitsMoEQuantizer)
 
 
-def quantize_to_directory(model: str, out: Path, config: BitsMoEConfig) -> None:
+def quantize_to_directory(model: str, out: Path, config: BitsMoEConfig, device: str = "cpu") -> None:
     """Quantize a saved model and write it packed, with its tokenizer and a model card.
 
     Finished layers are kept in a work directory (``config.work_dir``, or ``out`` with ".work" appended)
     until all is done: the same call continues there if this one ends early. ``out`` takes its name at the
     end, so it is either absent or complete. Of several processes (see ``workers``) the first one writes.
+
+    Args:
+        device: what the model is loaded to, and quantized on; see ``devices.choose_device``.
 
     Raises:
         BitsMoEError: bad input. Nothing is left behind but layers that were finished.
@@ -224,16 +228,19 @@ def quantize_to_directory(model: str, out: Path, config: BitsMoEConfig) -> None:
     out, workers = Path(out).resolve(), Workers.present()
     workers.from_main(lambda: check_output_directory(out))
     workers.from_main(lambda: _check_unquantized(model))
+    if device != "cpu" and find_spec("accelerate") is None:
+        raise ConfigError(f"to load to {device}, transformers needs accelerate; pip install accelerate")
     config = copy.copy(config)
+    options = {"quantization_config": config, **({} if device == "cpu" else {"device_map": {"": device}})}
     # Beside ``out``, so that a rename within one file system publishes it, wherever the layers are kept.
     beside = out.with_name(f"{out.name}.work")
     config.work_dir = work = Path(config.work_dir or beside)
     if not workers.main:  # it takes part, the first process writes
-        AutoModelForCausalLM.from_pretrained(model, quantization_config=config)
+        AutoModelForCausalLM.from_pretrained(model, **options)
         return
     with locked(work), staging(beside):
         try:
-            quantized = AutoModelForCausalLM.from_pretrained(model, quantization_config=config)
+            quantized = AutoModelForCausalLM.from_pretrained(model, **options)
             with writing(out):
                 _write_checkpoint(quantized, model, config.dataset, beside / OUTPUT, out)
         except BaseException as error:

@@ -1,6 +1,7 @@
 """Compile the Triton kernels for GPUs that need not be there, and report what they use.
 
     python -m bitsmoe_plugin.kernels.triton_compile [--hidden 2048 --intermediate 768 ...] [--json]
+    python -m bitsmoe_plugin.kernels.triton_compile --rounding     those that quantize, instead
 
 Kernels are compiled for the launches that a forward pass over a layer of the given sizes makes: the
 same arguments and constants. Registers, spills and stack come from ptxas (``-v``), shared memory from
@@ -25,7 +26,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from bitsmoe_plugin import coding
+from bitsmoe_plugin import coding, gpu_rounding
 from bitsmoe_plugin.config import ALL_WIDTHS
 from bitsmoe_plugin.errors import ConfigError
 from bitsmoe_plugin.kernels.triton_layer import DECODE_TOKENS, TritonLayer
@@ -92,6 +93,19 @@ def launches(spec: PackedSpec, capability: int, dtype: torch.dtype, tokens: int,
     ids = torch.zeros(tokens, slots, dtype=torch.int32)
     recorded: list[Launch] = []
     layer.forward(hidden, ids, ids.float(), recorded.append)
+    return recorded
+
+
+def rounding_launches(size: int, grid: str) -> list[Launch]:
+    """What rounding and packing rows of ``size`` values would launch."""
+    recorded: list[Launch] = []
+    rows, scales = torch.zeros(4, 2, size)[:, 0], torch.ones(4)
+    codes = torch.zeros(4, coding.padded(size), dtype=torch.int32)
+    bits = torch.full((4,), 2)
+    into = codes, torch.zeros(4, size), grid
+    gpu_rounding.round_into(rows, scales, torch.ones(2, size), 2, bits, *into, recorded.append, on_gpu=True)
+    gpu_rounding.choose_scales(rows, rows, bits, scales, scales, scales, recorded.append)
+    gpu_rounding.pack(codes[None], bits[None], recorded.append, on_gpu=True)
     return recorded
 
 
@@ -180,6 +194,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--input-bases", type=int, choices=(1, 2), default=1)
     parser.add_argument("--capability", type=int, nargs="+", default=CAPABILITIES, help="80 for sm_80")
     parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=DTYPES[:2])
+    parser.add_argument("--rounding", action="store_true", help="the kernels that quantize, instead")
     parser.add_argument("--json", action="store_true", help="one object per line")
     chosen = parser.parse_args(arguments)
     shape = LayerShape(chosen.experts, chosen.hidden, chosen.intermediate)
@@ -191,7 +206,11 @@ def main(arguments: list[str] | None = None) -> None:
     if not chosen.json:
         print("| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
     for capability in chosen.capability:
-        for launch, dtypes in all_launches(specs, capability, chosen.dtype, chosen.slots):
+        for launch, dtypes in (
+            [(launch, "float32") for launch in rounding_launches(chosen.intermediate, chosen.grid)]
+            if chosen.rounding
+            else all_launches(specs, capability, chosen.dtype, chosen.slots)
+        ):
             values = asdict(compile_launch(launch, capability, dtypes))
             line = json.dumps(values) if chosen.json else f"| {' | '.join(map(str, values.values()))} |"
             print(line, flush=True)
