@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 # Triton decides when it is imported, and torch imports it, whether its functions are compiled or interpreted.
-os.environ["TRITON_INTERPRET"] = "1"
+# 0 for tests on a GPU, see test_gpu_kernels.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 # As in this process, see below: results depend on the number of threads, and several tests run at once.
 os.environ["OMP_NUM_THREADS"] = "1"
 
