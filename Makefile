@@ -7,6 +7,7 @@
 # make ablation  what each element of the method is worth (15 minutes)
 # make lock      pin what is installed for CI; make audit: known vulnerabilities of what is pinned
 # make dist      source distribution and wheel in dist/, built twice and compared
+# make test-gpu  tests that need a GPU
 # make test      all tests; make lint, make format, make check
 PYTHON ?= python3
 # The wheel of the package index carries CUDA on Linux; set TORCH to install another build.
@@ -29,7 +30,7 @@ COMPARE = $(BIN)/bitsmoe compare $(EXAMPLE) --bits 2.0 --dataset $(CALIBRATION) 
 	--prompt "In the beginning there was"
 
 .PHONY: install install-gptq install-torchao install-autoround install-vllm demo demo-gptq ablation test \
-	test-vllm test-oldest lint format check lock audit dist clean
+	test-gpu test-vllm test-oldest lint format check lock audit dist clean
 install: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml
@@ -82,6 +83,10 @@ ablation: install
 
 test: install install-torchao
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
+# On a machine with a GPU. Elsewhere the kernels for it are tested in Triton's interpreter, by `make test`.
+test-gpu: install
+	TRITON_INTERPRET=0 $(BIN)/python -m pytest tests/test_gpu_*.py
 
 test-vllm: install-vllm
 	$(VLLM_VENV)/bin/python -m pytest tests/test_vllm_*.py

@@ -27,12 +27,14 @@ class Contender:
     bits: stored bits per expert weight, everything counted.
     forward: (hidden ``[T, H]``, ids ``[T, k]`` int64, weights ``[T, k]`` float32) -> ``[T, H]``.
     moved: ids ``[T, k]`` -> bytes of weights that a forward pass has to read at least.
+    capturable: on a GPU, ``forward`` does not wait for the device, so a CUDA graph can be made of it.
     """
 
     name: str
     bits: float
     forward: Forward
     moved: Callable[[Tensor], int]
+    capturable: bool = True
 
 
 def bitsmoe(shape: LayerShape, bits: float, device: str) -> Contender:
@@ -108,12 +110,19 @@ def dense_vllm_cpu(shape: LayerShape) -> Contender:
 
 
 def gptq(shape: LayerShape, bits: int, device: str) -> Contender:
-    """GPTQ weights as gptqmodel computes them: a linear module for each projection of each expert."""
-    from gptqmodel.nn_modules.qlinear.torch import TorchLinear
+    """GPTQ weights as gptqmodel computes them: a linear module for each projection of each expert.
+
+    On a GPU its Triton kernel, the only one there for 2 bits, which dequantizes before each product.
+    """
     from gptqmodel.quantization import FORMAT
 
-    def linear(columns: int, rows: int) -> TorchLinear:
-        module = TorchLinear(
+    if device == "cpu":
+        from gptqmodel.nn_modules.qlinear.torch import TorchLinear as Linear
+    else:
+        from gptqmodel.nn_modules.qlinear.tritonv2 import TritonV2Linear as Linear
+
+    def linear(columns: int, rows: int) -> Linear:
+        module = Linear(
             bits,
             GPTQ_GROUP,
             sym=True,
@@ -148,7 +157,7 @@ def gptq(shape: LayerShape, bits: int, device: str) -> Contender:
     def moved(ids: Tensor) -> int:
         return int(3 * h * i * stored / 8) * len(torch.unique(ids))
 
-    return Contender(f"GPTQ {bits} bits, gptqmodel", stored, forward, moved)
+    return Contender(f"GPTQ {bits} bits, gptqmodel", stored, forward, moved, capturable=False)
 
 
 def contenders(shape: LayerShape, bits: list[float], device: str) -> Iterator[Contender]:

@@ -50,6 +50,8 @@ def _transformers(task: dict[str, Any]) -> Callable[[int, int], None]:
             min_new_tokens=tokens,
             do_sample=False,
         )
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
 
     return generate
 

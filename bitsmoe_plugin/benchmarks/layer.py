@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from bitsmoe_plugin.benchmarks.contenders import Contender, contenders
 from bitsmoe_plugin.benchmarks.output import Row, add_benchmark
+from bitsmoe_plugin.benchmarks.timing import Stopwatch, capture
 from bitsmoe_plugin.packing import LayerShape
 
+GRAPH = ", CUDA graph"
 SHAPES = {
     "qwen3-30b-a3b": (LayerShape(128, 2048, 768), 8),
     "deepseek-v2-lite": (LayerShape(64, 2048, 1408), 6),
@@ -35,26 +38,11 @@ def add(commands: Any) -> None:
     parser.add_argument("--repeats", type=int, default=15, help="timed calls of each, each with new experts")
 
 
-def _clock(device: str) -> Callable[[], float]:
-    if device == "cpu":
-        return time.perf_counter
-
-    def synchronized() -> float:
-        torch.cuda.synchronize()
-        return time.perf_counter()
-
-    return synchronized
-
-
 def copy_bandwidth(device: str) -> float:
     """Bytes per second of a large copy, read and written; the best of ten."""
     source = torch.ones(COPY_BYTES // 4, device=device)
-    target, clock, best = torch.empty_like(source), _clock(device), float("inf")
-    for _ in range(10):
-        start = clock()
-        target.copy_(source)
-        best = min(best, clock() - start)
-    return 2 * COPY_BYTES / best
+    target, stopwatch = torch.empty_like(source), Stopwatch.on(device)
+    return 2 * COPY_BYTES / min(stopwatch.seconds(lambda: target.copy_(source)) for _ in range(10))
 
 
 def _inputs(shape: LayerShape, k: int, tokens: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -65,25 +53,30 @@ def _inputs(shape: LayerShape, k: int, tokens: int, device: str) -> tuple[Tensor
 
 
 def _seconds(
-    forwards: Sequence[Callable[..., Tensor]], batches: Sequence[tuple[Tensor, ...]], device: str
-) -> list[float]:
-    """Median of each, taken in turns so that a slow moment of the machine hits all of them."""
-    clock = _clock(device)
-    for forward in forwards:
-        forward(*batches[0])
-    times: list[list[float]] = [[] for _ in forwards]
+    entries: Sequence[Contender], batches: Sequence[tuple[Tensor, ...]], device: str
+) -> dict[str, list[float]]:
+    """Name of the method -> median of the calls and, on a GPU, of the replays of a CUDA graph.
+
+    Taken in turns so that a slow moment of the machine hits all of them.
+    """
+    stopwatch = Stopwatch.on(device)
+    stopwatch.warm_up([partial(entry.forward, *batches[0]) for entry in entries])
+    graphs = [capture(entry, batches[0]) if device != "cpu" else None for entry in entries]
+    times: list[list[list[float]]] = [[[], []] for _ in entries]
     for batch in batches[1:]:
-        for forward, taken in zip(forwards, times, strict=True):
-            start = clock()
-            forward(*batch)
-            taken.append(clock() - start)
-    return [statistics.median(taken) for taken in times]
+        for entry, graph, (calls, replays) in zip(entries, graphs, times, strict=True):
+            calls.append(stopwatch.seconds(partial(entry.forward, *batch)))
+            if graph is not None:
+                graph.load(batch)
+                replays.append(stopwatch.seconds(graph.replay, launched_before=True))
+    return {
+        entry.name: [statistics.median(taken) for taken in both if taken]
+        for entry, both in zip(entries, times, strict=True)
+    }
 
 
 def measure(args: argparse.Namespace) -> list[Row]:
     """One row per number of tokens and contender."""
-    from bitsmoe_plugin.benchmarks.contenders import contenders
-
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.manual_seed(0)
@@ -94,19 +87,20 @@ def measure(args: argparse.Namespace) -> list[Row]:
     for tokens in (int(n) for n in args.tokens.split(",")):
         batches = [_inputs(shape, k, tokens, args.device) for _ in range(args.repeats + 1)]
         with torch.no_grad():
-            seconds = _seconds([entry.forward for entry in entries], batches, args.device)
-        for entry, taken in zip(entries, seconds, strict=True):
+            taken = _seconds(entries, batches, args.device)
+        for entry in entries:
             moved = statistics.mean(entry.moved(ids.cpu()) for _, ids, _ in batches[1:])
-            rows.append(
-                {
-                    "shape": args.shape,
-                    "tokens": tokens,
-                    "method": entry.name,
-                    "bits_per_weight": entry.bits,
-                    "milliseconds": 1e3 * taken,
-                    "speed_over_first": seconds[0] / taken,
-                    "gigabytes_per_second": moved / taken / 1e9,
-                    "of_copy_bandwidth": moved / taken / bandwidth,
-                }
-            )
+            for seconds, suffix in zip(taken[entry.name], ("", GRAPH), strict=False):
+                rows.append(
+                    {
+                        "shape": args.shape,
+                        "tokens": tokens,
+                        "method": entry.name + suffix,
+                        "bits_per_weight": entry.bits,
+                        "milliseconds": 1e3 * seconds,
+                        "speed_over_first": taken[entries[0].name][0] / seconds,
+                        "gigabytes_per_second": moved / seconds / 1e9,
+                        "of_copy_bandwidth": moved / seconds / bandwidth,
+                    }
+                )
     return rows
