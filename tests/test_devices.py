@@ -47,8 +47,6 @@ def quantize(
         ({"grid": "uniform", "joint_basis": False}, True),
         ({"method": "paper-v1"}, False),
         pytest.param({"method": "fast", "grid": "uniform"}, True, marks=pytest.mark.exhaustive),
-        pytest.param({}, True, marks=pytest.mark.exhaustive),
-        pytest.param({"method": "fast"}, True, marks=pytest.mark.exhaustive),
     ],
 )
 def test_a_layer_is_quantized_on_the_device_of_its_inputs(
