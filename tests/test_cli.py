@@ -114,6 +114,19 @@ def test_estimate_table_names_the_parts() -> None:
     assert all(word in done.stdout for word in words), done.stderr
 
 
+def test_bench_quantize_times_what_is_run(capfd: pytest.CaptureFixture[str]) -> None:
+    """Guards parts that are renamed or no longer called: each of the default method must have taken time,
+    together no more than the whole."""
+    size = ("--shape", "moe-tiny", "--experts", "4", "--tokens", "256", "--bits", "4", "--gptq-experts", "0")
+    status, out, _ = run_here(capfd, "bench", "quantize", *size, "--json")
+    assert status == 0
+    whole, *parts = json.loads(out)
+    assert all(part["seconds"] > 0 for part in parts), parts
+    nested = ("factors", "feedback", "allocation")  # in the time of others
+    own = [part["seconds"] for part in parts if not part["part"].strip().startswith(nested)]
+    assert sum(own) < whole["seconds"]
+
+
 def test_bench_allocation_json() -> None:
     """Keys and meaning at a small size: a budget for all layers is never worse than one for each."""
     size = ["--layers", "3", "--experts", "4", "--rank", "64", "--intermediate-size", "64"]

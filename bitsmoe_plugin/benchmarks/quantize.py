@@ -150,13 +150,18 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def _gptq_seconds(
-    weights: ExpertWeights, activations: LayerActivations, experts: int, device: torch.device
-) -> float:
-    """Time of gptqmodel for some experts, with the settings of ``comparison.gptq_quantize``."""
+def _gptq_seconds(weights: ExpertWeights, activations: LayerActivations, experts: int, search: bool) -> float:
+    """Time of gptqmodel for some experts, with the settings of ``comparison.gptq_quantize``.
+
+    Args:
+        search: for scales, as there: the best quality, and most of the time. gptqmodel's default is not to.
+    """
     from gptqmodel.quantization.gptq import GPTQ
 
     from bitsmoe_plugin.comparison.gptq_quantize import GptqSettings, quantize_config
+
+    device = weights.gate.device
+    settings = GptqSettings() if search else GptqSettings(mse=0.0)
 
     slots = statistics.routed_slots(activations, weights.num_experts)
     total = 0.0
@@ -168,7 +173,7 @@ def _gptq_seconds(
             sizes = weight.shape[1], weight.shape[0]
             linear = torch.nn.Linear(*sizes, bias=False, dtype=weight.dtype, device=device)
             linear.weight.data.copy_(weight)
-            task = GPTQ(linear, quantize_config(GptqSettings()))
+            task = GPTQ(linear, quantize_config(settings))
             task.quantizer.configure(perchannel=True)
             start = _now(device)
             task.add_batch(inputs[None], None)
@@ -213,8 +218,9 @@ def measure(args: argparse.Namespace) -> list[Row]:
     if args.gptq_experts and find_spec("gptqmodel"):
         some = min(args.gptq_experts, shape.num_experts)
         if device.type == "cuda":
-            _gptq_seconds(weights, activations, 1, device)
-        times["gptq"] = _gptq_seconds(weights, activations, some, device) * shape.num_experts / some
+            _gptq_seconds(weights, activations, 1, search=True)
+        for name, search in (("gptq", True), ("gptq, no search for scales", False)):
+            times[name] = _gptq_seconds(weights, activations, some, search) * shape.num_experts / some
     return [
         {
             "part": part,
