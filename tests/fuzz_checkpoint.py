@@ -142,7 +142,7 @@ class Fuzzer:
             found = self.reader(self.folder)
         except BitsMoEError as error:
             return kind, type(error).__name__
-        except (MemoryError, TimeoutError, AssertionError):
+        except (MemoryError, TimeoutError):
             raise
         except Exception as error:
             frames = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
@@ -215,8 +215,8 @@ class Fuzzer:
 
 
 def _too_slow(signal_number: int, _frame: Any) -> None:
-    kind = "computing" if signal_number == signal.SIGPROF else "waiting"
-    raise TimeoutError(f"an input took too long ({kind})")
+    what = "computing" if signal_number == signal.SIGPROF else "waiting"
+    raise TimeoutError(f"an input took too long ({what})")
 
 
 def _limit_time(seconds: float) -> None:
