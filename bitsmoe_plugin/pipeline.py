@@ -32,13 +32,14 @@ from bitsmoe_plugin.experts import BitsMoEExperts, replace_module
 from bitsmoe_plugin.families import MoELayer, apply_gating, check_computation, layer_shape, read_biases
 from bitsmoe_plugin.interruption import Interrupted, deferred_interrupt
 from bitsmoe_plugin.kept import choose_kept, model_budget, row_groups, with_originals
-from bitsmoe_plugin.layer import LayerPlan, bits_over_bound, plan_layer, round_layer, row_sizes
+from bitsmoe_plugin.layer import LayerPlan, bits_over_bound, plan_layer, round_layer
 from bitsmoe_plugin.memory import release_free_memory
 from bitsmoe_plugin.packing import LayerShape, PackedExperts
 from bitsmoe_plugin.planned_rounding import round_as_planned
 from bitsmoe_plugin.problem import build_problem
 from bitsmoe_plugin.progress import Hidden, PackedLayer, PlannedLayer, Progress, ProgressInMemory, Widths
 from bitsmoe_plugin.residual_gain import as_seen_by_the_stream, residual_gains
+from bitsmoe_plugin.row_costs import row_sizes
 from bitsmoe_plugin.run_identity import identity
 from bitsmoe_plugin.saved_progress import ProgressOnDisk
 from bitsmoe_plugin.sources import ExpertSource, LoadedExperts, weights_digest

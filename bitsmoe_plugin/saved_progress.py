@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitsmoe_plugin.layer import LayerPlan, RowWeights
+from bitsmoe_plugin.layer import LayerPlan
 from bitsmoe_plugin.packing import PackedExperts
 from bitsmoe_plugin.progress import Hidden, PackedLayer, PlannedLayer, Widths, check_digest
+from bitsmoe_plugin.row_costs import RowWeights
 from bitsmoe_plugin.spectral import QuantizedBasis, SharedBases
 from bitsmoe_plugin.super_experts import ExpertOutputs
 from bitsmoe_plugin.work_directory import WorkDirectory

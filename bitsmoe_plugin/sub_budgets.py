@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from bitsmoe_plugin import packing
 from bitsmoe_plugin.config import BitsMoEConfig
 from bitsmoe_plugin.errors import QuantizationError
-from bitsmoe_plugin.layer import row_sizes
 from bitsmoe_plugin.packing import FACTORS, LayerShape
+from bitsmoe_plugin.row_costs import row_sizes
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,10 @@ from pretended_device import pretended_device
 from bitsmoe_plugin.config import ALL_WIDTHS, BitsMoEConfig
 from bitsmoe_plugin.devices import choose_device
 from bitsmoe_plugin.errors import ConfigError
-from bitsmoe_plugin.layer import LayerPlan, RoundedLayer, plan_layer, round_layer
+from bitsmoe_plugin.layer import LayerPlan, plan_layer, round_layer
 from bitsmoe_plugin.planned_rounding import round_as_planned
 from bitsmoe_plugin.problem import build_problem
+from bitsmoe_plugin.rounded_experts import RoundedLayer
 from bitsmoe_plugin.statistics import LayerActivations
 
 EXPERTS, SIZE, HIDDEN, TOKENS = 2, 8, 16, 80

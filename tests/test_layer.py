@@ -16,19 +16,13 @@ from bitsmoe_plugin.checkpoint import tensor_digest
 from bitsmoe_plugin.config import ALL_WIDTHS, BitsMoEConfig
 from bitsmoe_plugin.experts import BitsMoEExperts
 from bitsmoe_plugin.kernels.reference import ReferenceLayer
-from bitsmoe_plugin.layer import (
-    bits_over_bound,
-    plan_layer,
-    round_experts,
-    round_layer,
-    row_costs,
-    row_weights,
-    sampled_error,
-)
+from bitsmoe_plugin.layer import bits_over_bound, plan_layer, round_experts, round_layer
 from bitsmoe_plugin.packed_spec import PackedSpec
 from bitsmoe_plugin.packing import PackedExperts
 from bitsmoe_plugin.planned_rounding import round_as_planned
 from bitsmoe_plugin.problem import LayerProblem, build_problem, rank_feedback, rank_variances
+from bitsmoe_plugin.refit import sampled_error
+from bitsmoe_plugin.row_costs import row_costs, row_weights
 from bitsmoe_plugin.serving import gating
 from bitsmoe_plugin.spectral import ExpertWeights
 from bitsmoe_plugin.statistics import PRIOR_TOKENS

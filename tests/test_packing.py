@@ -14,10 +14,10 @@ from torch import Tensor
 from bitsmoe_plugin import coding, packing, trellis
 from bitsmoe_plugin.coding import GRIDS
 from bitsmoe_plugin.config import ALL_WIDTHS
-from bitsmoe_plugin.layer import row_sizes
 from bitsmoe_plugin.packed_spec import PackedSpec
 from bitsmoe_plugin.packing import LayerShape, PackedExperts
 from bitsmoe_plugin.rounding import SCALE_LEVELS, ScaleGrid
+from bitsmoe_plugin.row_costs import row_sizes
 from bitsmoe_plugin.spectral import quantize_basis
 from bitsmoe_plugin.trellis_tables import TABLES
 

@@ -16,9 +16,9 @@ from bitsmoe_plugin.budget import plan_budget
 from bitsmoe_plugin.cli import main
 from bitsmoe_plugin.estimate import estimate
 from bitsmoe_plugin.inspection import inspect_checkpoint, read_config
-from bitsmoe_plugin.layer import row_sizes
 from bitsmoe_plugin.packing import FACTORS, LayerShape, fixed_bits
 from bitsmoe_plugin.pipeline import allocate_rows
+from bitsmoe_plugin.row_costs import row_sizes
 from bitsmoe_plugin.sub_budgets import StoredLayer, each_layer, layer_share, sub_budgets
 
 SHAPE = LayerShape(num_experts=6, hidden_size=64, intermediate_size=64)

@@ -4,7 +4,7 @@ The costs are synthetic: size, certificate, time and memory are those of a real 
 budget per layer loses follows from the spread that was drawn. A row's energy is a power law over the rank
 whose exponent differs between layers, times log-normal scales of layer, expert and row. Its relative
 distortion at every width is measured: it is that of one of 1,024 Gaussian rows of the given length, as
-``layer.row_costs`` computes it.
+``row_costs.row_costs`` computes it.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from bitsmoe_plugin.allocation import allocate
 from bitsmoe_plugin.benchmarks.output import Row, add_benchmark
 from bitsmoe_plugin.budget import plan_budget
 from bitsmoe_plugin.config import BitsMoEConfig
-from bitsmoe_plugin.layer import DROP_WEIGHT, GATE_UP_WEIGHT, row_sizes
 from bitsmoe_plugin.packing import LayerShape
+from bitsmoe_plugin.row_costs import DROP_WEIGHT, GATE_UP_WEIGHT, row_sizes
 
 _SHAPES = 1024
 

@@ -19,7 +19,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bitsmoe_plugin import layer, packing, planned_rounding, problem, rounding, spectral, statistics
+from bitsmoe_plugin import (
+    layer,
+    packing,
+    planned_rounding,
+    problem,
+    refit,
+    rounded_experts,
+    rounding,
+    row_costs,
+    spectral,
+    statistics,
+)
 from bitsmoe_plugin.allocation import allocate
 from bitsmoe_plugin.benchmarks.layer import SHAPES
 from bitsmoe_plugin.benchmarks.output import Row, add_benchmark
@@ -37,15 +48,26 @@ PARTS: dict[str, Callable[..., Any]] = {
     "factors of gate and up": spectral.input_factors,
     "factors of down": spectral.down_factors,
     "feedback": problem.rank_feedback,
-    "costs, with feedback": layer.row_costs,
+    "costs, with feedback": row_costs.row_costs,
     "allocation": allocate,
     "gate and up": round_along_rank,
-    "refit of down": layer.refit_down,
+    "refit of down": refit.refit_down,
     "down": round_along_neurons,
     "packing": packing.pack_experts,
 }
 """What is timed; feedback is computed twice, once for the costs."""
-_MODULES = (layer, packing, planned_rounding, problem, rounding, spectral, statistics)
+_MODULES = (
+    layer,
+    packing,
+    planned_rounding,
+    problem,
+    refit,
+    rounded_experts,
+    rounding,
+    row_costs,
+    spectral,
+    statistics,
+)
 
 
 def add(commands: Any) -> None:
@@ -101,7 +123,7 @@ def _quantize(weights: ExpertWeights, activations: LayerActivations, config: Bit
     plan = layer.plan_layer(first, budget)
     del first
     costs = plan.costs.view(-1, len(config.widths)).numpy()
-    result = layer.allocate([costs], [layer.row_sizes(shape, config.widths)], budget)
+    result = layer.allocate([costs], [row_costs.row_sizes(shape, config.widths)], budget)
     bits = torch.tensor(config.widths)[torch.from_numpy(result.choice).long()].view(plan.costs.shape[:-1])
     if plan.row_weights is not None:
         known, device = plan.row_weights, activations.hidden.device
