@@ -367,7 +367,7 @@ def test_quantize_writes_a_report_into_the_checkpoint(
 ) -> None:
     """Quantizing is tested elsewhere; here a finished checkpoint stands in for it."""
 
-    def quantize(model: str, out: Path, config: Any) -> None:
+    def quantize(model: str, out: Path, config: Any, device: str) -> None:
         shutil.copytree(packed_moe_tiny, out)
 
     monkeypatch.setattr("bitsmoe_plugin.integrations.transformers.quantize_to_directory", quantize)

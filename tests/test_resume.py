@@ -326,6 +326,7 @@ def test_fewer_blocks_after_running_out_of_memory_are_remembered(tiny_model: Any
         quantize_model(model, blocks, BitsMoEConfig(**children.OPTIONS, work_dir=work))
         return model.state_dict()
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     whole = quantize(None, Cramped(stop=False))
     with pytest.raises(Interrupted):
         quantize(tmp_path / "work", Cramped(stop=True))
