@@ -131,17 +131,17 @@ def _quantize(args: argparse.Namespace, stdout: TextIO) -> None:
         main = workers.main
     if main:
         _report_size(args.out)
-        evaluation = _evaluate_packed(args.out, args.eval) if args.eval is not None else None
+        evaluation = _evaluate_packed(args.out, args.eval, device) if args.eval is not None else None
         if args.report:
             _write_report(args.out, evaluation)
 
 
-def _evaluate_packed(directory: Path, text: str) -> dict[str, Any]:
+def _evaluate_packed(directory: Path, text: str, device: str) -> dict[str, Any]:
     """Measure a model that was just written, and tell its card."""
     from bitsmoe_plugin.evaluation import as_record, evaluate_path
     from bitsmoe_plugin.model_card import record_evaluation
 
-    result = as_record(evaluate_path(str(directory), text), text)
+    result = as_record(evaluate_path(str(directory), text, device), text)
     record_evaluation(directory, result)
     print(f"perplexity: {result['perplexity']:.3f}, written into {directory / 'README.md'}", file=sys.stderr)
     return result
@@ -189,6 +189,7 @@ def _report(args: argparse.Namespace, stdout: TextIO) -> None:
 
 
 def _evaluate(args: argparse.Namespace, stdout: TextIO) -> None:
+    from bitsmoe_plugin.devices import choose_device
     from bitsmoe_plugin.evaluation import load_for_evaluation
     from bitsmoe_plugin.inspection import check_if_packed, print_evaluation, read_config
     from bitsmoe_plugin.model_tokenizer import load_tokenizer
@@ -201,9 +202,9 @@ def _evaluate(args: argparse.Namespace, stdout: TextIO) -> None:
         from bitsmoe_plugin.integrations.lm_eval import find_tasks
 
         find_tasks(args.tasks.split(","), args.task_dir)  # a wrong name should not cost a load
-    tokenizer = load_tokenizer(args.model)
+    device, tokenizer = choose_device(args.device), load_tokenizer(args.model)
     result: dict[str, Any] = {}
-    model = load_for_evaluation(args.model)
+    model = load_for_evaluation(args.model, device)
     if args.dataset:
         result.update(_evaluate_text(args, model, tokenizer))
     if args.tasks:

@@ -147,8 +147,7 @@ def add_quantize(commands: Any, run: Run) -> None:
     parser.add_argument("out", type=Path, help=_OUT)
     _add_calibration(parser)
     _add_method(parser)
-    text = "auto (a GPU if there is one), cpu, cuda or cuda:N; with several processes each takes its own GPU"
-    parser.add_argument("--device", default="auto", help=f"{text} (default: %(default)s)")
+    _add_device(parser, "; with several processes each takes its own GPU")
     text = "afterwards measure the perplexity of the packed model on this text, and tell it in the model card"
     parser.add_argument("--eval", metavar="FILE", help=text)
     text = "also write OUT/report/report.html, see `bitsmoe report`"
@@ -194,9 +193,15 @@ def add_evaluate(commands: Any, run: Run) -> None:
     _add_path(parser, "--task-dir", "directory of further tasks, as .yaml files of lm-eval", "DIR")
     _add_number(parser, "--few-shot", "examples in each prompt; default: as the task says")
     _add_number(parser, "--limit", "only the first N examples of each task")
+    _add_device(parser)
     text = "also write the results into the model card, README.md of the packed model"
     parser.add_argument("--card", action="store_true", help=text)
     _add_json(parser)
+
+
+def _add_device(parser: Any, more: str = "") -> None:
+    text = f"auto (a GPU if there is one), cpu, cuda or cuda:N{more} (default: %(default)s)"
+    parser.add_argument("--device", default="auto", help=text)
 
 
 def _add_evaluation_text(parser: Any, flag: str, required: bool = True) -> None:

@@ -192,23 +192,23 @@ def evaluate_model(
     )
 
 
-def load_for_evaluation(model: str) -> Any:
+def load_for_evaluation(model: str, device: torch.device | str = "cpu") -> Any:
     """A saved model, packed, of GPTQ or not quantized, in the dtype that it was saved in."""
     from transformers import AutoModelForCausalLM
 
     from bitsmoe_plugin.comparison.gptq_checkpoint import is_gptq, load_gptq_model
 
     load = load_gptq_model if is_gptq(model) else AutoModelForCausalLM.from_pretrained
-    return load(model).eval()
+    return load(model).eval().to(device)
 
 
 def load_reference(path: str, model: Any) -> Any:
-    """The model that ``model`` is to be compared with.
+    """The model that ``model`` is to be compared with, on the same device.
 
     Raises:
         ConfigError: its vocabulary is another.
     """
-    reference = load_for_evaluation(path)
+    reference = load_for_evaluation(path, next(model.parameters()).device)
     sizes = [m.get_output_embeddings().weight.shape[0] for m in (reference, model)]
     if sizes[0] != sizes[1]:
         raise ConfigError(
@@ -245,6 +245,6 @@ def evaluate_text(
     return evaluate_model(model, texts, reference=other, batch_size=batch_size)
 
 
-def evaluate_path(model: str, dataset: Any, **options: Any) -> Evaluation:
+def evaluate_path(model: str, dataset: Any, device: str = "cpu", **options: Any) -> Evaluation:
     """``evaluate_text`` for a saved model, packed, of GPTQ or not quantized, with its own tokenizer."""
-    return evaluate_text(load_for_evaluation(model), load_tokenizer(model), dataset, **options)
+    return evaluate_text(load_for_evaluation(model, device), load_tokenizer(model), dataset, **options)
