@@ -14,8 +14,9 @@ memory has not grown since a quarter of the requests were done. The status is 1 
 Talks to this machine alone.
 
 On a CPU, torch multiplies through oneDNN, which compiles a kernel for every number of tokens that a batch has
-and keeps 1024 of them, of any model: that alone grows by 400 MB over 10,000 requests. A server that is started
-here keeps ``KERNELS``, unless ONEDNN_PRIMITIVE_CACHE_CAPACITY says otherwise, so that what else grows shows.
+and keeps 1024 of them, of any model: that alone grows by 400 MB over 10,000 requests. A server that is
+started here keeps ``KERNELS``, unless ONEDNN_PRIMITIVE_CACHE_CAPACITY says otherwise, so that what else grows
+shows.
 """
 
 from __future__ import annotations
