@@ -14,6 +14,7 @@ from rich.table import Table
 from torch import Tensor
 
 from bitsmoe_plugin import packing
+from bitsmoe_plugin.calibration_coverage import THIN_TOKENS_PER_DIMENSION
 from bitsmoe_plugin.checkpoint_files import read_model_config, safetensors_files
 from bitsmoe_plugin.config import QUANT_METHOD, BitsMoEConfig
 from bitsmoe_plugin.errors import CheckpointError
@@ -22,7 +23,6 @@ from bitsmoe_plugin.model_sizes import check_model_sizes
 from bitsmoe_plugin.other_tensors import verify_others
 from bitsmoe_plugin.packed_files import PackedFiles
 from bitsmoe_plugin.packed_spec import PackedSpec
-from bitsmoe_plugin.pipeline import THIN_TOKENS_PER_DIMENSION
 
 _PARTS = {
     "bitsmoe_payload": "payload",

@@ -17,7 +17,7 @@ from bitsmoe_plugin.cli import main
 from bitsmoe_plugin.estimate import estimate
 from bitsmoe_plugin.inspection import inspect_checkpoint, read_config
 from bitsmoe_plugin.packing import FACTORS, LayerShape, fixed_bits
-from bitsmoe_plugin.pipeline import allocate_rows
+from bitsmoe_plugin.row_allocation import allocate_rows
 from bitsmoe_plugin.row_costs import row_sizes
 from bitsmoe_plugin.sub_budgets import StoredLayer, each_layer, layer_share, sub_budgets
 

@@ -11,14 +11,14 @@ from pathlib import Path
 import resume_support
 import torch
 
-from bitsmoe_plugin import devices, pipeline
+from bitsmoe_plugin import devices, quantization_run
 from bitsmoe_plugin.integrations.transformers import quantize_to_directory
 from bitsmoe_plugin.workers import connected
 
 
 def die_at(number: int) -> None:
     """Kill this process when it begins so-many-th of its layers, over both passes."""
-    calls, take = [0], pipeline.release_free_memory
+    calls, take = [0], quantization_run.release_free_memory
 
     def count() -> None:
         calls[0] += 1
@@ -26,7 +26,7 @@ def die_at(number: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         take()
 
-    pipeline.release_free_memory: Callable[[], None] = count
+    quantization_run.release_free_memory: Callable[[], None] = count
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from bitsmoe_plugin.pipeline import THIN_TOKENS_PER_DIMENSION
+from bitsmoe_plugin.calibration_coverage import THIN_TOKENS_PER_DIMENSION
 from bitsmoe_plugin.report.checkpoint_data import PART_NAMES, CheckpointData, LayerData, worst
 from bitsmoe_plugin.report.evaluation_data import THIS, EvaluationData, EvaluationRow
 from bitsmoe_plugin.report.figures import pictures

@@ -11,8 +11,8 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
+from bitsmoe_plugin.calibration_coverage import THIN_TOKENS_PER_DIMENSION
 from bitsmoe_plugin.packing import FACTORS
-from bitsmoe_plugin.pipeline import THIN_TOKENS_PER_DIMENSION
 from bitsmoe_plugin.report.axes import format_ticks, layer_ticks, logarithmic, per_cent, ranges, short
 from bitsmoe_plugin.report.checkpoint_data import ERRORS, CheckpointData, LayerData
 from bitsmoe_plugin.report.style import Look

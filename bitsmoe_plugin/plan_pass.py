@@ -1,0 +1,68 @@
+"""First pass over the layers of a model: what every row of every layer would cost.
+
+On the unquantized model. Where processes share the work, each plans some layers and passes through the rest.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+from bitsmoe_plugin.calibration import capture_layer
+from bitsmoe_plugin.families import apply_gating, check_computation, read_biases
+from bitsmoe_plugin.layer import plan_layer
+from bitsmoe_plugin.problem import build_problem
+from bitsmoe_plugin.progress import Hidden, PlannedLayer
+from bitsmoe_plugin.quantization_run import Run, finite
+from bitsmoe_plugin.residual_gain import residual_gains
+from bitsmoe_plugin.super_experts import ExpertOutputs, forms_massive_activations
+
+
+def plan_layers(run: Run) -> None:
+    """First pass: costs of all rows of all layers, on the unquantized model."""
+    workers, progress, moe = run.workers, run.progress, list(run.moe)
+    kept, first = workers.from_main(lambda: (progress.plan_hidden(), progress.planned))
+    if kept is not None:
+        run.forward.advance(kept)
+    planned: dict[int, PlannedLayer] = {}
+    passed: list[tuple[int, Hidden]] = []
+    for index in run.remaining(first, "Calibrating layers"):
+        if index in run.moe and workers.takes(moe.index(index)):
+            planned[index], outputs = _plan_layer(run, index)
+        else:
+            outputs = _pass_layer(run, index)
+        run.forward.advance(outputs)
+        passed.append((index, outputs))
+        if index + 1 < run.layers and sum(i in run.moe for i, _ in passed) not in (0, workers.size):
+            continue  # to another layer, for another of the workers
+        plans = workers.merged(planned)
+        progress.at_once = run.forward.at_once
+        for number, hidden in passed:
+            if workers.main:
+                progress.finish_plan(number, plans.get(number), hidden)
+        planned, passed = {}, []
+
+
+def _pass_layer(run: Run, index: int) -> Hidden:
+    """Outputs of a decoder layer, unquantized."""
+    layer = run.moe.get(index)
+    if layer is None:
+        return finite(index, run.forward.run(index))
+    with run.loaded(layer):
+        return run.forward.run(index)
+
+
+def _plan_layer(run: Run, index: int) -> tuple[PlannedLayer, Hidden]:
+    """What is found out about a decoder layer's experts, and the layer's outputs."""
+    layer = run.moe[index]
+    with run.loaded(layer) as weights:
+        activations, outputs = capture_layer(run.forward, index, layer.module, run.config.token_weighting)
+        gains = residual_gains(run.forward, index, layer.module, outputs)
+        seen = run.seen(activations, gains)
+        check_computation(
+            layer.name, layer.module, weights, (seen.hidden, seen.top_k_index, seen.top_k_weights)
+        )
+        gating, biases = partial(apply_gating, layer.module), read_biases(layer.module)
+        problem = build_problem(layer.name, weights, seen, gating, run.config, biases=biases)
+        plan = plan_layer(problem, run.share(index))
+    massive = forms_massive_activations(run.forward.hidden, outputs)
+    return PlannedLayer(plan, ExpertOutputs(problem.statistics.output_peaks.cpu(), massive)), outputs

@@ -1,0 +1,95 @@
+"""What the two passes over the layers of a model, ``plan_pass`` and ``round_pass``, share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers.utils import logging
+
+from bitsmoe_plugin.budget import Budget
+from bitsmoe_plugin.calibration import LayerwiseForward
+from bitsmoe_plugin.config import BitsMoEConfig
+from bitsmoe_plugin.errors import QuantizationError
+from bitsmoe_plugin.families import MoELayer
+from bitsmoe_plugin.interruption import Interrupted
+from bitsmoe_plugin.kept import row_groups
+from bitsmoe_plugin.memory import release_free_memory
+from bitsmoe_plugin.progress import Hidden, Progress
+from bitsmoe_plugin.residual_gain import as_seen_by_the_stream
+from bitsmoe_plugin.sources import ExpertSource, weights_digest
+from bitsmoe_plugin.spectral import ExpertWeights
+from bitsmoe_plugin.statistics import LayerActivations
+from bitsmoe_plugin.sub_budgets import layer_share
+from bitsmoe_plugin.workers import Workers
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the two passes share.
+
+    Attributes:
+        layers: number of decoder layers.
+        moe: index of a decoder layer -> its MoE layer, in forward order; dense ones are left out.
+        tokens: statistics see the first so many, the others are held out.
+        stop: tells whether to stop at the next layer's edge; the first of ``workers`` is asked.
+        progress: of the first of ``workers``; the others' stays empty.
+    """
+
+    model: nn.Module
+    forward: LayerwiseForward
+    layers: int
+    moe: dict[int, MoELayer]
+    source: ExpertSource
+    progress: Progress
+    budget: Budget
+    tokens: int
+    config: BitsMoEConfig
+    stop: Callable[[], bool]
+    workers: Workers
+
+    @contextmanager
+    def loaded(self, layer: MoELayer) -> Iterator[ExpertWeights]:
+        """The weights of a layer, the same as when it was loaded before."""
+        with self.source.loaded(layer) as weights:
+            self.progress.check_weights(layer.name, weights_digest(layer))
+            yield weights
+
+    def share(self, index: int) -> int:
+        """What the rows of decoder layer ``index`` would spend if it got its share of every budget."""
+        groups = row_groups(self.source, self.config, self.budget, [()] * len(self.moe))
+        return layer_share(groups, self.source.shapes, list(self.moe).index(index))
+
+    def seen(self, activations: LayerActivations, gains: Tensor | None) -> LayerActivations:
+        """What statistics see of a layer."""
+        alike = self.config.token_weighting == "none"
+        return as_seen_by_the_stream(activations, gains, alike).first(self.tokens)
+
+    def remaining(self, first: int, text: str) -> Iterator[int]:
+        """Indices of the decoder layers from ``first`` on, with a progress bar.
+
+        Raises:
+            Interrupted: before a layer, if it is time to stop.
+        """
+        for index in logging.tqdm(range(first, self.layers), desc=text, initial=first, total=self.layers):
+            if self.workers.from_main(self.stop):
+                raise Interrupted(
+                    f"{text.lower()} stopped after {index} of {self.layers}; {self.config.work_dir} holds "
+                    "what is finished. Start the same again to go on"
+                )
+            release_free_memory()
+            yield index
+
+
+def finite(index: int, outputs: Hidden) -> Hidden:
+    """The outputs of a decoder layer, if they are finite; of unquantized MoE layers ``build_problem`` sees to
+    that."""
+    if not all(bool(torch.isfinite(batch).all()) for batch in outputs):
+        raise QuantizationError(
+            f"decoder layer {index} puts out NaN or infinity on the calibration text; check the checkpoint, "
+            "or load it in another dtype"
+        )
+    return outputs

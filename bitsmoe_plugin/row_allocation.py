@@ -1,0 +1,60 @@
+"""Widths of all rows of a model: the budget's groups and layers, put to the allocator."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bitsmoe_plugin.allocation import allocate
+from bitsmoe_plugin.config import BitsMoEConfig
+from bitsmoe_plugin.packing import LayerShape
+from bitsmoe_plugin.progress import Widths
+from bitsmoe_plugin.row_costs import row_sizes
+from bitsmoe_plugin.sub_budgets import RowGroup, each_layer
+
+
+def allocate_rows(
+    costs: dict[int, Tensor],
+    shapes: list[LayerShape],
+    groups: list[RowGroup],
+    config: BitsMoEConfig,
+    kept: dict[int, tuple[int, ...]],
+) -> Widths:
+    """Widths of all rows of all layers; one allocation for each group, or for each of its layers.
+
+    Args:
+        costs: ``[3, E, r, widths]`` of each layer, in the order of ``shapes``.
+        groups: what rows may spend.
+        kept: experts of each layer that have no rows.
+    """
+    indices, bits = list(costs), np.array(config.widths, dtype=np.uint8)
+    rows = {index: torch.zeros(cost.shape[:-1], dtype=torch.uint8) for index, cost in costs.items()}
+    gap = 0.0
+    for group in groups if config.scope == "global" else each_layer(groups, shapes):
+        own = [indices[position] for position in group.layers]
+        tables = [_table(costs[index], group.factors, kept[index]) for index in own]
+        sizes = [row_sizes(shapes[position], config.widths) for position in group.layers]
+        result = allocate(tables, sizes, group.payload_bits)
+        gap = max(gap, result.relative_gap)
+        pieces = np.split(result.choice, np.cumsum([len(table) for table in tables])[:-1])
+        for index, piece in zip(own, pieces, strict=True):
+            experts = torch.nonzero(experts_with_rows(costs[index], kept[index])).flatten()
+            widths = torch.from_numpy(bits[piece]).view(len(group.factors), len(experts), -1)
+            rows[index][torch.tensor(group.factors)[:, None], experts] = widths
+    return Widths(rows, kept, gap)
+
+
+def experts_with_rows(costs: Tensor, kept: tuple[int, ...]) -> Tensor:
+    """``[E]`` bool: the experts that have rows."""
+    others = torch.ones(costs.shape[1], dtype=torch.bool)
+    others[list(kept)] = False
+    return others
+
+
+def _table(costs: Tensor, factors: tuple[int, ...], kept: tuple[int, ...]) -> np.ndarray:
+    """``[units, widths]``; no copy if all rows are asked for."""
+    if len(factors) < len(costs):
+        costs = costs[list(factors)]
+    costs = costs[:, experts_with_rows(costs, kept)] if kept else costs
+    return costs.reshape(-1, costs.shape[-1]).numpy()
