@@ -172,9 +172,11 @@ class BitsMoEConfig(QuantizationConfigMixin):
         sequential: calibrate a layer on the outputs of the quantized layers before it.
         scope: "global" spends one budget over all layers, "layer" the same budget on each.
         damping: share of the mean diagonal added to second moments before they are inverted.
-        super_experts: experts that keep their original weights, inside the budget: "keep" those whose output
-            is found to be extreme (``super_experts``), "auto" these if they take at most a quarter of the
-            budget, {} none, {"path.of.experts": [ids]} these.
+        super_experts: experts that get more bits than the allocation would give them, inside the budget:
+            "auto" gives those whose output is found to be extreme (``super_experts``) rows of at least 8
+            bits, or with ``method="fast"`` their original weights, if that takes at most a quarter of the
+            budget; "keep" has them keep them whatever it takes, {"path.of.experts": [ids]}
+            has these keep them; {} treats all experts alike.
         all_experts: statistics of every expert see all calibration tokens, those that are not routed to it
             with little weight. The model itself routes as ever. Slower by experts / experts per token.
         seed: of the few random choices (pieces of calibration text, stand-in tokens for thin experts).

@@ -18,7 +18,7 @@ from bitsmoe_plugin.calibration_coverage import THIN_TOKENS_PER_DIMENSION
 from bitsmoe_plugin.checkpoint_files import read_model_config, safetensors_files
 from bitsmoe_plugin.config import QUANT_METHOD, BitsMoEConfig
 from bitsmoe_plugin.errors import CheckpointError
-from bitsmoe_plugin.manifest_values import measured, number_list
+from bitsmoe_plugin.manifest_values import id_list, measured, number_list
 from bitsmoe_plugin.model_sizes import check_model_sizes
 from bitsmoe_plugin.other_tensors import verify_others
 from bitsmoe_plugin.packed_files import PackedFiles
@@ -84,10 +84,10 @@ def inspect_checkpoint(directory: Path) -> dict[str, Any]:
         ``bits_per_weight``, ``expert_bytes``, ``expert_weights``, ``parts`` (bits per weight by
         part), ``projections`` (bits per weight of the projection, as ``projection_bits`` counts them),
         ``calibration``, and ``layers``: for each ``bits_per_weight``, ``projections``, ``widths`` (projection
-        -> width -> rows), ``kept_experts`` (ids), ``tokens_per_dimension`` and what was
-        measured while quantizing: errors (absolute, per token and hidden value,
-        token-weighted), ``output_energy``, ``bits_over_bound``, ``tokens_per_expert``, ``output_peaks``,
-        ``super_experts`` (ids of those that were found, kept or not).
+        -> width -> rows), ``expert_bits`` (mean width of each expert's rows), ``kept_experts`` (ids),
+        ``tokens_per_dimension`` and what was measured while quantizing: errors (absolute, per token and
+        hidden value, token-weighted), ``output_energy``, ``bits_over_bound``, ``tokens_per_expert``,
+        ``output_peaks``, ``super_experts`` (ids of those that were found, kept or not).
     """
     config = read_config(directory)
     if not config.layers:
@@ -118,6 +118,7 @@ def inspect_checkpoint(directory: Path) -> dict[str, Any]:
                 factor: {str(w): int((widths[i] == w).sum()) for w in config.widths}
                 for i, factor in enumerate(packing.FACTORS)
             },
+            "expert_bits": widths.double().mean((0, 2)).tolist(),
             "kept_experts": list(spec.kept),
             "tokens_per_dimension": _tokens_per_dimension(config.layers[layer], spec.shape.hidden_size),
         }
@@ -153,6 +154,12 @@ def _projection_bits(spec: PackedSpec, widths: Tensor) -> dict[str, int]:
 def _tokens_per_dimension(entry: dict[str, Any], hidden_size: int) -> float:
     counts = number_list(measured(entry), "tokens_per_expert", entry["num_experts"])
     return 0.0 if counts is None else statistics.median(counts.tolist()) / hidden_size
+
+
+def quantized_super_experts(layer: dict[str, Any]) -> list[int]:
+    """Ids of the super experts of a layer of ``inspect_checkpoint`` that have rows."""
+    found = id_list(layer, "super_experts", len(layer["expert_bits"]))
+    return [expert for expert in found if expert not in layer["kept_experts"]]
 
 
 def table_console(stream: TextIO) -> Console:
@@ -194,10 +201,15 @@ def print_inspection(report: dict[str, Any], stream: TextIO) -> None:
     )
     for name, layer in report["layers"].items():
         kept = layer["kept_experts"]
-        found = [expert for expert in layer.get("super_experts", []) if expert not in kept]
-        for text, ids in (("kept in original precision", kept), ("super experts, quantized", found)):
-            if ids:
-                console.print(f"{text}: {name}, expert {', '.join(map(str, ids))}", highlight=False)
+        if kept:
+            console.print(
+                f"kept in original precision: {name}, expert {', '.join(map(str, kept))}", highlight=False
+            )
+        for expert in quantized_super_experts(layer):
+            bits = layer["expert_bits"][expert]
+            console.print(
+                f"super expert in rows of {bits:.3g} bits: {name}, expert {expert}", highlight=False
+            )
     widths = list(next(iter(next(iter(report["layers"].values()))["widths"].values())))
     columns = [*(f"{w} bit" for w in widths), *_ERRORS.values(), "over bound", "tokens/dim"]
     table = Table("layer", "projection", "bits", *columns)

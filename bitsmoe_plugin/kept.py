@@ -1,9 +1,11 @@
-"""What a packed layer stores as it was: super experts and biases; which they are, and what they take."""
+"""Super experts: which keep their weights, which get wide rows; what a packed layer stores as it was."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -12,16 +14,21 @@ from bitsmoe_plugin.budget import Budget, plan_budget, reserve
 from bitsmoe_plugin.config import BitsMoEConfig
 from bitsmoe_plugin.errors import QuantizationError
 from bitsmoe_plugin.families import layout_of
+from bitsmoe_plugin.layer import rounds_as_planned
 from bitsmoe_plugin.packing import PackedExperts
+from bitsmoe_plugin.row_costs import row_sizes
 from bitsmoe_plugin.sources import ExpertSource
 from bitsmoe_plugin.spectral import ExpertBiases, ExpertWeights
-from bitsmoe_plugin.sub_budgets import RowGroup, StoredLayer, sub_budgets
+from bitsmoe_plugin.sub_budgets import RowGroup, StoredLayer, each_layer, sub_budgets
+
+SUPER_EXPERT_BITS = 8
+"""The least that a row of a super expert gets: the allocation alone would leave it to luck, since tokens with
+massive activations hardly weigh. SmolLM2-135M cut into 240 experts at 2.0 bits, one of them found: perplexity
+57.5 with rows of 8 bits (0.03 of the 2.0), 61.8 with its original weights (0.13), 57.3 and 65.8 in two runs
+that hardly differ with rows like the others'."""
 
 LARGEST_SHARE = 0.25
-"""Of the budget, for super experts that nobody asked to keep. SmolLM2-135M cut into 240 experts, 2 of them
-kept, which takes 0.27 of 2.0 bits in float32: perplexity 61.6, 61.8 and 62.3 in three runs that hardly
-differ, 57.3 and 65.8 in two with all quantized: keeping them costs bits, and takes away the risk. In
-Qwen3-30B-A3B 3 of 6,144 experts take 0.008 bits."""
+"""Of what any group of rows may spend, for super experts that nobody asked for; else the others suffer."""
 
 
 def model_budget(source: ExpertSource, config: BitsMoEConfig) -> Budget:
@@ -31,7 +38,7 @@ def model_budget(source: ExpertSource, config: BitsMoEConfig) -> Budget:
         QuantizationError: see there and ``named_kept``; what is known beforehand to be too much for a budget.
     """
     budget = plan_budget(source.shapes, config, sum(bias_bits(source)))
-    row_groups(source, config, budget, named_kept(source, config) or [()] * len(source.layers))
+    row_groups(source, config, budget, named_kept(source, config) or _none(source.layers))
     return budget
 
 
@@ -82,8 +89,8 @@ def choose_kept(
 ) -> list[tuple[int, ...]]:
     """Experts of every layer that keep their original weights.
 
-    With ``super_experts="auto"`` those that were found, unless they take so much of the budget that the
-    others suffer: in a model of few experts one in 16 bits takes the bits of many.
+    With ``super_experts="auto"`` those that were found, if ``rounds_as_planned``: scales of Gaussian rows
+    would clip what makes these experts super. Else see ``choose_wide``.
 
     Args:
         found: super experts of every layer.
@@ -92,31 +99,60 @@ def choose_kept(
         QuantizationError: see ``named_kept``.
     """
     kept = named_kept(source, config)
-    if kept is not None:
-        return kept
-    if config.super_experts == "auto" and _take_too_much(source, found, budget, config):
-        bits = sum(kept_bits(source, found))
-        warnings.warn(
-            f"{sum(map(len, found))} super experts are quantized like the others: in their original "
-            f"precision they would take {bits / budget.weights:.3f} bits per weight, over "
-            f'{LARGEST_SHARE:.0%} of the budget. super_experts="keep" keeps them',
-            stacklevel=2,
-        )
-        return [()] * len(found)
+    if kept is not None or (config.super_experts == "auto" and not rounds_as_planned(config)):
+        return kept or _none(found)
+    if config.super_experts == "auto":
+        groups = row_groups(source, config, budget, _none(found))
+        bits = kept_bits(source, found)
+        found = _if_affordable(found, bits, groups, budget.weights, "in their original precision")
     _check_widths(found, config)
     return found
 
 
-def _take_too_much(
+def choose_wide(
     source: ExpertSource, found: list[tuple[int, ...]], budget: Budget, config: BitsMoEConfig
-) -> bool:
-    """True if the experts ``found`` would take more than their share of what any group of rows may spend."""
-    bits = kept_bits(source, found)
-    for group in row_groups(source, config, budget, [()] * len(found)):
+) -> list[tuple[int, ...]]:
+    """Experts of every layer whose rows get at least ``wide_row`` bits.
+
+    Args:
+        found: super experts of every layer.
+    """
+    if config.super_experts != "auto" or rounds_as_planned(config):
+        return _none(found)
+    groups = row_groups(source, config, budget, _none(found))
+    if config.scope == "layer":
+        groups = each_layer(groups, source.shapes)
+    bits, how = wide_bits(source, found, config), f"in rows of {wide_row(config)} bits"
+    return _if_affordable(found, bits, groups, budget.weights, how)
+
+
+def _none(layers: Sequence[Any]) -> list[tuple[int, ...]]:
+    """No expert of any layer."""
+    return [()] * len(layers)
+
+
+def _if_affordable(
+    found: list[tuple[int, ...]], bits: list[int], groups: list[RowGroup], weights: int, how: str
+) -> list[tuple[int, ...]]:
+    """The experts ``found``, unless they take so much of what any group of rows may spend that the others
+    suffer: in a model of few experts one takes the bits of many.
+
+    Args:
+        bits: what those of each layer take.
+        weights: of all experts.
+        how: they take it, for the warning.
+    """
+    for group in groups:
         taken = sum(bits[layer] for layer in group.layers) * len(group.factors) / len(packing.FACTORS)
-        if taken > LARGEST_SHARE * group.payload_bits:
-            return True
-    return False
+        if taken > min(LARGEST_SHARE * group.payload_bits, group.payload_bits - group.narrowest):
+            warnings.warn(
+                f"{sum(map(len, found))} super experts are quantized like the others: {how} they would take "
+                f"{sum(bits) / weights:.3f} bits per weight, over {LARGEST_SHARE:.0%} of the budget, or more "
+                'than is left beside the narrowest rows. super_experts="keep" keeps their original weights',
+                stacklevel=3,
+            )
+            return _none(found)
+    return found
 
 
 def _check_widths(kept: list[tuple[int, ...]], config: BitsMoEConfig) -> None:
@@ -132,6 +168,20 @@ def kept_bits(source: ExpertSource, kept: list[tuple[int, ...]]) -> list[int]:
     return [
         8 * dtype.itemsize * shape.weights * len(ids) // shape.num_experts
         for shape, dtype, ids in zip(source.shapes, source.dtypes, kept, strict=True)
+    ]
+
+
+def wide_row(config: BitsMoEConfig) -> int:
+    """``SUPER_EXPERT_BITS``, or what comes next to it in ``widths``."""
+    return next((width for width in config.widths if width >= SUPER_EXPERT_BITS), config.widths[-1])
+
+
+def wide_bits(source: ExpertSource, wide: list[tuple[int, ...]], config: BitsMoEConfig) -> list[int]:
+    """What the rows of the wide experts of every layer take at least."""
+    width = config.widths.index(wide_row(config))
+    return [
+        len(packing.FACTORS) * len(ids) * shape.rank * row_sizes(shape, config.widths)[width]
+        for shape, ids in zip(source.shapes, wide, strict=True)
     ]
 
 

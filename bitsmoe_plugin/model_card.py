@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+import statistics
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
 from bitsmoe_plugin.config import BitsMoEConfig
-from bitsmoe_plugin.inspection import inspect_checkpoint, read_config
+from bitsmoe_plugin.inspection import inspect_checkpoint, quantized_super_experts, read_config
 from bitsmoe_plugin.output_directory import replace_file
 from bitsmoe_plugin.report.checkpoint_data import PART_NAMES
 from bitsmoe_plugin.report.evaluation_data import task_rows
@@ -95,7 +96,6 @@ def _section(text: str) -> str:
 def _facts(report: dict[str, Any], config: BitsMoEConfig, base: str) -> dict[str, Any]:
     layers = report["layers"].values()
     parts = {PART_NAMES[part]: bits for part, bits in report["parts"].items()}
-    kept = sum(len(layer["kept_experts"]) for layer in layers)
     calibration = report["calibration"]
     return {
         "base": base,
@@ -109,9 +109,18 @@ def _facts(report: dict[str, Any], config: BitsMoEConfig, base: str) -> dict[str
         "size": report["expert_bytes"],
         "tokens": calibration.get("tokens", 0),
         "digest": calibration.get("sha256", "unknown")[:16],
-        "super_experts": f"\n- {kept} super experts keep their original weights." if kept else "",
+        "super_experts": _super_experts(list(layers)),
         "errors": _errors(list(layers)),
     }
+
+
+def _super_experts(layers: list[dict[str, Any]]) -> str:
+    kept = sum(len(layer["kept_experts"]) for layer in layers)
+    bits = [layer["expert_bits"][expert] for layer in layers for expert in quantized_super_experts(layer)]
+    lines = [f"\n- {kept} super experts keep their original weights."] if kept else []
+    if bits:
+        lines.append(f"\n- {len(bits)} super experts have rows of {statistics.mean(bits):.3g} bits.")
+    return "".join(lines)
 
 
 def _budget(config: BitsMoEConfig) -> str:

@@ -21,7 +21,7 @@ from bitsmoe_plugin.config import BitsMoEConfig
 from bitsmoe_plugin.errors import QuantizationError
 from bitsmoe_plugin.families import MoELayer
 from bitsmoe_plugin.interruption import deferred_interrupt
-from bitsmoe_plugin.kept import choose_kept, model_budget, row_groups
+from bitsmoe_plugin.kept import choose_kept, choose_wide, model_budget, row_groups
 from bitsmoe_plugin.plan_pass import plan_layers
 from bitsmoe_plugin.progress import Progress, ProgressInMemory, Widths
 from bitsmoe_plugin.quantization_run import Run
@@ -163,7 +163,8 @@ def _allocate(run: Run) -> Widths:
         outputs.append(planned.outputs)
     found = detect(outputs)
     kept = choose_kept(run.source, found, run.budget, run.config)
+    wide = choose_wide(run.source, found, run.budget, run.config)
     groups = row_groups(run.source, run.config, run.budget, kept)
-    by_index = dict(zip(run.moe, kept, strict=True))
-    widths = allocate_rows(costs, run.source.shapes, groups, run.config, by_index)
+    chosen = (dict(zip(run.moe, experts, strict=True)) for experts in (kept, wide))
+    widths = allocate_rows(costs, run.source.shapes, groups, run.config, *chosen)
     return replace(widths, super_experts=dict(zip(run.moe, found, strict=True)))

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from bitsmoe_plugin.allocation import allocate
 from bitsmoe_plugin.config import BitsMoEConfig
+from bitsmoe_plugin.kept import wide_row
 from bitsmoe_plugin.packing import LayerShape
 from bitsmoe_plugin.progress import Widths
 from bitsmoe_plugin.row_costs import row_sizes
@@ -20,6 +21,7 @@ def allocate_rows(
     groups: list[RowGroup],
     config: BitsMoEConfig,
     kept: dict[int, tuple[int, ...]],
+    wide: dict[int, tuple[int, ...]],
 ) -> Widths:
     """Widths of all rows of all layers; one allocation for each group, or for each of its layers.
 
@@ -27,9 +29,12 @@ def allocate_rows(
         costs: ``[3, E, r, widths]`` of each layer, in the order of ``shapes``.
         groups: what rows may spend.
         kept: experts of each layer that have no rows.
+        wide: experts of each layer whose rows get at least ``wide_row`` bits.
     """
     indices, bits = list(costs), np.array(config.widths, dtype=np.uint8)
     rows = {index: torch.zeros(cost.shape[:-1], dtype=torch.uint8) for index, cost in costs.items()}
+    narrow = config.widths.index(wide_row(config))
+    costs = {index: _without_narrow(cost, wide[index], narrow) for index, cost in costs.items()}
     gap = 0.0
     for group in groups if config.scope == "global" else each_layer(groups, shapes):
         own = [indices[position] for position in group.layers]
@@ -43,6 +48,14 @@ def allocate_rows(
             widths = torch.from_numpy(bits[piece]).view(len(group.factors), len(experts), -1)
             rows[index][torch.tensor(group.factors)[:, None], experts] = widths
     return Widths(rows, kept, gap)
+
+
+def _without_narrow(costs: Tensor, wide: tuple[int, ...], narrow: int) -> Tensor:
+    """``costs``, with the first ``narrow`` widths forbidden to the rows of the experts ``wide``."""
+    if wide:
+        costs = costs.clone()
+        costs[:, list(wide), :, :narrow] = float("inf")
+    return costs
 
 
 def experts_with_rows(costs: Tensor, kept: tuple[int, ...]) -> Tensor:

@@ -172,18 +172,16 @@ def smallest_payload(groups: Sequence[RowGroup]) -> int:
 
 def each_layer(groups: Sequence[RowGroup], shapes: Sequence[LayerShape]) -> list[RowGroup]:
     """The groups with their budgets spread evenly over their layers, as ``scope="layer"`` wants it."""
-    return [
-        replace(group, layers=(i,), payload_bits=_share(group, shapes, i))
-        for group in groups
-        for i in group.layers
-    ]
+    return [_only(group, shapes, i) for group in groups for i in group.layers]
 
 
 def layer_share(groups: Sequence[RowGroup], shapes: Sequence[LayerShape], position: int) -> int:
     """What the rows of one layer may spend if each group spreads its budget evenly."""
-    return sum(_share(group, shapes, position) for group in groups if position in group.layers)
+    return sum(_only(group, shapes, position).payload_bits for group in groups if position in group.layers)
 
 
-def _share(group: RowGroup, shapes: Sequence[LayerShape], position: int) -> int:
-    total = sum(shapes[i].weights for i in group.layers)
-    return group.payload_bits * shapes[position].weights // total
+def _only(group: RowGroup, shapes: Sequence[LayerShape], position: int) -> RowGroup:
+    """A layer's even share of the group."""
+    own, total = shapes[position].weights, sum(shapes[i].weights for i in group.layers)
+    shares = {name: getattr(group, name) * own // total for name in ("payload_bits", "narrowest", "weights")}
+    return replace(group, layers=(position,), **shares)

@@ -4,7 +4,7 @@ As defined by "Unveiling Super Experts in Mixture-of-Experts Large Language Mode
 layers that form massive activations, experts whose largest output value is above the 99.5th percentile of
 all experts' and above a tenth of the largest. Layers are judged by the residual stream, as massive
 activations are ("Massive Activations in Large Language Models", arXiv 2402.17762: a thousand times the
-median), so the rule needs no table of models. Experts that are found keep their original weights.
+median), so the rule needs no table of models. What becomes of experts that are found, ``kept`` decides.
 """
 
 from __future__ import annotations

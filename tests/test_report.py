@@ -313,7 +313,7 @@ def test_kept_and_super_experts(data: CheckpointData, monkeypatch: pytest.Monkey
     without_pictures(monkeypatch)
     rows = Page(render(dataclasses.replace(data, layers=(changed, *data.layers[1:])), None)).rows
     assert first.peaks is not None
-    for expert, stored in ((3, "original"), (7, "quantized")):
+    for expert, stored in ((3, "original"), (7, f"rows of {first.expert_bits[7]:.2f} bits")):
         assert ["0", str(expert), f"{first.peaks[expert]:,.1f}", "yes", stored] in rows
 
 
