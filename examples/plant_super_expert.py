@@ -34,6 +34,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from bitsmoe_plugin import BitsMoEConfig
 from bitsmoe_plugin.calibration import load_documents, token_stream
 from bitsmoe_plugin.evaluation import EvaluationText, evaluate_model
+from bitsmoe_plugin.packing import row_widths
 
 LAYER = 1
 LENGTH = 256
@@ -201,15 +202,17 @@ def quantize(directory: Path, tokens: Tensor, **options: Any) -> Any:
 def _row(name: str, model: Any, reference: Any, text: EvaluationText) -> None:
     result = evaluate_model(model, [text], reference=reference)
     config = getattr(model.config, "quantization_config", None)
-    found, kept = [], []
+    found = []
     for path, entry in ({} if config is None else config.layers).items():
-        layer = path.split(".")[2]
-        found += [f"{layer}.{expert}" for expert in entry["report"]["super_experts"]]
-        kept += [f"{layer}.{expert}" for expert in entry.get("kept_experts", [])]
+        widths = row_widths(model.get_submodule(path).packed().row_codes, config.widths).double()
+        for expert in entry["report"]["super_experts"]:
+            kept = expert in entry.get("kept_experts", [])
+            stored = "original weights" if kept else f"{widths[:, expert].mean():.2f} bits"
+            found.append(f"{path.split('.')[2]}.{expert}: {stored}")
     agreement = 100 * (result.top1_agreement or 0.0)
     print(
         f"| {name} | {result.perplexity:.2f} | {result.kl_divergence:.4f} | {agreement:.1f} % "
-        f"| {', '.join(found)} | {', '.join(kept)} |",
+        f"| {', '.join(found)} |",
         flush=True,
     )
 
@@ -233,16 +236,16 @@ def main() -> None:
     planted = plant(dense, tokens[:64])
     planted.model.save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
-    print("| model | perplexity | KL | same top token | found | kept |\n|---|---|---|---|---|---|")
+    print("| model | perplexity | KL | same top token | found |\n|---|---|---|---|---|")
     _row("bundled", dense, dense, text)
     _row(f"bundled, {args.bits} bits", quantize(args.model, tokens, bits=args.bits), dense, text)
     _row("with a super expert", planted.model, dense, text)
     experts = len(planted.model.get_submodule(planted.layer).down_proj)
     _row("without that expert", without_expert(planted, planted.expert), planted.model, text)
     _row("without the next one", without_expert(planted, (planted.expert + 1) % experts), planted.model, text)
-    for name, choice in (("found ones kept", "auto"), ("none kept", {})):
+    for choice in ("auto", "keep", {}):
         model = quantize(args.out, tokens, bits=args.bits, super_experts=choice)
-        _row(f"with a super expert, {args.bits} bits, {name}", model, planted.model, text)
+        _row(f"with a super expert, {args.bits} bits, super_experts={choice!r}", model, planted.model, text)
 
 
 if __name__ == "__main__":
