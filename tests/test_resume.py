@@ -168,13 +168,13 @@ def test_biases_and_kept_experts_survive_kills(extreme: Path, tmp_path: Path) ->
     """Guards what is found out in the first pass and chosen with the widths: a run that is killed in the
     first pass, between the two and in the second keeps the same experts and writes the same bytes."""
     whole, out = tmp_path / "whole", tmp_path / "out"
-    assert children.finish(extreme, whole, bits=12) == 0, children.stderr(whole)
+    assert children.finish(extreme, whole, bits=12, super_experts="keep") == 0, children.stderr(whole)
     for number, planned, rounded in ((6, 1, 0), (9, LAYERS, 0), (6, LAYERS, 2)):
-        assert children.finish(extreme, out, dies_at=number, bits=12) == -signal.SIGKILL
+        assert children.finish(extreme, out, dies_at=number, bits=12, super_experts="keep") == -signal.SIGKILL
         state = journal(out)
         assert (state["planned"], state["rounded"]) == (planned, rounded)
     assert state["kept"] == {"0": [2], "1": [], "2": []}
-    assert children.finish(extreme, out, bits=12) == 0, children.stderr(out)
+    assert children.finish(extreme, out, bits=12, super_experts="keep") == 0, children.stderr(out)
     assert_same_files(out, whole)
     layers = json.loads((out / "config.json").read_text())["quantization_config"]["layers"]
     assert [entry.get("kept_experts") for entry in layers.values()] == [[2], None, None]
