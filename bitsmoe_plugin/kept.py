@@ -19,7 +19,7 @@ from bitsmoe_plugin.packing import PackedExperts
 from bitsmoe_plugin.row_costs import row_sizes
 from bitsmoe_plugin.sources import ExpertSource
 from bitsmoe_plugin.spectral import ExpertBiases, ExpertWeights
-from bitsmoe_plugin.sub_budgets import RowGroup, StoredLayer, each_layer, sub_budgets
+from bitsmoe_plugin.sub_budgets import RowGroup, StoredLayer, in_scope, sub_budgets
 
 SUPER_EXPERT_BITS = 8
 """The least that a row of a super expert gets: the allocation alone would leave it to luck, since tokens with
@@ -119,9 +119,7 @@ def choose_wide(
     """
     if config.super_experts != "auto" or rounds_as_planned(config):
         return _none(found)
-    groups = row_groups(source, config, budget, _none(found))
-    if config.scope == "layer":
-        groups = each_layer(groups, source.shapes)
+    groups = in_scope(row_groups(source, config, budget, _none(found)), source.shapes, config)
     bits, how = wide_bits(source, found, config), f"in rows of {wide_row(config)} bits"
     return _if_affordable(found, bits, groups, budget.weights, how)
 

@@ -12,7 +12,7 @@ from bitsmoe_plugin.kept import wide_row
 from bitsmoe_plugin.packing import LayerShape
 from bitsmoe_plugin.progress import Widths
 from bitsmoe_plugin.row_costs import row_sizes
-from bitsmoe_plugin.sub_budgets import RowGroup, each_layer
+from bitsmoe_plugin.sub_budgets import RowGroup, in_scope
 
 
 def allocate_rows(
@@ -36,7 +36,7 @@ def allocate_rows(
     narrow = config.widths.index(wide_row(config))
     costs = {index: _without_narrow(cost, wide[index], narrow) for index, cost in costs.items()}
     gap = 0.0
-    for group in groups if config.scope == "global" else each_layer(groups, shapes):
+    for group in in_scope(groups, shapes, config):
         own = [indices[position] for position in group.layers]
         tables = [_table(costs[index], group.factors, kept[index]) for index in own]
         sizes = [row_sizes(shapes[position], config.widths) for position in group.layers]

@@ -175,6 +175,11 @@ def each_layer(groups: Sequence[RowGroup], shapes: Sequence[LayerShape]) -> list
     return [_only(group, shapes, i) for group in groups for i in group.layers]
 
 
+def in_scope(groups: list[RowGroup], shapes: Sequence[LayerShape], config: BitsMoEConfig) -> list[RowGroup]:
+    """The groups of rows that are allocated together."""
+    return groups if config.scope == "global" else each_layer(groups, shapes)
+
+
 def layer_share(groups: Sequence[RowGroup], shapes: Sequence[LayerShape], position: int) -> int:
     """What the rows of one layer may spend if each group spreads its budget evenly."""
     return sum(_only(group, shapes, position).payload_bits for group in groups if position in group.layers)

@@ -6,6 +6,7 @@ import json
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,9 +14,8 @@ import torch
 from bitsmoe_plugin import packing
 from bitsmoe_plugin.checkpoint import packed_spec, stored_tensors, tensor_key
 from bitsmoe_plugin.checkpoint_files import safetensors_files
-from bitsmoe_plugin.config import BitsMoEConfig
 from bitsmoe_plugin.inspection import inspect_checkpoint, layer_label, read_config
-from bitsmoe_plugin.manifest_values import id_list, measured, number, number_list, number_table
+from bitsmoe_plugin.manifest_values import id_list, number, number_list, number_table
 from bitsmoe_plugin.packed_spec import PackedSpec
 from bitsmoe_plugin.spectrum import BINS, rank_bins
 
@@ -125,9 +125,7 @@ def gather(directory: Path) -> CheckpointData:
         spec = packed_spec(name, config)
         codes = tensors[tensor_key(f"{name}.bitsmoe_row_codes")].read()
         rows = packing.row_widths(codes, config.widths)
-        layers.append(
-            _layer(name, position, rows, spec, config, inspected["layers"][name]["bits_per_weight"])
-        )
+        layers.append(_layer(name, position, rows, spec, inspected["layers"][name]))
     parts = sorted(inspected["parts"].items(), key=lambda item: -item[1])
     calibration = config.calibration
     return CheckpointData(
@@ -156,25 +154,23 @@ def _architecture(directory: Path) -> str:
     return names[0] if isinstance(names, list) and isinstance(names[0], str) else ""
 
 
-def _layer(
-    name: str, position: int, rows: torch.Tensor, spec: PackedSpec, config: BitsMoEConfig, bits: float
-) -> LayerData:
+def _layer(name: str, position: int, rows: torch.Tensor, spec: PackedSpec, told: dict[str, Any]) -> LayerData:
     """Args:
     rows: ``[3, E, r]`` int64, bits of every row.
+    told: of the layer, by ``inspect_checkpoint``: what was counted and what was measured.
     """
-    told = measured(config.layers[name])
     experts = spec.shape.num_experts
     packed = torch.ones(experts, dtype=torch.bool)
     packed[list(spec.kept)] = False
-    expert_bits = rows.double().mean((0, 2))
+    expert_bits = torch.tensor(told["expert_bits"], dtype=torch.float64)
     expert_bits[~packed] = 8 * packing.ORIGINAL_DTYPES[spec.original_dtype].itemsize
     energy = number(told, "output_energy")
     return LayerData(
         name=name,
         label=layer_label(name, position),
-        bits=bits,
+        bits=told["bits_per_weight"],
         projection_bits=rows[:, packed].double().mean((1, 2)).nan_to_num().numpy(),
-        width_shares=_width_shares(rows[:, packed], config.widths),
+        width_shares=_width_shares(rows[:, packed], spec.widths),
         expert_bits=expert_bits.numpy(),
         kept=spec.kept,
         found=id_list(told, "super_experts", experts),
