@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from bitsmoe_plugin import fast_rounding, grids, trellis
+from bitsmoe_plugin.scale_grid import NEARBY, SCALE_LEVELS
 
 if TYPE_CHECKING:
     from bitsmoe_plugin.kernels.triton_target import Launcher
@@ -23,8 +24,6 @@ _BLOCKS, _COLUMNS = 1, 1024
 """Blocks per program, and values of a row that are priced at once. A search has 256 windows per block to look
 at, which is enough for a warp; a program of one warp has no other to wait for."""
 _INTERPRETED_BLOCKS = 32
-_LEVELS, _NEARBY = 32, 2
-"""As ``rounding.SCALE_LEVELS`` and ``rounding._NEARBY``, which imports this module."""
 
 
 @cache
@@ -136,7 +135,7 @@ def choose_scales(
     step: Tensor,
     launch: Launcher | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Scale codes uint8 and scales float32, both ``[...]``, of rows ``[..., n]``; see ``rounding``.
+    """``scale_grid.nearby_codes``: codes uint8 and scales float32, both ``[...]``, of rows ``[..., n]``.
 
     Args:
         weights: broadcast against ``rows``.
@@ -154,7 +153,7 @@ def choose_scales(
     tensors |= {"scale_codes": codes, "scales": scales}
     sizes = {"size": size, "row_stride": flat.stride(0), "rows_per_weights": per}
     columns = min(_COLUMNS, max(32, 1 << (size - 1).bit_length()))
-    constants = {"NEARBY": _NEARBY, "LEVELS": _LEVELS, "COLUMNS": columns}
+    constants = {"NEARBY": NEARBY, "LEVELS": SCALE_LEVELS, "COLUMNS": columns}
     _launch("choose_kernel", (len(flat),), {**tensors, **sizes}, constants, 4, launch)
     return codes, scales
 

@@ -10,17 +10,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bitsmoe_plugin import bound, rounding
+from bitsmoe_plugin import bound, rounding, row_scales
 from bitsmoe_plugin.allocation import allocate
 from bitsmoe_plugin.config import BitsMoEConfig
 from bitsmoe_plugin.devices import computing_on
+from bitsmoe_plugin.feedback import Feedback, stacked_feedback
 from bitsmoe_plugin.memory import release_free_memory
 from bitsmoe_plugin.packing import LayerShape
 from bitsmoe_plugin.problem import LayerProblem, feedback_of, rank_feedback
 from bitsmoe_plugin.refit import refit_down, sampled_error
 from bitsmoe_plugin.rounded_experts import RoundedExperts, RoundedLayer, merged_experts, pack_layer
-from bitsmoe_plugin.rounding import Feedback, ScaleGrid
 from bitsmoe_plugin.row_costs import RowWeights, row_costs, row_sizes, row_weights
+from bitsmoe_plugin.scale_grid import ScaleGrid
 from bitsmoe_plugin.spectral import SharedBases
 from bitsmoe_plugin.workers import ALONE, Workers
 
@@ -178,7 +179,7 @@ def _of_all(workers: Workers, scales: dict[int, Tensor], device: torch.device) -
 
 def _input_scales(problem: LayerProblem, bits: Tensor, experts: list[int]) -> Tensor:
     """Scales ``[2, e, r]`` float32 of gate and up rows of ``bits`` alike."""
-    choose = rounding.unbiased_scales if problem.config.widening else rounding.best_scales
+    choose = row_scales.unbiased_scales if problem.config.widening else row_scales.best_scales
     neuron = problem.statistics.neuron_weights[:, experts, None]
     return choose(problem.input_factors(experts), neuron, bits, problem.config.grid)
 
@@ -206,7 +207,7 @@ def _refitted(problem: LayerProblem, values: Tensor, bits: Tensor, experts: list
     """
     factors, moments = refit_down(problem, values, experts)
     feedback = feedback_of(moments, problem.config)
-    scales = rounding.best_scales(factors, feedback.variance[:, None], bits, problem.config.grid)
+    scales = row_scales.best_scales(factors, feedback.variance[:, None], bits, problem.config.grid)
     return _Down(factors, feedback, scales)
 
 
@@ -215,7 +216,7 @@ def _stacked_feedback(
 ) -> Feedback:
     """Feedback of gate and up of some experts, ``[1 or 2, e]``."""
     found = [known[e] if known else rank_feedback(problem, e) for e in experts]
-    return rounding.stacked_feedback(found, dim=1)
+    return stacked_feedback(found, dim=1)
 
 
 def bits_over_bound(

@@ -10,7 +10,7 @@ from torch import Tensor
 from bitsmoe_plugin import coding, packing, tiled
 from bitsmoe_plugin.errors import CheckpointError
 from bitsmoe_plugin.packing import LayerShape
-from bitsmoe_plugin.rounding import SCALE_LEVELS
+from bitsmoe_plugin.scale_grid import SCALE_LEVELS
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ n input bases: 1 shared by gate and up, or 2, gate's rows above up's.
 tensor                 dtype    shape                   content
 =====================  =======  ======================  =========================================
 bitsmoe_row_codes      uint8    [3, E, r]               width index << 5 | scale code, per row
-bitsmoe_scale_grid     int16    [3, 2, r]               low and step of ``rounding.ScaleGrid``
+bitsmoe_scale_grid     int16    [3, 2, r]               low and step of ``scale_grid.ScaleGrid``
 bitsmoe_payload        int32    [words]                 codes of all rows, see below
 bitsmoe_input_basis    int32    [n * r, H * bits / 32]  codes (int16 [.., H] if basis_bits is 16)
 bitsmoe_input_scales   int16    [n * r, H / group]      (empty if basis_bits is 16)
@@ -57,7 +57,7 @@ import torch
 from torch import Tensor
 
 from bitsmoe_plugin import coding, fast_rounding, gpu_rounding, grids, tiled, trellis
-from bitsmoe_plugin.rounding import SCALE_LEVELS, ScaleGrid
+from bitsmoe_plugin.scale_grid import SCALE_LEVELS, ScaleGrid
 from bitsmoe_plugin.spectral import QuantizedBasis
 
 FORMAT_VERSION = 2

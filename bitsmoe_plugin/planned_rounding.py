@@ -11,13 +11,16 @@ from torch import Tensor
 from bitsmoe_plugin import spectral
 from bitsmoe_plugin.config import BitsMoEConfig
 from bitsmoe_plugin.devices import computing_on
+from bitsmoe_plugin.feedback import Feedback
 from bitsmoe_plugin.layer import LayerPlan
 from bitsmoe_plugin.memory import release_free_memory
 from bitsmoe_plugin.packing import LayerShape
 from bitsmoe_plugin.problem import expert_groups
 from bitsmoe_plugin.rounded_experts import RoundedExperts, RoundedLayer, merged_experts, pack_layer
-from bitsmoe_plugin.rounding import Feedback, ScaleGrid, model_scales, round_along_rank
+from bitsmoe_plugin.rounding import round_along_rank
 from bitsmoe_plugin.row_costs import RowWeights
+from bitsmoe_plugin.row_scales import model_scales
+from bitsmoe_plugin.scale_grid import ScaleGrid
 from bitsmoe_plugin.spectral import BasisInverses, ExpertWeights
 from bitsmoe_plugin.workers import ALONE, Workers
 

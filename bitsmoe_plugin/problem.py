@@ -10,9 +10,9 @@ from torch import Tensor
 from bitsmoe_plugin import spectral, statistics
 from bitsmoe_plugin.config import BitsMoEConfig
 from bitsmoe_plugin.devices import computing_on, working_set
+from bitsmoe_plugin.feedback import Feedback
 from bitsmoe_plugin.packing import LayerShape
 from bitsmoe_plugin.products import product
-from bitsmoe_plugin.rounding import Feedback
 from bitsmoe_plugin.spectral import BasisInverses, ExpertBiases, Experts, ExpertWeights, SharedBases
 from bitsmoe_plugin.statistics import ExpertRows, Gating, LayerActivations, LayerStatistics
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bitsmoe_plugin import packing, rounding
 from bitsmoe_plugin.packing import PackedExperts
-from bitsmoe_plugin.rounding import ScaleGrid
+from bitsmoe_plugin.scale_grid import ScaleGrid
 from bitsmoe_plugin.spectral import SharedBases
 from bitsmoe_plugin.workers import Workers
 

@@ -8,67 +8,20 @@ All functions are batched over experts; widths differ from row to row.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from bitsmoe_plugin import coding, fast_rounding, gpu_rounding, grids, trellis
-from bitsmoe_plugin.cholesky import upper_root
+from bitsmoe_plugin.feedback import Feedback
+from bitsmoe_plugin.scale_grid import ScaleGrid, nearby_codes
 
-SCALE_LEVELS = 32
-"""A row's scale is one of 32 (5 bits), equally spaced in the logarithm; see ``ScaleGrid``."""
-_MAX_OCTAVES = 16.0
-_HEADROOM_OCTAVES = 0.1
 _LAZY = 32
 """Rows between which errors are passed on at once; rows further on get theirs in one product,"""
 _FAR = 128
 """and rows further on than these theirs in one larger, more efficient product."""
-_NEARBY = 2
-"""Scale codes tried on either side of the planned one when a row's turn comes."""
 _GPU_VALUES = 2**26
 """Values that a GPU rounds at once where no row waits for another."""
-_SAMPLE = 256
-"""Values of a row from which the trellis's best scale is learnt: 8 blocks."""
-
-
-@dataclass(frozen=True)
-class ScaleGrid:
-    """Row scales of one factor and rank index over all experts: ``exp2(low + code * step)``.
-
-    Attributes:
-        low: ``[..., rank]`` float16, log2 of the smallest scale.
-        step: ``[..., rank]`` float16, octaves between neighbouring codes.
-    """
-
-    low: Tensor
-    step: Tensor
-
-    @staticmethod
-    def covering(scales: Tensor, used: Tensor) -> ScaleGrid:
-        """The grid that spans the used ones of ``scales`` ``[..., experts, rank]`` (bool mask alike)."""
-        log = scales.clamp_min(2.0**-60).log2()
-        high = torch.where(used, log, -60.0).amax(-2)
-        low = torch.where(used, log, 60.0).amin(-2).minimum(high)
-        low = torch.maximum(low, high - _MAX_OCTAVES).to(torch.float16)
-        # Float16 may round the step down; the headroom keeps the largest scale inside, and leaves
-        # room for rows that grow when they take over the errors of others.
-        step = (high + _HEADROOM_OCTAVES - low.float()).clamp_min(0) / (SCALE_LEVELS - 1)
-        return ScaleGrid(low, step.to(torch.float16))
-
-    def stacked_with(self, other: ScaleGrid) -> ScaleGrid:
-        """One more factor's grid ``[rank]`` after these ``[factors, rank]``."""
-        return ScaleGrid(torch.cat([self.low, other.low[None]]), torch.cat([self.step, other.step[None]]))
-
-    def decode(self, codes: Tensor) -> Tensor:
-        """Scales ``[..., experts, rank]`` float32 of codes alike."""
-        return torch.exp2(self.low.float()[..., None, :] + codes * self.step.float()[..., None, :])
-
-    def encode(self, scales: Tensor) -> Tensor:
-        """Nearest codes ``[..., experts, rank]``, float32 whole numbers."""
-        log = scales.clamp_min(2.0**-60).log2() - self.low.float()[..., None, :]
-        return (log / self.step.float()[..., None, :].clamp_min(1e-6)).round_().clamp_(0, SCALE_LEVELS - 1)
 
 
 @dataclass(frozen=True)
@@ -96,145 +49,6 @@ def stacked(rows: RoundedRows) -> RoundedRows:
 
 def _tensors(rows: RoundedRows) -> tuple[Tensor, ...]:
     return rows.codes, rows.scale_codes, rows.values, rows.errors
-
-
-@dataclass(frozen=True)
-class Feedback:
-    """Second moments C = unit diag(variance) unit^T of what a factor's rows or columns are multiplied with.
-
-    With d the errors (row minus value) of the rows rounded so far, row k is rounded to make up for
-    them, that is, towards row + unit[:k, k]^T d; what is left of its target costs variance[k] per square:
-    what the later coordinates do not explain of coordinate k.
-    (QuIP's form of the feedback, arXiv 2307.13304; GPTQ's, from the inverse of C, has the same targets.)
-
-    Attributes:
-        unit: ``[..., n, n]`` float32, upper triangular, ones on the diagonal; None: errors are not passed on.
-        variance: ``[..., n]`` float32.
-    """
-
-    unit: Tensor | None
-    variance: Tensor
-
-    @staticmethod
-    def of(moments: Tensor, damping: float) -> Feedback:
-        """Of damped second moments ``[..., n, n]``; ``damping`` is the share of the mean diagonal added."""
-        n = moments.shape[-1]
-        units, variances = [], []
-        for matrix in moments.reshape(-1, n, n):
-            diagonal = matrix.diagonal()
-            floor = damping * diagonal.mean().clamp_min(1e-30)
-            root = upper_root(matrix + torch.diag(floor.expand(n)))
-            scale = root.diagonal().clone()
-            units.append(root.div_(scale))
-            variances.append(scale.square_())
-        shape = moments.shape[:-2]
-        return Feedback(torch.stack(units).view(moments.shape), torch.stack(variances).view(*shape, n))
-
-    @staticmethod
-    def none(diagonal: Tensor, damping: float) -> Feedback:
-        """Of the diagonals ``[..., n]`` of the moments alone: errors are not passed on."""
-        return Feedback(None, diagonal + damping * diagonal.mean(-1, keepdim=True).clamp_min(1e-30))
-
-    def __getitem__(self, index: Any) -> Feedback:
-        """Of some of the experts."""
-        return Feedback(None if self.unit is None else self.unit[index], self.variance[index])
-
-
-def stacked_feedback(parts: list[Feedback], dim: int = 0) -> Feedback:
-    """Several as one, along a new axis."""
-    units = [f.unit for f in parts if f.unit is not None]
-    variance = torch.stack([f.variance for f in parts], dim)
-    return Feedback(torch.stack(units, dim) if units else None, variance)
-
-
-def best_scales(rows: Tensor, weights: Tensor, bits: Tensor, grid: str) -> Tensor:
-    """Scale of least weighted squared error of every row at its width.
-
-    Args:
-        rows: ``[..., n]``.
-        weights: broadcast against ``rows``.
-        bits: ``[...]`` int64.
-        grid: see ``coding``.
-
-    Returns:
-        ``[...]`` float32; 0 for rows of width 0.
-    """
-    scales = grids.best_scales(rows, weights, bits)
-    if grid == "uniform":
-        return scales
-    # The trellis's best scale is another one than that of the uniform grid.
-    rows, weights = _sample(rows), _sample(weights)
-    values = coding.round_rows(rows, scales, weights, bits, grid)
-    ratio = (weights * rows * values).sum(-1) / (weights * values.square()).sum(-1).clamp_min(1e-30)
-    return scales * ratio.clamp(0.5, 2.0)
-
-
-def _sample(rows: Tensor) -> Tensor:
-    """The values of rows from which their scales are learnt: their neurons stand in no order."""
-    return rows[..., :_SAMPLE]
-
-
-def unbiased_scales(rows: Tensor, weights: Tensor, bits: Tensor, grid: str) -> Tensor:
-    """As ``best_scales``, then widened so that rounding does not shrink the row on average.
-
-    A rounded row of least squared error is shorter than the row it stands for, and its error
-    points along it. A neuron is excited by just the inputs that lie along its weights, so that
-    part of the error does more harm than its size says: trading it for more random error pays
-    for gate and up (perplexity of the bundled model at 2 bits: loss 3.8 % -> 3.1 %).
-    """
-    scales = best_scales(rows, weights, bits, grid)
-    rows, weights = _sample(rows), _sample(weights)
-    values = coding.round_rows(rows, scales, weights, bits, grid)
-    energy, kept = rows.square().sum(-1), (values * rows).sum(-1)
-    ratio = (energy / kept.clamp_min(1e-30)).clamp(1.0, 2.0)
-    return torch.where(bits > 0, scales * ratio, scales)
-
-
-@cache
-def gaussian_scale(bits: int, grid: str, size: int, widened: bool) -> float:
-    """Scale of ``best_scales``, or of ``unbiased_scales``, for Gaussian rows ``[size]`` of variance 1."""
-    if bits == 0:
-        return 0.0
-    rows = coding.gaussian_rows(size)
-    choose = unbiased_scales if widened else best_scales
-    with torch.device(rows.device):
-        scales = choose(rows, torch.ones_like(rows), torch.full((len(rows),), bits), grid)
-    return float((scales / rows.square().mean(-1).sqrt()).mean())
-
-
-def model_scales(variance: Tensor, bits: Tensor, grid: str, size: int, widened: bool) -> Tensor:
-    """Scales ``[...]`` float32 of Gaussian rows of which only the variances ``[...]`` are known.
-
-    Args:
-        bits: ``[...]`` int64.
-        size: values of a row.
-        widened: see ``unbiased_scales``.
-    """
-    table = torch.zeros(17)
-    for width in torch.unique(bits).tolist():
-        table[width] = gaussian_scale(width, grid, size, widened)
-    return variance.clamp_min(0).sqrt() * table[bits]
-
-
-def _choose_scales(
-    rows: Tensor, weights: Tensor, bits: Tensor, start: Tensor, low: Tensor, step: Tensor
-) -> Tensor:
-    """Scale codes ``[...]`` uint8 near ``start`` ``[...]``, for rows ``[..., n]``.
-
-    Judged on the uniform grid, which ranks neighbouring scales like the trellis, but is faster.
-
-    Args:
-        low, step: broadcast against ``start``, see ``ScaleGrid``.
-    """
-    offsets = torch.arange(-_NEARBY, _NEARBY + 1).view(-1, *[1] * start.dim())
-    codes = (start + offsets).clamp(0, SCALE_LEVELS - 1)
-    scales = torch.exp2(low + codes * step)
-    width = bits[..., None]
-    errors = [
-        (grids.round_to_grid(rows, scale[..., None], width) - rows).square_().mul_(weights).sum(-1)
-        for scale in scales
-    ]
-    return codes.gather(0, torch.stack(errors).argmin(0)[None])[0].to(torch.uint8)
 
 
 @dataclass(frozen=True)
@@ -268,7 +82,7 @@ class _RankLoop:
         for k in range(first, last):
             row, width = target[:, :, k - first], self.bits[:, :, k].long()
             low, step = self.low[:, None, k], self.step[:, None, k]
-            code = _choose_scales(row, self.weights, width, self.start[:, :, k], low, step)
+            code = nearby_codes(row, self.weights, width, self.start[:, :, k], low, step)
             scale = torch.exp2(low + code * step)
             coded = coding.encode(row, scale, self.weights, width, grid)
             value = coding.decode(coded, scale, width, size, grid)
@@ -409,7 +223,7 @@ def round_along_neurons(
     elif gpu_rounding.available(factor):
         scale_codes, _ = gpu_rounding.choose_scales(factor, weights, bits, start, low, step)
     else:
-        scale_codes = _choose_scales(factor, weights, bits, start, low, step)
+        scale_codes = nearby_codes(factor, weights, bits, start, low, step)
     scale = torch.exp2(low + scale_codes * step)
     codes = torch.empty(*bits.shape, coding.padded(size), dtype=torch.int32)
     values, errors = torch.empty_like(factor), torch.empty_like(factor)  # errors: factor minus value

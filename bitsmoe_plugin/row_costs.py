@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from bitsmoe_plugin import coding, grids, packing, spectral
+from bitsmoe_plugin.feedback import Feedback
 from bitsmoe_plugin.packing import LayerShape
 from bitsmoe_plugin.problem import LayerProblem, feedback_of, rank_variances
-from bitsmoe_plugin.rounding import Feedback
 from bitsmoe_plugin.spectral import Experts
 
 GATE_UP_WEIGHT = 2.0

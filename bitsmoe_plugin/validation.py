@@ -16,7 +16,7 @@ from bitsmoe_plugin import packing
 from bitsmoe_plugin.errors import CheckpointError
 from bitsmoe_plugin.packed_spec import PackedSpec
 from bitsmoe_plugin.packing import PackedExperts
-from bitsmoe_plugin.rounding import SCALE_LEVELS
+from bitsmoe_plugin.scale_grid import SCALE_LEVELS
 
 LARGEST_OCTAVE = 64.0
 """Row scales are within 2**-64 .. 2**64; what is quantized has them within 2**-60 .. 2**60."""

@@ -18,7 +18,7 @@ from bitsmoe_plugin.checkpoint_files import INDEX
 from bitsmoe_plugin.other_tensors import record
 from bitsmoe_plugin.packed_spec import PackedSpec
 from bitsmoe_plugin.packing import LayerShape, PackedExperts
-from bitsmoe_plugin.rounding import SCALE_LEVELS
+from bitsmoe_plugin.scale_grid import SCALE_LEVELS
 
 FILE = "model.safetensors"
 SHARD = "model-00001-of-00001.safetensors"

@@ -13,9 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from bitsmoe_plugin import coding, gpu_rounding, packing, rounding
+from bitsmoe_plugin import coding, gpu_rounding, packing, rounding, scale_grid
 from bitsmoe_plugin.config import ALL_WIDTHS
-from bitsmoe_plugin.rounding import Feedback, ScaleGrid
+from bitsmoe_plugin.feedback import Feedback
+from bitsmoe_plugin.scale_grid import ScaleGrid
 
 pytest.importorskip("triton", reason="Triton is published for Linux only")
 
@@ -77,7 +78,7 @@ def test_scales_are_those_of_plain_torch() -> None:
     low, step = torch.full((bits.shape[1],), -3.0), torch.full((bits.shape[1],), 0.2)
     arguments = rows, weights, bits, start, low, step
     code, scale = (t.cpu() for t in gpu_rounding.choose_scales(*moved(*arguments)))
-    wanted = rounding._choose_scales(*arguments)
+    wanted = scale_grid.nearby_codes(*arguments)
     assert torch.equal(code[bits > 0], wanted[bits > 0])
     assert torch.allclose(scale, torch.exp2(low + code * step), rtol=1e-6)
 

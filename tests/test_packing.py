@@ -16,8 +16,8 @@ from bitsmoe_plugin.coding import GRIDS
 from bitsmoe_plugin.config import ALL_WIDTHS
 from bitsmoe_plugin.packed_spec import PackedSpec
 from bitsmoe_plugin.packing import LayerShape, PackedExperts
-from bitsmoe_plugin.rounding import SCALE_LEVELS, ScaleGrid
 from bitsmoe_plugin.row_costs import row_sizes
+from bitsmoe_plugin.scale_grid import SCALE_LEVELS, ScaleGrid
 from bitsmoe_plugin.spectral import quantize_basis
 from bitsmoe_plugin.trellis_tables import TABLES
 

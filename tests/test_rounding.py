@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
+from rounding_support import EXPERTS, RANK, SIZE, both_grids, mixed_widths, normal
 from torch import Tensor
 
-from bitsmoe_plugin import coding, compiled, grids, rounding
+from bitsmoe_plugin import coding, compiled, grids, rounding, row_scales
 from bitsmoe_plugin.coding import GRIDS
-from bitsmoe_plugin.config import ALL_WIDTHS
-from bitsmoe_plugin.rounding import SCALE_LEVELS, Feedback, RoundedRows, ScaleGrid
+from bitsmoe_plugin.feedback import Feedback
+from bitsmoe_plugin.rounding import RoundedRows
+from bitsmoe_plugin.scale_grid import SCALE_LEVELS, ScaleGrid
 
-# More rows than are rounded between two products, and one block of values and a part of another.
-EXPERTS, RANK, SIZE = 2, 36, 40
 NOTHING = Feedback(torch.ones(2, 1, 1, 1), torch.ones(2, 1, 1))
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def moments(n: int, seed: int = 0) -> Tensor:
@@ -59,7 +55,7 @@ def round_rank(
     """
     ones = torch.ones(2, len(factor) // 2, factor.shape[2])
     factor, bits = in_halves(factor), in_halves(bits)
-    scales = rounding.best_scales(factor, ones[:, :, None], bits, grid)
+    scales = row_scales.best_scales(factor, ones[:, :, None], bits, grid)
     scale_grid = scale_grid or ScaleGrid.covering(scales, bits > 0)
     if scale_grid.low.dim() == 1:
         scale_grid = ScaleGrid(scale_grid.low.expand(2, -1), scale_grid.step.expand(2, -1))
@@ -81,7 +77,7 @@ def round_neurons(
 ) -> tuple[RoundedRows, Tensor]:
     """The same for ``round_along_neurons``."""
     weights = feedback.variance[:, None]
-    scales = rounding.best_scales(factor, weights, bits, grid)
+    scales = row_scales.best_scales(factor, weights, bits, grid)
     scale_grid = scale_grid or ScaleGrid.covering(scales, bits > 0)
     rows = rounding.round_along_neurons(factor, bits, feedback, scale_grid, scales, grid)
     return rows, scale_grid.decode(rows.scale_codes.float())
@@ -90,11 +86,6 @@ def round_neurons(
 def one_scale(scale: float) -> ScaleGrid:
     """A grid on which every code is the same scale, wide enough that nothing is clipped."""
     return ScaleGrid(torch.full((RANK,), scale).log2().half(), torch.zeros(RANK).half())
-
-
-def mixed_widths(seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.tensor(ALL_WIDTHS)[torch.randint(len(ALL_WIDTHS), (EXPERTS, RANK), generator=generator)]
 
 
 def test_variance_is_the_schur_complement() -> None:
@@ -132,7 +123,7 @@ def test_no_feedback_is_feedback_of_a_diagonal(grid: str, fast: bool) -> None:
     variance = torch.rand(EXPERTS, RANK, generator=torch.Generator().manual_seed(1)) + 0.5
     unit = torch.eye(RANK).expand(1, EXPERTS, -1, -1)
     ones = torch.ones(2, EXPERTS, SIZE)
-    scales = rounding.best_scales(factor, ones[:, :, None], bits, grid)
+    scales = row_scales.best_scales(factor, ones[:, :, None], bits, grid)
     scale_grid = ScaleGrid.covering(scales, bits > 0)
     along_rank = [
         rounding.round_along_rank(
@@ -163,7 +154,7 @@ def test_compiled_rounding_is_as_good_as_the_reference(name: str, grid: str) -> 
         factor, bits = normal(2, 6, RANK, SIZE), mixed_widths(9)[:, None].repeat(1, 6, 1)
         weights = torch.rand(2, 6, SIZE, generator=torch.Generator().manual_seed(0)) + 0.1
         feedback = Feedback.of(moments(RANK)[:, None].repeat(1, 6, 1, 1), 0.01)
-        scales = rounding.best_scales(factor, weights[:, :, None], bits, grid)
+        scales = row_scales.best_scales(factor, weights[:, :, None], bits, grid)
         scale_grid = ScaleGrid.covering(scales, bits > 0)
         fast, slow = (
             rounding.round_along_rank(factor, bits, feedback, weights, scale_grid, scales, grid, fast=fast)
@@ -179,7 +170,6 @@ def test_compiled_rounding_is_as_good_as_the_reference(name: str, grid: str) -> 
 
 
 both_rounders = pytest.mark.parametrize("rounder", [round_rank, round_neurons])
-both_grids = pytest.mark.parametrize("grid", GRIDS)
 
 
 @both_rounders
@@ -236,7 +226,7 @@ def test_errors_of_gate_and_up_weigh_their_neurons() -> None:
     factors, bits = normal(2, 1, RANK, SIZE), mixed_widths(6)[:, None]
     moment = moments(RANK)[:, None]
     weights = torch.rand(2, 1, SIZE, generator=torch.Generator().manual_seed(0)) + 0.1
-    scales = rounding.best_scales(factors, weights[:, :, None], bits, "trellis")
+    scales = row_scales.best_scales(factors, weights[:, :, None], bits, "trellis")
     scale_grid = ScaleGrid.covering(scales, bits > 0)
     feedback = Feedback.of(moment, 1e-7)
     rows = rounding.round_along_rank(factors, bits, feedback, weights, scale_grid, scales, "trellis")
@@ -381,100 +371,9 @@ def test_important_neurons_get_the_better_scale(grid: str) -> None:
     factor[..., 0] = 8.0
     weights = torch.ones(2, 1, SIZE)
     weights[:, 0, 0] = torch.tensor([1e-6, 1e3])
-    scales = rounding.best_scales(factor, weights[:, :, None], bits, grid)
+    scales = row_scales.best_scales(factor, weights[:, :, None], bits, grid)
     scale_grid = ScaleGrid(torch.full((2, 1), -2.0).half(), torch.full((2, 1), 0.25).half())
     rows = rounding.round_along_rank(factor, bits, NOTHING, weights, scale_grid, scales, grid)
     errors = (rows.values - factor)[:, 0, 0, 0].abs()
     assert errors[0] > 4
     assert errors[1] < 1
-
-
-@pytest.mark.parametrize("spread", [0.0, 0.1, 2.0, 15.0])
-def test_scale_grid_covers_used_scales_to_half_a_step(spread: float) -> None:
-    """Half a step, and what float16 does to the ends: 2**-11 of low and of the range."""
-    octaves = torch.rand(50, RANK) * spread - 7
-    used = torch.rand(50, RANK) < 0.7
-    scales = torch.where(used, torch.exp2(octaves), torch.exp2(40 * torch.rand(50, RANK) - 20))
-    grid = ScaleGrid.covering(scales, used)
-    codes = grid.encode(scales)
-    assert bool((codes == codes.round()).all())
-    assert codes.min() >= 0
-    assert codes.max() < SCALE_LEVELS
-    off = (grid.decode(codes).log2() - octaves).abs()
-    limit = grid.step.float() / 2 + 2**-11 * (8 + spread) + 1e-5
-    assert bool((off <= limit)[used].all())
-    assert bool((grid.step.float() <= spread / (SCALE_LEVELS - 1) + 0.01).all())
-
-
-def test_scale_grid_without_used_rows_is_finite() -> None:
-    """A rank index that every expert drops still stores a grid."""
-    grid = ScaleGrid.covering(torch.zeros(3, 4), torch.zeros(3, 4, dtype=torch.bool))
-    assert bool(torch.isfinite(grid.decode(torch.full((3, 4), 31.0))).all())
-
-
-@both_grids
-def test_best_scales_treats_each_row_at_its_own_width(grid: str) -> None:
-    """Row by row the same as all at once; 0 for dropped rows; uniform rows get the grid's own."""
-    rows, bits = normal(EXPERTS, RANK, SIZE), mixed_widths(2)
-    weights = torch.rand(EXPERTS, 1, SIZE)
-    scales = rounding.best_scales(rows, weights, bits, grid)
-    assert bool(((scales > 0) == (bits > 0)).all())
-    for e in range(EXPERTS):
-        for k in range(RANK):
-            alone = rounding.best_scales(rows[e, k], weights[e, 0], bits[e, k], grid)
-            torch.testing.assert_close(scales[e, k], alone)
-            if grid == "uniform":
-                uniform = grids.best_scale(rows[e, k], weights[e, 0], int(bits[e, k]))[0]
-                torch.testing.assert_close(scales[e, k, None], uniform)
-
-
-@pytest.mark.parametrize("bits", [1, 2, 3, 4])
-def test_best_scales_fit_the_trellis(bits: int) -> None:
-    """The scale that is best for the uniform grid is not for the trellis: starting from it, the chosen
-    scales must not leave more weighted error, and multiplying all by 0.8 or 1.25 must leave more."""
-    rows, widths = normal(1, 200, 64), torch.full((1, 200), bits)
-    weights = torch.rand(1, 1, 64, generator=torch.Generator().manual_seed(1))
-
-    def error(scales: Tensor) -> float:
-        values = coding.round_rows(rows, scales, weights, widths, "trellis")
-        return float(((values - rows).square() * weights).sum())
-
-    best = rounding.best_scales(rows, weights, widths, "trellis")
-    chosen = error(best)
-    assert chosen <= error(rounding.best_scales(rows, weights, widths, "uniform"))
-    assert chosen < error(0.8 * best)
-    assert chosen < error(1.25 * best)
-
-
-@pytest.mark.parametrize("bits", [1, 2, 3])
-@both_grids
-def test_unbiased_scales_keep_the_length_along_the_row(bits: int, grid: str) -> None:
-    """One bit on the uniform grid: codes are signs, so <rounded, row> = <row, row> exactly; else codes
-    may change when the scale grows, the more so by trellis, where the search uses the freedom: it must
-    come closer than the least squares scale by a third (trellis: a quarter)."""
-    rows, widths = normal(1, 200, 64), torch.full((1, 200), bits)
-    ones = torch.ones(1, 1, 64)
-
-    def kept(scales: Tensor) -> Tensor:
-        values = coding.round_rows(rows, scales, ones, widths, grid)
-        return (values * rows).sum(-1) / rows.square().sum(-1)
-
-    plain = kept(rounding.best_scales(rows, ones, widths, grid))
-    unbiased = kept(rounding.unbiased_scales(rows, ones, widths, grid))
-    assert float((unbiased - 1).abs().mean()) < float((plain - 1).abs().mean()) * (
-        2 / 3 if grid == "uniform" else 3 / 4
-    )
-    if bits == 1 and grid == "uniform":
-        torch.testing.assert_close(unbiased, torch.ones_like(unbiased))
-
-
-@pytest.mark.parametrize("choose", [rounding.best_scales, rounding.unbiased_scales])
-@both_grids
-def test_scales_of_rows_of_zeros_are_finite(choose, grid: str) -> None:
-    """Dead neurons and padded experts: zeros must come back as zeros, or nearly, without NaN."""
-    rows = torch.zeros(1, len(ALL_WIDTHS), SIZE)
-    bits = torch.tensor(ALL_WIDTHS)[None]
-    scales = choose(rows, torch.ones(1), bits, grid)
-    values = coding.round_rows(rows, scales, torch.ones(1), bits, grid)
-    assert bool(torch.isfinite(scales).all())
-    assert float(values.abs().max()) < 1e-30

@@ -14,7 +14,7 @@ from bitsmoe_plugin.errors import ConfigError
 from bitsmoe_plugin.kernels.reference import ReferenceLayer
 from bitsmoe_plugin.packed_spec import PackedSpec
 from bitsmoe_plugin.packing import LayerShape, PackedExperts
-from bitsmoe_plugin.rounding import SCALE_LEVELS
+from bitsmoe_plugin.scale_grid import SCALE_LEVELS
 from bitsmoe_plugin.serving import gating
 from bitsmoe_plugin.sharding import Shard, local_experts, shard_shape, slice_packed, split_blocks, whole
 from bitsmoe_plugin.spectral import quantize_basis

@@ -12,7 +12,7 @@ from bitsmoe_plugin.config import ALL_WIDTHS
 from bitsmoe_plugin.kernels.reference import ReferenceLayer
 from bitsmoe_plugin.packed_spec import PackedSpec
 from bitsmoe_plugin.packing import LayerShape, PackedExperts
-from bitsmoe_plugin.rounding import SCALE_LEVELS, ScaleGrid
+from bitsmoe_plugin.scale_grid import SCALE_LEVELS, ScaleGrid
 from bitsmoe_plugin.serving import gating
 from bitsmoe_plugin.spectral import quantize_basis
 

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from bitsmoe_plugin import BitsMoEConfig
 from bitsmoe_plugin.checkpoint import layer_manifest
 from bitsmoe_plugin.packing import LayerShape, PackedExperts, index_rows, pack_basis
-from bitsmoe_plugin.rounding import SCALE_LEVELS
+from bitsmoe_plugin.scale_grid import SCALE_LEVELS
 from bitsmoe_plugin.spectral import quantize_basis
 
 needs_vllm = pytest.mark.skipif(

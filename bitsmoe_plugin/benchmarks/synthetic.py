@@ -10,7 +10,7 @@ from torch import Tensor
 from bitsmoe_plugin import packing
 from bitsmoe_plugin.packed_spec import PackedSpec
 from bitsmoe_plugin.packing import LayerShape, PackedExperts
-from bitsmoe_plugin.rounding import SCALE_LEVELS
+from bitsmoe_plugin.scale_grid import SCALE_LEVELS
 
 
 def random_layer(

@@ -1,7 +1,7 @@
 """Triton kernels that round rows of mixed widths: the device's side of ``coding`` and ``rounding``.
 
 Nothing waits for the host: every row brings its own width, and a launch treats all of them. What they
-compute is defined in ``viterbi``, ``grids`` and ``rounding._choose_scales``; sums are taken in another
+compute is defined in ``viterbi``, ``grids`` and ``scale_grid.nearby_codes``; sums are taken in another
 order, so that a choice between nearly equal codes may differ.
 
 The trellis needs no gathers. With S = 2**(8 - bits) states, window w leads from state w % S to state

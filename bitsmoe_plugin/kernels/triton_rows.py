@@ -95,7 +95,7 @@ def decode_rows(start, keep, tables, BITS: tl.constexpr, TRELLIS: tl.constexpr):
 
 @triton.jit
 def order_and_scales(order, row_codes, scale_grid, position, keep, RANK: tl.constexpr):
-    """Rank indices and scales (``rounding.ScaleGrid``) of the rows at ``position``.
+    """Rank indices and scales (``scale_grid.ScaleGrid``) of the rows at ``position``.
 
     ``order``, ``row_codes`` point to the factor of the expert, ``scale_grid`` to that of the factor.
     """

@@ -68,7 +68,7 @@ void bitsmoe_best_scales(const Grids *grids, const float *rows, const float *wei
                distortions + j);
 }
 
-/* rounding._choose_scales of rows [n, size]; row j has low[j % rank], step[j % rank] and weights[j / per]. */
+/* scale_grid.nearby_codes of rows [n, size]; row j has low[j % rank], step[j % rank] and weights[j / per]. */
 void bitsmoe_choose_scales(const Grids *grids, const float *rows, const float *weights, int64_t per, int64_t n,
                            int size, const uint8_t *bits, const float *start, const float *low, const float *step,
                            int64_t rank, uint8_t *codes, int threads) {
