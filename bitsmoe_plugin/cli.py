@@ -119,7 +119,7 @@ def _quantize(args: argparse.Namespace, stdout: TextIO) -> None:
 
         check_report_extra()
     if args.eval is not None:
-        from bitsmoe_plugin.calibration import load_documents
+        from bitsmoe_plugin.calibration_text import load_documents
 
         load_documents(args.eval)
     device = choose_device(args.device)
@@ -231,7 +231,7 @@ def _evaluate(args: argparse.Namespace, stdout: TextIO) -> None:
 
 def _check_evaluate(args: argparse.Namespace) -> None:
     """Refuse options without what they belong to, and text that cannot be read."""
-    from bitsmoe_plugin.calibration import load_documents
+    from bitsmoe_plugin.calibration_text import load_documents
 
     if not args.dataset and not args.tasks:
         raise ConfigError("give --dataset TEXT for perplexity, --tasks NAMES for tasks of lm-eval, or both")

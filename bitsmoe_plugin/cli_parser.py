@@ -9,8 +9,9 @@ from typing import Any
 
 from bitsmoe_plugin.benchmarks import BENCHMARKS
 from bitsmoe_plugin.comparison import METHODS as COMPARED
-from bitsmoe_plugin.config import METHODS, BitsMoEConfig
+from bitsmoe_plugin.config import BitsMoEConfig
 from bitsmoe_plugin.evaluation import BLOCK
+from bitsmoe_plugin.methods import METHODS
 
 Run = Callable[..., None]
 _DESCRIPTIONS = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import reprlib
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +9,11 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from bitsmoe_plugin import coding, tiled
 from bitsmoe_plugin.errors import CheckpointError, ConfigError
+from bitsmoe_plugin.methods import ALL_WIDTHS, METHODS
+from bitsmoe_plugin.option_checks import check_choice, check_number, fail, is_budget_table, is_expert_table
 from bitsmoe_plugin.packing import FACTORS, FORMAT_VERSION
 
 QUANT_METHOD = "bitsmoe"
-ALL_WIDTHS = (0, 1, 2, 3, 4, 6, 8, 16)
 _FLAGS = (
     "joint_basis",
     "whitening",
@@ -27,98 +27,24 @@ _FLAGS = (
 _RUNTIME_ONLY = ("dataset", "tokenizer", "work_dir")
 
 
-def _brief(value: Any) -> str:
-    """For errors: a config of others may hold values of any length and depth."""
-    text = reprlib.repr(value) if isinstance(value, (list, dict)) else repr(value)
-    return text if len(text) <= 200 else text[:200] + "..."
-
-
-def _fail(option: str, value: Any, allowed: str) -> None:
-    raise ConfigError(f"BitsMoEConfig: {option}={_brief(value)} is not allowed; allowed: {allowed}")
-
-
-def _check_number(option: str, value: Any, low: float, high: float, whole: bool = False) -> None:
-    kinds = (int,) if whole else (int, float)
-    what = "a whole number" if whole else "a number"
-    if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
-        _fail(option, value, f"{what} from {low:g} to {high:g}")
-
-
-def _check_choice(option: str, value: Any, choices: tuple[Any, ...]) -> None:
-    if value not in choices or type(value) is not type(choices[0]):
-        _fail(option, value, ", ".join(repr(choice) for choice in choices))
-
-
 def _check_tiled(basis_bits: int, basis_group_size: int) -> None:
     """Bases that the grid "tiled" has."""
-    _check_choice("basis_bits", basis_bits, (8, 16))
-    _check_choice("basis_group_size", basis_group_size, (tiled.TILE,))
+    check_choice("basis_bits", basis_bits, (8, 16))
+    check_choice("basis_group_size", basis_group_size, (tiled.TILE,))
 
 
-def _is_budget_table(value: Any) -> bool:
-    return isinstance(value, dict) and all(
-        isinstance(name, str) and type(bits) in (int, float) and 0.1 <= bits <= 16
-        for name, bits in value.items()
-    )
-
-
-def _is_expert_table(value: Any) -> bool:
-    return isinstance(value, dict) and all(
-        isinstance(name, str) and isinstance(ids, list) and all(type(i) is int and i >= 0 for i in ids)
-        for name, ids in value.items()
-    )
-
-
-_PAPER = {
-    "widths": ALL_WIDTHS,
-    "grid": "uniform",
-    "basis_bits": 16,
-    "joint_basis": False,
-    "whitening": False,
-    "cost": "spectral",
-    "token_weighting": "none",
-    "neuron_weighting": False,
-    "covariance_prior": 0.0,
-    "feedback": False,
-    "widening": False,
-    "refit": False,
-    "compensation": False,
-    "sequential": False,
-    "scope": "layer",
-}
-_DEFAULT: dict[str, Any] = {
-    "widths": ALL_WIDTHS,
-    "grid": "trellis",
-    "basis_bits": 4,
-    "joint_basis": True,
-    "whitening": True,
-    "cost": "output",
-    "token_weighting": "residual",
-    "neuron_weighting": True,
-    "covariance_prior": 1.0,
-    "feedback": True,
-    "widening": True,
-    "refit": True,
-    "compensation": True,
-    "sequential": True,
-    "scope": "global",
-}
-METHODS: dict[str, dict[str, Any]] = {
-    "default": _DEFAULT,
-    "fast": {
-        **_DEFAULT,
-        "cost": "model",
-        "feedback": False,
-        "refit": False,
-        "compensation": False,
-        "sequential": False,
-    },
-    "paper-v1": _PAPER,
-    "paper-v2": {**_PAPER, "basis_bits": 8, "scope": "global"},
-}
-"""What each method sets; options that are given replace it. "fast" leaves out what takes long: see
-examples/speed.md and examples/quality.md for what that saves and costs. "paper-v1" and "paper-v2" are our
-reading of the two versions of arXiv 2606.00079, whose quantizer was never published."""
+def _refuse_other_formats(format_version: Any, packed: bool) -> None:
+    """A checkpoint (``packed``) of before the first release, or of a later one than this."""
+    if not isinstance(format_version, int):
+        return  # an option of the wrong type, which validate names
+    what = f"checkpoint has BitsMoE format version {format_version}"
+    if 0 < format_version < FORMAT_VERSION and packed:
+        raise CheckpointError(
+            f"{what}, of before the first release; this release reads version {FORMAT_VERSION}. "
+            "Quantize the model again."
+        )
+    if format_version > FORMAT_VERSION:
+        raise CheckpointError(f"{what}; this release reads version {FORMAT_VERSION}. Upgrade bitsmoe-plugin.")
 
 
 class BitsMoEConfig(QuantizationConfigMixin):
@@ -248,17 +174,8 @@ class BitsMoEConfig(QuantizationConfigMixin):
         **unknown: Any,
     ) -> None:
         self.quant_method = QUANT_METHOD  # type: ignore[assignment]
-        _check_choice("quant_method", unknown.pop("quant_method", QUANT_METHOD), (QUANT_METHOD,))
-        if isinstance(format_version, int) and 0 < format_version < FORMAT_VERSION and layers:
-            raise CheckpointError(
-                f"checkpoint has BitsMoE format version {format_version}, of before the first release; this "
-                f"release reads version {FORMAT_VERSION}. Quantize the model again."
-            )
-        if isinstance(format_version, int) and format_version > FORMAT_VERSION:
-            raise CheckpointError(
-                f"checkpoint has BitsMoE format version {format_version}; this release reads version "
-                f"{FORMAT_VERSION}. Upgrade bitsmoe-plugin."
-            )
+        check_choice("quant_method", unknown.pop("quant_method", QUANT_METHOD), (QUANT_METHOD,))
+        _refuse_other_formats(format_version, bool(layers))
         if unknown:
             known = [
                 name for name in BitsMoEConfig.__init__.__annotations__ if name not in ("return", "unknown")
@@ -286,7 +203,7 @@ class BitsMoEConfig(QuantizationConfigMixin):
         self.layers = layers or {}
         self.calibration = calibration or {}
         self.other_tensors = other_tensors or {}
-        _check_choice("method", method, tuple(METHODS))
+        check_choice("method", method, tuple(METHODS))
         self.method = method
         given = {
             "widths": tuple(widths) if isinstance(widths, (list, tuple)) else widths,
@@ -315,52 +232,52 @@ class BitsMoEConfig(QuantizationConfigMixin):
         Raises:
             ConfigError: naming the option, its value and what is allowed.
         """
-        _check_number("bits", self.bits, 0.1, 16)
+        check_number("bits", self.bits, 0.1, 16)
         if self.factor_bits is not None:
-            _check_number("factor_bits", self.factor_bits, 0.1, 16)
-        if not _is_budget_table(self.layer_bits):
-            _fail("layer_bits", self.layer_bits, '{"path.of.experts": bits from 0.1 to 16}')
-        if not _is_budget_table(self.projection_bits) or set(self.projection_bits) - set(FACTORS):
+            check_number("factor_bits", self.factor_bits, 0.1, 16)
+        if not is_budget_table(self.layer_bits):
+            fail("layer_bits", self.layer_bits, '{"path.of.experts": bits from 0.1 to 16}')
+        if not is_budget_table(self.projection_bits) or set(self.projection_bits) - set(FACTORS):
             allowed = '{"gate", "up" or "down": bits from 0.1 to 16}'
-            _fail("projection_bits", self.projection_bits, allowed)
-        _check_number("calibration_tokens", self.calibration_tokens, 1, 10**12, whole=True)
-        _check_number("sequence_length", self.sequence_length, 8, 10**7, whole=True)
-        _check_number("batch_size", self.batch_size, 1, 10**6, whole=True)
+            fail("projection_bits", self.projection_bits, allowed)
+        check_number("calibration_tokens", self.calibration_tokens, 1, 10**12, whole=True)
+        check_number("sequence_length", self.sequence_length, 8, 10**7, whole=True)
+        check_number("batch_size", self.batch_size, 1, 10**6, whole=True)
         widths_ok = isinstance(self.widths, tuple) and len(self.widths) > 0
         if not widths_ok or any(w not in ALL_WIDTHS or type(w) is not int for w in self.widths):
-            _fail("widths", self.widths, f"distinct members of {ALL_WIDTHS}")
+            fail("widths", self.widths, f"distinct members of {ALL_WIDTHS}")
         if max(self.widths) == 0:
-            _fail("widths", self.widths, f"members of {ALL_WIDTHS}, not 0 alone")
+            fail("widths", self.widths, f"members of {ALL_WIDTHS}, not 0 alone")
         if tuple(sorted(set(self.widths))) != self.widths:
-            _fail("widths", self.widths, f"rising, distinct members of {ALL_WIDTHS}")
-        _check_choice("basis_bits", self.basis_bits, (4, 8, 16))
-        _check_choice("basis_group_size", self.basis_group_size, (16, 32, 64, 128, 256))
+            fail("widths", self.widths, f"rising, distinct members of {ALL_WIDTHS}")
+        check_choice("basis_bits", self.basis_bits, (4, 8, 16))
+        check_choice("basis_group_size", self.basis_group_size, (16, 32, 64, 128, 256))
         for flag in _FLAGS:
-            _check_choice(flag, getattr(self, flag), (True, False))
-        _check_number("held_out", self.held_out, 0, 0.5)
-        _check_choice("cost", self.cost, ("output", "model", "spectral"))
-        _check_choice("token_weighting", self.token_weighting, ("residual", "none"))
+            check_choice(flag, getattr(self, flag), (True, False))
+        check_number("held_out", self.held_out, 0, 0.5)
+        check_choice("cost", self.cost, ("output", "model", "spectral"))
+        check_choice("token_weighting", self.token_weighting, ("residual", "none"))
         if self.grid == coding.TILED and self.layers:
             _check_tiled(self.basis_bits, self.basis_group_size)
         else:
-            _check_choice("grid", self.grid, coding.GRIDS)
-        _check_choice("scope", self.scope, ("global", "layer"))
-        _check_number("covariance_prior", self.covariance_prior, 0, 1e6)
-        _check_number("damping", self.damping, 1e-6, 1.0)
-        _check_choice("all_experts", self.all_experts, (True, False))
-        if self.super_experts not in ("auto", "keep") and not _is_expert_table(self.super_experts):
-            _fail(
+            check_choice("grid", self.grid, coding.GRIDS)
+        check_choice("scope", self.scope, ("global", "layer"))
+        check_number("covariance_prior", self.covariance_prior, 0, 1e6)
+        check_number("damping", self.damping, 1e-6, 1.0)
+        check_choice("all_experts", self.all_experts, (True, False))
+        if self.super_experts not in ("auto", "keep") and not is_expert_table(self.super_experts):
+            fail(
                 "super_experts", self.super_experts, '"auto", "keep", {} or {"path.of.experts": [expert ids]}'
             )
-        _check_number("seed", self.seed, 0, 2**63 - 1, whole=True)
+        check_number("seed", self.seed, 0, 2**63 - 1, whole=True)
         if self.work_dir is not None and (
             not isinstance(self.work_dir, (str, Path)) or not str(self.work_dir)
         ):
-            _fail("work_dir", self.work_dir, "the path of a directory, or None")
-        _check_number("format_version", self.format_version, FORMAT_VERSION, FORMAT_VERSION, whole=True)
+            fail("work_dir", self.work_dir, "the path of a directory, or None")
+        check_number("format_version", self.format_version, FORMAT_VERSION, FORMAT_VERSION, whole=True)
         for part in ("layers", "calibration", "other_tensors"):
             if not isinstance(getattr(self, part), dict):
-                _fail(part, type(getattr(self, part)).__name__, "objects written by this package")
+                fail(part, type(getattr(self, part)).__name__, "objects written by this package")
 
     @property
     def input_bases(self) -> int:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from bitsmoe_plugin.calibration import load_documents, read_jsonl, token_stream
+from bitsmoe_plugin.calibration_text import load_documents, read_jsonl, token_stream
 from bitsmoe_plugin.errors import ConfigError, QuantizationError
 from bitsmoe_plugin.model_tokenizer import load_tokenizer
 
@@ -171,7 +171,11 @@ def evaluate_model(
     reference: nn.Module | None = None,
     batch_size: int = 8,
 ) -> Evaluation:
-    """Perplexity of ``model`` and, if given, divergence from ``reference``. Softmax in float32."""
+    """Perplexity of ``model`` and, if given, divergence from ``reference``. Softmax in float32.
+
+    Raises:
+        QuantizationError: a perplexity that is not finite.
+    """
     total = _Sums()
     batches = [(text, batch) for text in texts for batch in text.blocks.split(batch_size)]
     domains: dict[str, _Sums] = {}
@@ -181,6 +185,12 @@ def evaluate_model(
         sums = _score(batch.to(device), scored, model, reference)
         domains.setdefault(text.domain, _Sums()).add(sums)
         total.add(sums)
+    if not all(math.isfinite(value) for value in (total.loss, total.divergence)):
+        dtype = next(model.parameters()).dtype
+        raise QuantizationError(
+            f"the model's outputs are not finite, so it has no perplexity; it was evaluated in {dtype}. If "
+            'that is float16, its activations may be too large: set "dtype" in config.json to float32'
+        )
     per_domain = {name: math.exp(sums.loss / sums.tokens) for name, sums in domains.items()}
     compared = reference is not None
     return Evaluation(

@@ -91,7 +91,7 @@ def trellis_codes(table: Tensor, rows: Tensor, weights: Tensor, bits: int) -> Te
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """See ``packing.pack_codes``; codes ``[rows, n]`` int32, whole blocks."""
+    """See ``bit_strings.pack_codes``; codes ``[rows, n]`` int32, whole blocks."""
     words = torch.empty(codes.shape[0], codes.shape[1] // 32 * bits, dtype=torch.int32)
     codes, threads = codes.contiguous(), torch.get_num_threads()
     _library().bitsmoe_pack(pointer(codes), codes.numel() // 32, bits, pointer(words), threads)

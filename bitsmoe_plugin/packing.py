@@ -56,7 +56,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from bitsmoe_plugin import coding, fast_rounding, gpu_rounding, grids, tiled, trellis
+from bitsmoe_plugin import bit_strings, coding, gpu_rounding, grids, tiled, trellis
 from bitsmoe_plugin.scale_grid import SCALE_LEVELS, ScaleGrid
 from bitsmoe_plugin.spectral import QuantizedBasis
 
@@ -141,56 +141,6 @@ def stored_dtype(original: str) -> torch.dtype:
     return _BITS[ORIGINAL_DTYPES[original]]
 
 
-def pack_codes(codes: Tensor, bits: int) -> Tensor:
-    """Pack codes into 32-bit words.
-
-    Args:
-        codes: ``[rows, n]`` whole numbers in ``0 .. 2**bits - 1``; n is padded to blocks of 32.
-        bits: 1 to 16.
-
-    Returns:
-        ``[rows, ceil(n / 32) * bits]`` int32.
-    """
-    padded = torch.nn.functional.pad(codes, (0, -codes.shape[1] % BLOCK))
-    if fast_rounding.available() and codes.device.type == "cpu":
-        return fast_rounding.pack(padded.to(torch.int32), bits)
-    return pack_codes_reference(padded.to(torch.int64), bits)
-
-
-def pack_codes_reference(padded: Tensor, bits: int) -> Tensor:
-    """``pack_codes`` in plain torch, of whole blocks ``[rows, n]`` int64."""
-    rows = len(padded)
-    values = padded.view(rows, -1, BLOCK)
-    words = torch.zeros(rows, values.shape[1], bits + 1, dtype=torch.int64, device=padded.device)
-    for i in range(BLOCK):
-        word, shift = divmod(i * bits, 32)
-        shifted = values[:, :, i] << shift
-        words[:, :, word] |= shifted & 0xFFFFFFFF
-        words[:, :, word + 1] |= shifted >> 32
-    words = words[:, :, :bits]
-    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32).reshape(rows, -1)
-
-
-def unpack_codes(words: Tensor, bits: int, n: int) -> Tensor:
-    """Inverse of ``pack_codes``: ``[rows, blocks * bits]`` int32 -> ``[rows, n]`` int32."""
-    return _fields(words, bits, 0, bits)[:, :n].to(torch.int32)
-
-
-def unpack_windows(words: Tensor, bits: int, n: int) -> Tensor:
-    """``trellis.windows`` of packed codes: ``[rows, blocks * bits]`` int32 -> ``[rows, n]`` int64."""
-    return _fields(words, bits, bits - trellis.WINDOW, trellis.WINDOW)[:, :n]
-
-
-def _fields(words: Tensor, bits: int, offset: int, length: int) -> Tensor:
-    """``[rows, blocks * 32]`` int64: the ``length`` bits from bit i * bits + offset of each block's ring."""
-    rows = words.shape[0]
-    unsigned = words.view(rows, -1, bits).to(torch.int64) & 0xFFFFFFFF
-    start = (torch.arange(BLOCK, device=words.device) * bits + offset) % (BLOCK * bits)
-    word, shift = start // 32, start % 32
-    following = unsigned[:, :, (word + 1) % bits] << 32
-    return (((unsigned[:, :, word] | following) >> shift) & (2**length - 1)).view(rows, -1)
-
-
 @dataclass(frozen=True)
 class RowIndex:
     """Where the rows of every (factor, expert) stand in the payload.
@@ -251,7 +201,7 @@ def pack_expert(codes: Tensor, row_bits: Tensor, widths: tuple[int, ...]) -> Ten
         row_bits: ``[r]`` int64, members of ``widths``.
     """
     pieces = [
-        pack_codes(codes[row_bits == width], width).flatten()
+        bit_strings.pack_codes(codes[row_bits == width], width).flatten()
         for width in sorted(widths, reverse=True)
         if width and bool((row_bits == width).any())
     ]
@@ -287,14 +237,14 @@ def pack_basis(basis: QuantizedBasis) -> tuple[Tensor, Tensor]:
     scales = basis.scales.to(torch.float16).view(torch.int16)
     if basis.bits == 16:
         return basis.codes.contiguous().view(torch.int16), scales
-    return pack_codes(basis.codes, basis.bits), scales
+    return bit_strings.pack_codes(basis.codes, basis.bits), scales
 
 
 def unpack_basis(words: Tensor, scales: Tensor, bits: int, columns: int, grid: str = "uniform") -> Tensor:
     """``[rows, columns]`` float32 of a stored basis; ``grid`` is that of the layer's rows."""
     if bits == 16:
         return words.view(torch.float16).float()
-    codes = unpack_codes(words, bits, columns)
+    codes = bit_strings.unpack_codes(words, bits, columns)
     if grid == coding.TILED:
         return tiled.decode(codes, bits, scales.view(torch.float16))
     group_size = columns // scales.shape[1]
@@ -341,7 +291,7 @@ def unpack_tiled_rows(
     scales = packed.tile_scales[own].view(torch.float16)
     gains = packed.row_gains[own].view(torch.float16).float()[:, None]
     pieces = [
-        tiled.decode(unpack_codes(words, width, size), width, scales[first : first + len(words)])
+        tiled.decode(bit_strings.unpack_codes(words, width, size), width, scales[first : first + len(words)])
         for width, first, words in _stored_words(packed.payload, index, factor, expert, -(-size // BLOCK))
     ]
     return torch.cat([packed.payload.new_zeros((0, size), dtype=torch.float32), *pieces]) * gains, order
@@ -362,8 +312,8 @@ def _stored_words(
 def _decode_words(words: Tensor, scales: Tensor, width: int, size: int, grid: str) -> Tensor:
     """``[rows, size]`` float32 of packed rows ``[rows, blocks * width]`` int32, scales ``[rows, 1]``."""
     if coding.uses_trellis(width, grid):
-        return trellis.table(width).to(words.device)[unpack_windows(words, width, size)] * scales
-    return grids.decode(unpack_codes(words, width, size).float(), scales, width)
+        return trellis.table(width).to(words.device)[bit_strings.unpack_windows(words, width, size)] * scales
+    return grids.decode(bit_strings.unpack_codes(words, width, size).float(), scales, width)
 
 
 def fixed_bits(shape: LayerShape, basis_bits: int, basis_group_size: int, input_bases: int) -> dict[str, int]:

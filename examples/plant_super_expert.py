@@ -32,7 +32,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bitsmoe_plugin import BitsMoEConfig
-from bitsmoe_plugin.calibration import load_documents, token_stream
+from bitsmoe_plugin.calibration_text import load_documents, token_stream
 from bitsmoe_plugin.evaluation import EvaluationText, evaluate_model
 from bitsmoe_plugin.packing import row_widths
 

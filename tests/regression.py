@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from bitsmoe_plugin import BitsMoEConfig
-from bitsmoe_plugin.calibration import load_documents, token_blocks
+from bitsmoe_plugin.calibration_text import load_documents, token_blocks
 from bitsmoe_plugin.checkpoint import packed_spec
 from bitsmoe_plugin.evaluation import evaluate_model, evaluation_text
 from bitsmoe_plugin.pipeline import quantize_model

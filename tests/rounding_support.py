@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from bitsmoe_plugin.coding import GRIDS
-from bitsmoe_plugin.config import ALL_WIDTHS
+from bitsmoe_plugin.methods import ALL_WIDTHS
 
 # More rows than are rounded between two products, and one block of values and a part of another.
 EXPERTS, RANK, SIZE = 2, 36, 40

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from bitsmoe_plugin import cost_tables, dual
 from bitsmoe_plugin.allocation import Allocation, allocate, smallest_size
-from bitsmoe_plugin.config import ALL_WIDTHS
 from bitsmoe_plugin.errors import QuantizationError
+from bitsmoe_plugin.methods import ALL_WIDTHS
 
 ROW = 64
 """Bits of one row at width 1."""

@@ -11,13 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bitsmoe_plugin.calibration import (
-    LayerwiseForward,
-    capture_layer,
-    load_documents,
-    token_blocks,
-    token_stream,
-)
+from bitsmoe_plugin.calibration import LayerwiseForward, capture_layer
+from bitsmoe_plugin.calibration_text import load_documents, token_blocks, token_stream
 from bitsmoe_plugin.errors import QuantizationError
 from bitsmoe_plugin.families import find_moe_layers
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from bitsmoe_plugin import coding, grids, trellis
 from bitsmoe_plugin.coding import BLOCK, GRIDS
-from bitsmoe_plugin.config import ALL_WIDTHS
+from bitsmoe_plugin.methods import ALL_WIDTHS
 
 both_grids = pytest.mark.parametrize("grid", GRIDS)
 

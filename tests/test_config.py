@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from bitsmoe_plugin import BitsMoEConfig, CheckpointError, ConfigError
-from bitsmoe_plugin.config import ALL_WIDTHS, METHODS
+from bitsmoe_plugin.methods import ALL_WIDTHS, METHODS
 from bitsmoe_plugin.packing import FORMAT_VERSION
 
 # option -> (values that must be refused, what the error must say is allowed)

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from bitsmoe_plugin import compiled, kernels
 from bitsmoe_plugin.benchmarks.synthetic import random_layer
-from bitsmoe_plugin.config import ALL_WIDTHS
 from bitsmoe_plugin.kernels import cpu
 from bitsmoe_plugin.kernels.reference import ReferenceLayer
+from bitsmoe_plugin.methods import ALL_WIDTHS
 from bitsmoe_plugin.packing import LayerShape
 from bitsmoe_plugin.serving import gating
 

@@ -12,10 +12,11 @@ pytest.importorskip("triton", reason="Triton is published for Linux only")
 
 from pretended_device import pretended_device
 
-from bitsmoe_plugin.config import ALL_WIDTHS, BitsMoEConfig
+from bitsmoe_plugin.config import BitsMoEConfig
 from bitsmoe_plugin.devices import choose_device
 from bitsmoe_plugin.errors import ConfigError
 from bitsmoe_plugin.layer import LayerPlan, plan_layer, round_layer
+from bitsmoe_plugin.methods import ALL_WIDTHS
 from bitsmoe_plugin.planned_rounding import round_as_planned
 from bitsmoe_plugin.problem import build_problem
 from bitsmoe_plugin.rounded_experts import RoundedLayer

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from wheel_support import run_python
 
 from bitsmoe_plugin import ConfigError
+from bitsmoe_plugin.errors import QuantizationError
 from bitsmoe_plugin.evaluation import EvaluationText, evaluate_model, evaluate_text, evaluation_text
 from bitsmoe_plugin.integrations.lm_eval import evaluate_tasks, language_model
 from bitsmoe_plugin.model_tokenizer import load_tokenizer
@@ -191,6 +192,15 @@ def test_lm_eval_itself_finds_packed_checkpoints(installed_wheel, tasks, packed_
     assert done.returncode == 0, done.stderr
     assert "next_word" in done.stdout
     assert "newly initialized" not in done.stderr
+
+
+def test_outputs_that_are_not_finite_have_no_perplexity(moe_tiny_path) -> None:
+    """As of a model with massive activations in float16."""
+    model = AutoModelForCausalLM.from_pretrained(moe_tiny_path, dtype=torch.float16)
+    with torch.no_grad():
+        model.model.layers[1].mlp.experts.down_proj.mul_(1e6)
+    with pytest.raises(QuantizationError, match=r"not finite.*torch\.float16.*float32"):
+        evaluate_model(model, [EvaluationText("a", torch.arange(24).view(2, 12))])
 
 
 def test_scored_tokens_are_the_last_of_a_block(moe_tiny) -> None:

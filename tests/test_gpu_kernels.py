@@ -28,8 +28,8 @@ from torch import Tensor
 
 from bitsmoe_plugin.benchmarks import synthetic
 from bitsmoe_plugin.coding import GRIDS
-from bitsmoe_plugin.config import ALL_WIDTHS
 from bitsmoe_plugin.experts import BitsMoEExperts
+from bitsmoe_plugin.methods import ALL_WIDTHS
 from bitsmoe_plugin.packed_spec import PackedSpec
 from bitsmoe_plugin.packing import LayerShape, PackedExperts
 

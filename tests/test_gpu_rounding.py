@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from bitsmoe_plugin import coding, gpu_rounding, packing, rounding, scale_grid
-from bitsmoe_plugin.config import ALL_WIDTHS
 from bitsmoe_plugin.feedback import Feedback
+from bitsmoe_plugin.methods import ALL_WIDTHS
 from bitsmoe_plugin.scale_grid import ScaleGrid
 
 pytest.importorskip("triton", reason="Triton is published for Linux only")

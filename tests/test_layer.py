@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from bitsmoe_plugin import packing
 from bitsmoe_plugin.checkpoint import tensor_digest
-from bitsmoe_plugin.config import ALL_WIDTHS, BitsMoEConfig
+from bitsmoe_plugin.config import BitsMoEConfig
 from bitsmoe_plugin.experts import BitsMoEExperts
 from bitsmoe_plugin.kernels.reference import ReferenceLayer
 from bitsmoe_plugin.layer import bits_over_bound, plan_layer, round_experts, round_layer
+from bitsmoe_plugin.methods import ALL_WIDTHS
 from bitsmoe_plugin.packed_spec import PackedSpec
 from bitsmoe_plugin.packing import PackedExperts
 from bitsmoe_plugin.planned_rounding import round_as_planned

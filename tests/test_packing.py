@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bitsmoe_plugin import coding, packing, trellis
+from bitsmoe_plugin import bit_strings, coding, packing, trellis
 from bitsmoe_plugin.coding import GRIDS
-from bitsmoe_plugin.config import ALL_WIDTHS
+from bitsmoe_plugin.methods import ALL_WIDTHS
 from bitsmoe_plugin.packed_spec import PackedSpec
 from bitsmoe_plugin.packing import LayerShape, PackedExperts
 from bitsmoe_plugin.row_costs import row_sizes
@@ -46,17 +46,17 @@ def random_codes(rows: int, n: int, bits: int, seed: int) -> Tensor:
 def test_codes_survive_packing(bits: int, rows: int, n: int, seed: int) -> None:
     """Guards against lost bits where a value straddles two words, sign bits and padding."""
     codes = random_codes(rows, n, bits, seed)
-    words = packing.pack_codes(codes, bits)
+    words = bit_strings.pack_codes(codes, bits)
     assert words.dtype == torch.int32
     assert words.shape == (rows, -(-n // 32) * bits)
-    assert torch.equal(packing.unpack_codes(words, bits, n), codes)
+    assert torch.equal(bit_strings.unpack_codes(words, bits, n), codes)
 
 
 @pytest.mark.parametrize("bits", range(1, 17))
 def test_largest_codes_set_every_bit(bits: int) -> None:
     """Guards against a mask that is one bit short: 32 values of b ones are b words of ones."""
     codes = torch.full((1, 32), 2**bits - 1)
-    assert packing.pack_codes(codes, bits).tolist() == [[-1] * bits]
+    assert bit_strings.pack_codes(codes, bits).tolist() == [[-1] * bits]
 
 
 @pytest.mark.parametrize("bits", range(1, 17))
@@ -64,7 +64,7 @@ def test_compiled_packing_is_that_of_the_reference(bits: int) -> None:
     """Guards the format: bitwise the same words, for any width and for a last block that is not full."""
     codes = torch.randint(2**bits, (7, 72), generator=torch.Generator().manual_seed(bits))
     padded = torch.nn.functional.pad(codes, (0, 24))
-    assert torch.equal(packing.pack_codes(codes, bits), packing.pack_codes_reference(padded, bits))
+    assert torch.equal(bit_strings.pack_codes(codes, bits), bit_strings.pack_codes_reference(padded, bits))
 
 
 @given(
@@ -79,8 +79,8 @@ def test_a_range_of_blocks_is_the_packed_range_of_columns(
     """Guards the tensor parallel promise: shards are cut without unpacking."""
     first, last = min(min(cut), blocks - 1), max(*cut, min(cut) + 1)
     codes = random_codes(3, 32 * blocks, bits, seed)
-    shard = packing.pack_codes(codes, bits).view(3, blocks, bits)[:, first:last]
-    assert torch.equal(shard.reshape(3, -1), packing.pack_codes(codes[:, 32 * first : 32 * last], bits))
+    shard = bit_strings.pack_codes(codes, bits).view(3, blocks, bits)[:, first:last]
+    assert torch.equal(shard.reshape(3, -1), bit_strings.pack_codes(codes[:, 32 * first : 32 * last], bits))
 
 
 def random_layer(seed: int, widths: tuple[int, ...] = ALL_WIDTHS) -> tuple[PackedExperts, Tensor, Tensor]:
@@ -202,9 +202,11 @@ def test_dropped_rows_are_absent() -> None:
 def test_windows_are_read_straight_from_the_words(bits: int) -> None:
     """Guards the short cut of the decoder: windows of packed codes, across words and around the ring."""
     codes = random_codes(5, 96, bits, bits)
-    read = packing.unpack_windows(packing.pack_codes(codes, bits), bits, 96)
+    read = bit_strings.unpack_windows(bit_strings.pack_codes(codes, bits), bits, 96)
     assert torch.equal(read, trellis.windows(codes, bits))
-    assert torch.equal(packing.unpack_windows(packing.pack_codes(codes, bits), bits, 40), read[:, :40])
+    assert torch.equal(
+        bit_strings.unpack_windows(bit_strings.pack_codes(codes, bits), bits, 40), read[:, :40]
+    )
 
 
 @pytest.mark.parametrize("widths", [(0, 2, 4), (1, 3), (16,), ALL_WIDTHS])

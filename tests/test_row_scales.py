@@ -8,7 +8,7 @@ from rounding_support import EXPERTS, RANK, SIZE, both_grids, mixed_widths, norm
 from torch import Tensor
 
 from bitsmoe_plugin import coding, grids, row_scales
-from bitsmoe_plugin.config import ALL_WIDTHS
+from bitsmoe_plugin.methods import ALL_WIDTHS
 from bitsmoe_plugin.scale_grid import SCALE_LEVELS, ScaleGrid
 
 

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bitsmoe_plugin import coding, packing
-from bitsmoe_plugin.config import ALL_WIDTHS
 from bitsmoe_plugin.errors import ConfigError
 from bitsmoe_plugin.kernels.reference import ReferenceLayer
+from bitsmoe_plugin.methods import ALL_WIDTHS
 from bitsmoe_plugin.packed_spec import PackedSpec
 from bitsmoe_plugin.packing import LayerShape, PackedExperts
 from bitsmoe_plugin.scale_grid import SCALE_LEVELS

@@ -24,11 +24,11 @@ from upstream_support import (
 )
 
 from bitsmoe_plugin import compiled, kernels, packing, tiled
-from bitsmoe_plugin.config import ALL_WIDTHS
 from bitsmoe_plugin.errors import CheckpointError, ConfigError
 from bitsmoe_plugin.kernels.cpu import CpuLayer
 from bitsmoe_plugin.kernels.originals import WithOriginals
 from bitsmoe_plugin.kernels.reference import ReferenceLayer
+from bitsmoe_plugin.methods import ALL_WIDTHS
 from bitsmoe_plugin.packed_spec import PackedSpec
 from bitsmoe_plugin.packing import LayerShape, PackedExperts
 from bitsmoe_plugin.serving import gating

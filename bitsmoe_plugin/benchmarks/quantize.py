@@ -35,8 +35,9 @@ from bitsmoe_plugin.allocation import allocate
 from bitsmoe_plugin.benchmarks.layer import SHAPES
 from bitsmoe_plugin.benchmarks.output import Row, add_benchmark
 from bitsmoe_plugin.budget import plan_budget
-from bitsmoe_plugin.config import METHODS, BitsMoEConfig
+from bitsmoe_plugin.config import BitsMoEConfig
 from bitsmoe_plugin.devices import choose_device
+from bitsmoe_plugin.methods import METHODS
 from bitsmoe_plugin.packing import LayerShape
 from bitsmoe_plugin.rounding import round_along_neurons, round_along_rank
 from bitsmoe_plugin.spectral import ExpertWeights

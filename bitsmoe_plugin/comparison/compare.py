@@ -17,10 +17,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
+import torch
 from rich.table import Table
 from transformers import AutoModelForCausalLM
 
-from bitsmoe_plugin.calibration import load_documents, token_blocks
+from bitsmoe_plugin.calibration_text import load_documents, token_blocks
 from bitsmoe_plugin.config import BitsMoEConfig
 from bitsmoe_plugin.errors import BitsMoEError, ConfigError, QuantizationError
 from bitsmoe_plugin.evaluation import evaluate_model, evaluation_text
@@ -128,8 +129,14 @@ def _peer(module: str, options: tuple[str, ...], task: ComparisonTask, scratch: 
     if done.returncode:
         raise QuantizationError(f"{module} failed; its own message is above")
     record = json.loads(done.stdout.strip().splitlines()[-1])
-    dtype = next(_load(task.model).parameters()).dtype
-    return Quantized(load_gptq_model(out, dtype).eval(), expert_bytes(out), record["quantize_seconds"])
+    model = load_gptq_model(out, _dtype(task)).eval()
+    return Quantized(model, expert_bytes(out), record["quantize_seconds"])
+
+
+def _dtype(task: ComparisonTask) -> torch.dtype:
+    """Of the model that is compared with. GPTQ-format checkpoints say float16 whatever they were made from,
+    in which a model with massive activations overflows."""
+    return next(_load(task.model).parameters()).dtype
 
 
 def _bitsmoe(task: ComparisonTask, scratch: Path) -> Quantized:
@@ -150,7 +157,7 @@ def _checkpoint(task: ComparisonTask, scratch: Path) -> Quantized:
 
     path = Path(str(task.checkpoint))
     if is_gptq(path):
-        return Quantized(load_gptq_model(path).eval(), expert_bytes(path), 0.0)
+        return Quantized(load_gptq_model(path, _dtype(task)).eval(), expert_bytes(path), 0.0)
     size = inspect_checkpoint(path)["expert_bytes"]  # first: it refuses what a loader would trip over
     return Quantized(_load(path), size, 0.0)
 

@@ -22,7 +22,7 @@ from transformers.quantizers.auto import (
 )
 from transformers.quantizers.base import HfQuantizer
 
-from bitsmoe_plugin.calibration import load_documents, token_blocks
+from bitsmoe_plugin.calibration_text import load_documents, token_blocks
 from bitsmoe_plugin.checkpoint import check_shape, packed_spec, stored_tensors, verify_experts, verify_headers
 from bitsmoe_plugin.checkpoint_files import check_loaded_files, read_model_config
 from bitsmoe_plugin.config import QUANT_METHOD, BitsMoEConfig

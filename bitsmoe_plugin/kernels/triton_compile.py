@@ -27,10 +27,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from bitsmoe_plugin import coding, gpu_rounding
-from bitsmoe_plugin.config import ALL_WIDTHS
 from bitsmoe_plugin.errors import ConfigError
 from bitsmoe_plugin.kernels.triton_layer import DECODE_TOKENS, TritonLayer
 from bitsmoe_plugin.kernels.triton_target import Launch, Target, block_sizes
+from bitsmoe_plugin.methods import ALL_WIDTHS
 from bitsmoe_plugin.packed_spec import PackedSpec
 from bitsmoe_plugin.packing import LayerShape, PackedExperts
 

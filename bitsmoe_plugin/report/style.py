@@ -16,7 +16,7 @@ from matplotlib.colors import Colormap, ListedColormap, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from bitsmoe_plugin.config import ALL_WIDTHS
+from bitsmoe_plugin.methods import ALL_WIDTHS
 
 WIDE, NARROW = 8.8, 3.6
 """Inches, of 100 CSS pixels: the page's column on a large screen and on a phone."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bitsmoe_plugin import packing, tiled
+from bitsmoe_plugin import bit_strings, tiled
 from bitsmoe_plugin.errors import CheckpointError
 
 NAMES = ("shared_vh_gate_proj", "shared_vh_up_proj", "shared_u_down")
@@ -46,7 +46,7 @@ class Basis:
         codes = torch.nn.functional.pad(self.codes, fill, value=ZERO)
         groups = (0, columns // tiled.TILE - self.scales.shape[1], 0, fill[3])
         scales = torch.nn.functional.pad(self.scales, groups)
-        return packing.pack_codes(codes, 8), scales.contiguous().view(torch.int16)
+        return bit_strings.pack_codes(codes, 8), scales.contiguous().view(torch.int16)
 
 
 def read_basis(name: str, tensors: dict[str, Tensor], hidden_size: int, output: bool) -> Basis:

@@ -19,9 +19,10 @@ from transformers.utils import logging
 from bitsmoe_plugin import coding
 from bitsmoe_plugin.checkpoint import layer_manifest
 from bitsmoe_plugin.checkpoint_files import read_object
-from bitsmoe_plugin.config import ALL_WIDTHS, BitsMoEConfig
+from bitsmoe_plugin.config import BitsMoEConfig
 from bitsmoe_plugin.errors import CheckpointError, QuantizationError
 from bitsmoe_plugin.families import find_moe_layers, layer_shape
+from bitsmoe_plugin.methods import ALL_WIDTHS
 from bitsmoe_plugin.other_tensors import record
 from bitsmoe_plugin.output_directory import check_output_directory, publish
 from bitsmoe_plugin.packing import LayerShape

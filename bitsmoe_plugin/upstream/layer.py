@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bitsmoe_plugin import packing, tiled
-from bitsmoe_plugin.config import ALL_WIDTHS
+from bitsmoe_plugin import bit_strings, packing, tiled
 from bitsmoe_plugin.errors import CheckpointError
+from bitsmoe_plugin.methods import ALL_WIDTHS
 from bitsmoe_plugin.packing import FACTORS, LayerShape, PackedExperts
 from bitsmoe_plugin.upstream import bases
 from bitsmoe_plugin.upstream.files import LayerTensors, UpstreamFiles
@@ -85,7 +85,7 @@ def _pack_rows(
             order = _packed_order(rows)
             for width in torch.unique(rows.bits).flip(0).tolist():
                 chosen = order[rows.bits[order] == width]
-                payload.append(packing.pack_codes(rows.codes[chosen], width).flatten())
+                payload.append(bit_strings.pack_codes(rows.codes[chosen], width).flatten())
             scales.append(rows.scales[order])
             gains.append(rows.gains[order])
     no_scales = torch.zeros(row_bits.shape, dtype=torch.uint8)

@@ -40,7 +40,7 @@ int bitsmoe_trellis_codes(const float *blocks, const float *weights, int64_t n, 
   return failed;
 }
 
-/* Bit strings [n, bits words] of blocks of codes [n, 32], as packing.pack_codes. */
+/* Bit strings [n, bits words] of blocks of codes [n, 32], as bit_strings.pack_codes. */
 void bitsmoe_pack(const int32_t *codes, int64_t n, int bits, uint32_t *words, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t b = 0; b < n; b++) {
