@@ -1,5 +1,5 @@
-"""Command line: ``bitsmoe estimate | quantize | inspect | report | evaluate | compare | import-upstream |
-bench``."""
+"""Command line: ``bitsmoe estimate | quantize | tune | inspect | report | evaluate | compare |
+import-upstream | bench``."""
 
 from __future__ import annotations
 
@@ -57,6 +57,7 @@ def build_parser(program: str = "bitsmoe") -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND", title="commands")
     cli_parser.add_estimate(commands, _estimate)
     cli_parser.add_quantize(commands, _quantize)
+    cli_parser.add_tune(commands, _tune)
     cli_parser.add_inspect(commands, _inspect)
     cli_parser.add_report(commands, _report)
     cli_parser.add_evaluate(commands, _evaluate)
@@ -156,6 +157,29 @@ def _write_report(directory: Path, evaluation: dict[str, Any] | None) -> None:
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps(evaluation, indent=2), encoding="utf-8")
     print(f"report: {write_report(directory, evaluation=path)}", file=sys.stderr)
+
+
+def _tune(args: argparse.Namespace, stdout: TextIO) -> None:
+    from bitsmoe_plugin.devices import choose_device
+    from bitsmoe_plugin.integrations.tuning import tune_to_directory
+    from bitsmoe_plugin.tuning import TuningSettings
+
+    names = ("epochs", "learning_rate", "batch_size", "held_out", "seed")
+    result = tune_to_directory(
+        args.model,
+        args.reference,
+        args.out,
+        args.dataset,
+        TuningSettings(**{name: getattr(args, name) for name in names}),
+        calibration_tokens=args.calibration_tokens,
+        sequence_length=args.sequence_length,
+        device=choose_device(args.device),
+    )
+    print(
+        f"{args.out}: KL to {args.reference} on held-out text {result.before:.4f} before, {result.after:.4f} "
+        f"after epoch {result.epoch}",
+        file=sys.stderr,
+    )
 
 
 def _import(args: argparse.Namespace, stdout: TextIO) -> None:

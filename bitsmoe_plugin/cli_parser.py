@@ -12,6 +12,7 @@ from bitsmoe_plugin.comparison import METHODS as COMPARED
 from bitsmoe_plugin.config import BitsMoEConfig
 from bitsmoe_plugin.evaluation import BLOCK
 from bitsmoe_plugin.methods import METHODS
+from bitsmoe_plugin.tuning import TuningSettings
 
 Run = Callable[..., None]
 _DESCRIPTIONS = {
@@ -28,6 +29,11 @@ transformers and with `vllm serve`.
 Finished layers are kept in OUT.work until all is done: after Ctrl-C (once:
 stops after the layer, twice: at once), a crash or a reboot, the same command
 continues there, with the same result.
+""",
+    "tune": """\
+Move the scales of a packed model's bases such that its predictions come
+closer to the original's, on calibration text. Size and speed stay. Both models
+are in memory, and a step takes several times as long as evaluating them.
 """,
     "inspect": """\
 Count what a packed model stores for its experts, and show for each layer how
@@ -94,15 +100,14 @@ def _add_budget(parser: Any) -> None:
     _add_number(parser, "--factor-bits", text, kind=float)
 
 
-def _add_calibration(parser: Any) -> None:
+def _add_calibration(parser: Any, batch_size: int = BitsMoEConfig().batch_size) -> None:
     defaults = BitsMoEConfig()
-    _add_budget(parser)
     text = "calibration text, like what the model will read and write: .txt, or .jsonl with a field text"
     parser.add_argument("--dataset", required=True, metavar="FILE", help=text)
     text = "tokens of it to use, at most, sampled from all documents"
     _add_number(parser, "--calibration-tokens", text, defaults.calibration_tokens)
     _add_number(parser, "--sequence-length", "tokens per sequence", defaults.sequence_length)
-    _add_number(parser, "--batch-size", "sequences at once; fewer take less memory", defaults.batch_size)
+    _add_number(parser, "--batch-size", "sequences at once; fewer take less memory", batch_size)
     _add_number(parser, "--seed", "of the few random choices", defaults.seed)
 
 
@@ -146,6 +151,7 @@ def add_quantize(commands: Any, run: Run) -> None:
     )
     parser.add_argument("model", help=_MODEL)
     parser.add_argument("out", type=Path, help=_OUT)
+    _add_budget(parser)
     _add_calibration(parser)
     _add_method(parser)
     _add_device(parser, "; with several processes each takes its own GPU")
@@ -153,6 +159,23 @@ def add_quantize(commands: Any, run: Run) -> None:
     parser.add_argument("--eval", metavar="FILE", help=text)
     text = "also write OUT/report/report.html, see `bitsmoe report`"
     parser.add_argument("--report", action="store_true", help=text)
+
+
+def add_tune(commands: Any, run: Run) -> None:
+    summary = "bring a packed model closer to the original, at the same size"
+    example = "out/qwen3-2bit out/qwen3-2bit-tuned --reference Qwen3-30B-A3B --dataset calibration.jsonl"
+    parser = _add_command(commands, run, "tune", summary, example)
+    defaults = TuningSettings()
+    parser.add_argument("model", help=_PACKED)
+    parser.add_argument("out", type=Path, help=_OUT)
+    parser.add_argument("--reference", required=True, metavar="MODEL", help="what it was quantized from")
+    _add_calibration(parser, defaults.batch_size)
+    _add_number(parser, "--epochs", "how often all of the text is seen", defaults.epochs)
+    text = "largest relative change of a scale per step, about"
+    _add_number(parser, "--learning-rate", text, defaults.learning_rate, float)
+    text = "share of the text that is only measured on, to take the best epoch"
+    _add_number(parser, "--held-out", text, defaults.held_out, float)
+    _add_device(parser)
 
 
 def add_inspect(commands: Any, run: Run) -> None:
@@ -222,6 +245,7 @@ def add_compare(commands: Any, run: Run) -> None:
         "Qwen3-30B-A3B --dataset calibration.jsonl --eval eval.jsonl --methods full,rtn,bitsmoe",
     )
     parser.add_argument("model", help=_MODEL)
+    _add_budget(parser)
     _add_calibration(parser)
     _add_evaluation_text(parser, "--eval")
     text = f"of {', '.join(COMPARED)} (default: %(default)s); full: not quantized, rtn: rounded to nearest"

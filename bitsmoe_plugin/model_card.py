@@ -11,6 +11,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from bitsmoe_plugin.config import BitsMoEConfig
 from bitsmoe_plugin.inspection import inspect_checkpoint, quantized_super_experts, read_config
+from bitsmoe_plugin.manifest_values import number
 from bitsmoe_plugin.output_directory import replace_file
 from bitsmoe_plugin.report.checkpoint_data import PART_NAMES
 from bitsmoe_plugin.report.evaluation_data import task_rows
@@ -30,7 +31,7 @@ for the experts is counted; attention, router, embeddings, shared experts and de
 {parts}
 
 - Method `{method}`, budget `{budget}`; {experts:,} expert weights in {layers} layers, {size:,} bytes.
-- Calibration: {text}{tokens:,} tokens (SHA-256 of the token ids {digest}).{super_experts}
+- Calibration: {text}{tokens:,} tokens (SHA-256 of the token ids {digest}).{super_experts}{tuning}
 {errors}
 
 ## Use
@@ -110,6 +111,7 @@ def _facts(report: dict[str, Any], config: BitsMoEConfig, base: str) -> dict[str
         "tokens": calibration.get("tokens", 0),
         "digest": calibration.get("sha256", "unknown")[:16],
         "super_experts": _super_experts(list(layers)),
+        "tuning": _tuning(calibration.get("tuning")),
         "errors": _errors(list(layers)),
     }
 
@@ -121,6 +123,19 @@ def _super_experts(layers: list[dict[str, Any]]) -> str:
     if bits:
         lines.append(f"\n- {len(bits)} super experts have rows of {statistics.mean(bits):.3g} bits.")
     return "".join(lines)
+
+
+def _tuning(told: Any) -> str:
+    """What ``tuning`` noted, if it did."""
+    names = ("tokens", "before", "after")
+    values = [number(told, name) for name in names] if isinstance(told, dict) else []
+    if not values or None in values:
+        return ""
+    tokens, before, after = values
+    return (
+        f"\n- Basis scales tuned on {tokens:,.0f} tokens: KL to the original on held-out text {before:.4f} "
+        f"before, {after:.4f} after. What else is told about errors was measured before."
+    )
 
 
 def _budget(config: BitsMoEConfig) -> str:

@@ -14,17 +14,19 @@ def _brief(value: Any) -> str:
     return text if len(text) <= 200 else text[:200] + "..."
 
 
-def fail(option: str, value: Any, allowed: str) -> None:
-    """Raise a ConfigError that names the option, its value and what is allowed."""
-    raise ConfigError(f"BitsMoEConfig: {option}={_brief(value)} is not allowed; allowed: {allowed}")
+def fail(option: str, value: Any, allowed: str, owner: str = "BitsMoEConfig") -> None:
+    """Raise a ConfigError that names the option, what has it, its value and what is allowed."""
+    raise ConfigError(f"{owner}: {option}={_brief(value)} is not allowed; allowed: {allowed}")
 
 
-def check_number(option: str, value: Any, low: float, high: float, whole: bool = False) -> None:
+def check_number(
+    option: str, value: Any, low: float, high: float, whole: bool = False, owner: str = "BitsMoEConfig"
+) -> None:
     """Fail unless ``value`` is a number (no bool) from ``low`` to ``high``."""
     kinds = (int,) if whole else (int, float)
     what = "a whole number" if whole else "a number"
     if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
-        fail(option, value, f"{what} from {low:g} to {high:g}")
+        fail(option, value, f"{what} from {low:g} to {high:g}", owner)
 
 
 def check_choice(option: str, value: Any, choices: tuple[Any, ...]) -> None:

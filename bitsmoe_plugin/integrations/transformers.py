@@ -242,7 +242,7 @@ def quantize_to_directory(model: str, out: Path, config: BitsMoEConfig, device: 
         try:
             quantized = AutoModelForCausalLM.from_pretrained(model, **options)
             with writing(out):
-                _write_checkpoint(quantized, model, config.dataset, beside / OUTPUT, out)
+                write_checkpoint(quantized, model, config.dataset, beside / OUTPUT, out)
         except BaseException as error:
             if not has_progress(work):
                 remove(work)
@@ -268,7 +268,7 @@ def _check_unquantized(model: str) -> None:
         )
 
 
-def _write_checkpoint(quantized: Any, model: str, dataset: Any, partial: Path, out: Path) -> None:
+def write_checkpoint(quantized: Any, model: str, dataset: Any, partial: Path, out: Path) -> None:
     """Save at ``partial``, which then becomes ``out``.
 
     Args:

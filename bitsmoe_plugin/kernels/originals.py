@@ -38,6 +38,10 @@ class WithOriginals:
     @torch.no_grad()
     def forward(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """See ``kernels.Runtime``."""
+        return self.compute(hidden, top_k_index, top_k_weights)
+
+    def compute(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """``forward``, as differentiable as that of ``runtime``."""
         out = self.runtime.forward(hidden, top_k_index, top_k_weights).float()
         weights = top_k_weights.float()
         if self.packed.output_bias is not None:

@@ -97,20 +97,39 @@ class ReferenceLayer:
     @torch.no_grad()
     def forward(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """See ``kernels.Runtime``."""
+        return self.compute(hidden, top_k_index, top_k_weights, *self.bases())
+
+    def compute(
+        self,
+        hidden: Tensor,
+        top_k_index: Tensor,
+        top_k_weights: Tensor,
+        input_basis: Tensor,
+        output_basis: Tensor,
+    ) -> Tensor:
+        """``forward`` with these bases, see ``moe_forward``; differentiable in all but the indices."""
         used = [e for e in torch.unique(top_k_index).tolist() if 0 <= e < self.spec.shape.num_experts]
         if not used:
             return torch.zeros_like(hidden)
-        packed = self.packed
+        bias = self.packed.input_bias
         return moe_forward(
             hidden,
             _positions(used, top_k_index),
             top_k_weights,
             experts=len(used),
             rows_of=self._rows_of(used),
-            input_basis=self._basis(packed.input_basis, packed.input_scales),
-            output_basis=self._basis(packed.output_basis, packed.output_scales),
+            input_basis=input_basis,
+            output_basis=output_basis,
             gating=self.gating,
-            input_bias=None if packed.input_bias is None else self.spec.original(packed.input_bias)[used],
+            input_bias=None if bias is None else self.spec.original(bias)[used],
+        )
+
+    def bases(self) -> tuple[Tensor, Tensor]:
+        """Input and output basis, float32, see ``moe_forward``."""
+        packed = self.packed
+        return (
+            self._basis(packed.input_basis, packed.input_scales),
+            self._basis(packed.output_basis, packed.output_scales),
         )
 
     def _rows_of(self, used: list[int]) -> RowReader:

@@ -11,7 +11,17 @@ import sys
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
-COMMANDS = ("estimate", "quantize", "inspect", "report", "evaluate", "compare", "import-upstream", "bench")
+COMMANDS = (
+    "estimate",
+    "quantize",
+    "tune",
+    "inspect",
+    "report",
+    "evaluate",
+    "compare",
+    "import-upstream",
+    "bench",
+)
 
 
 class BitsMoECommand(BaseOptimumCLICommand):

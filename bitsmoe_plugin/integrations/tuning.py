@@ -1,0 +1,63 @@
+"""Tune a packed checkpoint: read it and what it was quantized from, write another one of the same size."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from bitsmoe_plugin.calibration_text import load_documents, token_blocks
+from bitsmoe_plugin.errors import QuantizationError
+from bitsmoe_plugin.evaluation import load_for_evaluation, load_reference
+from bitsmoe_plugin.inspection import read_config
+from bitsmoe_plugin.integrations.transformers import write_checkpoint
+from bitsmoe_plugin.model_tokenizer import load_tokenizer
+from bitsmoe_plugin.output_directory import check_output_directory
+from bitsmoe_plugin.tuning import Tuning, TuningSettings, tune
+from bitsmoe_plugin.work_directory import OUTPUT, staging, writing
+
+
+def tune_to_directory(
+    model: str,
+    reference: str,
+    out: Path,
+    dataset: Any,
+    settings: TuningSettings,
+    *,
+    calibration_tokens: int,
+    sequence_length: int,
+    device: str = "cpu",
+) -> Tuning:
+    """See ``tuning.tune``. ``out`` takes its name at the end, so it is either absent or complete.
+
+    Args:
+        model: directory of a packed model.
+        reference: directory or hub name of what it was quantized from.
+        dataset, calibration_tokens, sequence_length: as of ``BitsMoEConfig``. With those that the model was
+            quantized with, and the same seed, the blocks held out are those that were held out then.
+
+    Raises:
+        BitsMoEError: bad input, or nothing was better on the blocks held out. Nothing is left behind.
+    """
+    out = Path(out).resolve()
+    check_output_directory(out)
+    read_config(Path(model))
+    tokenizer = load_tokenizer(model)
+    packed = load_for_evaluation(model, device)
+    blocks = token_blocks(
+        load_documents(dataset),
+        tokenizer,
+        sequence_length=sequence_length,
+        max_tokens=calibration_tokens,
+        vocab_size=packed.get_input_embeddings().num_embeddings,
+        seed=settings.seed,
+    )
+    result = tune(packed, load_reference(reference, packed), blocks, settings)
+    if not result.epoch:
+        raise QuantizationError(
+            f"no epoch came closer to {reference} on the text held out (KL {result.before:.4f} before), so "
+            "nothing was written; give more text (calibration_tokens) or a smaller learning rate"
+        )
+    work = out.with_name(f"{out.name}.work")
+    with staging(work), writing(out):
+        write_checkpoint(packed.to("cpu"), reference, dataset, work / OUTPUT, out)
+    return result
