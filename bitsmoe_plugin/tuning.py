@@ -9,6 +9,7 @@ QuIP#, arXiv 2402.04396, too; there norms and whole layers, here what belongs to
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -204,39 +205,55 @@ def _learn(
     layers: list[TunableLayer],
     settings: TuningSettings,
 ) -> Tuning:
-    """Leaves the layers with the best gains."""
+    """Leaves the layers with the best gains; Ctrl-C once there are some ends it with them."""
     gains = [gain for layer in layers for gain in layer.gains]
-    # Defaults of Adam remember the gradients of 1000 steps; here there may be 20.
-    optimizer = torch.optim.Adam(gains, lr=settings.learning_rate, betas=(0.9, 0.95))
-    per_epoch = -(-len(learnt) // settings.batch_size)
-    steps = settings.epochs * per_epoch
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1.0, (step + 1) / _WARM_UP) * (1 - step / steps)
-    )
+    steps = settings.epochs * -(-len(learnt) // settings.batch_size)
+    descent = _Descent(gains, settings.learning_rate, steps)
     order = torch.Generator().manual_seed(settings.seed)
     divergence = _held_out(model, reference, held, settings.batch_size)
     best = Tuning(learnt.numel(), 0, divergence, divergence)
     kept = [gain.detach().clone() for gain in gains]
-    with logging.tqdm(total=steps, desc="Tuning") as bar:
-        for epoch in range(1, settings.epochs + 1):
-            shuffled = learnt[torch.randperm(len(learnt), generator=order)]
-            for batch in shuffled.split(settings.batch_size):
-                optimizer.zero_grad()
-                loss = _divergence(model, reference, batch)
-                loss.backward()
-                nn.utils.clip_grad_norm_(gains, 1.0)
-                optimizer.step()
-                schedule.step()
-                bar.set_postfix(KL=f"{float(loss.detach()):.4f}", held_out=f"{best.after:.4f}", refresh=False)
-                bar.update()
-            divergence = _held_out(model, reference, held, settings.batch_size)
-            if divergence < best.after:
-                best = replace(best, epoch=epoch, after=divergence)
-                kept = [gain.detach().clone() for gain in gains]
+    try:
+        with logging.tqdm(total=steps, desc="Tuning") as bar:
+            for epoch in range(1, settings.epochs + 1):
+                shuffled = learnt[torch.randperm(len(learnt), generator=order)]
+                for batch in shuffled.split(settings.batch_size):
+                    loss = descent.step(_divergence(model, reference, batch))
+                    bar.set_postfix(KL=f"{loss:.4f}", held_out=f"{best.after:.4f}", refresh=False)
+                    bar.update()
+                divergence = _held_out(model, reference, held, settings.batch_size)
+                if divergence < best.after:
+                    best = replace(best, epoch=epoch, after=divergence)
+                    kept = [gain.detach().clone() for gain in gains]
+    except KeyboardInterrupt:
+        if not best.epoch:
+            raise
+        warnings.warn(f"stopped; the scales are those after epoch {best.epoch}", stacklevel=2)
     with torch.no_grad():
         for gain, value in zip(gains, kept, strict=True):
             gain.copy_(value)
     return best
+
+
+class _Descent:
+    """Adam with a learning rate that rises for a few steps and then falls to 0."""
+
+    def __init__(self, gains: list[Tensor], learning_rate: float, steps: int) -> None:
+        self._gains = gains
+        # The defaults remember the gradients of 1000 steps; here there may be 20 in all.
+        self._optimizer = torch.optim.Adam(gains, lr=learning_rate, betas=(0.9, 0.95))
+        self._schedule = torch.optim.lr_scheduler.LambdaLR(
+            self._optimizer, lambda step: min(1.0, (step + 1) / _WARM_UP) * (1 - step / steps)
+        )
+
+    def step(self, loss: Tensor) -> float:
+        """Returns the loss."""
+        self._optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self._gains, 1.0)
+        self._optimizer.step()
+        self._schedule.step()
+        return float(loss.detach())
 
 
 @torch.no_grad()

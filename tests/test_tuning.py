@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from bitsmoe_plugin import BitsMoEConfig, ConfigError, QuantizationError
+from bitsmoe_plugin import BitsMoEConfig, ConfigError, QuantizationError, tuning
 from bitsmoe_plugin.evaluation import EvaluationText, evaluate_model
 from bitsmoe_plugin.experts import BitsMoEExperts
 from bitsmoe_plugin.inspection import inspect_checkpoint
@@ -113,6 +113,32 @@ def test_it_changes_basis_scales_alone(packed: Any, moe_tiny: Any, blocks: Tenso
     assert {name.rsplit(".", 1)[-1] for name in changed} == {"bitsmoe_input_scales", "bitsmoe_output_scales"}
     assert len(changed) == 2 * 4
     assert all(old[name].shape == new[name].shape and old[name].dtype == new[name].dtype for name in old)
+
+
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_stopped_it_keeps_what_it_has(
+    packed: Any, moe_tiny: Any, blocks: Tensor, monkeypatch: pytest.MonkeyPatch, epoch: int
+) -> None:
+    """Ctrl-C where an epoch's end would be measured."""
+    measured, ends = tuning._held_out, iter(range(1, 9))
+
+    def stopped(*args: Any) -> float:
+        if next(ends) == epoch + 2:
+            raise KeyboardInterrupt
+        return measured(*args)
+
+    monkeypatch.setattr(tuning, "_held_out", stopped)
+    model, settings = copy.deepcopy(packed), TuningSettings(epochs=3, learning_rate=5e-3)
+    if epoch == 0:
+        with pytest.raises(KeyboardInterrupt):
+            tune(model, moe_tiny, blocks, settings)
+    else:
+        with pytest.warns(UserWarning, match="after epoch 1"):
+            assert tune(model, moe_tiny, blocks, settings).epoch == 1
+    changed = not torch.equal(
+        model.get_submodule(FIRST).bitsmoe_input_scales, packed.get_submodule(FIRST).bitsmoe_input_scales
+    )
+    assert changed == (epoch == 1)
 
 
 def test_a_rate_that_ruins_the_model_is_not_taken(packed: Any, moe_tiny: Any, blocks: Tensor) -> None:
