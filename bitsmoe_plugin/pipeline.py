@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from bitsmoe_plugin.calibration import LayerwiseForward
+from bitsmoe_plugin.calibration_text import held_out_last
 from bitsmoe_plugin.config import BitsMoEConfig
 from bitsmoe_plugin.errors import QuantizationError
 from bitsmoe_plugin.families import MoELayer
@@ -130,14 +131,6 @@ def _quantize(
         "allocation_relative_gap": widths.relative_gap,
     }
     return config
-
-
-def held_out_last(blocks: Tensor, share: float) -> tuple[Tensor, int]:
-    """Move a share of the calibration blocks, evenly spaced, to the end; returns how many are before."""
-    count = int(len(blocks) * share)
-    apart = torch.zeros(len(blocks), dtype=torch.bool)
-    apart[((torch.arange(count) + 0.5) * len(blocks) / max(count, 1)).long()] = True
-    return torch.cat([blocks[~apart], blocks[apart]]), len(blocks) - count
 
 
 def _moe_by_index(model: nn.Module, layers: list[MoELayer]) -> tuple[nn.ModuleList, dict[int, MoELayer]]:

@@ -21,13 +21,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.utils import logging
 
+from bitsmoe_plugin.calibration_text import held_out_last
 from bitsmoe_plugin.checkpoint import tensor_digest
 from bitsmoe_plugin.errors import QuantizationError
 from bitsmoe_plugin.experts import BitsMoEExperts
 from bitsmoe_plugin.kernels.originals import WithOriginals
 from bitsmoe_plugin.kernels.reference import ReferenceLayer
 from bitsmoe_plugin.option_checks import check_number
-from bitsmoe_plugin.pipeline import held_out_last
 
 _WARM_UP = 5
 """Steps in which the learning rate rises."""
@@ -270,7 +270,8 @@ def _divergence(model: nn.Module, reference: nn.Module, batch: Tensor) -> Tensor
     loss = nn.functional.kl_div(found, wanted, log_target=True, reduction="none").sum(-1).mean()
     if not torch.isfinite(loss):
         raise QuantizationError(
-            "the divergence from the reference is not finite; one of the two models has outputs that are not"
+            "the divergence from the reference is not finite: outputs of one of the two models are not. If "
+            "the first steps went well, take a smaller learning rate"
         )
     return loss
 

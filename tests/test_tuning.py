@@ -15,11 +15,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from bitsmoe_plugin import BitsMoEConfig, ConfigError, QuantizationError, tuning
+from bitsmoe_plugin.calibration_text import held_out_last
 from bitsmoe_plugin.evaluation import EvaluationText, evaluate_model
 from bitsmoe_plugin.experts import BitsMoEExperts
 from bitsmoe_plugin.inspection import inspect_checkpoint
 from bitsmoe_plugin.kernels.originals import WithOriginals
-from bitsmoe_plugin.pipeline import held_out_last
 from bitsmoe_plugin.tuning import TunableLayer, TuningSettings, tune
 
 TEXT = str(Path(__file__).parents[1] / "examples" / "data" / "calibration.jsonl")
