@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -12,8 +12,6 @@ import torch
 from torch import Tensor
 
 from bitsmoe_plugin.errors import QuantizationError
-
-Tokenizer = Callable[..., Any]
 
 
 def load_documents(dataset: Any) -> list[str] | list[list[int]]:

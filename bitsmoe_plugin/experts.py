@@ -72,6 +72,7 @@ class BitsMoEExperts(nn.Module):
         self._runtime = runtime
 
     def gating(self, gate: Tensor, up: Tensor) -> Tensor:
+        """``[..., I]`` of gate's and up's outputs alike, as the replaced module has it."""
         return apply_gating(self._original[0], gate, up)
 
     def _prepare(self) -> kernels.Runtime:

@@ -28,6 +28,7 @@ from bitsmoe_plugin.experts import BitsMoEExperts
 from bitsmoe_plugin.kernels.originals import WithOriginals
 from bitsmoe_plugin.kernels.reference import ReferenceLayer
 from bitsmoe_plugin.option_checks import check_number
+from bitsmoe_plugin.packing import PackedExperts
 
 _WARM_UP = 5
 """Steps in which the learning rate rises."""
@@ -93,7 +94,7 @@ class TunableLayer:
         )
 
     @property
-    def packed(self) -> Any:
+    def packed(self) -> PackedExperts:
         """The tensors that it computes from."""
         return self._layer.packed
 

@@ -41,23 +41,24 @@ def tune_to_directory(
     out = Path(out).resolve()
     check_output_directory(out)
     read_config(Path(model))
-    tokenizer = load_tokenizer(model)
-    packed = load_for_evaluation(model, device)
-    blocks = token_blocks(
-        load_documents(dataset),
-        tokenizer,
-        sequence_length=sequence_length,
-        max_tokens=calibration_tokens,
-        vocab_size=packed.get_input_embeddings().num_embeddings,
-        seed=settings.seed,
-    )
-    result = tune(packed, load_reference(reference, packed), blocks, settings)
-    if not result.epoch:
-        raise QuantizationError(
-            f"no epoch came closer to {reference} on the text held out (KL {result.before:.4f} before), so "
-            "nothing was written; give more text (calibration_tokens) or a smaller learning rate"
-        )
+    documents, tokenizer = load_documents(dataset), load_tokenizer(model)
     work = out.with_name(f"{out.name}.work")
-    with staging(work), writing(out):
-        write_checkpoint(packed.to("cpu"), reference, dataset, work / OUTPUT, out)
+    with staging(work):  # from the start: what cannot be written should not show at the end
+        packed = load_for_evaluation(model, device)
+        blocks = token_blocks(
+            documents,
+            tokenizer,
+            sequence_length=sequence_length,
+            max_tokens=calibration_tokens,
+            vocab_size=packed.get_input_embeddings().num_embeddings,
+            seed=settings.seed,
+        )
+        result = tune(packed, load_reference(reference, packed), blocks, settings)
+        if not result.epoch:
+            raise QuantizationError(
+                f"no epoch came closer to {reference} on the text held out (KL {result.before:.4f} before), "
+                "so nothing was written; give more text (calibration_tokens) or a smaller learning rate"
+            )
+        with writing(out):
+            write_checkpoint(packed.to("cpu"), reference, dataset, work / OUTPUT, out)
     return result

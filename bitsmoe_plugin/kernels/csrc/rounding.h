@@ -18,7 +18,7 @@ enum {
   WINDOW = 8,
   WARM = 24, /* values before a block's seam that settle its state there */
   CANDIDATES = 8, /* scales tried per row, as grids.SCALE_CANDIDATES */
-  LEVELS = 32,    /* as rounding.SCALE_LEVELS */
+  LEVELS = 32,    /* as scale_grid.SCALE_LEVELS */
   NEARBY = 2,     /* as scale_grid.NEARBY */
   TRELLIS_BITS = 4
 };
