@@ -146,9 +146,13 @@ def quantize_experts(
 @contextlib.contextmanager
 def scratch_directory() -> Iterator[None]:
     """Work in a temporary directory: quantizers write logs and caches to the current one."""
-    scratch = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
-    with scratch as path, contextlib.chdir(path):
-        yield
+    before = Path.cwd()
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
+        os.chdir(scratch)
+        try:
+            yield
+        finally:
+            os.chdir(before)
 
 
 def build_parser() -> argparse.ArgumentParser:
