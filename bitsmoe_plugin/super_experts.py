@@ -40,7 +40,8 @@ def forms_massive_activations(before: Sequence[Tensor], after: Sequence[Tensor])
         before, after: ``[..., H]``, its inputs and outputs.
     """
     largest = max(float(out.abs().max()) for out in after)
-    added = max(float((out - x).abs().max()) for x, out in zip(before, after, strict=True))
+    # A model that is spread over devices gives a layer its inputs where the one before it is.
+    added = max(float((out - x.to(out.device)).abs().max()) for x, out in zip(before, after, strict=True))
     # The median of a part stands for that of all: it is compared with a thousandth.
     median = float(after[0].float().abs().median())
     return largest > MASSIVE * median and added > SHARE * largest

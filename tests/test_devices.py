@@ -21,6 +21,7 @@ from bitsmoe_plugin.planned_rounding import round_as_planned
 from bitsmoe_plugin.problem import build_problem
 from bitsmoe_plugin.rounded_experts import RoundedLayer
 from bitsmoe_plugin.statistics import LayerActivations
+from bitsmoe_plugin.super_experts import forms_massive_activations
 
 EXPERTS, SIZE, HIDDEN, TOKENS = 2, 8, 16, 80
 
@@ -67,6 +68,18 @@ def test_a_layer_is_quantized_on_the_device_of_its_inputs(
         assert type(tensor) is torch.Tensor, name
         assert tensor.shape == wanted.shape, name
         assert (tensor != wanted).sum() <= 0.05 * wanted.numel(), name
+
+
+def test_super_experts_are_found_where_a_layer_moves_to_another_device(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Models that are spread over devices: a layer's inputs are on the device of the one before it."""
+    before = torch.ones(1, 4, 8)
+    after = before.clone()
+    after[0, 1, 3] = 5000.0
+    with pretended_device(monkeypatch, False) as device:
+        assert forms_massive_activations([before], [after.to(device)])
+        assert forms_massive_activations([before.to(device)], [after])
 
 
 def test_the_cpu_is_what_it_was_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
