@@ -13,10 +13,15 @@ from bitsmoe_plugin.statistics import LayerActivations
 THIN_TOKENS_PER_DIMENSION = 0.25
 
 
-def warn_about_thin_calibration(name: str, activations: LayerActivations, shape: LayerShape) -> Tensor:
-    """Tokens per expert ``[E]``; warns if an expert saw none, or most saw too few."""
+def tokens_per_expert(activations: LayerActivations, shape: LayerShape) -> Tensor:
+    """``[E]`` int64, tokens routed to each expert."""
     index = activations.top_k_index.flatten()
-    counts = torch.bincount(index, minlength=shape.num_experts)[: shape.num_experts]
+    return torch.bincount(index, minlength=shape.num_experts)[: shape.num_experts]
+
+
+def warn_about_thin_calibration(name: str, activations: LayerActivations, shape: LayerShape) -> None:
+    """Warns if an expert saw no token, or most saw too few."""
+    counts = tokens_per_expert(activations, shape)
     unrouted = torch.nonzero(counts == 0).flatten().tolist()
     if unrouted:
         warnings.warn(
@@ -32,4 +37,3 @@ def warn_about_thin_calibration(name: str, activations: LayerActivations, shape:
             "calibration text (calibration_tokens), or all_experts=True.",
             stacklevel=2,
         )
-    return counts

@@ -194,9 +194,17 @@ def bias_bits(source: ExpertSource) -> list[int]:
 
 
 def with_originals(
-    packed: PackedExperts, weights: ExpertWeights, biases: ExpertBiases | None, kept: tuple[int, ...]
+    packed: PackedExperts,
+    weights: ExpertWeights,
+    biases: ExpertBiases | None,
+    kept: tuple[int, ...],
+    dtype: torch.dtype,
 ) -> PackedExperts:
-    """The packed layer, on the CPU, with what is stored of it as it was: biases, and the experts ``kept``."""
+    """The packed layer, on the CPU, with what is stored of it as it was: biases, and the experts ``kept``.
+
+    Args:
+        dtype: in which they are stored, see ``packing.original_dtype``.
+    """
     found = {}
     if biases is not None:
         found = {"input_bias": torch.stack([biases.gate, biases.up], 1), "output_bias": biases.down}
@@ -204,4 +212,5 @@ def with_originals(
         ids = list(kept)
         found["kept_input"] = torch.stack([weights.gate[ids], weights.up[ids]], 1)
         found["kept_output"] = weights.down[ids]
-    return replace(packed, **{name: packing.store_bits(tensor).cpu() for name, tensor in found.items()})
+    stored = {name: packing.store_bits(tensor.to(dtype)).cpu() for name, tensor in found.items()}
+    return replace(packed, **stored)

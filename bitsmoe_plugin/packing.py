@@ -57,6 +57,7 @@ import torch
 from torch import Tensor
 
 from bitsmoe_plugin import bit_strings, coding, gpu_rounding, grids, tiled, trellis
+from bitsmoe_plugin.errors import QuantizationError
 from bitsmoe_plugin.scale_grid import SCALE_LEVELS, ScaleGrid
 from bitsmoe_plugin.spectral import QuantizedBasis
 
@@ -131,8 +132,23 @@ ORIGINAL_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in _BITS}
 """Name -> dtype that original tensors can have."""
 
 
+def original_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which tensors of ``dtype`` are stored unquantized: their own, float32 for float64.
+
+    Raises:
+        QuantizationError: no dtype of weights.
+    """
+    if dtype == torch.float64:
+        return torch.float32
+    if dtype not in _BITS:
+        raise QuantizationError(
+            f"experts are {dtype}; load the model in {', '.join(ORIGINAL_DTYPES)} (dtype=)"
+        )
+    return dtype
+
+
 def store_bits(tensor: Tensor) -> Tensor:
-    """The bits of a float tensor as integers."""
+    """The bits of a tensor of one of ``ORIGINAL_DTYPES`` as integers."""
     return tensor.contiguous().view(_BITS[tensor.dtype])
 
 

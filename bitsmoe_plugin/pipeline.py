@@ -23,6 +23,7 @@ from bitsmoe_plugin.errors import QuantizationError
 from bitsmoe_plugin.families import MoELayer
 from bitsmoe_plugin.interruption import deferred_interrupt
 from bitsmoe_plugin.kept import choose_kept, choose_wide, model_budget, row_groups
+from bitsmoe_plugin.model_state import in_evaluation_mode, restored_if_it_fails
 from bitsmoe_plugin.plan_pass import plan_layers
 from bitsmoe_plugin.progress import Progress, ProgressInMemory, Widths
 from bitsmoe_plugin.quantization_run import Run
@@ -45,7 +46,8 @@ def quantize_model(
     """Quantize the routed experts of a model in place; goes on where ``config.work_dir`` says it ended.
 
     Where torch.distributed is initialized, its processes share the work (see ``workers``); all must call this
-    with the same arguments, and the model of each is quantized.
+    with the same arguments, and the model of each is quantized. If it fails, in any of them, model and config
+    are as they were; once experts were replaced, a call of the model says that it has to be loaded again.
 
     Args:
         model: transformers causal language model; all weights loaded, those of the experts too if ``source``
@@ -63,17 +65,18 @@ def quantize_model(
         Interrupted: Ctrl-C, after a layer, if there is a work directory.
     """
     source, workers = source or LoadedExperts(model), Workers.present()
-    _check_same(workers, source, blocks, config)
-    if config.work_dir is None:
-        return _quantize(model, blocks, config, source, ProgressInMemory(), lambda: False, workers)
-    path = Path(config.work_dir)
-    if not workers.main:
-        with deferred_interrupt() as stop:
-            return _quantize(model, blocks, config, source, ProgressInMemory(), stop, workers)
-    with locked(path), deferred_interrupt() as stop:
-        bound_to = identity(model, blocks, config, source)
-        progress = ProgressOnDisk(WorkDirectory(path), bound_to, next(model.parameters()).device)
-        return _quantize(model, blocks, config, source, progress, stop, workers)
+    with workers.together(), restored_if_it_fails(model, config):
+        _check_same(workers, source, blocks, config)
+        if config.work_dir is None:
+            return _quantize(model, blocks, config, source, ProgressInMemory(), lambda: False, workers)
+        path = Path(config.work_dir)
+        if not workers.main:
+            with deferred_interrupt() as stop:
+                return _quantize(model, blocks, config, source, ProgressInMemory(), stop, workers)
+        with locked(path), deferred_interrupt() as stop:
+            bound_to = identity(model, blocks, config, source)
+            progress = ProgressOnDisk(WorkDirectory(path), bound_to, next(model.parameters()).device)
+            return _quantize(model, blocks, config, source, progress, stop, workers)
 
 
 def _check_same(workers: Workers, source: ExpertSource, blocks: Tensor, config: BitsMoEConfig) -> None:
@@ -103,9 +106,7 @@ def _quantize(
     """``quantize_model`` from what ``progress`` has on."""
     budget = model_budget(source, config)
     modules, moe = _moe_by_index(model, source.layers)
-    training = model.training
-    model.eval()
-    with torch.no_grad():
+    with in_evaluation_mode(model), torch.no_grad():
         blocks, seen = held_out_last(blocks, config.held_out)
         tokens = seen * blocks.shape[1]
         forward = LayerwiseForward(model, modules, blocks, config.batch_size)
@@ -123,7 +124,6 @@ def _quantize(
         config.layers = {}
         forward.restart()
         round_layers(run, widths)
-    model.train(training)
     config.calibration = {
         "tokens": tokens,
         "held_out_tokens": blocks.numel() - tokens,

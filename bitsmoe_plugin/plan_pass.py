@@ -1,6 +1,7 @@
 """First pass over the layers of a model: what every row of every layer would cost.
 
-On the unquantized model. Where processes share the work, each plans some layers and passes through the rest.
+On the unquantized model. Where processes share the work, each plans a layer of every turn and passes through
+the rest.
 """
 
 from __future__ import annotations
@@ -8,7 +9,8 @@ from __future__ import annotations
 from functools import partial
 
 from bitsmoe_plugin.calibration import capture_layer
-from bitsmoe_plugin.families import apply_gating, check_computation, read_biases
+from bitsmoe_plugin.calibration_coverage import warn_about_thin_calibration
+from bitsmoe_plugin.families import apply_gating, check_computation, layer_shape, read_biases
 from bitsmoe_plugin.layer import plan_layer
 from bitsmoe_plugin.problem import build_problem
 from bitsmoe_plugin.progress import Hidden, PlannedLayer
@@ -19,27 +21,37 @@ from bitsmoe_plugin.super_experts import ExpertOutputs, forms_massive_activation
 
 def plan_layers(run: Run) -> None:
     """First pass: costs of all rows of all layers, on the unquantized model."""
-    workers, progress, moe = run.workers, run.progress, list(run.moe)
+    workers, progress = run.workers, run.progress
     kept, first = workers.from_main(lambda: (progress.plan_hidden(), progress.planned))
     if kept is not None:
         run.forward.advance(kept)
+    for turn in run.in_turns(first, workers.size, "Calibrating layers"):
+        # Not after each layer: none waits for another while it plans.
+        planned, passed = run.agreed(partial(_plan_turn, run, turn, run.forward.hidden))
+        plans = workers.merged(planned)
+        progress.at_once = run.forward.at_once
+        for index, hidden in zip(turn, passed, strict=True):
+            if workers.main:
+                progress.finish_plan(index, plans.get(index), hidden)
+
+
+def _plan_turn(run: Run, turn: list[int], hidden: Hidden) -> tuple[dict[int, PlannedLayer], list[Hidden]]:
+    """What this worker's part of a turn is planned to, and the outputs of all of its layers.
+
+    Args:
+        hidden: inputs of the first of them.
+    """
     planned: dict[int, PlannedLayer] = {}
-    passed: list[tuple[int, Hidden]] = []
-    for index in run.remaining(first, "Calibrating layers"):
-        if index in run.moe and workers.takes(moe.index(index)):
+    passed: list[Hidden] = []
+    run.forward.advance(hidden)
+    for index in turn:
+        if index in run.moe and run.workers.takes(list(run.moe).index(index)):
             planned[index], outputs = _plan_layer(run, index)
         else:
             outputs = _pass_layer(run, index)
         run.forward.advance(outputs)
-        passed.append((index, outputs))
-        if index + 1 < run.layers and sum(i in run.moe for i, _ in passed) not in (0, workers.size):
-            continue  # to another layer, for another of the workers
-        plans = workers.merged(planned)
-        progress.at_once = run.forward.at_once
-        for number, hidden in passed:
-            if workers.main:
-                progress.finish_plan(number, plans.get(number), hidden)
-        planned, passed = {}, []
+        passed.append(outputs)
+    return planned, passed
 
 
 def _pass_layer(run: Run, index: int) -> Hidden:
@@ -58,6 +70,7 @@ def _plan_layer(run: Run, index: int) -> tuple[PlannedLayer, Hidden]:
         activations, outputs = capture_layer(run.forward, index, layer.module, run.config.token_weighting)
         gains = residual_gains(run.forward, index, layer.module, outputs)
         seen = run.seen(activations, gains)
+        warn_about_thin_calibration(layer.name, seen, layer_shape(layer.module))
         check_computation(
             layer.name, layer.module, weights, (seen.hidden, seen.top_k_index, seen.top_k_weights)
         )

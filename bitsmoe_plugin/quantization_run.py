@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,8 @@ from bitsmoe_plugin.spectral import ExpertWeights
 from bitsmoe_plugin.statistics import LayerActivations
 from bitsmoe_plugin.sub_budgets import layer_share
 from bitsmoe_plugin.workers import Workers
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -68,20 +71,47 @@ class Run:
         alike = self.config.token_weighting == "none"
         return as_seen_by_the_stream(activations, gains, alike).first(self.tokens)
 
-    def remaining(self, first: int, text: str) -> Iterator[int]:
+    def agreed(self, compute: Callable[[], T]) -> T:
+        """What ``compute`` returns, by passes of as many blocks at once as all workers have memory for.
+
+        Args:
+            compute: runs decoder layers; the same ones in all workers. Called again in all of them if one ran
+                out of memory: products of other shapes differ in their last bits.
+        """
+        while True:
+            before = self.forward.at_once
+            result = compute()
+            fewest = min(self.workers.all(self.forward.at_once))
+            if self.workers.size == 1 or fewest == before:
+                return result
+            if fewest < self.forward.at_once:
+                self.forward.limit(fewest)
+
+    def in_turns(self, first: int, moe_layers: int, text: str) -> Iterator[list[int]]:
         """Indices of the decoder layers from ``first`` on, with a progress bar.
 
+        Args:
+            moe_layers: so many MoE layers are in a turn, with the dense layers between them, which otherwise
+                have a turn each.
+
         Raises:
-            Interrupted: before a layer, if it is time to stop.
+            Interrupted: before a turn, if it is time to stop.
         """
-        for index in logging.tqdm(range(first, self.layers), desc=text, initial=first, total=self.layers):
-            if self.workers.from_main(self.stop):
-                raise Interrupted(
-                    f"{text.lower()} stopped after {index} of {self.layers}; {self.config.work_dir} holds "
-                    "what is finished. Start the same again to go on"
-                )
-            release_free_memory()
-            yield index
+        turn: list[int] = []
+        with logging.tqdm(desc=text, initial=first, total=self.layers) as bar:
+            for index in range(first, self.layers):
+                if not turn and self.workers.from_main(self.stop):
+                    raise Interrupted(
+                        f"{text.lower()} stopped after {index} of {self.layers}; {self.config.work_dir} "
+                        "holds what is finished. Start the same again to go on"
+                    )
+                turn.append(index)
+                if index + 1 < self.layers and sum(i in self.moe for i in turn) not in (0, moe_layers):
+                    continue
+                release_free_memory()
+                yield turn
+                bar.update(len(turn))
+                turn = []
 
 
 def finite(index: int, outputs: Hidden) -> Hidden:

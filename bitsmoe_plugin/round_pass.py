@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bitsmoe_plugin.calibration import capture_layer
-from bitsmoe_plugin.calibration_coverage import warn_about_thin_calibration
+from bitsmoe_plugin.calibration_coverage import tokens_per_expert
 from bitsmoe_plugin.checkpoint import layer_manifest, packed_spec
 from bitsmoe_plugin.config import BitsMoEConfig
 from bitsmoe_plugin.experts import BitsMoEExperts, replace_module
@@ -28,6 +28,7 @@ from bitsmoe_plugin.quantization_run import Run, finite
 from bitsmoe_plugin.residual_gain import residual_gains
 from bitsmoe_plugin.row_allocation import experts_with_rows
 from bitsmoe_plugin.spectrum import spectrum
+from bitsmoe_plugin.statistics import LayerActivations
 
 
 def round_layers(run: Run, widths: Widths) -> None:
@@ -40,7 +41,7 @@ def round_layers(run: Run, widths: Widths) -> None:
     if kept is not None:
         exact, hidden = kept
         run.forward.advance(hidden)
-    for index in run.remaining(first, "Rounding layers"):
+    for (index,) in run.in_turns(first, 1, "Rounding layers"):
         # exact: as the unquantized model goes on; forward.hidden is the quantized one's.
         layer, exact, hidden = _round_layer(run, index, exact, widths)
         run.forward.advance(hidden)
@@ -93,11 +94,12 @@ def _round_layer(
         None if it is dense; its outputs in the unquantized and in the quantized model.
     """
     if index not in run.moe:
-        return None, run.forward.run(index, exact), finite(index, run.forward.run(index))
+        both = run.agreed(lambda: [run.forward.run(index, given) for given in (exact, run.forward.hidden)])
+        return None, both[0], finite(index, both[1])
     fitted = _fit_layer(run, index, exact, widths)
     layer = PackedLayer(run.moe[index].name, fitted.packed, {**fitted.entry, "report": fitted.report})
     _replace(run, run.moe[index], layer)
-    rounded = finite(index, run.forward.run(index))
+    rounded = finite(index, run.agreed(lambda: run.forward.run(index)))
     errors = _output_errors(fitted.outputs, rounded, fitted.token_weights)
     fitted.report["calibration_error"] = float(errors[: run.tokens].mean())
     unseen = errors[run.tokens :]
@@ -112,13 +114,11 @@ def _fit_layer(run: Run, index: int, exact: Hidden, widths: Widths) -> _FittedLa
     plan = planned.plan
     row_bits, kept = widths.rows[index].long(), widths.kept[index]
     with run.loaded(layer) as weights:
-        exact = run.forward.run(index, exact)
-        activations, outputs = capture_layer(run.forward, index, layer.module, config.token_weighting)
         shape, gating = layer_shape(layer.module), partial(apply_gating, layer.module)
-        gains = residual_gains(run.forward, index, layer.module, outputs)
+        exact, activations, outputs, gains = run.agreed(partial(_observe, run, index, exact))
         seen = run.seen(activations, gains)
         drift = _drift(exact, outputs, gains)[: run.tokens] if config.compensation else None
-        counts = warn_about_thin_calibration(layer.name, seen, shape)
+        counts = tokens_per_expert(seen, shape)
         biases = read_biases(layer.module)
         energy, peaks = plan.output_energy, planned.outputs.peaks
         if plan.row_weights is not None:
@@ -128,8 +128,9 @@ def _fit_layer(run: Run, index: int, exact: Hidden, widths: Widths) -> _FittedLa
             problem = build_problem(layer.name, weights, seen, gating, config, plan.bases, drift, biases)
             result = round_layer(problem, row_bits, run.workers)
             energy, peaks = problem.statistics.output_energy, problem.statistics.output_peaks
-        packed = with_originals(result.packed, weights, biases, kept)
-        entry = layer_manifest(shape, packed, layer.module.down_proj.dtype, kept)
+        dtype = run.source.dtypes[list(run.moe).index(index)]
+        packed = with_originals(result.packed, weights, biases, kept, dtype)
+        entry = layer_manifest(shape, packed, dtype, kept)
     others = experts_with_rows(plan.costs, kept)
     over = bits_over_bound(plan, result, shape, others) if config.cost == "output" else None
     report = {
@@ -144,6 +145,15 @@ def _fit_layer(run: Run, index: int, exact: Hidden, widths: Widths) -> _FittedLa
         "spectrum": spectrum(plan.energies, others),
     }
     return _FittedLayer(packed, entry, exact, outputs, activations.token_weights, report)
+
+
+def _observe(run: Run, index: int, exact: Hidden) -> tuple[Hidden, LayerActivations, Hidden, Tensor | None]:
+    """Outputs of an MoE layer in the unquantized model; what its experts see after quantized layers, the
+    layer's outputs there, and what becomes of the experts' (``residual_gains``)."""
+    experts = run.moe[index].module
+    exact = run.forward.run(index, exact)
+    activations, outputs = capture_layer(run.forward, index, experts, run.config.token_weighting)
+    return exact, activations, outputs, residual_gains(run.forward, index, experts, outputs)
 
 
 def _estimated_error(plan: LayerPlan, row_bits: Tensor, others: Tensor, config: BitsMoEConfig) -> float:

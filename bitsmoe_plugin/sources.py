@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from bitsmoe_plugin.families import MoELayer, find_moe_layers, layer_shape, read_experts
-from bitsmoe_plugin.packing import LayerShape
+from bitsmoe_plugin.packing import LayerShape, original_dtype
 from bitsmoe_plugin.spectral import ExpertWeights
 
 
@@ -26,7 +26,7 @@ class ExpertSource(Protocol):
     layers: list[MoELayer]
     shapes: list[LayerShape]
     dtypes: list[torch.dtype]
-    """Of the weights and biases of each layer."""
+    """In which weights and biases of each layer are stored where they are not quantized."""
     files: list[Path]
     """What the weights are read from, layer by layer; empty if they are in memory."""
 
@@ -44,7 +44,7 @@ class LoadedExperts:
         """
         self.layers = find_moe_layers(model)
         self.shapes = [layer_shape(layer.module) for layer in self.layers]
-        self.dtypes = [layer.module.down_proj.dtype for layer in self.layers]
+        self.dtypes = [original_dtype(layer.module.down_proj.dtype) for layer in self.layers]
         self.files: list[Path] = []
 
     @contextmanager

@@ -4,11 +4,16 @@ Started by ``torchrun`` or ``accelerate launch``; all run the same program. In t
 so-manyth layer, in the second each rounds some groups of every layer's experts. What is computed, and in
 what order it is summed, does not depend on how many there are. The first process, ``main``, keeps the
 progress and writes the checkpoint.
+
+Before anything is exchanged, all tell each other whether they have failed: an error in one (inside
+``together``) ends all of them at once, with its reason.
 """
 
 from __future__ import annotations
 
 import os
+import pickle
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +22,8 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 T = TypeVar("T")
+_TOLD = "_known_to_all_workers"
+"""Attribute of errors that every process has raised."""
 
 
 @dataclass(frozen=True)
@@ -47,30 +54,83 @@ class Workers:
         """Whether the part with this number is this process's."""
         return number % self.size == self.rank
 
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Inside, all processes fail if one does; it is left when all leave it.
+
+        Raises:
+            BaseException: what was raised here, or in the process of the lowest rank that failed.
+        """
+        try:
+            yield
+        except BaseException as error:
+            if not getattr(error, _TOLD, False):
+                self._tell(error)
+            raise
+        self._agree(None)
+
+    def _tell(self, error: BaseException) -> None:
+        """Let the others know at their next exchange, if they are still there."""
+        try:
+            self._agree(error)
+        except BaseException as same:
+            if same is not error and not getattr(same, _TOLD, False):
+                warnings.warn(f"the other processes of torch.distributed are gone ({same})", stacklevel=3)
+        setattr(error, _TOLD, True)
+
+    def _agree(self, error: BaseException | None) -> None:
+        """Raise what the process of the lowest rank that failed gives here; all call this together."""
+        if self.size == 1:
+            return
+        errors: list[BaseException | None] = [None] * self.size
+        dist.all_gather_object(errors, None if error is None else _portable(error))
+        first = next(((rank, found) for rank, found in enumerate(errors) if found is not None), None)
+        if first is None:
+            return
+        raised = error if error is not None and first[0] == self.rank else first[1]
+        assert raised is not None
+        setattr(raised, _TOLD, True)
+        raise raised
+
     def from_main(self, make: Callable[[], T]) -> T:
         """What ``make`` returns in the first process, or the error that it raises there."""
         if self.size == 1:
             return make()
-        result: list[Any] = [None, None]
+        result: list[Any] = [None]
+        error = None
         if self.main:
             try:
                 result[0] = make()
-            except Exception as error:
-                result[1] = error
+            except Exception as raised:
+                error = raised
+        self._agree(error)
         dist.broadcast_object_list(result, src=0)
-        if result[1] is not None:
-            raise result[1]
         value: T = result[0]
         return value
 
-    def merged(self, own: dict[int, T]) -> dict[int, T]:
-        """The parts of all processes, by number."""
+    def all(self, own: T) -> list[T]:
+        """What every process gives, by rank."""
         if self.size == 1:
-            return own
+            return [own]
+        self._agree(None)
         parts: list[Any] = [None] * self.size
         dist.all_gather_object(parts, own)
-        together = {number: value for part in parts for number, value in part.items()}
+        return parts
+
+    def merged(self, own: dict[int, T]) -> dict[int, T]:
+        """The parts of all processes, by number."""
+        together = {number: value for part in self.all(own) for number, value in part.items()}
         return dict(sorted(together.items()))
+
+
+def _portable(error: BaseException) -> BaseException:
+    """The error, or its text where it cannot be sent to another process."""
+    try:
+        copy = pickle.loads(pickle.dumps(error))
+    except Exception:
+        copy = None
+    same = isinstance(copy, BaseException) and str(copy) == str(error)
+    return error if same else RuntimeError(f"{type(error).__name__}: {error}")
 
 
 ALONE = Workers()

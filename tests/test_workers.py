@@ -12,7 +12,8 @@ import pytest
 import resume_support
 import torch
 
-from bitsmoe_plugin.workers import ALONE, Workers
+from bitsmoe_plugin.errors import QuantizationError
+from bitsmoe_plugin.workers import ALONE, Workers, _portable
 
 PROGRAM = Path(__file__).with_name("workers_support.py")
 
@@ -82,6 +83,36 @@ def test_a_worker_that_is_killed_loses_nothing(dense: Path, alone: Path, tmp_pat
     assert result.returncode == 0, result.stderr
     assert files(tmp_path / "out") == files(alone)
     assert not (tmp_path / "out.work").exists()
+
+
+@pytest.mark.parametrize("turn", [2, 6])
+def test_an_error_in_one_process_ends_all_with_its_reason(dense: Path, tmp_path: Path, turn: int) -> None:
+    """In either pass. Guards against processes that wait for it until the time-out of the group."""
+    result = run(dense, tmp_path / "out", 2, dies_at=-turn)
+    assert result.returncode != 0
+    assert result.stderr.count(f"ValueError: the disk burns in turn {turn}") >= 2, result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_all_processes_take_fewer_blocks_when_one_has_too_little_memory(dense: Path, tmp_path: Path) -> None:
+    """Guards against processes whose statistics differ: as with one process that has too little memory."""
+    written = {}
+    for processes in (1, 2):
+        result = run(dense, tmp_path / str(processes) / "little", processes)
+        assert result.returncode == 0, result.stderr
+        assert "out of memory in decoder layer 1" in result.stderr
+        written[processes] = files(tmp_path / str(processes) / "little")
+    assert written[1] == written[2]
+
+
+def test_an_error_that_cannot_be_sent_is_told_as_text() -> None:
+    class Local(Exception):
+        def __init__(self, first: str, second: str) -> None:
+            super().__init__(f"{first} {second}")
+
+    assert str(_portable(Local("no", "room"))) == "Local: no room"
+    told = QuantizationError("layer 3")
+    assert _portable(told) is told
 
 
 def test_a_process_with_other_options_is_refused(dense: Path, tmp_path: Path) -> None:

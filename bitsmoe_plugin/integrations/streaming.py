@@ -27,6 +27,7 @@ from transformers.utils import logging
 
 from bitsmoe_plugin.errors import QuantizationError
 from bitsmoe_plugin.families import MoELayer, find_moe_layers, layer_shape, read_experts
+from bitsmoe_plugin.packing import original_dtype
 from bitsmoe_plugin.spectral import ExpertWeights
 
 
@@ -50,7 +51,7 @@ class StreamedExperts:
         """
         self.layers = find_moe_layers(model)
         self.shapes = [layer_shape(layer.module) for layer in self.layers]
-        self.dtypes = [layer.module.down_proj.dtype for layer in self.layers]
+        self.dtypes = [original_dtype(layer.module.down_proj.dtype) for layer in self.layers]
         self.files = [Path(file) for file in files]
         self._model = model
         # Layer name -> its parameters, without data.

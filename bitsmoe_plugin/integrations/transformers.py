@@ -225,7 +225,15 @@ def quantize_to_directory(model: str, out: Path, config: BitsMoEConfig, device: 
         BitsMoEError: bad input. Nothing is left behind but layers that were finished.
         Interrupted: Ctrl-C; says how to go on.
     """
-    out, workers = Path(out).resolve(), Workers.present()
+    workers = Workers.present()
+    with workers.together():
+        _quantize_to_directory(model, Path(out).resolve(), config, device, workers)
+
+
+def _quantize_to_directory(
+    model: str, out: Path, config: BitsMoEConfig, device: str, workers: Workers
+) -> None:
+    """What each of ``workers`` does of it."""
     workers.from_main(lambda: check_output_directory(out))
     workers.from_main(lambda: _check_unquantized(model))
     if device != "cpu" and find_spec("accelerate") is None:
