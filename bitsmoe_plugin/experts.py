@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from bitsmoe_plugin import kernels, validation
 from bitsmoe_plugin.errors import CheckpointError
 from bitsmoe_plugin.families import apply_gating
+from bitsmoe_plugin.kernels import transforms
 from bitsmoe_plugin.kernels.layer_kind import LayerKind
 from bitsmoe_plugin.kernels.layer_states import STATES
 from bitsmoe_plugin.kernels.operator import packed_experts, routed_only
@@ -131,7 +132,9 @@ class BitsMoEExperts(nn.Module):
         """
         index, weights = self._routing_of_copies(hidden_states) if self._takes_copies else routing
         if self._runtime is None:
-            return packed_experts(hidden_states, index, weights, self._tensors(), self._kind)  # type: ignore[no-any-return]
+            transformed = not torch.compiler.is_compiling() and transforms.active()
+            compute = transforms.packed_experts if transformed else packed_experts
+            return compute(hidden_states, index, weights, self._tensors(), self._kind)  # type: ignore[no-any-return]
         if self._takes_copies:
             return routed_only(self.runtime().forward, hidden_states, index, weights)
         return self.runtime().forward(hidden_states, index, weights)

@@ -171,7 +171,11 @@ class BitsMoEQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        return False
+        return True  # everything but the experts is, and gradients pass through these
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
 
 
 def _stored_names(model: Any, layers: list[str], config: BitsMoEConfig) -> dict[str, str]:

@@ -105,7 +105,7 @@ class _Chunk:
     def _add_rows(self, expert: int, rows: list[tuple[Tensor, Tensor]], token: Tensor, slot: Tensor) -> None:
         """What one expert contributes; ``rows`` are those of gate, up and down with their rank indices."""
         (gate_rows, gate_order), (up_rows, up_order), (down_rows, down_order) = rows
-        z, dz = self.z[token], torch.zeros((len(token), *self.z.shape[1:]), device=self.z.device)
+        z, dz = self.z[token], self.z.new_zeros((len(token), *self.z.shape[1:]))
         v = self.dc[token[:, None], down_order] @ down_rows
         # The last basis is up's, and the first gate's: the same where there is one.
         dgate, dup = self._through_gating(
