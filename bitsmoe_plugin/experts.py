@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from bitsmoe_plugin import kernels, validation
-from bitsmoe_plugin.errors import CheckpointError
+from bitsmoe_plugin.errors import CheckpointError, QuantizationError
 from bitsmoe_plugin.families import apply_gating
 from bitsmoe_plugin.kernels import transforms
 from bitsmoe_plugin.kernels.layer_kind import LayerKind
@@ -88,7 +88,19 @@ class BitsMoEExperts(nn.Module):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        """Refuses what would not compute before anything is overwritten."""
+        """Refuses what would not compute, and what would be left out, before anything is overwritten.
+
+        Raises:
+            CheckpointError: naming the tensor.
+        """
+        others = {name.removeprefix(prefix) for name in state_dict if name.startswith(prefix)} - {
+            *self._names
+        }
+        if others:  # weights of unquantized experts, or adapters on them
+            raise CheckpointError(
+                f"{prefix}{min(others)} cannot be loaded: these experts are packed and have none. Load it "
+                "into the unquantized model"
+            )
         given = {name: state_dict.get(prefix + name, self.get_buffer(name)) for name in self._names}
         if not any(tensor.is_meta for tensor in given.values()):
             packed = PackedExperts(**{name.removeprefix("bitsmoe_"): given[name] for name in given})
@@ -96,6 +108,19 @@ class BitsMoEExperts(nn.Module):
             validation.check_packed(prefix.rstrip("."), self.spec, packed)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self._leave_inference_mode()
+
+    def requires_grad_(self, requires_grad: bool = True) -> BitsMoEExperts:
+        """Refuses what would train nothing; a model's ``requires_grad_`` does not come here.
+
+        Raises:
+            QuantizationError: asked to train the experts.
+        """
+        if requires_grad:
+            raise QuantizationError(
+                "packed experts cannot be trained: they have no parameters. Train other modules, for example "
+                "LoRA adapters on attention, or the unquantized model"
+            )
+        return self
 
     def compute_by(self, runtime: kernels.Runtime | None) -> None:
         """Compute by another runtime of the same packed tensors; None: by the fastest, as ever."""

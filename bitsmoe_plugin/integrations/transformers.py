@@ -26,6 +26,7 @@ from bitsmoe_plugin.calibration_text import load_documents, token_blocks
 from bitsmoe_plugin.checkpoint import check_shape, packed_spec, stored_tensors, verify_experts, verify_headers
 from bitsmoe_plugin.checkpoint_files import check_loaded_files, read_model_config
 from bitsmoe_plugin.config import QUANT_METHOD, BitsMoEConfig
+from bitsmoe_plugin.current_manifest import describe_current
 from bitsmoe_plugin.errors import CheckpointError, ConfigError, QuantizationError
 from bitsmoe_plugin.experts import BitsMoEExperts, replace_module
 from bitsmoe_plugin.families import find_moe_layers
@@ -152,7 +153,8 @@ class BitsMoEQuantizer(HfQuantizer):
             ) from error
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """Called before config and weights are saved: record what else will be in the files."""
+        """Called before config and weights are saved: record what will be in the files."""
+        describe_current(model, model.config.quantization_config)
         extra = {name: _read(path, name) for name, path in self._prediction_layers.items()}
         state = {**model.state_dict(), **extra}
         ignored = model._keys_to_ignore_on_save or ()
