@@ -101,7 +101,7 @@ def _is_sensible(kind: LayerKind) -> bool:
         and spec.basis_group_size in (16, 32, 64, 128, 256)
         and (spec.basis_bits == 16 or shape.hidden_size % spec.basis_group_size == 0)
         and spec.input_bases in (1, 2)
-        and spec.grid in coding.GRIDS
+        and spec.grid in (*coding.GRIDS, coding.TILED)
         and list(spec.kept) == sorted(set(spec.kept))
         and all(expert < shape.num_experts for expert in spec.kept)
         and spec.original_dtype in packing.ORIGINAL_DTYPES
