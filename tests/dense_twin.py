@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import GptOssConfig, Llama4TextConfig, Qwen3MoeConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
-from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts, Qwen3MoeForCausalLM
 
 from bitsmoe_plugin import packing
 from bitsmoe_plugin.experts import BitsMoEExperts
@@ -81,6 +81,17 @@ def packed_and_twin(family: str, seed: int = 0, **options: Any) -> tuple[BitsMoE
     twin = copy.deepcopy(original)
     decode_into(module, twin)
     return module, twin
+
+
+def small_model() -> Any:
+    """A causal language model of one layer, its experts packed with random content."""
+    config = Qwen3MoeConfig(
+        vocab_size=64, hidden_size=H, num_hidden_layers=1, num_experts=E, num_experts_per_tok=2,
+        moe_intermediate_size=SIZE, num_attention_heads=2, num_key_value_heads=2, head_dim=32,
+    )  # fmt: skip
+    model = Qwen3MoeForCausalLM(config).eval()
+    model.model.layers[0].mlp.experts = packed_and_twin("qwen3_moe")[0]
+    return model
 
 
 @torch.no_grad()

@@ -25,12 +25,10 @@ _LARGEST = 2**18
 
 @dataclass(frozen=True)
 class LayerKind:
-    """Equal for most layers of a model, so that what is compiled for one serves the others.
-
-    Attributes:
-        spec: sizes; lengths that differ between layers are 0, the tensors have them.
-        gating: a name for ``gating_of``.
-        takes_copies: see ``families.Layout``.
+    """Attributes:
+    spec: sizes; lengths that differ between layers are 0, the tensors have them.
+    gating: a name for ``gating_of``.
+    takes_copies: see ``families.Layout``.
     """
 
     spec: PackedSpec

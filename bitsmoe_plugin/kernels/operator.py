@@ -99,7 +99,7 @@ def _like(tensor: Tensor) -> Tensor:
 
 
 def _fake_forward(hidden: Tensor, index: Tensor, weights: Tensor, packed: list[Tensor], kind: str) -> Tensor:
-    if packed[0].device.type == "meta" and hidden.device.type != "meta":
+    if hidden.device.type != "meta" and any(tensor.device.type == "meta" for tensor in packed):
         raise CheckpointError(
             "the packed experts are on the meta device, hidden states are not: their tensors were not loaded"
         )
