@@ -69,6 +69,12 @@ class BitsMoEExperts(nn.Module):
                 if self.get_buffer(name).is_inference():
                     self._buffers[name] = self.get_buffer(name).clone()
 
+    def _apply(self, fn: Any, recurse: bool = True) -> BitsMoEExperts:
+        """Of moves to devices and casts of a model."""
+        super()._apply(fn, recurse)
+        self._leave_inference_mode()
+        return self
+
     def packed(self) -> PackedExperts:
         """The packed tensors as they are stored."""
         return PackedExperts(**{name.removeprefix("bitsmoe_"): self.get_buffer(name) for name in self._names})
@@ -148,7 +154,10 @@ class BitsMoEExperts(nn.Module):
         return self._runtime
 
     def _tensors(self) -> list[Tensor]:
-        return [self.get_buffer(name) for name in self._names]
+        buffers: dict[str, Any] = (
+            self._buffers
+        )  # looked up by ``get_buffer`` they take as long as the operator's call
+        return [buffers[name] for name in self._names]
 
     def forward(self, hidden_states: Tensor, *routing: Tensor) -> Tensor:
         """``[T, H]`` from ``[T, H]`` and, as routing, ``[T, k]`` and ``[T, k]``, see ``kernels``.

@@ -137,6 +137,22 @@ def test_what_is_derived_is_derived_once(monkeypatch) -> None:
     assert len(calls) == 2
 
 
+def test_tensors_made_in_inference_mode_are_replaced() -> None:
+    """They count no versions, so what happens to them cannot be noticed, and none has a backward pass."""
+    module, _ = packed_and_twin("qwen3_moe")
+    with torch.inference_mode():
+        module.load_packed(PackedExperts(**{n[8:]: t.clone() for n, t in module.packed().tensors()}))
+        assert not any(tensor.is_inference() for tensor in module.buffers())
+        module._apply(torch.clone)  # as a move to a device does
+    assert not any(tensor.is_inference() for tensor in module.buffers())
+    wanted = module(*inputs())
+    with torch.inference_mode():
+        module.bitsmoe_payload = module.bitsmoe_payload.clone()
+        assert torch.equal(module(*inputs()), wanted)
+        module.bitsmoe_payload.zero_()
+        assert not torch.allclose(module(*inputs()), wanted)
+
+
 def test_copies_and_moves_compute_the_same() -> None:
     """Guards deepcopy, pickle, torch.save, shared memory and other tensors of functional_call, all warm."""
     module, _ = packed_and_twin("gpt_oss", kept=(2,))

@@ -139,7 +139,7 @@ class _Chunk:
             bias = self.layer.spec.original(self.layer.packed.input_bias)[expert].float()
             gate, up = gate + bias[0], up + bias[1]
         # Of torch.func, because autograd is switched off where operators are computed.
-        h, pull_back = torch.func.vjp(self.layer.gating, gate, up)
+        h, pull_back = torch.func.vjp(self.layer.gating, gate, up)  # type: ignore[misc]
         self.dp[token, slot] += (h * v).sum(-1)
         dgate, dup = pull_back(self.p[token, slot, None] * v)
         return dgate, dup

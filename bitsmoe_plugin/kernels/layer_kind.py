@@ -57,7 +57,7 @@ class LayerKind:
             values = json.loads(text)
             spec = values["spec"]
             shape = LayerShape(**spec.pop("shape"))
-            lists = {name: tuple(spec.pop(name)) for name in ("widths", "kept")}
+            lists: dict[str, Any] = {name: tuple(spec.pop(name)) for name in ("widths", "kept")}
             kind = LayerKind(
                 PackedSpec(shape=shape, **lists, **spec), values["gating"], values["takes_copies"]
             )
