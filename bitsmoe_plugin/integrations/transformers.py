@@ -27,6 +27,7 @@ from bitsmoe_plugin.checkpoint import check_shape, packed_spec, stored_tensors, 
 from bitsmoe_plugin.checkpoint_files import check_loaded_files, read_model_config
 from bitsmoe_plugin.config import QUANT_METHOD, BitsMoEConfig
 from bitsmoe_plugin.current_manifest import describe_current
+from bitsmoe_plugin.data_parallel import leave_to_each_process
 from bitsmoe_plugin.errors import CheckpointError, ConfigError, QuantizationError
 from bitsmoe_plugin.experts import BitsMoEExperts, replace_module
 from bitsmoe_plugin.families import find_moe_layers
@@ -121,6 +122,7 @@ class BitsMoEQuantizer(HfQuantizer):
             for name, module in model.named_modules():
                 if isinstance(module, BitsMoEExperts):
                     verify_experts(name, module, self.quantization_config)
+            leave_to_each_process(model)
             return
         config, source = self.quantization_config, self._source
         if isinstance(source, StreamedExperts):
@@ -135,6 +137,7 @@ class BitsMoEQuantizer(HfQuantizer):
             seed=config.seed,
         )
         quantize_model(model, blocks, config, source)
+        leave_to_each_process(model)
         self._source = None  # it holds the model
 
     def _tokenizer(self, model: Any, needed: bool) -> Any:
