@@ -7,15 +7,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bitsmoe_plugin import kernels
-from bitsmoe_plugin.errors import CheckpointError
-from bitsmoe_plugin.families import apply_gating, layout_of
+from bitsmoe_plugin import kernels, validation
+from bitsmoe_plugin.errors import CheckpointError, QuantizationError
+from bitsmoe_plugin.families import apply_gating
+from bitsmoe_plugin.kernels import transforms
+from bitsmoe_plugin.kernels.layer_kind import LayerKind
+from bitsmoe_plugin.kernels.layer_states import STATES
+from bitsmoe_plugin.kernels.operator import packed_experts, routed_only
 from bitsmoe_plugin.packed_spec import PackedSpec
 from bitsmoe_plugin.packing import PackedExperts
 
 
 class BitsMoEExperts(nn.Module):
-    """Routed experts computed from their packed tensors; called like the module it replaces."""
+    """Routed experts computed from their packed tensors; called like the module it replaces.
+
+    Differentiable in hidden states and router weights. The packed tensors are buffers: they are not trained,
+    and keep their dtypes when a model is cast.
+    """
 
     def __init__(self, original: nn.Module, spec: PackedSpec) -> None:
         """
@@ -24,13 +32,24 @@ class BitsMoEExperts(nn.Module):
             spec: sizes of the buffers, which are created uninitialised on the meta device.
         """
         super().__init__()
-        self.spec = spec
-        self.num_experts = spec.shape.num_experts
         # In a tuple, so that it is no submodule and its parameters are not ours.
         self._original = (original,)
+        self.spec = spec
+        self.num_experts = spec.shape.num_experts
         for name, (dtype, shape) in spec.tensors().items():
             self.register_buffer(name, torch.empty(shape, dtype=dtype, device="meta"))
         self._runtime: kernels.Runtime | None = None
+
+    @property
+    def spec(self) -> PackedSpec:
+        """Sizes of the packed tensors."""
+        return self._spec
+
+    @spec.setter
+    def spec(self, spec: PackedSpec) -> None:
+        self._spec, self._names = spec, tuple(spec.tensors())
+        kind = LayerKind.describe(spec, self._original[0])
+        self._kind, self._takes_copies = kind.text(), kind.takes_copies
 
     def drop_original_weights(self) -> None:
         """Free the parameters of the replaced module; its gating stays."""
@@ -41,12 +60,24 @@ class BitsMoEExperts(nn.Module):
         """Fill the buffers."""
         for name, tensor in packed.tensors():
             self._buffers[name] = tensor
+        self._leave_inference_mode()
+
+    def _leave_inference_mode(self) -> None:
+        """Have tensors that count their versions and can be saved for a backward pass."""
+        with torch.inference_mode(False):
+            for name in self._names:
+                if self.get_buffer(name).is_inference():
+                    self._buffers[name] = self.get_buffer(name).clone()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> BitsMoEExperts:
+        """Of moves to devices and casts of a model."""
+        super()._apply(fn, recurse)
+        self._leave_inference_mode()
+        return self
 
     def packed(self) -> PackedExperts:
         """The packed tensors as they are stored."""
-        return PackedExperts(
-            **{name.removeprefix("bitsmoe_"): self.get_buffer(name) for name in self.spec.tensors()}
-        )
+        return PackedExperts(**{name.removeprefix("bitsmoe_"): self.get_buffer(name) for name in self._names})
 
     def verify(self, name: str) -> None:
         """Refuse tensors that do not fit the spec; their values are checked by ``validation``.
@@ -57,15 +88,45 @@ class BitsMoEExperts(nn.Module):
         Raises:
             CheckpointError: naming the tensor and both values.
         """
-        for buffer, (dtype, shape) in self.spec.tensors().items():
-            tensor = self.get_buffer(buffer)
-            if tensor.is_meta:
-                raise CheckpointError(f"{name}.{buffer} is missing from the checkpoint")
-            if tensor.dtype != dtype or tuple(tensor.shape) != shape:
-                raise CheckpointError(
-                    f"{name}.{buffer} is {tensor.dtype} {tuple(tensor.shape)}, but the config asks for "
-                    f"{dtype} {shape}; the checkpoint was altered or belongs to another config"
-                )
+        validation.check_sizes(name, self.spec, self.packed())
+        self._leave_inference_mode()
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """Refuses what would not compute, and what would be left out, before anything is overwritten.
+
+        Raises:
+            CheckpointError: naming the tensor.
+        """
+        others = {name.removeprefix(prefix) for name in state_dict if name.startswith(prefix)} - {
+            *self._names
+        }
+        if others:  # weights of unquantized experts, or adapters on them
+            raise CheckpointError(
+                f"{prefix}{min(others)} cannot be loaded: these experts are packed and have none. Load it "
+                "into the unquantized model"
+            )
+        given = {name: state_dict.get(prefix + name, self.get_buffer(name)) for name in self._names}
+        if not any(tensor.is_meta for tensor in given.values()):
+            packed = PackedExperts(**{name.removeprefix("bitsmoe_"): given[name] for name in given})
+            validation.check_sizes(prefix.rstrip("."), self.spec, packed)
+            validation.check_packed(prefix.rstrip("."), self.spec, packed)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self._leave_inference_mode()
+
+    def requires_grad_(self, requires_grad: bool = True) -> BitsMoEExperts:
+        """Refuses what would train nothing; a model's ``requires_grad_`` does not come here.
+
+        Raises:
+            QuantizationError: asked to train the experts.
+        """
+        if requires_grad:
+            raise QuantizationError(
+                "packed experts cannot be trained: they have no parameters. Train other modules, for example "
+                "LoRA adapters on attention, or the unquantized model"
+            )
+        return self
 
     def compute_by(self, runtime: kernels.Runtime | None) -> None:
         """Compute by another runtime of the same packed tensors; None: by the fastest, as ever."""
@@ -75,35 +136,49 @@ class BitsMoEExperts(nn.Module):
         """``[..., I]`` of gate's and up's outputs alike, as the replaced module has it."""
         return apply_gating(self._original[0], gate, up)
 
-    def _prepare(self) -> kernels.Runtime:
-        packed, runtime = self.packed(), self._runtime
-        # Buffers are other tensors after a move to a device or a load.
-        if runtime is None or any(
-            a is not b for (_, a), (_, b) in zip(packed.tensors(), runtime.packed.tensors(), strict=True)
-        ):
-            runtime = self._runtime = kernels.prepare(self.spec, packed, self.gating)
-        return runtime
+    def runtime(self) -> kernels.Runtime:
+        """What computes the layer.
+
+        Raises:
+            CheckpointError: the packed tensors are not those that ``compute_by`` was given a runtime of, or
+                do not fit one another.
+        """
+        if self._runtime is None:
+            return STATES.of(self._kind, self._tensors(), 0).runtime
+        given = self._runtime.packed.tensors()
+        if any(a is not b for a, (_, b) in zip(self._tensors(), given, strict=True)):
+            raise CheckpointError(
+                "packed tensors were replaced, but are to be computed by a runtime of the former ones; call "
+                "compute_by(None)"
+            )
+        return self._runtime
+
+    def _tensors(self) -> list[Tensor]:
+        buffers: dict[str, Any] = (
+            self._buffers
+        )  # looked up by ``get_buffer`` they take as long as the operator's call
+        return [buffers[name] for name in self._names]
 
     def forward(self, hidden_states: Tensor, *routing: Tensor) -> Tensor:
         """``[T, H]`` from ``[T, H]`` and, as routing, ``[T, k]`` and ``[T, k]``, see ``kernels``.
 
         ``[E * T, H]`` from ``[E * T, H]`` for families that pass one copy per expert (``families.Layout``).
         """
-        if layout_of(self._original[0]).takes_copies:
-            return self._forward_copies(hidden_states)
-        top_k_index, top_k_weights = routing
-        return self._prepare().forward(hidden_states, top_k_index, top_k_weights)
+        index, weights = self._routing_of_copies(hidden_states) if self._takes_copies else routing
+        if self._runtime is None:
+            transformed = not torch.compiler.is_compiling() and transforms.active()
+            compute = transforms.packed_experts if transformed else packed_experts
+            return compute(hidden_states, index, weights, self._tensors(), self._kind)  # type: ignore[no-any-return]
+        if self._takes_copies:
+            return routed_only(self.runtime().forward, hidden_states, index, weights)
+        return self.runtime().forward(hidden_states, index, weights)
 
-    def _forward_copies(self, copies: Tensor) -> Tensor:
-        """Each copy that is not zero is a token of its own."""
-        tokens = len(copies) // self.num_experts
-        rows = torch.nonzero(copies.ne(0).any(-1)).flatten()
-        out = torch.zeros_like(copies)
-        experts = (rows // tokens)[:, None]
-        out[rows] = self._prepare().forward(
-            copies[rows], experts, torch.ones_like(experts, dtype=copies.dtype)
-        )
-        return out
+    def _routing_of_copies(self, copies: Tensor) -> tuple[Tensor, Tensor]:
+        """Each copy that is not zero is a token of its own; the others have no expert, -1."""
+        experts = torch.arange(self.num_experts, device=copies.device)[:, None]
+        index = experts.expand(-1, copies.shape[0] // self.num_experts).reshape(-1)
+        index = torch.where(copies.ne(0).any(-1), index, -1)[:, None]
+        return index, torch.ones_like(index, dtype=copies.dtype)
 
     def extra_repr(self) -> str:
         shape = self.spec.shape
@@ -116,11 +191,9 @@ class BitsMoEExperts(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_runtime": None}  # it holds pointers
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> BitsMoEExperts:
-        copy = BitsMoEExperts(self._original[0], self.spec)
-        for name, tensor in self.packed().tensors():
-            copy._buffers[name] = tensor.clone()
-        return copy
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.spec = self._spec  # the name of its gating can be another in this process
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:

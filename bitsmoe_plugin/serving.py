@@ -33,13 +33,24 @@ def gating(activation: str) -> Gating:
     return lambda gate, up: act(gate) * up
 
 
+def probe() -> tuple[Tensor, Tensor]:
+    """Gate and up ``[n, n]`` float32 on the CPU on which gatings are told apart.
+
+    Far out, too: some families clamp at 7 or 10.
+    """
+    near = torch.linspace(-6, 6, 49, dtype=torch.float32, device="cpu")
+    far = torch.tensor([7.5, 9.0, 12.0, 24.0, 100.0, 1000.0], dtype=torch.float32, device="cpu")
+    values = torch.cat([-far, near, far])
+    gate, up = torch.meshgrid(values, values, indexing="ij")
+    return gate, up
+
+
 def activation_of(function: Gating) -> str | None:
     """The name whose gating ``function`` computes, None if it is none of those known.
 
     Found by trying: modules name and wrap their activations in many ways.
     """
-    values = torch.linspace(-6, 6, 49)
-    gate, up = torch.meshgrid(values, values, indexing="ij")
+    gate, up = probe()
     result = function(gate, up)
     for name in _ACTIVATIONS:
         if torch.allclose(result, gating(name)(gate, up), rtol=1e-5, atol=1e-6):

@@ -23,6 +23,27 @@ LARGEST_OCTAVE = 64.0
 _CHUNK = 2**22
 
 
+def check_sizes(name: str, spec: PackedSpec, packed: PackedExperts) -> None:
+    """Refuse tensors that do not fit the spec, whatever their values.
+
+    Args:
+        name: of the layer, for errors.
+
+    Raises:
+        CheckpointError: naming the tensor and both values.
+    """
+    found = dict(packed.tensors())
+    for buffer, (dtype, shape) in spec.tensors().items():
+        tensor = found.get(buffer)
+        if tensor is None or tensor.is_meta or (tensor.numel() and not tensor.data_ptr()):
+            raise CheckpointError(f"{name}.{buffer} is missing from the checkpoint")
+        if tensor.dtype != dtype or tuple(tensor.shape) != shape:
+            raise CheckpointError(
+                f"{name}.{buffer} is {tensor.dtype} {tuple(tensor.shape)}, but the config asks for "
+                f"{dtype} {shape}; the checkpoint was altered or belongs to another config"
+            )
+
+
 def check_packed(name: str, spec: PackedSpec, packed: PackedExperts) -> None:
     """Refuse a layer whose values contradict each other or are not finite.
 
@@ -85,7 +106,7 @@ def _check_tiled(name: str, spec: PackedSpec, packed: PackedExperts) -> None:
     if 16 not in spec.widths:
         return
     counts = (packing.row_widths(packed.row_codes, spec.widths) == 16).sum(-1)
-    starts = torch.tensor(packing.index_rows(packed.row_codes, spec.widths, spec.shape).starts)
+    starts = torch.tensor(packing.index_rows(packed.row_codes, spec.widths, spec.shape).starts, device="cpu")
     for factor, expert in counts.nonzero().tolist():  # rows of 16 bits are the first of their expert
         start, words = int(starts[factor, expert]), int(counts[factor, expert]) * spec.shape.blocks * 16
         _check_finite(f"{name}.bitsmoe_payload", packed.payload[start : start + words], torch.float16)

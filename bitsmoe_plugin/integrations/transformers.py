@@ -26,6 +26,8 @@ from bitsmoe_plugin.calibration_text import load_documents, token_blocks
 from bitsmoe_plugin.checkpoint import check_shape, packed_spec, stored_tensors, verify_experts, verify_headers
 from bitsmoe_plugin.checkpoint_files import check_loaded_files, read_model_config
 from bitsmoe_plugin.config import QUANT_METHOD, BitsMoEConfig
+from bitsmoe_plugin.current_manifest import describe_current
+from bitsmoe_plugin.data_parallel import leave_to_each_process
 from bitsmoe_plugin.errors import CheckpointError, ConfigError, QuantizationError
 from bitsmoe_plugin.experts import BitsMoEExperts, replace_module
 from bitsmoe_plugin.families import find_moe_layers
@@ -120,6 +122,7 @@ class BitsMoEQuantizer(HfQuantizer):
             for name, module in model.named_modules():
                 if isinstance(module, BitsMoEExperts):
                     verify_experts(name, module, self.quantization_config)
+            leave_to_each_process(model)
             return
         config, source = self.quantization_config, self._source
         if isinstance(source, StreamedExperts):
@@ -134,6 +137,7 @@ class BitsMoEQuantizer(HfQuantizer):
             seed=config.seed,
         )
         quantize_model(model, blocks, config, source)
+        leave_to_each_process(model)
         self._source = None  # it holds the model
 
     def _tokenizer(self, model: Any, needed: bool) -> Any:
@@ -152,7 +156,8 @@ class BitsMoEQuantizer(HfQuantizer):
             ) from error
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """Called before config and weights are saved: record what else will be in the files."""
+        """Called before config and weights are saved: record what will be in the files."""
+        describe_current(model, model.config.quantization_config)
         extra = {name: _read(path, name) for name, path in self._prediction_layers.items()}
         state = {**model.state_dict(), **extra}
         ignored = model._keys_to_ignore_on_save or ()
@@ -171,7 +176,11 @@ class BitsMoEQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        return False
+        return True  # everything but the experts is, and gradients pass through these
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
 
 
 def _stored_names(model: Any, layers: list[str], config: BitsMoEConfig) -> dict[str, str]:

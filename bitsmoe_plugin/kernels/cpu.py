@@ -119,7 +119,7 @@ class CpuLayer:
         """
         shape, widths = spec.shape, spec.widths
         index = packing.index_rows(packed.row_codes, widths, shape)
-        starts = torch.tensor([index.starts, index.row_starts])
+        starts = torch.tensor([index.starts, index.row_starts], device="cpu")
         layer = _Layer(
             experts=shape.num_experts,
             hidden=shape.hidden_size,

@@ -117,7 +117,7 @@ class ReferenceLayer:
             _positions(used, top_k_index),
             top_k_weights,
             experts=len(used),
-            rows_of=self._rows_of(used),
+            rows_of=self.rows_of(used),
             input_basis=input_basis,
             output_basis=output_basis,
             gating=self.gating,
@@ -132,7 +132,7 @@ class ReferenceLayer:
             self._basis(packed.output_basis, packed.output_scales),
         )
 
-    def _rows_of(self, used: list[int]) -> RowReader:
+    def rows_of(self, used: list[int]) -> RowReader:
         """Reads rows by the position of their expert in ``used``."""
         spec, packed = self.spec, self.packed
         row_codes, size = packed.row_codes[:, used], spec.shape.intermediate_size

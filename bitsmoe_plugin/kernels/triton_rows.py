@@ -30,7 +30,7 @@ def pair_tables() -> Tensor:
     """
     pieces = []
     for bits in trellis.WIDTHS:
-        pair = torch.arange(2 ** (trellis.WINDOW + bits))
+        pair = torch.arange(2 ** (trellis.WINDOW + bits), device="cpu")
         values = trellis.table(bits)
         both = torch.stack([values[pair % 2**trellis.WINDOW], values[pair >> bits]], -1)
         pieces.append(both.to(torch.bfloat16).view(torch.int32).flatten())
