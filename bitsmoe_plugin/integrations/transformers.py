@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -29,6 +30,8 @@ from bitsmoe_plugin.config import QUANT_METHOD, BitsMoEConfig
 from bitsmoe_plugin.errors import CheckpointError, ConfigError, QuantizationError
 from bitsmoe_plugin.experts import BitsMoEExperts, replace_module
 from bitsmoe_plugin.families import find_moe_layers
+from bitsmoe_plugin.integrations.dequantize import dequantize_model
+from bitsmoe_plugin.integrations.parameter_count import count_original_parameters
 from bitsmoe_plugin.integrations.streaming import StreamedExperts, can_stream
 from bitsmoe_plugin.interruption import Interrupted
 from bitsmoe_plugin.kept import model_budget
@@ -116,6 +119,7 @@ class BitsMoEQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         model.add_model_tags(list(TAGS))  # of the card that transformers writes on push_to_hub
+        count_original_parameters(model)
         if self.pre_quantized:
             for name, module in model.named_modules():
                 if isinstance(module, BitsMoEExperts):
@@ -165,6 +169,18 @@ class BitsMoEQuantizer(HfQuantizer):
             )
         model.config.quantization_config.other_tensors = record(saved)
         return state, {}
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
+        if isinstance(dtype, str):  # what the config of a model that was saved holds
+            dtype = getattr(torch, dtype)
+        dequantize_model(model, dtype or model.dtype)
+        return model
+
+    def remove_quantization_config(self, model: Any) -> None:
+        super().remove_quantization_config(model)
+        # Or the model would be saved by the names that its packed files needed, and called quantized.
+        vars(model).pop("_weight_conversions", None)
+        model.config._is_quantized = False
 
     def is_serializable(self, **kwargs: Any) -> bool:
         return True
