@@ -36,7 +36,7 @@ def dequantize_model(model: Any, dtype: torch.dtype) -> None:
 
 
 def _check_whole(name: str, module: BitsMoEExperts) -> None:
-    remedy = "load the model without it, or write a dense one with `bitsmoe dequantize`"
+    remedy = "load all of the model into one process, or write a dense one with `bitsmoe dequantize`"
     if any(tensor.is_meta for tensor in module.parameters()):
         raise ConfigError(f"dequantize: {name} is offloaded; {remedy}")
     if module.spec.shape != module.whole_shape:

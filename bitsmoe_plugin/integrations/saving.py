@@ -28,8 +28,8 @@ def check_saving(model: Any) -> None:
     for name in ("pp_size", "fsdp_size", "dp_replicate_size"):
         if getattr(config, name, 1) > 1:
             raise ConfigError(
-                f"save_pretrained: a packed model spread by {name}={getattr(config, name)} would not be saved "
-                "whole; load it in one process, or with tp_size, and save it there"
+                f"save_pretrained: with {name}={getattr(config, name)}, parts of a packed model would be "
+                "missing or twice in its files; load it in one process, or with tp_size, and save it there"
             )
 
 

@@ -116,7 +116,7 @@ class BitsMoEQuantizer(HfQuantizer):
         """Put empty packed experts where the originals are, once manifest and files are seen to fit."""
         config, spread = self.quantization_config, distributed_config(model)
         layers = find_moe_layers(model)
-        stored = _stored_names(model, [layer.name for layer in layers], config)
+        stored = stored_names(model, [layer.name for layer in layers], config)
         surplus = set(config.layers) - set(stored.values())
         if surplus:
             raise CheckpointError(
@@ -208,7 +208,7 @@ class BitsMoEQuantizer(HfQuantizer):
         return False
 
 
-def _stored_names(model: Any, layers: list[str], config: BitsMoEConfig) -> dict[str, str]:
+def stored_names(model: Any, layers: list[str], config: BitsMoEConfig) -> dict[str, str]:
     """Name of each layer in the model -> its name in the manifest, for those that are there.
 
     They differ by the prefix of the base model where ``AutoModel`` loads what was saved with a head, or the
