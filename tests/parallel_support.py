@@ -75,6 +75,8 @@ def outcomes(packed: str, dense: str, biased: str, odd: str, saved: str) -> dict
         found[f"{name} biased"] = distance(
             logits(load(biased, **SPREAD[name]), IDS % 64), logits(load(biased), IDS % 64)
         )
+    replicated = torch.nn.parallel.DistributedDataParallel(alone)
+    found["replicated"] = distance(logits(replicated), wanted)
     plan = {"model.layers.*.mlp.experts": "moe_tp_experts"}
     config = BitsMoEConfig(dataset=[[1, 2, 3]])
     two = DistributedConfig(tp_size=2)

@@ -51,7 +51,7 @@ def payload_words(directory: Path) -> int:
 
 
 @pytest.mark.filterwarnings("ignore:.*calibration token")
-@pytest.mark.parametrize("kind", ["tensor", "expert", "pipeline", "data"])
+@pytest.mark.parametrize("kind", ["tensor", "expert", "pipeline", "data", "replicated"])
 def test_outputs_are_those_of_one_process(outcomes: dict[str, Any], kind: str) -> None:
     """Guards against an output that is summed twice, or not at all."""
     assert outcomes[kind] < ROUNDING

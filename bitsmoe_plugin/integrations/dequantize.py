@@ -33,6 +33,7 @@ def dequantize_model(model: Any, dtype: torch.dtype) -> None:
     for name, module in layers.items():
         replace_module(model, name, dense_experts(module, dtype))
     count_plain_parameters(model)
+    vars(model).pop("_ddp_params_and_buffers_to_ignore", None)
 
 
 def _check_whole(name: str, module: BitsMoEExperts) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from bitsmoe_plugin.errors import ConfigError
+from bitsmoe_plugin.experts import BitsMoEExperts
 from bitsmoe_plugin.families import decoder_layer_name
 from bitsmoe_plugin.packed_files import PackedFiles
 from bitsmoe_plugin.packing import LayerShape
@@ -35,6 +36,22 @@ def distributed_config(model: Any) -> Any:
     config = getattr(model.config, "distributed_config", None)
     sizes = [getattr(config, name, 1) for name in ("tp_size", "fsdp_size", "dp_replicate_size", "pp_size")]
     return config if any(size > 1 for size in sizes) else None
+
+
+def keep_from_broadcast(model: Any) -> None:
+    """Let DistributedDataParallel leave packed tensors alone.
+
+    It sends all tensors from the first process to the others when it starts, and no backend sends 16-bit
+    integers. Each process has loaded, and verified, the same.
+    """
+    names = [
+        f"{name}.{tensor}"
+        for name, module in model.named_modules()
+        if isinstance(module, BitsMoEExperts)
+        for tensor in module.spec.tensors()
+    ]
+    prefixes = ("", "base_model.model.")  # the second: in a model of PEFT, which passes our attributes on
+    model._ddp_params_and_buffers_to_ignore = [prefix + name for prefix in prefixes for name in names]
 
 
 def _replicas(config: Any) -> int:
@@ -63,17 +80,19 @@ class SplitLayers:
             model: from ``empty_split_layers``, with all else loaded; without layers of other pipeline stages.
         """
         model._keys_to_ignore_on_load_unexpected.discard(_PACKED)
-        mesh = model._mesh_manager.get_mesh("tp")
-        part, parts, group = mesh.get_local_rank(), mesh.size(), mesh.get_group()
+        by, part, parts, group = WHOLE, 0, 1, None
+        if model._mesh_manager is not None:  # None: the config is another model's, which was spread
+            mesh = model._mesh_manager.get_mesh("tp")
+            by, part, parts, group = self.by, mesh.get_local_rank(), mesh.size(), mesh.get_group()
         modules = dict(model.named_modules())
         for name in filter(modules.__contains__, self.stored):
             module = modules[name]
-            shard = shard_of(name, module.whole_shape, parts, part, self.by, module.spec.split_unit)
+            shard = shard_of(name, module.whole_shape, parts, part, by, module.spec.split_unit)
             device = next(modules[decoder_layer_name(model, name)].parameters()).device
             module.spec, packed = self.files.read_shard(self.stored[name], shard)
             module.load_packed(packed)
             module.to(device)
-            if self.by != WHOLE:
+            if by != WHOLE:
                 first = shard.experts[0]
                 module.forward = partial(summed_forward, module.forward, group, first, len(shard.experts))
 

@@ -34,6 +34,7 @@ from bitsmoe_plugin.integrations.parallel import (
     SplitLayers,
     distributed_config,
     empty_split_layers,
+    keep_from_broadcast,
 )
 from bitsmoe_plugin.integrations.parameter_count import count_original_parameters
 from bitsmoe_plugin.integrations.saving import check_saving, record_saved, whole_state
@@ -142,12 +143,15 @@ class BitsMoEQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         model.add_model_tags(list(TAGS))  # of the card that transformers writes on push_to_hub
         count_original_parameters(model)
-        if self.pre_quantized:
-            if self._split is not None:
-                self._split.load(model)
-            else:
-                verify_layers(model, self.quantization_config, self._device_map)
-            return
+        if not self.pre_quantized:
+            self._quantize(model)
+        elif self._split is not None:
+            self._split.load(model)
+        else:
+            verify_layers(model, self.quantization_config, self._device_map)
+        keep_from_broadcast(model)
+
+    def _quantize(self, model: Any) -> None:
         config, source = self.quantization_config, self._source
         if isinstance(source, StreamedExperts):
             source.model_is_loaded()
