@@ -193,5 +193,6 @@ def test_prediction_layers_survive(family: str, name: str, tiny_model, tmp_path)
     save_file({**load_file(file), name: extra}, file, {"format": "pt"})
     quantize(tmp_path / "dense").save_pretrained(tmp_path / "packed")
     AutoModelForCausalLM.from_pretrained(tmp_path / "packed").save_pretrained(tmp_path / "again")
-    for directory in ("packed", "again"):
+    dequantize_checkpoint(tmp_path / "packed", tmp_path / "written")
+    for directory in ("packed", "again", "written"):
         assert torch.equal(load_file(tmp_path / directory / "model.safetensors")[name], extra)
