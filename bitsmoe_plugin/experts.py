@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from bitsmoe_plugin import kernels, validation
-from bitsmoe_plugin.errors import CheckpointError
+from bitsmoe_plugin.errors import CheckpointError, QuantizationError
 from bitsmoe_plugin.families import apply_gating
+from bitsmoe_plugin.kernels import transforms
 from bitsmoe_plugin.kernels.layer_kind import LayerKind
 from bitsmoe_plugin.kernels.layer_states import STATES
 from bitsmoe_plugin.kernels.operator import packed_experts, routed_only
@@ -78,6 +79,12 @@ class BitsMoEExperts(nn.Module):
                 if self.get_parameter(name).is_inference():
                     self._store(name, self.get_parameter(name).clone())
 
+    def _apply(self, fn: Any, recurse: bool = True) -> BitsMoEExperts:
+        """Of moves to devices and casts of a model."""
+        super()._apply(fn, recurse)
+        self._leave_inference_mode()
+        return self
+
     def packed(self) -> PackedExperts:
         """The packed tensors as they are stored."""
         return PackedExperts(
@@ -99,7 +106,19 @@ class BitsMoEExperts(nn.Module):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        """Refuses what would not compute before anything is overwritten."""
+        """Refuses what would not compute, and what would be left out, before anything is overwritten.
+
+        Raises:
+            CheckpointError: naming the tensor.
+        """
+        others = {name.removeprefix(prefix) for name in state_dict if name.startswith(prefix)} - {
+            *self._names
+        }
+        if others:  # weights of unquantized experts, or adapters on them
+            raise CheckpointError(
+                f"{prefix}{min(others)} cannot be loaded: these experts are packed and have none. Load it "
+                "into the unquantized model"
+            )
         given = {name: state_dict.get(prefix + name, self.get_parameter(name)) for name in self._names}
         if not any(tensor.is_meta for tensor in given.values()):
             packed = PackedExperts(**{name.removeprefix("bitsmoe_"): given[name] for name in given})
@@ -107,6 +126,19 @@ class BitsMoEExperts(nn.Module):
             validation.check_packed(prefix.rstrip("."), self.spec, packed)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self._leave_inference_mode()
+
+    def requires_grad_(self, requires_grad: bool = True) -> BitsMoEExperts:
+        """Refuses what would train nothing; a model's ``requires_grad_`` does not come here.
+
+        Raises:
+            QuantizationError: asked to train the experts.
+        """
+        if requires_grad:
+            raise QuantizationError(
+                "packed experts cannot be trained: they have no parameters. Train other modules, for example "
+                "LoRA adapters on attention, or the unquantized model"
+            )
+        return self
 
     def compute_by(self, runtime: kernels.Runtime | None) -> None:
         """Compute by another runtime of the same packed tensors; None: by the fastest, as ever."""
@@ -134,7 +166,9 @@ class BitsMoEExperts(nn.Module):
         return self._runtime
 
     def _tensors(self) -> list[Tensor]:
-        return [self.get_parameter(name) for name in self._names]
+        # Looked up by ``get_parameter`` they would take as long as the operator's call.
+        parameters: dict[str, Any] = self._parameters
+        return [parameters[name] for name in self._names]
 
     def forward(self, hidden_states: Tensor, *routing: Tensor) -> Tensor:
         """``[T, H]`` from ``[T, H]`` and, as routing, ``[T, k]`` and ``[T, k]``, see ``kernels``.
@@ -143,7 +177,9 @@ class BitsMoEExperts(nn.Module):
         """
         index, weights = self._routing_of_copies(hidden_states) if self._takes_copies else routing
         if self._runtime is None:
-            return packed_experts(hidden_states, index, weights, self._tensors(), self._kind)  # type: ignore[no-any-return]
+            transformed = not torch.compiler.is_compiling() and transforms.active()
+            compute = transforms.packed_experts if transformed else packed_experts
+            return compute(hidden_states, index, weights, self._tensors(), self._kind)  # type: ignore[no-any-return]
         if self._takes_copies:
             return routed_only(self.runtime().forward, hidden_states, index, weights)
         return self.runtime().forward(hidden_states, index, weights)

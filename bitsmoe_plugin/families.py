@@ -88,6 +88,8 @@ def check_convention(name: str, module: nn.Module, model_type: str) -> None:
         ]
     if not getattr(module, "has_gate", True):
         problems.append("experts without a gate")
+    if any("." in parameter for parameter, _ in module.named_parameters()):
+        problems.append("an activation with parameters of its own")
     if getattr(module, "has_post_expert_norm", False):
         problems.append("a norm after each expert")
     if problems:

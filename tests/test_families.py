@@ -109,6 +109,7 @@ def test_experts_without_a_gate_or_with_a_norm_are_refused_by_name(tiny_model) -
     for flag, value, reason in (
         ("has_gate", False, "without a gate"),
         ("has_post_expert_norm", True, "a norm after each expert"),
+        ("act_fn", torch.nn.PReLU(), "an activation with parameters of its own"),
     ):
         model = tiny_model("qwen3_moe")
         setattr(model.model.layers[1].mlp.experts, flag, value)

@@ -8,8 +8,8 @@ process reads its part of the packed tensors, computes that, and sums over the p
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from bitsmoe_plugin.errors import ConfigError
+from bitsmoe_plugin.errors import CheckpointError, ConfigError
 from bitsmoe_plugin.experts import BitsMoEExperts
 from bitsmoe_plugin.families import decoder_layer_name
 from bitsmoe_plugin.packed_files import PackedFiles
@@ -67,11 +67,13 @@ class SplitLayers:
         files: of the checkpoint.
         stored: layer name in the model -> in ``files``.
         by: what a process holds: WHOLE layers, ROWS (a range of each row), or some EXPERTS.
+        shards: layer name in the model -> what this process holds of it, once it is loaded.
     """
 
     files: PackedFiles
     stored: dict[str, str]
     by: str
+    shards: dict[str, Shard] = field(default_factory=dict)
 
     def load(self, model: Any) -> None:
         """Read, verify and cut the part of this process, layer by layer, and let modules sum over processes.
@@ -88,6 +90,7 @@ class SplitLayers:
         for name in filter(modules.__contains__, self.stored):
             module = modules[name]
             shard = shard_of(name, module.whole_shape, parts, part, by, module.spec.split_unit)
+            self.shards[name] = shard
             device = next(modules[decoder_layer_name(model, name)].parameters()).device
             module.spec, packed = self.files.read_shard(self.stored[name], shard)
             module.load_packed(packed)
@@ -95,6 +98,23 @@ class SplitLayers:
             if by != WHOLE:
                 first = shard.experts[0]
                 module.forward = partial(summed_forward, module.forward, group, first, len(shard.experts))
+
+    def whole_tensors(self, model: Any) -> Iterator[tuple[str, Tensor]]:
+        """Name and value of the packed tensors of all processes together, from the files.
+
+        Raises:
+            CheckpointError: the files are gone or altered, or this process holds something else by now.
+        """
+        for name, shard in self.shards.items():
+            _, loaded = self.files.read_shard(self.stored[name], shard)
+            held = dict(model.get_submodule(name).packed().tensors())
+            if any(not torch.equal(held[buffer].cpu(), tensor) for buffer, tensor in loaded.tensors()):
+                raise CheckpointError(
+                    f"{name} has changed since it was loaded, and this process holds only a part of it; "
+                    "change and save a model that one process holds whole"
+                )
+            for buffer, tensor in self.files.read(self.stored[name]).tensors():
+                yield f"{name}.{buffer}", tensor
 
 
 def empty_split_layers(

@@ -44,12 +44,7 @@ def whole_state(model: Any, split: SplitLayers | None) -> dict[str, Tensor]:
     state = _gathered(model.state_dict())
     if split is None:
         return state
-    kept = {name: tensor for name, tensor in state.items() if not _is_of(name, split)}
-    return kept | {
-        f"{name}.{buffer}": tensor
-        for name, stored in split.stored.items()
-        for buffer, tensor in split.files.read(stored).tensors()
-    }
+    return {name: t for name, t in state.items() if PACKED not in name} | dict(split.whole_tensors(model))
 
 
 def _gathered(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -65,10 +60,6 @@ def _gathered(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {
         name: gather(tensor) if hasattr(tensor, "full_tensor") else tensor for name, tensor in state.items()
     }
-
-
-def _is_of(name: str, split: SplitLayers) -> bool:
-    return PACKED in name and name.rpartition(".")[0] in split.stored
 
 
 def record_saved(model: Any, state: dict[str, Tensor], extra: dict[str, Tensor]) -> dict[str, str]:

@@ -25,6 +25,7 @@ from bitsmoe_plugin.calibration_text import load_documents, token_blocks
 from bitsmoe_plugin.checkpoint import check_shape, packed_spec, stored_tensors, verify_headers
 from bitsmoe_plugin.checkpoint_files import check_loaded_files, read_model_config
 from bitsmoe_plugin.config import QUANT_METHOD, BitsMoEConfig
+from bitsmoe_plugin.current_manifest import describe_current
 from bitsmoe_plugin.errors import CheckpointError, ConfigError, QuantizationError
 from bitsmoe_plugin.experts import BitsMoEExperts, replace_module
 from bitsmoe_plugin.families import find_moe_layers
@@ -183,10 +184,11 @@ class BitsMoEQuantizer(HfQuantizer):
             ) from error
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """Called before config and weights are saved: record what else will be in the files."""
+        """Called before config and weights are saved: record what will be in the files."""
         if getattr(model, "_hf_peft_config_loaded", False):  # adapters are saved, of which we record nothing
             return model.state_dict(), {}
         check_saving(model)
+        describe_current(model, model.config.quantization_config)
         extra = {name: _read(path, name) for name, path in self._prediction_layers.items()}
         state = whole_state(model, self._split) | extra
         model.config.quantization_config.other_tensors = record_saved(model, state, extra)
@@ -209,7 +211,11 @@ class BitsMoEQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        return False
+        return True  # everything but the experts is, and gradients pass through these
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
 
 
 def stored_names(model: Any, layers: list[str], config: BitsMoEConfig) -> dict[str, str]:

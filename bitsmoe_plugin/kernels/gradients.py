@@ -105,7 +105,7 @@ class _Chunk:
     def _add_rows(self, expert: int, rows: list[tuple[Tensor, Tensor]], token: Tensor, slot: Tensor) -> None:
         """What one expert contributes; ``rows`` are those of gate, up and down with their rank indices."""
         (gate_rows, gate_order), (up_rows, up_order), (down_rows, down_order) = rows
-        z, dz = self.z[token], torch.zeros((len(token), *self.z.shape[1:]), device=self.z.device)
+        z, dz = self.z[token], self.z.new_zeros((len(token), *self.z.shape[1:]))
         v = self.dc[token[:, None], down_order] @ down_rows
         # The last basis is up's, and the first gate's: the same where there is one.
         dgate, dup = self._through_gating(
@@ -139,7 +139,7 @@ class _Chunk:
             bias = self.layer.spec.original(self.layer.packed.input_bias)[expert].float()
             gate, up = gate + bias[0], up + bias[1]
         # Of torch.func, because autograd is switched off where operators are computed.
-        h, pull_back = torch.func.vjp(self.layer.gating, gate, up)
+        h, pull_back = torch.func.vjp(self.layer.gating, gate, up)  # type: ignore[misc]
         self.dp[token, slot] += (h * v).sum(-1)
         dgate, dup = pull_back(self.p[token, slot, None] * v)
         return dgate, dup

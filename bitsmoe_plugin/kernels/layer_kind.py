@@ -25,12 +25,10 @@ _LARGEST = 2**18
 
 @dataclass(frozen=True)
 class LayerKind:
-    """Equal for most layers of a model, so that what is compiled for one serves the others.
-
-    Attributes:
-        spec: sizes; lengths that differ between layers are 0, the tensors have them.
-        gating: a name for ``gating_of``.
-        takes_copies: see ``families.Layout``.
+    """Attributes:
+    spec: sizes; lengths that differ between layers are 0, the tensors have them.
+    gating: a name for ``gating_of``.
+    takes_copies: see ``families.Layout``.
     """
 
     spec: PackedSpec
@@ -59,7 +57,7 @@ class LayerKind:
             values = json.loads(text)
             spec = values["spec"]
             shape = LayerShape(**spec.pop("shape"))
-            lists = {name: tuple(spec.pop(name)) for name in ("widths", "kept")}
+            lists: dict[str, Any] = {name: tuple(spec.pop(name)) for name in ("widths", "kept")}
             kind = LayerKind(
                 PackedSpec(shape=shape, **lists, **spec), values["gating"], values["takes_copies"]
             )
@@ -101,7 +99,7 @@ def _is_sensible(kind: LayerKind) -> bool:
         and spec.basis_group_size in (16, 32, 64, 128, 256)
         and (spec.basis_bits == 16 or shape.hidden_size % spec.basis_group_size == 0)
         and spec.input_bases in (1, 2)
-        and spec.grid in coding.GRIDS
+        and spec.grid in (*coding.GRIDS, coding.TILED)
         and list(spec.kept) == sorted(set(spec.kept))
         and all(expert < shape.num_experts for expert in spec.kept)
         and spec.original_dtype in packing.ORIGINAL_DTYPES

@@ -74,6 +74,9 @@ class LayerStates:
     def __init__(self) -> None:
         self._entries: dict[int, _Entry] = {}
 
+    def __len__(self) -> int:
+        return len(self._entries)
+
     def of(self, kind: str, tensors: Sequence[Tensor], tokens: int) -> LayerState:
         """The state of a layer, derived anew if the tensors are not those it was derived from.
 

@@ -99,7 +99,7 @@ def _like(tensor: Tensor) -> Tensor:
 
 
 def _fake_forward(hidden: Tensor, index: Tensor, weights: Tensor, packed: list[Tensor], kind: str) -> Tensor:
-    if packed[0].device.type == "meta" and hidden.device.type != "meta":
+    if hidden.device.type != "meta" and any(tensor.device.type == "meta" for tensor in packed):
         raise CheckpointError(
             "the packed experts are on the meta device, hidden states are not: their tensors were not loaded"
         )
@@ -134,7 +134,8 @@ def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     pass
 
 
-def _refuse_second(ctx: Any, *grads: Tensor) -> None:
+def refuse_second(ctx: Any, *grads: Tensor) -> None:
+    """Backward of the backward pass."""
     raise NotImplementedError(
         "packed experts have first derivatives only; for second ones (create_graph=True) use the "
         "unquantized model"
@@ -155,7 +156,7 @@ packed_experts_backward = _register(
     _backward,
     _fake_backward,
     _save_nothing,
-    _refuse_second,
+    refuse_second,
 )
 packed_experts = _register(
     "packed_experts", f"({_INPUTS}) -> Tensor", _forward, _fake_forward, _save, _pull_back
