@@ -29,9 +29,9 @@ def decode_weights(spec: PackedSpec, packed: PackedExperts, dtype: torch.dtype) 
     gate, up = (torch.empty(experts, size, hidden, dtype=dtype, device=device) for _ in range(2))
     down = torch.empty(experts, hidden, size, dtype=dtype, device=device)
     for expert in range(experts):
-        for factor, (weights, basis) in enumerate(((gate, gate_basis), (up, up_basis))):
+        for factor, (weight, basis) in enumerate(((gate, gate_basis), (up, up_basis))):
             rows, order = read(factor, expert)
-            weights[expert] = rows.T @ basis[order]
+            weight[expert] = rows.T @ basis[order]
         rows, order = read(2, expert)
         down[expert] = output_basis[:, order] @ rows
     weights = ExpertWeights(gate, up, down)

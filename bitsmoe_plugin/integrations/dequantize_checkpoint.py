@@ -176,7 +176,8 @@ class _Shards:
         Raises:
             CheckpointError: a name was there before.
         """
-        twice = [name for name in tensors if any(name in names for names in (self.waiting, *self.written))]
+        taken = {*self.waiting}.union(*self.written)
+        twice = [name for name in tensors if name in taken]
         if twice:
             raise CheckpointError(f"{twice[0]} would be written twice; the checkpoint holds it unpacked too")
         size = sum(tensor.nbytes for tensor in (*self.waiting.values(), *tensors.values()))

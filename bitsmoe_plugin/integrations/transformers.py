@@ -194,10 +194,9 @@ class BitsMoEQuantizer(HfQuantizer):
         model.config.quantization_config.other_tensors = record_saved(model, state, extra)
         return state, {}
 
-    def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
-        if isinstance(dtype, str):  # what the config of a model that was saved holds
-            dtype = getattr(torch, dtype)
-        dequantize_model(model, dtype or model.dtype)
+    def _dequantize(self, model: Any, dtype: Any = None) -> Any:
+        # The config of a model that was saved holds a name.
+        dequantize_model(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype or model.dtype)
         return model
 
     def remove_quantization_config(self, model: Any) -> None:
