@@ -16,7 +16,7 @@ from typing import Any
 from bitsmoe_plugin.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
+SINGLE = "model.safetensors"
 """Loaders look at no index where there is one."""
 _LARGEST_JSON = 2**28
 _LARGEST_HEADER = 10**8
@@ -183,7 +183,7 @@ def check_loaded_files(files: Iterable[str | Path], folder: Path) -> None:
             raise CheckpointError(f"{path} is no safetensors file; packed checkpoints hold nothing else")
         check_place(path, folder if folder.is_dir() else paths[0].parent)
     for parent in {path.parent for path in paths}:
-        if (parent / INDEX).is_file() and [path.name for path in paths] != [_SINGLE]:
+        if (parent / INDEX).is_file() and [path.name for path in paths] != [SINGLE]:
             safetensors_files(parent)
 
 

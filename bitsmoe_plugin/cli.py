@@ -1,4 +1,4 @@
-"""Command line: ``bitsmoe estimate | quantize | tune | inspect | report | evaluate | compare |
+"""Command line: ``bitsmoe estimate | quantize | tune | inspect | report | evaluate | compare | dequantize |
 import-upstream | bench``."""
 
 from __future__ import annotations
@@ -62,6 +62,7 @@ def build_parser(program: str = "bitsmoe") -> argparse.ArgumentParser:
     cli_parser.add_report(commands, _report)
     cli_parser.add_evaluate(commands, _evaluate)
     cli_parser.add_compare(commands, _compare)
+    cli_parser.add_dequantize(commands, _dequantize)
     cli_parser.add_import(commands, _import)
     cli_parser.add_bench(commands)
     return parser
@@ -180,6 +181,14 @@ def _tune(args: argparse.Namespace, stdout: TextIO) -> None:
         f"after epoch {result.epoch}",
         file=sys.stderr,
     )
+
+
+def _dequantize(args: argparse.Namespace, stdout: TextIO) -> None:
+    from bitsmoe_plugin.integrations.dequantize_checkpoint import dequantize_checkpoint
+
+    dequantize_checkpoint(args.model, args.out, args.dtype)
+    size = sum(file.stat().st_size for file in args.out.glob("*.safetensors"))
+    print(f"{args.out}: dense, {size:,} bytes", file=sys.stderr)
 
 
 def _import(args: argparse.Namespace, stdout: TextIO) -> None:

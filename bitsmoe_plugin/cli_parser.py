@@ -55,6 +55,11 @@ Quantize a model with several methods, each in a process of its own, and show
 size and quality side by side. Everything is thrown away afterwards;
 `quantize` saves a model.
 """,
+    "dequantize": """\
+Write the dense model that a packed one stands for, for programs that know
+nothing of packed ones. It is as large as before it was quantized and computes
+what the packed one does, up to rounding. Weights are written layer by layer.
+""",
     "import-upstream": """\
 Convert a model that the authors of BitsMoE released
 (zjiayu064/...-BitsMoE-2bit) to one that loads in transformers and vLLM,
@@ -256,6 +261,15 @@ def add_compare(commands: Any, run: Run) -> None:
     parser.add_argument("--prompt", metavar="TEXT", help="also let each of them continue this text")
     _add_number(parser, "--new-tokens", "length of the continuation", 40)
     _add_json(parser)
+
+
+def add_dequantize(commands: Any, run: Run) -> None:
+    summary = "write a packed model as a dense one that every program reads"
+    parser = _add_command(commands, run, "dequantize", summary, "out/qwen3-2bit out/qwen3-dense")
+    parser.add_argument("model", type=Path, help=_PACKED)
+    parser.add_argument("out", type=Path, help=_OUT)
+    text = "of the weights: bfloat16, float16 or float32 (default: that of the model)"
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), metavar="DTYPE", help=text)
 
 
 def add_import(commands: Any, run: Run) -> None:

@@ -15,13 +15,16 @@ def describe_current(model: Any, config: BitsMoEConfig) -> None:
     """Write the hashes of the packed tensors as they are now into the manifest.
 
     ``load_state_dict`` and writes in place leave others than those that were loaded, and a checkpoint whose
-    hashes are not those of its tensors cannot be loaded. Layers that are not in memory stay as described.
+    hashes are not those of its tensors cannot be loaded. Layers that are not in memory, or of which a process
+    holds a part, stay as described.
 
     Raises:
         CheckpointError: tensors that do not fit one another, or that the manifest does not describe.
     """
     for name, module in model.named_modules():
         if not isinstance(module, BitsMoEExperts) or any(t.is_meta for _, t in module.packed().tensors()):
+            continue
+        if module.spec.shape != module.whole_shape:
             continue
         module.verify(name)
         packed = module.packed()

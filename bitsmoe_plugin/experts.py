@@ -21,23 +21,25 @@ from bitsmoe_plugin.packing import PackedExperts
 class BitsMoEExperts(nn.Module):
     """Routed experts computed from their packed tensors; called like the module it replaces.
 
-    Differentiable in hidden states and router weights. The packed tensors are buffers: they are not trained,
-    and keep their dtypes when a model is cast.
+    Differentiable in hidden states and router weights. The packed tensors are parameters that are not
+    trained: what offloads, moves and counts weights takes buffers for something small. They hold integers,
+    so they keep their dtypes when a model is cast.
     """
 
     def __init__(self, original: nn.Module, spec: PackedSpec) -> None:
         """
         Args:
             original: the fused experts module, for its gating.
-            spec: sizes of the buffers, which are created uninitialised on the meta device.
+            spec: sizes of the packed tensors, which are created uninitialised on the meta device.
         """
         super().__init__()
         # In a tuple, so that it is no submodule and its parameters are not ours.
         self._original = (original,)
         self.spec = spec
+        self.whole_shape = spec.shape  # also where a shard is loaded, whose spec is smaller
         self.num_experts = spec.shape.num_experts
         for name, (dtype, shape) in spec.tensors().items():
-            self.register_buffer(name, torch.empty(shape, dtype=dtype, device="meta"))
+            self._store(name, torch.empty(shape, dtype=dtype, device="meta"))
         self._runtime: kernels.Runtime | None = None
 
     @property
@@ -51,23 +53,31 @@ class BitsMoEExperts(nn.Module):
         kind = LayerKind.describe(spec, self._original[0])
         self._kind, self._takes_copies = kind.text(), kind.takes_copies
 
+    @property
+    def original(self) -> nn.Module:
+        """The replaced module."""
+        return self._original[0]
+
     def drop_original_weights(self) -> None:
         """Free the parameters of the replaced module; its gating stays."""
         for name in list(dict(self._original[0].named_parameters(recurse=False))):
             delattr(self._original[0], name)
 
     def load_packed(self, packed: PackedExperts) -> None:
-        """Fill the buffers."""
+        """Take over packed tensors."""
         for name, tensor in packed.tensors():
-            self._buffers[name] = tensor
+            self._store(name, tensor)
         self._leave_inference_mode()
+
+    def _store(self, name: str, tensor: Tensor) -> None:
+        setattr(self, name, nn.Parameter(tensor, requires_grad=False))
 
     def _leave_inference_mode(self) -> None:
         """Have tensors that count their versions and can be saved for a backward pass."""
         with torch.inference_mode(False):
             for name in self._names:
-                if self.get_buffer(name).is_inference():
-                    self._buffers[name] = self.get_buffer(name).clone()
+                if self.get_parameter(name).is_inference():
+                    self._store(name, self.get_parameter(name).clone())
 
     def _apply(self, fn: Any, recurse: bool = True) -> BitsMoEExperts:
         """Of moves to devices and casts of a model."""
@@ -77,7 +87,9 @@ class BitsMoEExperts(nn.Module):
 
     def packed(self) -> PackedExperts:
         """The packed tensors as they are stored."""
-        return PackedExperts(**{name.removeprefix("bitsmoe_"): self.get_buffer(name) for name in self._names})
+        return PackedExperts(
+            **{name.removeprefix("bitsmoe_"): self.get_parameter(name) for name in self._names}
+        )
 
     def verify(self, name: str) -> None:
         """Refuse tensors that do not fit the spec; their values are checked by ``validation``.
@@ -107,7 +119,7 @@ class BitsMoEExperts(nn.Module):
                 f"{prefix}{min(others)} cannot be loaded: these experts are packed and have none. Load it "
                 "into the unquantized model"
             )
-        given = {name: state_dict.get(prefix + name, self.get_buffer(name)) for name in self._names}
+        given = {name: state_dict.get(prefix + name, self.get_parameter(name)) for name in self._names}
         if not any(tensor.is_meta for tensor in given.values()):
             packed = PackedExperts(**{name.removeprefix("bitsmoe_"): given[name] for name in given})
             validation.check_sizes(prefix.rstrip("."), self.spec, packed)
@@ -154,10 +166,9 @@ class BitsMoEExperts(nn.Module):
         return self._runtime
 
     def _tensors(self) -> list[Tensor]:
-        buffers: dict[str, Any] = (
-            self._buffers
-        )  # looked up by ``get_buffer`` they take as long as the operator's call
-        return [buffers[name] for name in self._names]
+        # Looked up by ``get_parameter`` they would take as long as the operator's call.
+        parameters: dict[str, Any] = self._parameters
+        return [parameters[name] for name in self._names]
 
     def forward(self, hidden_states: Tensor, *routing: Tensor) -> Tensor:
         """``[T, H]`` from ``[T, H]`` and, as routing, ``[T, k]`` and ``[T, k]``, see ``kernels``.

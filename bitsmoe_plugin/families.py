@@ -167,6 +167,23 @@ def read_biases(module: Any) -> ExpertBiases | None:
     return ExpertBiases(gate, up, module.down_proj_bias.detach())
 
 
+def fused_parameters(module: Any, weights: ExpertWeights, biases: ExpertBiases | None) -> dict[str, Tensor]:
+    """The other way round: name -> tensor of the module's parameters, in its own layout, contiguous."""
+    layout = layout_of(module)
+
+    def join(gate: Tensor, up: Tensor) -> Tensor:
+        if layout.is_concatenated:
+            return torch.cat([gate, up], 1)
+        return torch.stack([gate, up], 2).flatten(1, 2)
+
+    found = {"gate_up_proj": join(weights.gate, weights.up), "down_proj": weights.down}
+    if layout.is_transposed:
+        found = {name: tensor.transpose(1, 2).contiguous() for name, tensor in found.items()}
+    if biases is not None:
+        found |= {"gate_up_proj_bias": join(biases.gate, biases.up), "down_proj_bias": biases.down}
+    return found
+
+
 def apply_gating(module: Any, gate: Tensor, up: Tensor) -> Tensor:
     """The module's own gating, ``[n, I]`` and ``[n, I]`` -> ``[n, I]``."""
     if not hasattr(module, "_apply_gate"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bitsmoe_plugin.checkpoint import (
@@ -17,6 +17,7 @@ from bitsmoe_plugin.checkpoint import (
 from bitsmoe_plugin.config import BitsMoEConfig
 from bitsmoe_plugin.packed_spec import PackedSpec
 from bitsmoe_plugin.packing import PackedExperts
+from bitsmoe_plugin.sharding import Shard, shard_kept, shard_shape, slice_packed
 
 
 @dataclass(frozen=True)
@@ -62,3 +63,23 @@ class PackedFiles:
         )
         verify_packed(name, spec, packed, self.config)
         return packed
+
+    def read_shard(self, name: str, shard: Shard) -> tuple[PackedSpec, PackedExperts]:
+        """Read, verify and cut a layer, which is mapped from its file, not copied.
+
+        Returns:
+            sizes of the shard, and its tensors.
+
+        Raises:
+            CheckpointError: see ``read``.
+        """
+        spec = self.specs[name]
+        sliced = slice_packed(self.read(name), spec.widths, spec.shape, shard, spec.kept)
+        local = replace(
+            spec,
+            shape=shard_shape(spec.shape, shard),
+            payload_words=sliced.payload.numel(),
+            kept=shard_kept(spec.kept, shard),
+            stored_rows=0 if sliced.row_gains is None else sliced.row_gains.numel(),
+        )
+        return local, sliced

@@ -49,7 +49,7 @@ def split_blocks(name: str, shape: LayerShape, parts: int, part: int, unit: int 
         raise ConfigError(
             f"{name}: intermediate_size {size} cannot be split over tensor_parallel_size {parts}: {size} "
             f"must be a multiple of {parts}*{unit}. Use {', '.join(possible)}, or expert parallelism "
-            "(--enable-expert-parallel), which does not split rows"
+            "(vLLM: --enable-expert-parallel, transformers: ep_size), which does not split rows"
         )
     each = size // (parts * BLOCK)
     return part * each, (part + 1) * each

@@ -17,6 +17,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 from bitsmoe_plugin import BitsMoEConfig
 from bitsmoe_plugin.experts import BitsMoEExperts
 from bitsmoe_plugin.families import find_moe_layers
+from bitsmoe_plugin.integrations.dequantize_checkpoint import dequantize_checkpoint
 
 # Both kinds of layer of the hybrids; other families ignore what they do not know.
 CHANGES: dict[str, dict[str, Any]] = {
@@ -52,8 +53,9 @@ FAMILIES = [
 ]
 
 
-def build(tiny_model: Any, family: str) -> Any:
-    model = tiny_model(family, **{"layer_types": ["full_attention"] * 2, **CHANGES.get(family, {})})
+def build(tiny_model: Any, family: str, **changes: Any) -> Any:
+    changes = {"layer_types": ["full_attention"] * 2, **CHANGES.get(family, {}), **changes}
+    model = tiny_model(family, **changes)
     for name, parameter in model.named_parameters():
         if "experts" in name and name.endswith("_bias"):
             parameter.data.normal_(generator=torch.Generator().manual_seed(2))
@@ -100,6 +102,19 @@ def test_quantize_save_and_reload(family: str, tiny_model, tmp_path) -> None:
     others = {name: tensor for name, tensor in before.items() if not is_expert(name)}
     assert others.keys() == {name for name in after if ".bitsmoe_" not in name}
     assert all(torch.equal(tensor, after[name]) for name, tensor in others.items())
+    # Back: the dense model that the packed one stands for, in memory and from files, in the original format.
+    dense = loaded.dequantize()
+    with torch.no_grad():
+        third = dense(tokens[:2]).logits
+    # The kernels round inputs to 16 bits where that loses least; flex_olmo's norm enlarges it.
+    assert float((third - first).norm() / first.norm()) < 2e-5
+    assert type(dense) is type(model)
+    assert packed.num_parameters() == dense.num_parameters() == model.num_parameters()
+    dense.save_pretrained(tmp_path / "again")
+    dequantize_checkpoint(tmp_path / "packed", tmp_path / "written")
+    again, written = (load_file(tmp_path / d / "model.safetensors") for d in ("again", "written"))
+    assert before.keys() == again.keys() == written.keys()
+    assert all(torch.equal(tensor, written[name]) for name, tensor in again.items())
 
 
 class NewcomerConfig(Qwen3MoeConfig):
@@ -178,5 +193,6 @@ def test_prediction_layers_survive(family: str, name: str, tiny_model, tmp_path)
     save_file({**load_file(file), name: extra}, file, {"format": "pt"})
     quantize(tmp_path / "dense").save_pretrained(tmp_path / "packed")
     AutoModelForCausalLM.from_pretrained(tmp_path / "packed").save_pretrained(tmp_path / "again")
-    for directory in ("packed", "again"):
+    dequantize_checkpoint(tmp_path / "packed", tmp_path / "written")
+    for directory in ("packed", "again", "written"):
         assert torch.equal(load_file(tmp_path / directory / "model.safetensors")[name], extra)

@@ -311,6 +311,7 @@ COMMANDS = (
     "evaluate DIR --dataset text.txt",
     "estimate DIR",
     "quantize DIR DIR/../new --dataset text.txt",
+    "dequantize DIR DIR/../new",
     "import-upstream DIR DIR/../new",
     "compare DIR --dataset text.txt --eval text.txt",
     "bench decode DIR",

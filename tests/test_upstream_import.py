@@ -23,6 +23,7 @@ from bitsmoe_plugin.cli import main
 from bitsmoe_plugin.errors import CheckpointError, ConfigError, QuantizationError
 from bitsmoe_plugin.experts import BitsMoEExperts
 from bitsmoe_plugin.inspection import inspect_checkpoint
+from bitsmoe_plugin.integrations.dequantize_checkpoint import dequantize_checkpoint
 from bitsmoe_plugin.upstream import convert
 from bitsmoe_plugin.upstream.convert import import_upstream
 from bitsmoe_plugin.work_directory import locked
@@ -100,6 +101,12 @@ def test_a_converted_model_is_the_model_with_the_dense_weights(
     tokens = model.generate(PROMPT, max_new_tokens=4, min_new_tokens=4, do_sample=False)
     assert tokens.shape == (1, 14)
     assert not list(tmp_path.glob("*.work"))
+
+
+def test_a_converted_model_is_made_dense(upstream: tuple[Path, Any], converted: Path, tmp_path: Path) -> None:
+    """The grid "tiled", with experts that are stored as they were."""
+    dequantize_checkpoint(converted, tmp_path / "dense")
+    assert_same_outputs(AutoModelForCausalLM.from_pretrained(tmp_path / "dense"), upstream[1], 1e-4)
 
 
 def test_unpacked_experts_stay_as_they_were(upstream: tuple[Path, Any], converted: Path) -> None:

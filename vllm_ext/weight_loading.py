@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,7 @@ from bitsmoe_plugin.errors import CheckpointError
 from bitsmoe_plugin.families import find_moe_layers
 from bitsmoe_plugin.packed_files import PackedFiles
 from bitsmoe_plugin.packed_spec import PackedSpec
-from bitsmoe_plugin.packing import PackedExperts
-from bitsmoe_plugin.sharding import Shard, shard_kept, shard_shape, slice_packed
+from bitsmoe_plugin.sharding import Shard
 
 
 def safetensors_files(model: str, revision: str | None = None, cache: str | None = None) -> list[Path]:
@@ -108,13 +106,5 @@ def load_shard(
     Returns:
         sizes of the shard, and its tensors by buffer name, on ``device``.
     """
-    spec = files.specs[name]
-    sliced: PackedExperts = slice_packed(files.read(name), spec.widths, spec.shape, shard, spec.kept)
-    local = replace(
-        spec,
-        shape=shard_shape(spec.shape, shard),
-        payload_words=sliced.payload.numel(),
-        kept=shard_kept(spec.kept, shard),
-        stored_rows=0 if sliced.row_gains is None else sliced.row_gains.numel(),
-    )
-    return local, {buffer: tensor.to(device) for buffer, tensor in sliced.tensors()}
+    spec, packed = files.read_shard(name, shard)
+    return spec, {buffer: tensor.to(device) for buffer, tensor in packed.tensors()}

@@ -9,11 +9,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.core_model_loading import revert_weight_conversion
-from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     AUTO_QUANTIZER_MAPPING,
@@ -23,7 +22,7 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 
 from bitsmoe_plugin.calibration_text import load_documents, token_blocks
-from bitsmoe_plugin.checkpoint import check_shape, packed_spec, stored_tensors, verify_experts, verify_headers
+from bitsmoe_plugin.checkpoint import check_shape, packed_spec, stored_tensors, verify_headers
 from bitsmoe_plugin.checkpoint_files import check_loaded_files, read_model_config
 from bitsmoe_plugin.config import QUANT_METHOD, BitsMoEConfig
 from bitsmoe_plugin.current_manifest import describe_current
@@ -31,14 +30,24 @@ from bitsmoe_plugin.data_parallel import leave_to_each_process
 from bitsmoe_plugin.errors import CheckpointError, ConfigError, QuantizationError
 from bitsmoe_plugin.experts import BitsMoEExperts, replace_module
 from bitsmoe_plugin.families import find_moe_layers
+from bitsmoe_plugin.integrations.dequantize import dequantize_model
+from bitsmoe_plugin.integrations.offloading import check_for_quantization, verify_layers
+from bitsmoe_plugin.integrations.parallel import (
+    SplitLayers,
+    distributed_config,
+    empty_split_layers,
+)
+from bitsmoe_plugin.integrations.parameter_count import count_original_parameters
+from bitsmoe_plugin.integrations.saving import check_saving, record_saved, whole_state
 from bitsmoe_plugin.integrations.streaming import StreamedExperts, can_stream
 from bitsmoe_plugin.interruption import Interrupted
 from bitsmoe_plugin.kept import model_budget
 from bitsmoe_plugin.model_card import TAGS, write_model_card
 from bitsmoe_plugin.model_sizes import check_model_sizes, check_planned
 from bitsmoe_plugin.model_tokenizer import load_tokenizer
-from bitsmoe_plugin.other_tensors import prediction_layers, record, stored_shapes, verify_others
+from bitsmoe_plugin.other_tensors import prediction_layers, stored_shapes, verify_others
 from bitsmoe_plugin.output_directory import check_output_directory, publish
+from bitsmoe_plugin.packed_files import PackedFiles
 from bitsmoe_plugin.pipeline import quantize_model
 from bitsmoe_plugin.sources import ExpertSource, LoadedExperts
 from bitsmoe_plugin.work_directory import OUTPUT, has_progress, locked, remove, staging, writing
@@ -62,9 +71,16 @@ class BitsMoEQuantizer(HfQuantizer):
         super().__init__(copy.copy(quantization_config), **kwargs)
         self._source: ExpertSource | None = None
         self._prediction_layers: dict[str, str] = {}
+        self._split: SplitLayers | None = None
+        self._device_map: Any = None
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        """Refuse to quantize without calibration text before any weight is read."""
+        """Refuse to quantize without calibration text, or offloaded, before any weight is read.
+
+        Called a second time with the device map that "auto" and the like became.
+        """
+        if not self.pre_quantized:
+            check_for_quantization(kwargs.get("device_map"), None)
         if not self.pre_quantized and self.quantization_config.dataset is None:
             raise ConfigError(
                 "BitsMoEConfig: dataset=None is not allowed when a model is quantized; give calibration "
@@ -81,7 +97,9 @@ class BitsMoEQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
-        config = self.quantization_config
+        config, self._device_map = self.quantization_config, kwargs.get("device_map")
+        if not self.pre_quantized:
+            check_for_quantization(self._device_map, distributed_config(model))
         if self.pre_quantized and checkpoint_files:
             check_loaded_files(checkpoint_files, Path(getattr(model.config, "_name_or_path", "")))
             verify_others(checkpoint_files, config.other_tensors)
@@ -98,32 +116,43 @@ class BitsMoEQuantizer(HfQuantizer):
 
     def _replace_experts(self, model: nn.Module, files: list[str]) -> None:
         """Put empty packed experts where the originals are, once manifest and files are seen to fit."""
-        config = self.quantization_config
+        config, spread = self.quantization_config, distributed_config(model)
         layers = find_moe_layers(model)
-        stored = _stored_names(model, [layer.name for layer in layers], config)
+        stored = stored_names(model, [layer.name for layer in layers], config)
         surplus = set(config.layers) - set(stored.values())
         if surplus:
             raise CheckpointError(
                 f"quantization_config describes {', '.join(sorted(surplus))}, which the model lacks"
             )
+        manifest = copy.copy(config)
         config.layers = {name: config.layers[old] for name, old in stored.items()}
         specs = {layer.name: packed_spec(layer.name, config) for layer in layers}
+        tensors = stored_tensors(files)
         if files:
-            verify_headers(stored_tensors(files), {stored[name]: spec for name, spec in specs.items()})
+            verify_headers(tensors, {stored[name]: spec for name, spec in specs.items()})
         for layer in layers:
             check_shape(layer.name, specs[layer.name], layer.module)
             module = BitsMoEExperts(layer.module, specs[layer.name])
             module.drop_original_weights()
             replace_module(model, layer.name, module)
+        if spread is not None:
+            packed_files = PackedFiles(
+                manifest, {stored[name]: spec for name, spec in specs.items()}, tensors
+            )
+            self._split = empty_split_layers(model, spread, packed_files, stored)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         model.add_model_tags(list(TAGS))  # of the card that transformers writes on push_to_hub
-        if self.pre_quantized:
-            for name, module in model.named_modules():
-                if isinstance(module, BitsMoEExperts):
-                    verify_experts(name, module, self.quantization_config)
-            leave_to_each_process(model)
-            return
+        count_original_parameters(model)
+        if not self.pre_quantized:
+            self._quantize(model)
+        elif self._split is not None:
+            self._split.load(model)
+        else:
+            verify_layers(model, self.quantization_config, self._device_map)
+        leave_to_each_process(model)
+
+    def _quantize(self, model: Any) -> None:
         config, source = self.quantization_config, self._source
         if isinstance(source, StreamedExperts):
             source.model_is_loaded()
@@ -137,7 +166,6 @@ class BitsMoEQuantizer(HfQuantizer):
             seed=config.seed,
         )
         quantize_model(model, blocks, config, source)
-        leave_to_each_process(model)
         self._source = None  # it holds the model
 
     def _tokenizer(self, model: Any, needed: bool) -> Any:
@@ -157,19 +185,25 @@ class BitsMoEQuantizer(HfQuantizer):
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Called before config and weights are saved: record what will be in the files."""
+        if getattr(model, "_hf_peft_config_loaded", False):  # adapters are saved, of which we record nothing
+            return model.state_dict(), {}
+        check_saving(model)
         describe_current(model, model.config.quantization_config)
         extra = {name: _read(path, name) for name, path in self._prediction_layers.items()}
-        state = {**model.state_dict(), **extra}
-        ignored = model._keys_to_ignore_on_save or ()
-        kept = {name: tensor for name, tensor in state.items() if name not in ignored}
-        saved = revert_weight_conversion(model, remove_tied_weights_from_state_dict(kept, model))
-        if not extra.keys() <= saved.keys():
-            raise CheckpointError(
-                f"{', '.join(sorted(extra.keys() - saved.keys()))} would be renamed on saving; transformers "
-                "has no name for it. Remove it from the model's files first, if it is not needed"
-            )
-        model.config.quantization_config.other_tensors = record(saved)
+        state = whole_state(model, self._split) | extra
+        model.config.quantization_config.other_tensors = record_saved(model, state, extra)
         return state, {}
+
+    def _dequantize(self, model: Any, dtype: Any = None) -> Any:
+        # The config of a model that was saved holds a name.
+        dequantize_model(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype or model.dtype)
+        return model
+
+    def remove_quantization_config(self, model: Any) -> None:
+        super().remove_quantization_config(model)
+        # Or the model would be saved by the names that its packed files needed, and called quantized.
+        vars(model).pop("_weight_conversions", None)
+        model.config._is_quantized = False
 
     def is_serializable(self, **kwargs: Any) -> bool:
         return True
@@ -183,7 +217,7 @@ class BitsMoEQuantizer(HfQuantizer):
         return True
 
 
-def _stored_names(model: Any, layers: list[str], config: BitsMoEConfig) -> dict[str, str]:
+def stored_names(model: Any, layers: list[str], config: BitsMoEConfig) -> dict[str, str]:
     """Name of each layer in the model -> its name in the manifest, for those that are there.
 
     They differ by the prefix of the base model where ``AutoModel`` loads what was saved with a head, or the

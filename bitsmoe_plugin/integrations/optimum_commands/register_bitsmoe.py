@@ -19,6 +19,7 @@ COMMANDS = (
     "report",
     "evaluate",
     "compare",
+    "dequantize",
     "import-upstream",
     "bench",
 )
