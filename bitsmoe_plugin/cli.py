@@ -306,7 +306,7 @@ def _evaluate_text(args: argparse.Namespace, model: Any, tokenizer: Any) -> dict
         chat_template_kwargs=args.chat_template_kwargs,
         **options,
     )
-    return as_record(result, args.dataset, reference=reference and reference.name, **options)
+    return as_record(result, args.dataset, reference=reference.name if reference else None, **options)
 
 
 def _compare(args: argparse.Namespace, stdout: TextIO) -> None:

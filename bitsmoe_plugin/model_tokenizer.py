@@ -91,12 +91,12 @@ def tokenizer_to_save(model: str | Path | ModelSource) -> Any:
         return None
 
 
-def given_tokenizer(tokenizer: Any, source: ModelSource) -> Any:
+def given_tokenizer(tokenizer: Any, source: ModelSource | None = None) -> Any:
     """The tokenizer that an option gives.
 
     Args:
         tokenizer: directory, hub name, tokenizer or processor.
-        source: of the model; a name is looked for in the same way.
+        source: of the model; the tokenizer's name is looked for in the same way.
 
     Raises:
         ConfigError: it is none of these, or there is no tokenizer of this name.
@@ -105,7 +105,7 @@ def given_tokenizer(tokenizer: Any, source: ModelSource) -> Any:
         tokenizer = getattr(tokenizer, "tokenizer", None)
     if isinstance(tokenizer, (str, Path)):
         try:
-            return load_tokenizer(source.elsewhere(tokenizer))
+            return load_tokenizer(source.elsewhere(tokenizer) if source else tokenizer)
         except UntrustedCodeError:
             raise
         except (OSError, ValueError) as error:
