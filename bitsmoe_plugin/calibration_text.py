@@ -14,7 +14,14 @@ from bitsmoe_plugin.document_tokens import document_tokens
 from bitsmoe_plugin.documents import Documents, load_documents
 from bitsmoe_plugin.errors import QuantizationError
 
-__all__ = ["held_out_last", "joined_documents", "load_documents", "token_blocks", "token_stream"]
+__all__ = [
+    "check_vocabulary",
+    "held_out_last",
+    "joined_documents",
+    "load_documents",
+    "token_blocks",
+    "token_stream",
+]
 _SUSPICIOUS = 1 / 3
 """Share of one token from which on it is taken for padding that nothing marks as such."""
 
@@ -141,14 +148,23 @@ def token_blocks(
         )
     tokens = torch.tensor(stream[: blocks * sequence_length], dtype=torch.int64, device="cpu")
     tokens = tokens.view(blocks, sequence_length)
+    check_vocabulary(tokens, vocab_size)
+    _warn_of_padding(tokens)
+    return tokens
+
+
+def check_vocabulary(tokens: Tensor, vocab_size: int) -> None:
+    """Refuse tokens that a model has no embedding for.
+
+    Raises:
+        QuantizationError: naming the id and the vocabulary.
+    """
     if int(tokens.min()) < 0 or int(tokens.max()) >= vocab_size:
         wrong = int(tokens.min() if int(tokens.min()) < 0 else tokens.max())
         raise QuantizationError(
             f"dataset holds token id {wrong}, but the vocabulary ends at {vocab_size - 1}; "
             "was it tokenized for another model?"
         )
-    _warn_of_padding(tokens)
-    return tokens
 
 
 def _warn_of_padding(tokens: Tensor) -> None:

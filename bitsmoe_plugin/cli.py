@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from bitsmoe_plugin import cli_parser
+from bitsmoe_plugin.cli_source import OWN, source_of
 from bitsmoe_plugin.config import BitsMoEConfig
 from bitsmoe_plugin.errors import BitsMoEError, ConfigError
 from bitsmoe_plugin.model_source import ModelSource
@@ -31,8 +32,6 @@ _FLAGS = (
     "method",
 )
 """Options of BitsMoEConfig that have a flag of their own; ``--option`` leaves them to it."""
-_OWN = {"revision": None, "subfolder": ""}
-"""Options of ``ModelSource`` that a model and its reference have each for itself."""
 _SESSION = """\
 a first session:
   %(prog)s estimate MODEL
@@ -101,15 +100,6 @@ def _config(args: argparse.Namespace) -> BitsMoEConfig:
     return BitsMoEConfig(**given, **parse_options(args.option))
 
 
-def _source(args: argparse.Namespace, of: str = "model") -> ModelSource:
-    """Where the model, or with ``of="reference"`` that one, is found."""
-    prefix = "" if of == "model" else f"{of}_"
-    own = {name: getattr(args, prefix + name, default) for name, default in _OWN.items()}
-    return ModelSource.of(
-        getattr(args, of), cache_dir=args.cache_dir, trust_remote_code=args.trust_remote_code, **own
-    )
-
-
 def _estimate(args: argparse.Namespace, stdout: TextIO) -> None:
     from bitsmoe_plugin.estimate import estimate, print_estimate
 
@@ -133,21 +123,29 @@ def _quantize(args: argparse.Namespace, stdout: TextIO) -> None:
 
         check_report_extra()
     if args.eval is not None:
-        from bitsmoe_plugin.calibration_text import load_documents
-
-        load_documents(args.eval)
+        _check_evaluation_text(args)
     device = choose_device(args.device)
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(KERNELS))  # read at the first product
     with connected() as workers:
         if not workers.main:
             logging.disable_progress_bar()
-        quantize_to_directory(_source(args), args.out, _config(args), device)
+        quantize_to_directory(source_of(args), args.out, _config(args), device)
         main = workers.main
     if main:
         _report_size(args.out)
         evaluation = _evaluate_packed(args, device) if args.eval is not None else None
         if args.report:
             _write_report(args.out, evaluation)
+
+
+def _check_evaluation_text(args: argparse.Namespace) -> None:
+    """Read text that is needed at the end, with the tokenizer that will be saved."""
+    from bitsmoe_plugin.evaluation import BLOCK, evaluation_text
+    from bitsmoe_plugin.model_tokenizer import load_tokenizer
+
+    options = {"chat_template_kwargs": args.chat_template_kwargs}
+    tokenizer = load_tokenizer(source_of(args))
+    evaluation_text(args.eval, tokenizer, sequence_length=BLOCK, max_tokens=None, **options)
 
 
 def _evaluate_packed(args: argparse.Namespace, device: str) -> dict[str, Any]:
@@ -182,7 +180,7 @@ def _tune(args: argparse.Namespace, stdout: TextIO) -> None:
     names = ("epochs", "learning_rate", "batch_size", "held_out", "seed")
     result = tune_to_directory(
         ModelSource.of(args.model, trust_remote_code=args.trust_remote_code),
-        _source(args, "reference"),
+        source_of(args, "reference"),
         args.out,
         args.dataset,
         TuningSettings(**{name: getattr(args, name) for name in names}),
@@ -235,7 +233,7 @@ def _evaluate(args: argparse.Namespace, stdout: TextIO) -> None:
     from bitsmoe_plugin.model_tokenizer import load_tokenizer
 
     _check_evaluate(args)
-    source = _source(args)
+    source = source_of(args)
     check_if_packed(source.name)
     if args.card:
         read_config(Path(source.name))  # only a packed model has a card of ours
@@ -284,7 +282,7 @@ def _check_evaluate(args: argparse.Namespace) -> None:
         for name in names:
             if getattr(args, name) is not None and not getattr(args, owner[2:]):
                 raise ConfigError(f"--{name.replace('_', '-')} belongs to {owner}, which is not given")
-    given = [name for name in _OWN if getattr(args, f"reference_{name}")]
+    given = [name for name in OWN if getattr(args, f"reference_{name}")]
     if given and not args.reference:
         raise ConfigError(f"--reference-{given[0]} belongs to --reference, which is not given")
     if args.dataset:
@@ -294,7 +292,7 @@ def _check_evaluate(args: argparse.Namespace) -> None:
 def _evaluate_text(args: argparse.Namespace, model: Any, tokenizer: Any) -> dict[str, Any]:
     from bitsmoe_plugin.evaluation import as_record, evaluate_text
 
-    reference = _source(args, "reference") if args.reference else None
+    reference = source_of(args, "reference") if args.reference else None
     options = {name: getattr(args, name) for name in ("sequence_length", "stride")}
     result = evaluate_text(
         model,
@@ -328,7 +326,7 @@ def _compare(args: argparse.Namespace, stdout: TextIO) -> None:
         new_tokens=args.new_tokens,
         checkpoint=args.checkpoint,
         chat_template_kwargs=args.chat_template_kwargs,
-        loading={name: getattr(args, name) for name in (*_OWN, "cache_dir", "trust_remote_code")},
+        loading={name: getattr(args, name) for name in (*OWN, "cache_dir", "trust_remote_code")},
     )
     results = compare(task, tuple(args.methods.split(",")))
     if args.json:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from bitsmoe_plugin.benchmarks import BENCHMARKS
+from bitsmoe_plugin.cli_source import add_chat_template, add_source
 from bitsmoe_plugin.comparison import METHODS as COMPARED
 from bitsmoe_plugin.config import BitsMoEConfig
 from bitsmoe_plugin.evaluation import BLOCK
@@ -101,40 +101,6 @@ def _add_budget(parser: Any) -> None:
     _add_number(parser, "--factor-bits", text, kind=float)
 
 
-def _add_source(parser: Any, reference: bool = False, model: bool = True) -> None:
-    """Where models of the hub are found; not ``--token``, which other users of the machine would see."""
-    group = parser.add_argument_group(
-        "where models are found",
-        "for models on the hub; its token is that of the environment, HF_TOKEN, or of `hf auth login`",
-    )
-    for of, prefix in (("", ""),) * model + (("of --reference: ", "reference-"),) * reference:
-        text = f"{of}branch, tag or commit"
-        group.add_argument(f"--{prefix}revision", metavar="NAME", help=text)
-        text = f"{of}folder of the repository, or of a directory, with the model and its tokenizer"
-        group.add_argument(f"--{prefix}subfolder", default="", metavar="DIR", help=text)
-    group.add_argument("--cache-dir", metavar="DIR", help="where files of the hub are kept")
-    text = "run the code that a tokenizer brings along (that of models is never run)"
-    group.add_argument("--trust-remote-code", action="store_true", help=text)
-
-
-def _add_chat_template(parser: Any) -> None:
-    text = (
-        "for text with a field messages: arguments of the tokenizer's chat template, like "
-        "'{\"enable_thinking\": false}'"
-    )
-    parser.add_argument("--chat-template-kwargs", type=_json_object, metavar="JSON", help=text)
-
-
-def _json_object(text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"{text!r} is no JSON object")
-    return value
-
-
 def _add_calibration(parser: Any, batch_size: int = BitsMoEConfig().batch_size) -> None:
     defaults = BitsMoEConfig()
     text = (
@@ -142,7 +108,7 @@ def _add_calibration(parser: Any, batch_size: int = BitsMoEConfig().batch_size) 
         "messages, or input_ids)"
     )
     parser.add_argument("--dataset", required=True, metavar="FILE", help=text)
-    _add_chat_template(parser)
+    add_chat_template(parser)
     text = "tokens of it to use, at most, sampled from all documents"
     _add_number(parser, "--calibration-tokens", text, defaults.calibration_tokens)
     _add_number(parser, "--sequence-length", "tokens per sequence", defaults.sequence_length)
@@ -198,7 +164,7 @@ def add_quantize(commands: Any, run: Run) -> None:
     parser.add_argument("--eval", metavar="FILE", help=text)
     text = "also write OUT/report/report.html, see `bitsmoe report`"
     parser.add_argument("--report", action="store_true", help=text)
-    _add_source(parser)
+    add_source(parser)
 
 
 def add_tune(commands: Any, run: Run) -> None:
@@ -216,7 +182,7 @@ def add_tune(commands: Any, run: Run) -> None:
     text = "share of the text that is only measured on, to take the best epoch"
     _add_number(parser, "--held-out", text, defaults.held_out, float)
     _add_device(parser)
-    _add_source(parser, reference=True, model=False)
+    add_source(parser, reference=True, model=False)
 
 
 def add_inspect(commands: Any, run: Run) -> None:
@@ -245,7 +211,7 @@ def add_evaluate(commands: Any, run: Run) -> None:
     )
     parser.add_argument("model", help=_MODEL)
     _add_evaluation_text(parser, "--dataset", required=False)
-    _add_chat_template(parser)
+    add_chat_template(parser)
     text = (
         "the model before it was quantized: also tell how far the predictions moved (KL divergence) and how "
         "often the most likely token is the same; both models are in memory"
@@ -262,7 +228,7 @@ def add_evaluate(commands: Any, run: Run) -> None:
     _add_device(parser)
     text = "also write the results into the model card, README.md of the packed model"
     parser.add_argument("--card", action="store_true", help=text)
-    _add_source(parser, reference=True)
+    add_source(parser, reference=True)
     _add_json(parser)
 
 
@@ -298,7 +264,7 @@ def add_compare(commands: Any, run: Run) -> None:
     parser.add_argument("--checkpoint", metavar="DIR", help=text)
     parser.add_argument("--prompt", metavar="TEXT", help="also let each of them continue this text")
     _add_number(parser, "--new-tokens", "length of the continuation", 40)
-    _add_source(parser)
+    add_source(parser)
     _add_json(parser)
 
 

@@ -96,6 +96,8 @@ class RowReader:
 
 
 def _document(item: Any, place: str) -> Document:
+    if isinstance(item, Chat):
+        return item
     if isinstance(item, str):
         return checked_text(item, place)
     if isinstance(item, (list, tuple)) and item and isinstance(item[0], Mapping):

@@ -137,8 +137,10 @@ def _of_file(path: Path) -> Documents:
 
 def _rows(dataset: Any) -> tuple[Iterable[Any], RowReader]:
     """What to iterate over, with a length if that is known, and how its rows are read."""
+    more = ""
     if isinstance(dataset, Mapping):
         _refuse_splits(dataset)
+        more = ". Of columns: datasets.Dataset.from_dict(dataset)"
     elif hasattr(dataset, "column_names") and hasattr(dataset, "with_format"):
         return _columns(dataset)
     elif hasattr(dataset, "tolist"):  # tensors, arrays and series
@@ -148,7 +150,7 @@ def _rows(dataset: Any) -> tuple[Iterable[Any], RowReader]:
     # A table iterates over the names of its columns, a set in an order of its own.
     elif isinstance(dataset, Iterable) and not isinstance(dataset, Set) and not hasattr(dataset, "columns"):
         return dataset, RowReader()
-    raise QuantizationError(f"dataset is a {type(dataset).__name__}; allowed: {_ALLOWED}")
+    raise QuantizationError(f"dataset is a {type(dataset).__name__}; allowed: {_ALLOWED}{more}")
 
 
 def _refuse_splits(dataset: Mapping[Any, Any]) -> None:

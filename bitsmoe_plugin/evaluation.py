@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from bitsmoe_plugin.calibration_text import joined_documents
+from bitsmoe_plugin.calibration_text import check_vocabulary, joined_documents
 from bitsmoe_plugin.documents import DEFAULT_TOKENS, Documents, load_documents
 from bitsmoe_plugin.errors import ConfigError, QuantizationError
 from bitsmoe_plugin.model_source import ModelSource, load_model
@@ -269,7 +269,7 @@ def evaluate_text(
 
     Raises:
         ConfigError: a stride that is not allowed, or a reference with another vocabulary.
-        QuantizationError: too little text.
+        QuantizationError: too little text, or ids outside the vocabulary.
     """
     texts = evaluation_text(
         dataset,
@@ -279,6 +279,8 @@ def evaluate_text(
         stride=stride,
         chat_template_kwargs=chat_template_kwargs,
     )
+    for text in texts:
+        check_vocabulary(text.blocks, model.get_input_embeddings().num_embeddings)
     other = load_reference(reference, model) if reference is not None else None
     return evaluate_model(model, texts, reference=other, batch_size=batch_size)
 

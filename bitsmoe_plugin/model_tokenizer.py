@@ -47,22 +47,21 @@ def load_tokenizer(model: str | Path | ModelSource) -> Any:
 
 
 def _refuse_code(source: ModelSource) -> None:
-    """Refuse a tokenizer for which transformers has no class of its own."""
+    """Refuse a tokenizer whose class transformers does not have."""
     found = tokenization_auto.get_tokenizer_config(source.name, **source.hub())
-    code, name = found.get("auto_map"), found.get("tokenizer_class")
+    code = found.get("auto_map")
     code = code.get("AutoTokenizer") if isinstance(code, dict) else code
-    known = found.get("tokenizer_class")
-    if not code or (
-        isinstance(known, str) and tokenization_auto.tokenizer_class_from_name(known) is not None
-    ):
-        return
+    classes = code if isinstance(code, (list, tuple)) else [code]
+    names = {str(name).rpartition(".")[2].removesuffix("Fast") for name in classes if name}
+    if not names or any(tokenization_auto.tokenizer_class_from_name(name) for name in names):
+        return  # there is no code, or it has become part of transformers
     # Models whose repositories still name code that transformers has replaced.
     replaced = tokenization_auto.MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS
     if _model_type(source) in replaced:
         return
     raise UntrustedCodeError(
-        f"the tokenizer at {source.name} brings code of its own along ({name}), which is run only if you say "
-        "so: --trust-remote-code, or in Python "
+        f"the tokenizer at {source.name} brings code of its own along ({', '.join(sorted(names))}), which is "
+        "run only if you say so: --trust-remote-code, or in Python "
         "tokenizer=AutoTokenizer.from_pretrained(..., trust_remote_code=True)"
     )
 

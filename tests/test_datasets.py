@@ -161,6 +161,7 @@ def test_an_endless_stream_is_read_as_far_as_needed(kind: str, tokenizer: Any) -
     assert found[0].shape == (64, 32)
 
 
+@pytest.mark.filterwarnings("ignore:token .* of the calibration tokens")
 def test_a_stream_goes_on_where_text_has_fewer_tokens_than_expected(tokenizer: Any) -> None:
     """Guards the guess of characters per token: a run of spaces is one token or few."""
     counted = Counted([f"{' ' * 4000}word {number}" for number in range(50)])
@@ -175,6 +176,15 @@ def test_a_stream_that_ends_gives_what_it_has(tokenizer: Any) -> None:
 def test_a_stream_without_text_is_given_up() -> None:
     with pytest.raises(QuantizationError, match="10000 documents without text"):
         load_documents(Counted([""]))
+
+
+def test_what_datasets_give_as_columns_is_read() -> None:
+    """``dataset["text"]`` is no list, and a tensor may hold all documents."""
+    dataset = datasets.Dataset.from_dict({"text": ["a", "b"], "input_ids": [[1, 2], [3, 4]]})
+    assert load_documents(dataset["text"]) == ["a", "b"]
+    assert load_documents(dataset["input_ids"]) == [[1, 2], [3, 4]]
+    assert load_documents(torch.tensor([[1, 2], [3, 4]])) == [[1, 2], [3, 4]]
+    assert load_documents(np.array(["a", "b"])) == ["a", "b"]
 
 
 def test_evaluation_of_a_stream_takes_its_first_tokens(tokenizer: Any) -> None:
@@ -248,6 +258,7 @@ STREAMS = datasets.IterableDatasetDict({"a": ONE.to_iterable_dataset()})
         ([{"messages": []}], r"dataset\[0\]: 'messages' is \[\]"),
         (iter([{"text": "a"}, {"text": 3}]), r"document 1 of the stream \(from 0\): .* not 3"),
         ({"a", "b"}, "is a set; allowed"),
+        (PADDED, r"is a dict; allowed: .*from_dict"),
         (["", ""], "dataset is empty"),
         (iter([]), "dataset is empty"),
     ],

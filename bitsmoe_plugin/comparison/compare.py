@@ -20,7 +20,7 @@ from typing import Any, TextIO
 import torch
 from rich.table import Table
 
-from bitsmoe_plugin.calibration_text import load_documents, token_blocks
+from bitsmoe_plugin.calibration_text import load_documents, token_blocks, token_stream
 from bitsmoe_plugin.config import BitsMoEConfig
 from bitsmoe_plugin.errors import BitsMoEError, ConfigError, QuantizationError
 from bitsmoe_plugin.evaluation import evaluate_model, evaluation_text
@@ -241,8 +241,9 @@ def compare(task: ComparisonTask, methods: tuple[str, ...]) -> list[dict[str, An
     task.config()
     source = task.source
     # What is missing or damaged should not show after another method's hours.
+    tokenizer, options = load_tokenizer(source), {"chat_template_kwargs": task.chat_template_kwargs}
     for text in (task.dataset, task.eval):
-        load_documents(text)
+        token_stream(load_documents(text), tokenizer, limit=1, **options)
     for path in (source.name, task.checkpoint):
         if path is not None:
             check_if_packed(path)
