@@ -209,6 +209,35 @@ def test_compare_and_optimum_hand_the_options_on(
         optimum.BitsMoEQuantizer.from_pretrained(nested, revison="right")
 
 
+def test_the_command_line_takes_conversations(
+    model: Path, text: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Template and arguments for it; a tokenizer without one is refused before anything is calibrated."""
+    file, out = tmp_path / "chat.jsonl", tmp_path / "out"
+    file.write_text(
+        "\n".join(json.dumps({"messages": [{"role": "user", "content": f"{n} " * 99}]}) for n in range(9))
+    )
+    template = {
+        "chat_template": "{% for m in messages %}{{ m.content }}{{ ending }}{% endfor %}",
+        "ending": ".",
+    }
+    for dataset, measured in ((file, text), (text, file)):
+        given = ["quantize", str(model), str(out), "--dataset", str(dataset), "--eval", str(measured), *FLAGS]
+        status, _, error = run_here(capfd, *given)
+        assert (status, "no chat template" in error, "Calibrating" in error) == (2, True, False)
+        assert list(tmp_path.iterdir()) == [file]
+    for wrong in ("[1]", "{", '{"tokenize": true}'):
+        status, _, error = run_here(capfd, *given, "--chat-template-kwargs", wrong)
+        assert (status, wrong.split('"')[0] in error, "Traceback" in error) == (2, True, False)
+    status, _, error = run_here(capfd, *given, "--chat-template-kwargs", json.dumps(template))
+    assert status == 0, error
+    assert "chat" not in (out / "config.json").read_text()
+    measure = ["evaluate", str(out), "--dataset", str(file), "--json", "--chat-template-kwargs"]
+    status, printed, error = run_here(capfd, *measure, json.dumps(template))
+    assert status == 0, error
+    assert json.loads(printed)["tokens"] > 500
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -263,6 +292,22 @@ def test_code_of_a_tokenizer_is_run_only_if_told_so(
         97,
         98,
     ]
+
+
+@pytest.mark.parametrize(
+    ("name", "model_type"), [("Qwen2TokenizerFast", None), ("MiniMaxTokenizer", "minimax_m2")]
+)
+def test_code_that_transformers_has_replaced_needs_no_flag(
+    with_code: Path, tmp_path: Path, name: str, model_type: str | None
+) -> None:
+    """Repositories keep naming code whose class, or whose model's tokenizer, is in transformers by now."""
+    folder = Path(shutil.copytree(with_code, tmp_path / "model"))
+    settings = {"eos_token": "<|endoftext|>", "auto_map": {"AutoTokenizer": [None, f"letters.{name}"]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    if model_type is not None:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, "model_type": model_type}))
+    assert len(load_tokenizer(folder)) > 1000
 
 
 def test_token_ids_need_no_tokenizer_but_say_so(model: Path, tmp_path: Path) -> None:
