@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from bitsmoe_plugin import cli_parser
+from bitsmoe_plugin.cli_source import OWN, source_of
 from bitsmoe_plugin.config import BitsMoEConfig
 from bitsmoe_plugin.errors import BitsMoEError, ConfigError
+from bitsmoe_plugin.model_source import ModelSource
 from bitsmoe_plugin.streams import stdout_to_stderr
 from bitsmoe_plugin.tested_versions import describe_versions
 
@@ -22,6 +24,7 @@ _FLAGS = (
     "bits",
     "factor_bits",
     "dataset",
+    "chat_template_kwargs",
     "calibration_tokens",
     "sequence_length",
     "batch_size",
@@ -121,31 +124,41 @@ def _quantize(args: argparse.Namespace, stdout: TextIO) -> None:
 
         check_report_extra()
     if args.eval is not None:
-        from bitsmoe_plugin.calibration_text import load_documents
-
-        load_documents(args.eval)
+        _check_evaluation_text(args)
     device = choose_device(args.device)
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(KERNELS))  # read at the first product
     with connected() as workers:
         if not workers.main:
             logging.disable_progress_bar()
-        quantize_to_directory(args.model, args.out, _config(args), device)
+        quantize_to_directory(source_of(args), args.out, _config(args), device)
         main = workers.main
     if main:
         _report_size(args.out)
-        evaluation = _evaluate_packed(args.out, args.eval, device) if args.eval is not None else None
+        evaluation = _evaluate_packed(args, device) if args.eval is not None else None
         if args.report:
             _write_report(args.out, evaluation)
 
 
-def _evaluate_packed(directory: Path, text: str, device: str) -> dict[str, Any]:
+def _check_evaluation_text(args: argparse.Namespace) -> None:
+    """Read text that is needed at the end, with the tokenizer that will be saved."""
+    from bitsmoe_plugin.evaluation import BLOCK, evaluation_text
+    from bitsmoe_plugin.model_tokenizer import load_tokenizer
+
+    options = {"chat_template_kwargs": args.chat_template_kwargs}
+    tokenizer = load_tokenizer(source_of(args))
+    evaluation_text(args.eval, tokenizer, sequence_length=BLOCK, max_tokens=None, **options)
+
+
+def _evaluate_packed(args: argparse.Namespace, device: str) -> dict[str, Any]:
     """Measure a model that was just written, and tell its card."""
     from bitsmoe_plugin.evaluation import as_record, evaluate_path
     from bitsmoe_plugin.model_card import record_evaluation
 
-    result = as_record(evaluate_path(str(directory), text, device), text)
-    record_evaluation(directory, result)
-    print(f"perplexity: {result['perplexity']:.3f}, written into {directory / 'README.md'}", file=sys.stderr)
+    packed = ModelSource.of(args.out, trust_remote_code=args.trust_remote_code)
+    options = {"chat_template_kwargs": args.chat_template_kwargs}
+    result = as_record(evaluate_path(packed, args.eval, device, **options), args.eval)
+    record_evaluation(args.out, result)
+    print(f"perplexity: {result['perplexity']:.3f}, written into {args.out / 'README.md'}", file=sys.stderr)
     return result
 
 
@@ -167,14 +180,15 @@ def _tune(args: argparse.Namespace, stdout: TextIO) -> None:
 
     names = ("epochs", "learning_rate", "batch_size", "held_out", "seed")
     result = tune_to_directory(
-        args.model,
-        args.reference,
+        ModelSource.of(args.model, trust_remote_code=args.trust_remote_code),
+        source_of(args, "reference"),
         args.out,
         args.dataset,
         TuningSettings(**{name: getattr(args, name) for name in names}),
         calibration_tokens=args.calibration_tokens,
         sequence_length=args.sequence_length,
         device=choose_device(args.device),
+        chat_template_kwargs=args.chat_template_kwargs,
     )
     print(
         f"{args.out}: KL to {args.reference} on held-out text {result.before:.4f} before, {result.after:.4f} "
@@ -228,16 +242,17 @@ def _evaluate(args: argparse.Namespace, stdout: TextIO) -> None:
     from bitsmoe_plugin.model_tokenizer import load_tokenizer
 
     _check_evaluate(args)
-    check_if_packed(args.model)
+    source = source_of(args)
+    check_if_packed(source.name)
     if args.card:
-        read_config(args.model)  # only a packed model has a card of ours
+        read_config(Path(source.name))  # only a packed model has a card of ours
     if args.tasks:
         from bitsmoe_plugin.integrations.lm_eval import find_tasks
 
         find_tasks(args.tasks.split(","), args.task_dir)  # a wrong name should not cost a load
-    device, tokenizer = choose_device(args.device), load_tokenizer(args.model)
+    device, tokenizer = choose_device(args.device), load_tokenizer(source)
     result: dict[str, Any] = {}
-    model = load_for_evaluation(args.model, device)
+    model = load_for_evaluation(source, device)
     if args.dataset:
         result.update(_evaluate_text(args, model, tokenizer))
     if args.tasks:
@@ -255,7 +270,7 @@ def _evaluate(args: argparse.Namespace, stdout: TextIO) -> None:
     if args.card:
         from bitsmoe_plugin.model_card import record_evaluation
 
-        record_evaluation(Path(args.model), result)
+        record_evaluation(Path(source.name), result)
     if args.json:
         _print_json(result, stdout)
     else:
@@ -268,11 +283,17 @@ def _check_evaluate(args: argparse.Namespace) -> None:
 
     if not args.dataset and not args.tasks:
         raise ConfigError("give --dataset TEXT for perplexity, --tasks NAMES for tasks of lm-eval, or both")
-    needs = {"--dataset": ("reference", "stride", "max_tokens"), "--tasks": ("task_dir", "few_shot", "limit")}
+    needs = {
+        "--dataset": ("reference", "stride", "max_tokens", "chat_template_kwargs"),
+        "--tasks": ("task_dir", "few_shot", "limit"),
+    }
     for owner, names in needs.items():
         for name in names:
             if getattr(args, name) is not None and not getattr(args, owner[2:]):
                 raise ConfigError(f"--{name.replace('_', '-')} belongs to {owner}, which is not given")
+    given = [name for name in OWN if getattr(args, f"reference_{name}")]
+    if given and not args.reference:
+        raise ConfigError(f"--reference-{given[0]} belongs to --reference, which is not given")
     if args.dataset:
         load_documents(args.dataset)
 
@@ -280,12 +301,19 @@ def _check_evaluate(args: argparse.Namespace) -> None:
 def _evaluate_text(args: argparse.Namespace, model: Any, tokenizer: Any) -> dict[str, Any]:
     from bitsmoe_plugin.evaluation import as_record, evaluate_text
 
-    names = ("sequence_length", "stride", "reference")
-    options = {name: getattr(args, name) for name in names}
+    reference = source_of(args, "reference") if args.reference else None
+    options = {name: getattr(args, name) for name in ("sequence_length", "stride")}
     result = evaluate_text(
-        model, tokenizer, args.dataset, max_tokens=args.max_tokens, batch_size=args.batch_size, **options
+        model,
+        tokenizer,
+        args.dataset,
+        max_tokens=args.max_tokens,
+        batch_size=args.batch_size,
+        reference=reference,
+        chat_template_kwargs=args.chat_template_kwargs,
+        **options,
     )
-    return as_record(result, args.dataset, **options)
+    return as_record(result, args.dataset, reference=reference.name if reference else None, **options)
 
 
 def _compare(args: argparse.Namespace, stdout: TextIO) -> None:
@@ -306,6 +334,8 @@ def _compare(args: argparse.Namespace, stdout: TextIO) -> None:
         prompt=args.prompt,
         new_tokens=args.new_tokens,
         checkpoint=args.checkpoint,
+        chat_template_kwargs=args.chat_template_kwargs,
+        loading={name: getattr(args, name) for name in (*OWN, "cache_dir", "trust_remote_code")},
     )
     results = compare(task, tuple(args.methods.split(",")))
     if args.json:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bitsmoe_plugin.benchmarks import BENCHMARKS
+from bitsmoe_plugin.cli_source import add_chat_template, add_source
 from bitsmoe_plugin.comparison import METHODS as COMPARED
 from bitsmoe_plugin.config import BitsMoEConfig
 from bitsmoe_plugin.evaluation import BLOCK
@@ -107,8 +108,12 @@ def _add_budget(parser: Any) -> None:
 
 def _add_calibration(parser: Any, batch_size: int = BitsMoEConfig().batch_size) -> None:
     defaults = BitsMoEConfig()
-    text = "calibration text, like what the model will read and write: .txt, or .jsonl with a field text"
+    text = (
+        "calibration text, like what the model will read and write: .txt, or .jsonl with a field text (or "
+        "messages, or input_ids)"
+    )
     parser.add_argument("--dataset", required=True, metavar="FILE", help=text)
+    add_chat_template(parser)
     text = "tokens of it to use, at most, sampled from all documents"
     _add_number(parser, "--calibration-tokens", text, defaults.calibration_tokens)
     _add_number(parser, "--sequence-length", "tokens per sequence", defaults.sequence_length)
@@ -164,6 +169,7 @@ def add_quantize(commands: Any, run: Run) -> None:
     parser.add_argument("--eval", metavar="FILE", help=text)
     text = "also write OUT/report/report.html, see `bitsmoe report`"
     parser.add_argument("--report", action="store_true", help=text)
+    add_source(parser)
 
 
 def add_tune(commands: Any, run: Run) -> None:
@@ -181,6 +187,7 @@ def add_tune(commands: Any, run: Run) -> None:
     text = "share of the text that is only measured on, to take the best epoch"
     _add_number(parser, "--held-out", text, defaults.held_out, float)
     _add_device(parser)
+    add_source(parser, reference=True, model=False)
 
 
 def add_inspect(commands: Any, run: Run) -> None:
@@ -209,6 +216,7 @@ def add_evaluate(commands: Any, run: Run) -> None:
     )
     parser.add_argument("model", help=_MODEL)
     _add_evaluation_text(parser, "--dataset", required=False)
+    add_chat_template(parser)
     text = (
         "the model before it was quantized: also tell how far the predictions moved (KL divergence) and how "
         "often the most likely token is the same; both models are in memory"
@@ -225,6 +233,7 @@ def add_evaluate(commands: Any, run: Run) -> None:
     _add_device(parser)
     text = "also write the results into the model card, README.md of the packed model"
     parser.add_argument("--card", action="store_true", help=text)
+    add_source(parser, reference=True)
     _add_json(parser)
 
 
@@ -260,6 +269,7 @@ def add_compare(commands: Any, run: Run) -> None:
     parser.add_argument("--checkpoint", metavar="DIR", help=text)
     parser.add_argument("--prompt", metavar="TEXT", help="also let each of them continue this text")
     _add_number(parser, "--new-tokens", "length of the continuation", 40)
+    add_source(parser)
     _add_json(parser)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,14 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from bitsmoe_plugin import coding, tiled
 from bitsmoe_plugin.errors import CheckpointError, ConfigError
 from bitsmoe_plugin.methods import ALL_WIDTHS, METHODS
-from bitsmoe_plugin.option_checks import check_choice, check_number, fail, is_budget_table, is_expert_table
+from bitsmoe_plugin.option_checks import (
+    check_choice,
+    check_number,
+    check_template_kwargs,
+    fail,
+    is_budget_table,
+    is_expert_table,
+)
 from bitsmoe_plugin.packing import FACTORS, FORMAT_VERSION
 
 QUANT_METHOD = "bitsmoe"
@@ -24,7 +32,7 @@ _FLAGS = (
     "compensation",
     "sequential",
 )
-_RUNTIME_ONLY = ("dataset", "tokenizer", "work_dir")
+_RUNTIME_ONLY = ("dataset", "tokenizer", "chat_template_kwargs", "work_dir")
 
 
 def _check_tiled(basis_bits: int, basis_group_size: int) -> None:
@@ -62,10 +70,13 @@ class BitsMoEConfig(QuantizationConfigMixin):
             their rows (payload, row codes, scale grids, kept experts) over their weights, in each layer of
             ``layer_bits`` and in all others together; the projections not named share the rest. Bases and
             biases belong to no projection.
-        dataset: calibration text: list of strings, list of token id lists, ``datasets.Dataset``
-            with a column ``text`` or ``input_ids``, or a path to a .txt or .jsonl file. Needed to
-            quantize, not stored in the checkpoint (its token count and hash are).
+        dataset: calibration text: list of strings, list of token id lists, a ``datasets`` dataset,
+            streamed or not, with a column ``text``, ``input_ids`` (and ``attention_mask``, which leaves
+            padding out) or ``messages``, a list of such rows, an iterator, or a path to a .txt or .jsonl
+            file. Needed to quantize, not stored in the checkpoint (its token count and hash are).
         tokenizer: name, path or tokenizer object; default: the one saved with the model.
+        chat_template_kwargs: arguments of the tokenizer's chat template, for a dataset of ``messages``:
+            {"enable_thinking": False}, or {"chat_template": "..."} for another one. Not stored.
         calibration_tokens: use at most this many tokens, sampled from all documents of ``dataset``.
         sequence_length: tokens per calibration sequence.
         batch_size: sequences per forward pass.
@@ -167,6 +178,7 @@ class BitsMoEConfig(QuantizationConfigMixin):
         work_dir: str | Path | None = None,
         layer_bits: dict[str, float] | None = None,
         projection_bits: dict[str, float] | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
         format_version: int = FORMAT_VERSION,
         layers: dict[str, dict[str, Any]] | None = None,
         calibration: dict[str, Any] | None = None,
@@ -189,6 +201,7 @@ class BitsMoEConfig(QuantizationConfigMixin):
         self.projection_bits = {} if projection_bits is None else projection_bits
         self.dataset = dataset
         self.tokenizer = tokenizer
+        self.chat_template_kwargs = chat_template_kwargs
         self.calibration_tokens = calibration_tokens
         self.sequence_length = sequence_length
         self.batch_size = batch_size
@@ -240,6 +253,7 @@ class BitsMoEConfig(QuantizationConfigMixin):
         if not is_budget_table(self.projection_bits) or set(self.projection_bits) - set(FACTORS):
             allowed = '{"gate", "up" or "down": bits from 0.1 to 16}'
             fail("projection_bits", self.projection_bits, allowed)
+        check_template_kwargs(self.chat_template_kwargs)
         check_number("calibration_tokens", self.calibration_tokens, 1, 10**12, whole=True)
         check_number("sequence_length", self.sequence_length, 8, 10**7, whole=True)
         check_number("batch_size", self.batch_size, 1, 10**6, whole=True)
@@ -299,6 +313,13 @@ class BitsMoEConfig(QuantizationConfigMixin):
                 del values[option]
         values["widths"] = list(self.widths)
         return values
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> BitsMoEConfig:
+        """transformers copies configs deeply; text stays where it is: iterators have no copies."""
+        copied = copy.copy(self)
+        for name, value in self.__dict__.items():
+            setattr(copied, name, value if name in _RUNTIME_ONLY else copy.deepcopy(value, memo))
+        return copied
 
     def __iter__(self):  # type: ignore[no-untyped-def]
         yield from self.to_dict().items()

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from bitsmoe_plugin.calibration_text import load_documents, read_jsonl, token_stream
+from bitsmoe_plugin.calibration_text import check_vocabulary, joined_documents
+from bitsmoe_plugin.documents import DEFAULT_TOKENS, Documents, load_documents
 from bitsmoe_plugin.errors import ConfigError, QuantizationError
+from bitsmoe_plugin.model_source import ModelSource, load_model
 from bitsmoe_plugin.model_tokenizer import load_tokenizer
 
 BLOCK = 512
@@ -86,29 +88,33 @@ def as_record(
 
 
 def evaluation_text(
-    dataset: Any, tokenizer: Any, *, sequence_length: int, max_tokens: int | None, stride: int | None = None
+    dataset: Any,
+    tokenizer: Any,
+    *,
+    sequence_length: int,
+    max_tokens: int | None,
+    stride: int | None = None,
+    chat_template_kwargs: dict[str, Any] | None = None,
 ) -> list[EvaluationText]:
-    """Blocks of tokens per domain (field ``domain`` of a .jsonl file).
+    """Blocks of tokens per domain (field ``domain`` of a .jsonl file); for datasets see ``load_documents``.
 
     Documents of a domain are joined and cut into non-overlapping blocks, in which each token but
     the first is predicted; or with ``stride`` into overlapping ones, see ``_strided``. ``max_tokens`` is
     shared over the domains in proportion to their size.
 
     Raises:
-        ConfigError: the stride is not from 1 to ``sequence_length``.
+        ConfigError: the stride is not from 1 to ``sequence_length``, or a stream without ``max_tokens``.
         QuantizationError: no domain fills one block.
     """
     if stride is not None and not 1 <= stride <= sequence_length:
         raise ConfigError(
             f"stride={stride} is not allowed; allowed: from 1 to the sequence length, {sequence_length}"
         )
-    by_domain: dict[str, list[Any]] = {}
-    if isinstance(dataset, (str, Path)) and Path(dataset).suffix == ".jsonl" and Path(dataset).is_file():
-        for row in read_jsonl(Path(dataset)):
-            by_domain.setdefault(str(row.get("domain", "all")), []).append(row["text"])
-    else:
-        by_domain["all"] = list(load_documents(dataset))
-    streams = {name: token_stream(docs, tokenizer) for name, docs in sorted(by_domain.items())}
+    options = {"max_tokens": max_tokens or DEFAULT_TOKENS, "sequence_length": sequence_length}
+    documents = load_documents(dataset, **options)
+    if documents.is_stream and max_tokens is None:
+        raise ConfigError("the evaluation text is a stream, which may have no end; give max_tokens")
+    streams = _streams(documents, tokenizer, max_tokens, chat_template_kwargs)
     total = sum(len(stream) for stream in streams.values())
     share = 1.0 if max_tokens is None else min(1.0, max_tokens / max(total, 1))
     texts = []
@@ -124,6 +130,20 @@ def evaluation_text(
             f"evaluation text has {total} tokens, too few for one block of {sequence_length} in any domain"
         )
     return texts
+
+
+def _streams(
+    documents: Documents, tokenizer: Any, max_tokens: int | None, chat_template_kwargs: dict[str, Any] | None
+) -> dict[str, list[int]]:
+    """Domain -> the tokens of its documents."""
+    streams: dict[str, list[int]] = {}
+    total = 0
+    for index, tokens in enumerate(joined_documents(documents, tokenizer, chat_template_kwargs)):
+        streams.setdefault(documents.domains[index] if documents.domains else "all", []).extend(tokens)
+        total += len(tokens)
+        if index + 1 == len(documents) and max_tokens is not None and total < max_tokens:
+            documents.read_more()  # the loop goes on with what it adds
+    return dict(sorted(streams.items()))
 
 
 def _strided(domain: str, tokens: Tensor, length: int, stride: int) -> list[EvaluationText]:
@@ -202,17 +222,17 @@ def evaluate_model(
     )
 
 
-def load_for_evaluation(model: str, device: torch.device | str = "cpu") -> Any:
+def load_for_evaluation(model: str | ModelSource, device: torch.device | str = "cpu") -> Any:
     """A saved model, packed, of GPTQ or not quantized, in the dtype that it was saved in."""
-    from transformers import AutoModelForCausalLM
-
     from bitsmoe_plugin.comparison.gptq_checkpoint import is_gptq, load_gptq_model
 
-    load = load_gptq_model if is_gptq(model) else AutoModelForCausalLM.from_pretrained
-    return load(model).eval().to(device)
+    source = ModelSource.of(model)
+    if is_gptq(source.name):
+        return load_gptq_model(source.name).eval().to(device)
+    return load_model(source).eval().to(device)
 
 
-def load_reference(path: str, model: Any) -> Any:
+def load_reference(path: str | ModelSource, model: Any) -> Any:
     """The model that ``model`` is to be compared with, on the same device.
 
     Raises:
@@ -222,8 +242,8 @@ def load_reference(path: str, model: Any) -> Any:
     sizes = [m.get_output_embeddings().weight.shape[0] for m in (reference, model)]
     if sizes[0] != sizes[1]:
         raise ConfigError(
-            f"reference {path} has {sizes[0]} tokens in its vocabulary and the evaluated model {sizes[1]}; "
-            "give the model that was quantized"
+            f"reference {ModelSource.of(path).name} has {sizes[0]} tokens in its vocabulary and the "
+            f"evaluated model {sizes[1]}; give the model that was quantized"
         )
     return reference
 
@@ -236,25 +256,35 @@ def evaluate_text(
     sequence_length: int = BLOCK,
     max_tokens: int | None = None,
     stride: int | None = None,
-    reference: str | None = None,
+    reference: str | ModelSource | None = None,
     batch_size: int = 8,
+    chat_template_kwargs: dict[str, Any] | None = None,
 ) -> Evaluation:
     """Perplexity of a loaded model on text and, if given, divergence from a saved reference model.
 
     Args:
+        dataset: see ``load_documents``; of a stream no more is read than ``max_tokens`` needs.
         reference: directory or hub name of the full-precision model.
+        chat_template_kwargs: arguments for the chat template, where documents are conversations.
 
     Raises:
         ConfigError: a stride that is not allowed, or a reference with another vocabulary.
-        QuantizationError: too little text.
+        QuantizationError: too little text, or ids outside the vocabulary.
     """
     texts = evaluation_text(
-        dataset, tokenizer, sequence_length=sequence_length, max_tokens=max_tokens, stride=stride
+        dataset,
+        tokenizer,
+        sequence_length=sequence_length,
+        max_tokens=max_tokens,
+        stride=stride,
+        chat_template_kwargs=chat_template_kwargs,
     )
+    for text in texts:
+        check_vocabulary(text.blocks, model.get_input_embeddings().num_embeddings)
     other = load_reference(reference, model) if reference is not None else None
     return evaluate_model(model, texts, reference=other, batch_size=batch_size)
 
 
-def evaluate_path(model: str, dataset: Any, device: str = "cpu", **options: Any) -> Evaluation:
+def evaluate_path(model: str | ModelSource, dataset: Any, device: str = "cpu", **options: Any) -> Evaluation:
     """``evaluate_text`` for a saved model, packed, of GPTQ or not quantized, with its own tokenizer."""
     return evaluate_text(load_for_evaluation(model, device), load_tokenizer(model), dataset, **options)

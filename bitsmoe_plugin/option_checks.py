@@ -35,6 +35,15 @@ def check_choice(option: str, value: Any, choices: tuple[Any, ...]) -> None:
         fail(option, value, ", ".join(repr(choice) for choice in choices))
 
 
+def check_template_kwargs(value: Any) -> None:
+    """Fail unless ``value`` is None or arguments that a user may choose for a chat template."""
+    ours = ("conversation", "tools", "tokenize", "padding", "truncation", "max_length", "return_tensors")
+    taken = (*ours, "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs")
+    if value is None or (isinstance(value, dict) and all(type(k) is str and k not in taken for k in value)):
+        return
+    fail("chat_template_kwargs", value, f"an object of arguments by name, without {', '.join(taken)}")
+
+
 def is_budget_table(value: Any) -> bool:
     """Whether ``value`` maps names to bits that a budget can have."""
     return isinstance(value, dict) and all(

@@ -74,7 +74,11 @@ def _linear_layers_to_skip(model: Any) -> list[str]:
 
 
 def quantize_experts(
-    model_dir: Path, out_dir: Path, calibration: Sequence[Sequence[int]], settings: AutoRoundSettings
+    model_dir: Path,
+    out_dir: Path,
+    calibration: Sequence[Sequence[int]],
+    settings: AutoRoundSettings,
+    trust_remote_code: bool = False,
 ) -> float:
     """Quantize the routed experts of ``model_dir`` and save an AutoGPTQ checkpoint in ``out_dir``.
 
@@ -83,6 +87,7 @@ def quantize_experts(
         out_dir: directory that receives the checkpoint.
         calibration: token ids, ``[num_sequences][sequence_length]``.
         settings: the AutoRound settings.
+        trust_remote_code: run the code that the tokenizer brings along.
 
     Returns:
         Seconds spent in quantization and packing, without loading.
@@ -97,7 +102,7 @@ def quantize_experts(
     options["enable_alg_ext"] = options.pop("alg_ext")
     rounder = auto_round.AutoRound(
         model,
-        tokenizer=AutoTokenizer.from_pretrained(model_dir),
+        tokenizer=AutoTokenizer.from_pretrained(model_dir, trust_remote_code=trust_remote_code),
         scheme="W4A16",  # widths and groups are overridden by ours
         dataset=_samples(calibration),
         seqlen=len(calibration[0]),
@@ -134,6 +139,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--alg-ext", action=argparse.BooleanOptionalAction, default=defaults.alg_ext)
     parser.add_argument("--batch-size", type=int, default=defaults.batch_size)
     parser.add_argument("--seed", type=int, default=defaults.seed)
+    parser.add_argument("--trust-remote-code", action="store_true")
     return parser
 
 
@@ -145,7 +151,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         calibration = read_calibration(arguments.calibration)
         with stdout_to_stderr() as stdout:
-            seconds = quantize_experts(arguments.model, arguments.out, calibration, settings)
+            seconds = quantize_experts(
+                arguments.model, arguments.out, calibration, settings, arguments.trust_remote_code
+            )
             record = {"quantize_seconds": round(seconds, 3), "settings": dataclasses.asdict(settings)}
             print(json.dumps(record), file=stdout)
     except (AutoRoundMissingError, ValueError, OSError) as error:

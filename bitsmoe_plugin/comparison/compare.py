@@ -12,21 +12,21 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
 from rich.table import Table
-from transformers import AutoModelForCausalLM
 
-from bitsmoe_plugin.calibration_text import load_documents, token_blocks
+from bitsmoe_plugin.calibration_text import load_documents, token_blocks, token_stream
 from bitsmoe_plugin.config import BitsMoEConfig
 from bitsmoe_plugin.errors import BitsMoEError, ConfigError, QuantizationError
 from bitsmoe_plugin.evaluation import evaluate_model, evaluation_text
 from bitsmoe_plugin.families import find_moe_layers
 from bitsmoe_plugin.inspection import check_if_packed, table_console
+from bitsmoe_plugin.model_source import ModelSource, load_model
 from bitsmoe_plugin.model_tokenizer import load_tokenizer
 from bitsmoe_plugin.streams import stdout_to_stderr
 
@@ -49,6 +49,14 @@ class ComparisonTask:
     prompt: str | None
     new_tokens: int
     checkpoint: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    loading: dict[str, Any] = field(default_factory=dict)
+    """Options of ``ModelSource`` for the model and its tokenizer."""
+
+    @property
+    def source(self) -> ModelSource:
+        """Where the model is loaded from."""
+        return ModelSource.of(self.model, **self.loading)
 
     def config(self) -> BitsMoEConfig:
         """The BitsMoE options of this task."""
@@ -60,6 +68,7 @@ class ComparisonTask:
             sequence_length=self.sequence_length,
             batch_size=self.batch_size,
             seed=self.seed,
+            chat_template_kwargs=self.chat_template_kwargs,
         )
 
     @property
@@ -87,12 +96,12 @@ def _expert_weights(model: Any) -> int:
     )
 
 
-def _load(path: str | Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(path).eval()
+def _load(model: str | Path | ModelSource) -> Any:
+    return load_model(ModelSource.of(model)).eval()
 
 
 def _full(task: ComparisonTask, scratch: Path) -> Quantized:
-    model = _load(task.model)
+    model = _load(task.source)
     size = next(iter(find_moe_layers(model))).module.down_proj.element_size()
     return Quantized(model, size * _expert_weights(model), 0.0)
 
@@ -100,7 +109,7 @@ def _full(task: ComparisonTask, scratch: Path) -> Quantized:
 def _rtn(task: ComparisonTask, scratch: Path) -> Quantized:
     from bitsmoe_plugin.comparison.rtn import quantize_rtn
 
-    model = _load(task.model)
+    model = _load(task.source)
     start = time.perf_counter()
     bits = quantize_rtn(model, task.baseline_bits, task.group_size)
     seconds = time.perf_counter() - start
@@ -111,7 +120,7 @@ def _peer(module: str, options: tuple[str, ...], task: ComparisonTask, scratch: 
     """Run ``comparison.<module>`` in a process of its own and read the GPTQ-format checkpoint it writes."""
     from bitsmoe_plugin.comparison.gptq_checkpoint import expert_bytes, load_gptq_model
 
-    tokenizer = load_tokenizer(task.model)
+    tokenizer = load_tokenizer(task.source)
     blocks = token_blocks(
         load_documents(task.dataset),
         tokenizer,
@@ -119,12 +128,14 @@ def _peer(module: str, options: tuple[str, ...], task: ComparisonTask, scratch: 
         max_tokens=task.calibration_tokens,
         vocab_size=len(tokenizer),
         seed=task.seed,
+        chat_template_kwargs=task.chat_template_kwargs,
     )
     calibration, out = scratch / "calibration.json", scratch / "peer"
     calibration.write_text(json.dumps(blocks.tolist()))
     command = [sys.executable, "-m", f"bitsmoe_plugin.comparison.{module}", *options]
-    command += ["--model", task.model, "--out", str(out), "--calibration", str(calibration)]
+    command += ["--model", str(task.source.directory()), "--out", str(out), "--calibration", str(calibration)]
     command += ["--bits", str(task.baseline_bits), "--group-size", str(task.group_size)]
+    command += ["--trust-remote-code"] if task.source.trust_remote_code else []
     done = subprocess.run([*command, "--seed", str(task.seed)], stdout=subprocess.PIPE, text=True)
     if done.returncode:
         raise QuantizationError(f"{module} failed; its own message is above")
@@ -136,7 +147,7 @@ def _peer(module: str, options: tuple[str, ...], task: ComparisonTask, scratch: 
 def _dtype(task: ComparisonTask) -> torch.dtype:
     """Of the model that is compared with. GPTQ-format checkpoints say float16 whatever they were made from,
     in which a model with massive activations overflows."""
-    return next(_load(task.model).parameters()).dtype
+    return next(_load(task.source).parameters()).dtype
 
 
 def _bitsmoe(task: ComparisonTask, scratch: Path) -> Quantized:
@@ -144,7 +155,7 @@ def _bitsmoe(task: ComparisonTask, scratch: Path) -> Quantized:
     from bitsmoe_plugin.integrations.transformers import quantize_to_directory
 
     start = time.perf_counter()
-    quantize_to_directory(task.model, scratch / "bitsmoe", task.config())
+    quantize_to_directory(task.source, scratch / "bitsmoe", task.config())
     seconds = time.perf_counter() - start
     size = inspect_checkpoint(scratch / "bitsmoe")["expert_bytes"]
     return Quantized(_load(scratch / "bitsmoe"), size, seconds)
@@ -187,13 +198,17 @@ def run_method(method: str, task: ComparisonTask) -> dict[str, Any]:
         keys method, bits_per_weight, expert_bytes, perplexity, per_domain, kl_divergence,
         top1_agreement, quantize_seconds, and sample if the task has a prompt.
     """
-    tokenizer = load_tokenizer(task.model)
+    tokenizer = load_tokenizer(task.source)
     texts = evaluation_text(
-        task.eval, tokenizer, sequence_length=task.sequence_length, max_tokens=task.max_tokens
+        task.eval,
+        tokenizer,
+        sequence_length=task.sequence_length,
+        max_tokens=task.max_tokens,
+        chat_template_kwargs=task.chat_template_kwargs,
     )
     with tempfile.TemporaryDirectory(prefix="bitsmoe-compare-") as scratch:
         quantized = RUNNERS[method](task, Path(scratch))
-        reference = _load(task.model)
+        reference = _load(task.source)
         result = evaluate_model(quantized.model, texts, reference=reference, batch_size=task.batch_size)
         row = {
             "method": method,
@@ -224,10 +239,12 @@ def compare(task: ComparisonTask, methods: tuple[str, ...]) -> list[dict[str, An
     if ("checkpoint" in methods) != (task.checkpoint is not None):
         raise ConfigError("method checkpoint and option --checkpoint need each other")
     task.config()
+    source = task.source
     # What is missing or damaged should not show after another method's hours.
+    tokenizer, options = load_tokenizer(source), {"chat_template_kwargs": task.chat_template_kwargs}
     for text in (task.dataset, task.eval):
-        load_documents(text)
-    for path in (task.model, task.checkpoint):
+        token_stream(load_documents(text), tokenizer, limit=1, **options)
+    for path in (source.name, task.checkpoint):
         if path is not None:
             check_if_packed(path)
     rows = []

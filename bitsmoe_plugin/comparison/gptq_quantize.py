@@ -111,6 +111,7 @@ def quantize_experts(
     calibration: Sequence[Sequence[int]],
     settings: GptqSettings,
     batch_size: int = 4,
+    trust_remote_code: bool = False,
 ) -> tuple[float, int]:
     """Quantize the routed experts of ``model_dir`` and save a GPTQ checkpoint in ``out_dir``.
 
@@ -121,6 +122,7 @@ def quantize_experts(
         settings: the GPTQ settings.
         batch_size: sequences per calibration forward pass; it does not change the result
             beyond float rounding.
+        trust_remote_code: run the code that the tokenizer brings along.
 
     Returns:
         Seconds spent in quantization, without loading and saving, and the number of linear
@@ -132,7 +134,8 @@ def quantize_experts(
     backend = gptqmodel.BACKEND.GPTQ_TORCH
     examples = [{"input_ids": list(tokens), "attention_mask": [1] * len(tokens)} for tokens in calibration]
     with scratch_directory():
-        model = gptqmodel.GPTQModel.load(str(model_dir), quantize_config(settings), backend=backend)
+        options = {"backend": backend, "trust_remote_code": trust_remote_code}
+        model = gptqmodel.GPTQModel.load(str(model_dir), quantize_config(settings), **options)
         start = time.perf_counter()
         log = model.quantize(examples, batch_size=batch_size, backend=backend)
         seconds = time.perf_counter() - start
@@ -179,6 +182,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--seed", type=int, default=defaults.seed)
+    parser.add_argument("--trust-remote-code", action="store_true")
     return parser
 
 
@@ -201,7 +205,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         calibration = read_calibration(arguments.calibration)
         with stdout_to_stderr() as stdout:
             seconds, rounded = quantize_experts(
-                arguments.model, arguments.out, calibration, settings, arguments.batch_size
+                arguments.model,
+                arguments.out,
+                calibration,
+                settings,
+                arguments.batch_size,
+                arguments.trust_remote_code,
             )
             record = {
                 "quantize_seconds": round(seconds, 3),

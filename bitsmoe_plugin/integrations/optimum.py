@@ -10,6 +10,7 @@ from optimum.quantization_base import OptimumQuantizer
 from bitsmoe_plugin.config import BitsMoEConfig
 from bitsmoe_plugin.errors import ConfigError
 from bitsmoe_plugin.integrations.transformers import quantize_to_directory
+from bitsmoe_plugin.model_source import ModelSource
 from bitsmoe_plugin.tested_versions import check_versions
 
 check_versions("optimum")
@@ -19,22 +20,26 @@ class BitsMoEQuantizer(OptimumQuantizer):
     """Quantizes a saved model into a directory, as ``bitsmoe quantize`` does.
 
     Args:
-        model: directory or hub name.
+        model: directory or hub name, or both with what else it takes to find it.
     """
 
-    def __init__(self, model: str) -> None:
+    def __init__(self, model: str | ModelSource) -> None:
         self.model = model
 
     @classmethod
-    def from_pretrained(cls, model_or_path: str | Path, file_name: str | None = None) -> BitsMoEQuantizer:
+    def from_pretrained(
+        cls, model_or_path: str | Path, file_name: str | None = None, **options: Any
+    ) -> BitsMoEQuantizer:
         """Note which model is to be quantized. Its weights are read by ``quantize``, layer by layer.
 
         Args:
             model_or_path: directory or hub name.
             file_name: of optimum's interface; not used here.
+            options: revision, subfolder, cache_dir, token, local_files_only, trust_remote_code: as of
+                ``ModelSource``, for the model and its tokenizer.
 
         Raises:
-            ConfigError: a loaded model or a file name was given.
+            ConfigError: a loaded model, a file name or an unknown option was given.
         """
         if not isinstance(model_or_path, (str, Path)):
             raise ConfigError(
@@ -47,7 +52,7 @@ class BitsMoEQuantizer(OptimumQuantizer):
                 f"BitsMoEQuantizer.from_pretrained: file_name={file_name!r} is not allowed; all files of a "
                 "model are quantized together, leave it out"
             )
-        return cls(str(model_or_path))
+        return cls(ModelSource.of(model_or_path, **options))
 
     def quantize(
         self,

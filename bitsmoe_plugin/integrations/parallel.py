@@ -18,7 +18,6 @@ from torch import Tensor
 from torch import distributed as dist
 
 from bitsmoe_plugin.errors import CheckpointError, ConfigError
-from bitsmoe_plugin.experts import BitsMoEExperts
 from bitsmoe_plugin.families import decoder_layer_name
 from bitsmoe_plugin.packed_files import PackedFiles
 from bitsmoe_plugin.packing import LayerShape

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     AUTO_QUANTIZER_MAPPING,
@@ -21,15 +21,15 @@ from transformers.quantizers.auto import (
 )
 from transformers.quantizers.base import HfQuantizer
 
-from bitsmoe_plugin.calibration_text import load_documents, token_blocks
 from bitsmoe_plugin.checkpoint import check_shape, packed_spec, stored_tensors, verify_headers
-from bitsmoe_plugin.checkpoint_files import check_loaded_files, read_model_config
+from bitsmoe_plugin.checkpoint_files import check_loaded_files
 from bitsmoe_plugin.config import QUANT_METHOD, BitsMoEConfig
 from bitsmoe_plugin.current_manifest import describe_current
 from bitsmoe_plugin.data_parallel import leave_to_each_process
 from bitsmoe_plugin.errors import CheckpointError, ConfigError, QuantizationError
 from bitsmoe_plugin.experts import BitsMoEExperts, replace_module
 from bitsmoe_plugin.families import find_moe_layers
+from bitsmoe_plugin.integrations.calibration_blocks import calibration_blocks
 from bitsmoe_plugin.integrations.dequantize import dequantize_model
 from bitsmoe_plugin.integrations.offloading import check_for_quantization, verify_layers
 from bitsmoe_plugin.integrations.parallel import (
@@ -44,7 +44,8 @@ from bitsmoe_plugin.interruption import Interrupted
 from bitsmoe_plugin.kept import model_budget
 from bitsmoe_plugin.model_card import TAGS, write_model_card
 from bitsmoe_plugin.model_sizes import check_model_sizes, check_planned
-from bitsmoe_plugin.model_tokenizer import load_tokenizer
+from bitsmoe_plugin.model_source import ModelSource
+from bitsmoe_plugin.model_tokenizer import given_tokenizer, tokenizer_to_save
 from bitsmoe_plugin.other_tensors import prediction_layers, stored_shapes, verify_others
 from bitsmoe_plugin.output_directory import check_output_directory, publish
 from bitsmoe_plugin.packed_files import PackedFiles
@@ -70,6 +71,7 @@ class BitsMoEQuantizer(HfQuantizer):
         # two models must not end up describing the second in both.
         super().__init__(copy.copy(quantization_config), **kwargs)
         self._source: ExpertSource | None = None
+        self._blocks: Tensor | None = None
         self._prediction_layers: dict[str, str] = {}
         self._split: SplitLayers | None = None
         self._device_map: Any = None
@@ -108,6 +110,8 @@ class BitsMoEQuantizer(HfQuantizer):
         if not self.pre_quantized:
             self._source = _expert_source(model, checkpoint_files)
             model_budget(self._source, config)
+            # Before weights are read: what is wrong with the text should show now.
+            self._blocks = calibration_blocks(model, config, checkpoint_files)
             return
         self._replace_experts(model, checkpoint_files or [])
         if checkpoint_files:
@@ -156,32 +160,9 @@ class BitsMoEQuantizer(HfQuantizer):
         config, source = self.quantization_config, self._source
         if isinstance(source, StreamedExperts):
             source.model_is_loaded()
-        documents = load_documents(config.dataset)
-        blocks = token_blocks(
-            documents,
-            self._tokenizer(model, needed=isinstance(documents[0], str)),
-            sequence_length=config.sequence_length,
-            max_tokens=config.calibration_tokens,
-            vocab_size=model.get_input_embeddings().num_embeddings,
-            seed=config.seed,
-        )
-        quantize_model(model, blocks, config, source)
-        self._source = None  # it holds the model
-
-    def _tokenizer(self, model: Any, needed: bool) -> Any:
-        given = self.quantization_config.tokenizer
-        if given is not None and not isinstance(given, str):
-            return given
-        try:
-            return load_tokenizer(given or model.config._name_or_path)
-        except (OSError, ValueError) as error:
-            if not needed:
-                return None
-            raise ConfigError(
-                f"BitsMoEConfig: dataset holds text, but no tokenizer was found at "
-                f"{given or model.config._name_or_path!r}; save the model's tokenizer there, or give "
-                "tokenizer= (on the command line: --option tokenizer=DIR)"
-            ) from error
+        assert self._blocks is not None
+        quantize_model(model, self._blocks, config, source)
+        self._source = self._blocks = None  # they hold the model, and the text
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Called before config and weights are saved: record what will be in the files."""
@@ -254,7 +235,9 @@ def register() -> None:
         register_quantizer(QUANT_METHOD)(BitsMoEQuantizer)
 
 
-def quantize_to_directory(model: str, out: Path, config: BitsMoEConfig, device: str = "cpu") -> None:
+def quantize_to_directory(
+    model: str | ModelSource, out: Path, config: BitsMoEConfig, device: str = "cpu"
+) -> None:
     """Quantize a saved model and write it packed, with its tokenizer and a model card.
 
     Finished layers are kept in a work directory (``config.work_dir``, or ``out`` with ".work" appended)
@@ -262,6 +245,7 @@ def quantize_to_directory(model: str, out: Path, config: BitsMoEConfig, device: 
     end, so it is either absent or complete. Of several processes (see ``workers``) the first one writes.
 
     Args:
+        model: directory or hub name, or both with what else it takes to find it and its tokenizer.
         device: what the model is loaded to, and quantized on; see ``devices.choose_device``.
 
     Raises:
@@ -270,30 +254,37 @@ def quantize_to_directory(model: str, out: Path, config: BitsMoEConfig, device: 
     """
     workers = Workers.present()
     with workers.together():
-        _quantize_to_directory(model, Path(out).resolve(), config, device, workers)
+        _quantize_to_directory(ModelSource.of(model), Path(out).resolve(), config, device, workers)
 
 
 def _quantize_to_directory(
-    model: str, out: Path, config: BitsMoEConfig, device: str, workers: Workers
+    origin: ModelSource, out: Path, config: BitsMoEConfig, device: str, workers: Workers
 ) -> None:
     """What each of ``workers`` does of it."""
     workers.from_main(lambda: check_output_directory(out))
-    workers.from_main(lambda: _check_unquantized(model))
+    workers.from_main(lambda: _check_unquantized(origin))
     if device != "cpu" and find_spec("accelerate") is None:
         raise ConfigError(f"to load to {device}, transformers needs accelerate; pip install accelerate")
     config = copy.copy(config)
-    options = {"quantization_config": config, **({} if device == "cpu" else {"device_map": {"": device}})}
+    tokenizer = tokenizer_to_save(origin)  # first of all: it may be refused
+    if config.tokenizer is not None:
+        config.tokenizer = given_tokenizer(config.tokenizer, origin)
+    else:
+        config.tokenizer = copy.deepcopy(tokenizer)  # encoding leaves traces, which should not be saved
+    options = {"quantization_config": config, "trust_remote_code": False, **origin.hub()}
+    if device != "cpu":
+        options["device_map"] = {"": device}
     # Beside ``out``, so that a rename within one file system publishes it, wherever the layers are kept.
     beside = out.with_name(f"{out.name}.work")
     config.work_dir = work = Path(config.work_dir or beside)
     if not workers.main:  # it takes part, the first process writes
-        AutoModelForCausalLM.from_pretrained(model, **options)
+        AutoModelForCausalLM.from_pretrained(origin.name, **options)
         return
     with locked(work), staging(beside):
         try:
-            quantized = AutoModelForCausalLM.from_pretrained(model, **options)
+            quantized = AutoModelForCausalLM.from_pretrained(origin.name, **options)
             with writing(out):
-                write_checkpoint(quantized, model, config.dataset, beside / OUTPUT, out)
+                write_checkpoint(quantized, tokenizer, origin.name, config.dataset, beside / OUTPUT, out)
         except BaseException as error:
             if not has_progress(work):
                 remove(work)
@@ -307,34 +298,31 @@ def _quantize_to_directory(
         remove(work)
 
 
-def _check_unquantized(model: str) -> None:
+def _check_unquantized(origin: ModelSource) -> None:
     """Refuse what transformers would load as it is, with no more than a warning, to be saved once more."""
-    if Path(model).is_dir():
-        read_model_config(Path(model))
-    found = getattr(AutoConfig.from_pretrained(model), "quantization_config", None) or {}
+    found = getattr(origin.config(), "quantization_config", None) or {}
     if found:
         raise QuantizationError(
-            f"{model} is quantized already (quant_method {str(found.get('quant_method'))[:80]!r}); an "
+            f"{origin.name} is quantized already (quant_method {str(found.get('quant_method'))[:80]!r}); an "
             "unquantized model is needed"
         )
 
 
-def write_checkpoint(quantized: Any, model: str, dataset: Any, partial: Path, out: Path) -> None:
+def write_checkpoint(
+    quantized: Any, tokenizer: Any, model: str, dataset: Any, partial: Path, out: Path
+) -> None:
     """Save at ``partial``, which then becomes ``out``.
 
     Args:
-        model: directory or hub name of what was quantized, with its tokenizer.
+        tokenizer: of what was quantized; None: it has none.
+        model: directory or hub name of what was quantized.
         dataset: what it was calibrated on.
     """
     if partial.exists():  # of a run that was killed
         shutil.rmtree(partial)
     partial.mkdir()
     quantized.save_pretrained(partial)
-    try:
-        tokenizer = load_tokenizer(model)
-    except (OSError, ValueError) as error:
-        warnings.warn(f"no tokenizer saved: none found at {model} ({error})", stacklevel=3)
-    else:
+    if tokenizer is not None:
         tokenizer.save_pretrained(partial)
     write_model_card(partial, model, dataset)
     publish(partial, out)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from bitsmoe_plugin.errors import QuantizationError
 from bitsmoe_plugin.evaluation import load_for_evaluation, load_reference
 from bitsmoe_plugin.inspection import read_config
 from bitsmoe_plugin.integrations.transformers import write_checkpoint
+from bitsmoe_plugin.model_source import ModelSource
 from bitsmoe_plugin.model_tokenizer import load_tokenizer
 from bitsmoe_plugin.output_directory import check_output_directory
 from bitsmoe_plugin.tuning import Tuning, TuningSettings, tune
@@ -17,8 +19,8 @@ from bitsmoe_plugin.work_directory import OUTPUT, staging, writing
 
 
 def tune_to_directory(
-    model: str,
-    reference: str,
+    model: str | ModelSource,
+    reference: str | ModelSource,
     out: Path,
     dataset: Any,
     settings: TuningSettings,
@@ -26,25 +28,29 @@ def tune_to_directory(
     calibration_tokens: int,
     sequence_length: int,
     device: str = "cpu",
+    chat_template_kwargs: dict[str, Any] | None = None,
 ) -> Tuning:
     """See ``tuning.tune``. ``out`` takes its name at the end, so it is either absent or complete.
 
     Args:
         model: directory of a packed model.
         reference: directory or hub name of what it was quantized from.
-        dataset, calibration_tokens, sequence_length: as of ``BitsMoEConfig``. With those that the model was
-            quantized with, and the same seed, the blocks held out are those that were held out then.
+        dataset, calibration_tokens, sequence_length, chat_template_kwargs: as of ``BitsMoEConfig``. With
+            those that the model was quantized with, and the same seed, the blocks held out are those that
+            were held out then.
 
     Raises:
         BitsMoEError: bad input, or nothing was better on the blocks held out. Nothing is left behind.
     """
-    out = Path(out).resolve()
+    out, packed_source, origin = Path(out).resolve(), ModelSource.of(model), ModelSource.of(reference)
     check_output_directory(out)
-    read_config(Path(model))
-    documents, tokenizer = load_documents(dataset), load_tokenizer(model)
+    read_config(Path(packed_source.name))
+    documents = load_documents(dataset, max_tokens=calibration_tokens, sequence_length=sequence_length)
+    tokenizer = load_tokenizer(packed_source)
+    saved = copy.deepcopy(tokenizer)  # encoding leaves traces, which should not be saved
     work = out.with_name(f"{out.name}.work")
     with staging(work):  # from the start: what cannot be written should not show at the end
-        packed = load_for_evaluation(model, device)
+        packed = load_for_evaluation(packed_source, device)
         blocks = token_blocks(
             documents,
             tokenizer,
@@ -52,13 +58,15 @@ def tune_to_directory(
             max_tokens=calibration_tokens,
             vocab_size=packed.get_input_embeddings().num_embeddings,
             seed=settings.seed,
+            chat_template_kwargs=chat_template_kwargs,
         )
-        result = tune(packed, load_reference(reference, packed), blocks, settings)
+        result = tune(packed, load_reference(origin, packed), blocks, settings)
         if not result.epoch:
             raise QuantizationError(
-                f"no epoch came closer to {reference} on the text held out (KL {result.before:.4f} before), "
-                "so nothing was written; give more text (calibration_tokens) or a smaller learning rate"
+                f"no epoch came closer to {origin.name} on the text held out (KL {result.before:.4f} "
+                "before), so nothing was written; give more text (calibration_tokens) or a smaller learning "
+                "rate"
             )
         with writing(out):
-            write_checkpoint(packed.to("cpu"), reference, dataset, work / OUTPUT, out)
+            write_checkpoint(packed.to("cpu"), saved, origin.name, dataset, work / OUTPUT, out)
     return result

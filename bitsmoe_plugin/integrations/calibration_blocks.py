@@ -1,0 +1,74 @@
+"""Blocks of calibration tokens for a model that ``from_pretrained`` is about to load."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bitsmoe_plugin.calibration_text import token_blocks
+from bitsmoe_plugin.config import BitsMoEConfig
+from bitsmoe_plugin.dataset_rows import Document
+from bitsmoe_plugin.documents import load_documents
+from bitsmoe_plugin.errors import ConfigError
+from bitsmoe_plugin.model_source import ModelSource
+from bitsmoe_plugin.model_tokenizer import UntrustedCodeError, given_tokenizer, load_tokenizer
+
+
+def calibration_blocks(model: Any, config: BitsMoEConfig, files: Sequence[str] | None) -> Tensor:
+    """Read the dataset of ``config`` with the tokenizer that belongs to the model.
+
+    Args:
+        model: of transformers; its weights need not be there.
+        files: of its weights. The tokenizer is that beside them, whatever options they were found by.
+
+    Returns:
+        ``[blocks, sequence_length]`` int64, see ``token_blocks``.
+
+    Raises:
+        ConfigError: text, and no tokenizer to read it with.
+        QuantizationError: text that cannot be read, or too little of it.
+    """
+    with torch.device("cpu"):  # models without weights are made on another one
+        documents = load_documents(
+            config.dataset, max_tokens=config.calibration_tokens, sequence_length=config.sequence_length
+        )
+        return token_blocks(
+            documents,
+            _tokenizer(model.config._name_or_path, files, config.tokenizer, documents[0]),
+            sequence_length=config.sequence_length,
+            max_tokens=config.calibration_tokens,
+            vocab_size=model.get_input_embeddings().num_embeddings,
+            seed=config.seed,
+            chat_template_kwargs=config.chat_template_kwargs,
+        )
+
+
+def _tokenizer(name: str, files: Sequence[str] | None, given: Any, document: Document) -> Any:
+    """The tokenizer given, or else that of the model; None where there is none and none is needed."""
+    source = ModelSource.of_files(name, files) if name or files else None
+    if given is not None:
+        return given_tokenizer(given, source)
+    reason = "the model was not loaded from files"
+    if source is not None:
+        try:
+            return load_tokenizer(source)
+        except UntrustedCodeError:
+            raise
+        except (OSError, ValueError) as error:
+            reason = f"at {source.name} there is none ({' '.join(str(error).split())})"
+    if isinstance(document, list):
+        warnings.warn(
+            f"no tokenizer: {reason}; documents of token ids are joined without an end-of-text token, and "
+            "padding without an attention_mask is not recognised",
+            stacklevel=2,
+        )
+        return None
+    raise ConfigError(
+        f"BitsMoEConfig: dataset holds text, but no tokenizer was found: {reason}. Save the model's "
+        "tokenizer with it, or give tokenizer= (on the command line: --option tokenizer=DIR). A token that "
+        "only from_pretrained was given is not seen here: set HF_TOKEN, or give the tokenizer itself"
+    )
