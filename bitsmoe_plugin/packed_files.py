@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import Tensor
+
 from bitsmoe_plugin.checkpoint import (
     StoredTensor,
     packed_spec,
@@ -53,12 +55,14 @@ class PackedFiles:
             CheckpointError: their bytes differ from those that were written, or their values do not make
                 a sound layer.
         """
-        spec = self.specs[name]
-        packed = PackedExperts(
-            **{
-                buffer.removeprefix("bitsmoe_"): self.tensors[tensor_key(f"{name}.{buffer}")].read()
-                for buffer in spec.tensors()
-            }
-        )
-        verify_packed(name, spec, packed, self.config)
+        stored = self.stored(name)
+        packed = PackedExperts(**{buffer.removeprefix("bitsmoe_"): t for buffer, t in stored.items()})
+        verify_packed(name, self.specs[name], packed, self.config)
         return packed
+
+    def stored(self, name: str) -> dict[str, Tensor]:
+        """Buffer name -> tensor of a layer, mapped from the file and not verified."""
+        return {
+            buffer: self.tensors[tensor_key(f"{name}.{buffer}")].read()
+            for buffer in self.specs[name].tensors()
+        }

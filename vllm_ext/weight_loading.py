@@ -40,6 +40,11 @@ def safetensors_files(model: str, revision: str | None = None, cache: str | None
         folder = Path(
             download_weights_from_hf(model, cache, ["*.safetensors", checkpoint_files.INDEX], revision)
         )
+    elif not any(folder.glob("*.safetensors*")):
+        raise CheckpointError(
+            f"{model} holds no safetensors files, from which packed experts are read: of a remote address "
+            "(s3://, gs://, az://) vLLM brings config.json alone; download the checkpoint and serve that"
+        )
     return checkpoint_files.safetensors_files(folder)
 
 
@@ -103,13 +108,15 @@ class LayerNames:
 def load_shard(
     files: PackedFiles, name: str, shard: Shard, device: torch.device
 ) -> tuple[PackedSpec, dict[str, Tensor]]:
-    """Read, verify and cut one layer; the whole layer is mapped from its file, not copied.
+    """Read, verify and ``cut`` one layer; the whole layer is mapped from its file, not copied."""
+    return cut(files.specs[name], files.read(name), shard, device)
 
-    Returns:
-        sizes of the shard, and its tensors by buffer name, on ``device``.
-    """
-    spec = files.specs[name]
-    sliced: PackedExperts = slice_packed(files.read(name), spec.widths, spec.shape, shard, spec.kept)
+
+def cut(
+    spec: PackedSpec, packed: PackedExperts, shard: Shard, device: torch.device
+) -> tuple[PackedSpec, dict[str, Tensor]]:
+    """Sizes of a shard of a layer, and copies of its tensors by buffer name, on ``device``."""
+    sliced = slice_packed(packed, spec.widths, spec.shape, shard, spec.kept)
     local = replace(
         spec,
         shape=shard_shape(spec.shape, shard),

@@ -1,0 +1,129 @@
+"""Packed experts in use: their parameters, and a runtime that follows what is written into them."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from bitsmoe_plugin import kernels, validation
+from bitsmoe_plugin.errors import CheckpointError, ConfigError
+from bitsmoe_plugin.packed_spec import PackedSpec
+from bitsmoe_plugin.packing import PackedExperts
+from bitsmoe_plugin.statistics import Gating
+from vllm_ext.derived_state import derived_tensors, update_derived
+from vllm_ext.expert_parameters import PackedParameter, Receiver
+
+
+class LoadedExperts:
+    """This process's shard of one layer.
+
+    Attributes:
+        parameters: buffer name -> packed tensor. The objects stay the same ones over reloads, because vLLM
+            puts them back into the layer after one; those that a later checkpoint lacks are empty.
+        spec: sizes, None before anything is loaded.
+
+    Args:
+        layer: for its name, and told what is written into parameters.
+        gating: of the experts.
+        captured: CUDA graphs are made of the model, which hold addresses.
+    """
+
+    def __init__(self, layer: Receiver, gating: Gating, captured: bool) -> None:
+        self.parameters: dict[str, PackedParameter] = {}
+        self.spec: PackedSpec | None = None
+        self._layer = layer
+        self._gating = gating
+        self._captured = captured
+        self._runtime: kernels.Runtime | None = None
+        self._usable = False
+        self._versions: list[tuple[int, int]] = []
+
+    @property
+    def is_broken(self) -> bool:
+        """Whether a reload began and did not end."""
+        return self.spec is not None and not self._usable
+
+    def withdraw(self) -> None:
+        """Compute nothing until there are other tensors: the ones at hand are not those that are wanted."""
+        self._usable = False
+
+    def replace(self, spec: PackedSpec, tensors: dict[str, Tensor]) -> None:
+        """Compute from other tensors, verified ones.
+
+        Args:
+            spec: sizes of the shard.
+            tensors: buffer name -> tensor of the shard, on its device.
+
+        Raises:
+            ConfigError: they are of other sizes than those that CUDA graphs were made for.
+        """
+        if self._captured and self.spec not in (None, spec):
+            raise ConfigError(
+                f"{self._layer.name}: CUDA graphs were made for {_sizes(self.spec)}, the new experts have "
+                f"{_sizes(spec)}; restart vLLM, or start it with --enforce-eager to reload other sizes"
+            )
+        in_place = spec == self.spec and tensors["bitsmoe_payload"].device.type != "cpu"
+        for buffer, tensor in tensors.items():
+            parameter = self.parameters.get(buffer)
+            if parameter is None:
+                self.parameters[buffer] = PackedParameter(tensor, buffer, self._layer)
+            elif in_place:
+                parameter.detach().copy_(tensor)
+            else:
+                parameter.data = tensor
+        for buffer in self.parameters.keys() - tensors.keys():
+            self.parameters[buffer].data = self.parameters[buffer].data.new_empty(0)
+        self.spec = spec
+        self._derive(in_place)
+
+    def derive(self) -> None:
+        """Follow what was written into the parameters.
+
+        Raises:
+            CheckpointError: it is no sound layer.
+        """
+        assert self.spec is not None
+        self._usable = False
+        validation.check_packed(self._layer.name, self.spec, self._packed())
+        self._derive(self.parameters["bitsmoe_payload"].device.type != "cpu")
+
+    def derived(self) -> dict[str, Tensor]:
+        """Name -> tensor that was derived from the parameters; stays where it is if CUDA graphs hold it."""
+        return {} if self._runtime is None else derived_tensors(self._runtime)
+
+    def forward(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
+        """See ``kernels.Runtime``.
+
+        Raises:
+            CheckpointError: a reload failed, or what was written into parameters is no sound layer.
+        """
+        if not self._usable:
+            raise CheckpointError(
+                f"{self._layer.name}: the last reload of its packed experts did not end; reload_weights again"
+            )
+        if self._versions != self._state():
+            self.derive()
+        assert self._runtime is not None
+        return self._runtime.forward(x, topk_ids, topk_weights)
+
+    def _derive(self, in_place: bool) -> None:
+        assert self.spec is not None
+        fresh = kernels.prepare(self.spec, self._packed(), self._gating)
+        if in_place and self._runtime is not None:
+            update_derived(self._layer.name, self._runtime, fresh)
+        else:
+            self._runtime = fresh
+        self._versions, self._usable = self._state(), True
+
+    def _packed(self) -> PackedExperts:
+        assert self.spec is not None
+        return PackedExperts(
+            **{b.removeprefix("bitsmoe_"): self.parameters[b].detach() for b in self.spec.tensors()}
+        )
+
+    def _state(self) -> list[tuple[int, int]]:
+        """Where the tensors are and how often they were written, which costs no look at their values."""
+        return [(tensor.data_ptr(), tensor._version) for tensor in self.parameters.values()]
+
+
+def _sizes(spec: PackedSpec | None) -> str:
+    return "none" if spec is None else f"{spec.payload_words} payload words and {len(spec.tensors())} tensors"
