@@ -37,11 +37,6 @@ class LoadedExperts:
         self._usable = False
         self._versions: list[tuple[int, int]] = []
 
-    @property
-    def is_broken(self) -> bool:
-        """Whether a reload began and did not end."""
-        return self.spec is not None and not self._usable
-
     def withdraw(self) -> None:
         """Compute nothing until there are other tensors: the ones at hand are not those that are wanted."""
         self._usable = False
@@ -98,7 +93,7 @@ class LoadedExperts:
         """
         if not self._usable:
             raise CheckpointError(
-                f"{self._layer.name}: the last reload of its packed experts did not end; reload_weights again"
+                f"{self._layer.name}: what was last loaded into its packed experts was refused; see that error"
             )
         if self._versions != self._state():
             self.derive()

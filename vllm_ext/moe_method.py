@@ -52,6 +52,7 @@ class BitsMoEMethod(FusedMoEMethodBase):
         self.files = checkpoint.files
         self._checkpoint = checkpoint
         self._arrived: dict[str, Tensor] = {}
+        self._has_failed = False
 
     def create_weights(self, layer: Any, *args: Any, **extra: Any) -> None:
         """Checks, and places for the tensors, whose sizes are known once the row codes are read."""
@@ -123,10 +124,20 @@ class BitsMoEMethod(FusedMoEMethodBase):
             CheckpointError: what arrived is damaged, incomplete or of other experts.
             ConfigError: CUDA graphs were made for other sizes.
         """
+        if self._has_failed:
+            raise CheckpointError(
+                f"{self.name}: an earlier reload failed, whose tensors vLLM may mix with those of this one; "
+                "restart vLLM"
+            )
+        self._has_failed = True
         if self.experts.spec is None:
             self._load_files(layer)
         else:
             self._update(layer)
+        self._register(layer)
+        self._has_failed = False
+
+    def _register(self, layer: Any) -> None:
         for buffer, parameter in self.experts.parameters.items():
             layer.register_parameter(buffer, parameter)
         if torch.device(self.moe.device).type != "cpu":  # sleep of level 2 brings back buffers
@@ -183,9 +194,9 @@ class BitsMoEMethod(FusedMoEMethodBase):
             return  # at start the tensors are read from the files, verified and cut as they are read
         self._arrived[buffer] = tensor if reloading else tensor.clone()  # whose memory may be used again
         layer = self._layer()
-        outside = not reloading or self.experts.is_broken  # of a reload that vLLM would end
-        if outside and layer is not None and self._arrived.keys() >= self._buffers():
-            self.process_weights_after_loading(layer)
+        if not reloading and layer is not None and self._arrived.keys() >= self._buffers():
+            self._update(layer)
+            self._register(layer)
 
     def refuse(self, tensor_name: str) -> None:
         """See ``expert_parameters.Receiver``."""
