@@ -24,14 +24,17 @@ class LoadedExperts:
     Args:
         layer: for its name, and told what is written into parameters.
         gating: of the experts.
+        in_place: write into the tensors there are as long as sizes stay: on a GPU their memory is vLLM's to
+            free and bring back.
         captured: CUDA graphs are made of the model, which hold addresses.
     """
 
-    def __init__(self, layer: Receiver, gating: Gating, captured: bool) -> None:
+    def __init__(self, layer: Receiver, gating: Gating, *, in_place: bool, captured: bool) -> None:
         self.parameters: dict[str, PackedParameter] = {}
         self.spec: PackedSpec | None = None
         self._layer = layer
         self._gating = gating
+        self._in_place = in_place
         self._captured = captured
         self._runtime: kernels.Runtime | None = None
         self._usable = False
@@ -56,7 +59,7 @@ class LoadedExperts:
                 f"{self._layer.name}: CUDA graphs were made for {_sizes(self.spec)}, the new experts have "
                 f"{_sizes(spec)}; restart vLLM, or start it with --enforce-eager to reload other sizes"
             )
-        in_place = spec == self.spec and tensors["bitsmoe_payload"].device.type != "cpu"
+        in_place = self._in_place and spec == self.spec
         for buffer, tensor in tensors.items():
             parameter = self.parameters.get(buffer)
             if parameter is None:
@@ -79,7 +82,21 @@ class LoadedExperts:
         assert self.spec is not None
         self._usable = False
         validation.check_packed(self._layer.name, self.spec, self._packed())
-        self._derive(self.parameters["bitsmoe_payload"].device.type != "cpu")
+        self._derive(in_place=self._in_place)
+
+    def written(self, buffer: str) -> None:
+        """Follow at once what was written into one parameter; other ones may still be without values.
+
+        Raises:
+            CheckpointError: row codes that do not describe the payload.
+        """
+        if buffer != "bitsmoe_row_codes" or self.spec is None:
+            return  # used as it stands
+        self._usable = False
+        self.spec.check_rows(self._layer.name, self.parameters[buffer])
+        if self._in_place:
+            self._derive(in_place=True)
+        self._usable, self._versions = True, []  # ``forward`` looks at the rest
 
     def derived(self) -> dict[str, Tensor]:
         """Name -> tensor that was derived from the parameters; stays where it is if CUDA graphs hold it."""
@@ -93,7 +110,7 @@ class LoadedExperts:
         """
         if not self._usable:
             raise CheckpointError(
-                f"{self._layer.name}: what was last loaded into its packed experts was refused; see that error"
+                f"{self._layer.name}: the last update of its packed experts was refused; load sound ones"
             )
         if self._versions != self._state():
             self.derive()

@@ -19,6 +19,7 @@ from bitsmoe_plugin.serving import gating
 from bitsmoe_plugin.sharding import Shard, local_experts, split_blocks
 from vllm_ext import ops
 from vllm_ext.expert_parameters import layer_loader, placeholder
+from vllm_ext.layer_checks import check_experts
 from vllm_ext.loaded_experts import LoadedExperts
 from vllm_ext.reload import verify_streamed
 from vllm_ext.weight_loading import cut, load_shard
@@ -56,47 +57,24 @@ class BitsMoEMethod(FusedMoEMethodBase):
 
     def create_weights(self, layer: Any, *args: Any, **extra: Any) -> None:
         """Checks, and places for the tensors, whose sizes are known once the row codes are read."""
-        shape = self.files.specs[self.name].shape
-        wanted = (self.moe.num_logical_experts, self.moe.hidden_dim, self.moe.intermediate_size)
-        found = (shape.num_experts, shape.hidden_size, shape.intermediate_size)
-        if wanted != found:
-            raise CheckpointError(
-                f"{self.name}: the model has (experts, hidden_size, intermediate_size) = {wanted}, the "
-                f"quantization_config {found}; config.json was altered"
-            )
-        self._refuse_variants(layer)
+        check_experts(self.name, self.files.specs[self.name].shape, self.moe, layer)
         self._refuse_graphs()
-        self.experts = LoadedExperts(self, gating(layer.activation.value), self._is_captured())
+        self.experts = LoadedExperts(
+            self,
+            gating(layer.activation.value),
+            in_place=self._is_on_gpu(),
+            captured=self._is_captured(),
+        )
         self._layer = weakref.ref(layer)  # vLLM keeps loaders, and by them this object, longer than layers
         for buffer in self.files.specs[self.name].tensors():
             layer.register_parameter(buffer, placeholder(self, buffer))
         layer.load_weights = layer_loader(layer, self)
 
-    def _refuse_variants(self, layer: Any) -> None:
-        """Experts that compute something else than down(act(gate) * up), weighted on the way out."""
-        variants = {
-            "expert biases": self.moe.has_bias,
-            "router weights applied to the input": layer.apply_router_weight_on_input,
-            "clamped gating": any(
-                getattr(layer, option, None) is not None
-                for option in ("swiglu_limit", "swiglu_alpha", "swiglu_beta")
-            ),
-            "copies on other processes": self.moe.num_experts != self.moe.num_logical_experts,
-        }
-        found = [text for text, present in variants.items() if present]
-        if found:
-            raise ConfigError(f"{self.name}: bitsmoe cannot serve experts with {', '.join(found)}")
-        fused = layer.expert_map_manager.num_fused_shared_experts
-        if fused:  # they would have ids of their own, which packed experts skip
-            raise ConfigError(
-                f"{self.name}: {fused} shared experts were fused into the packed ones, which lack them; set "
-                "VLLM_ROCM_USE_AITER_FUSION_SHARED_EXPERTS=0"
-            )
+    def _is_on_gpu(self) -> bool:
+        return torch.device(self.moe.device).type != "cpu"
 
     def _is_captured(self) -> bool:
-        return torch.device(self.moe.device).type != "cpu" and not (
-            get_current_vllm_config().model_config.enforce_eager
-        )
+        return self._is_on_gpu() and not get_current_vllm_config().model_config.enforce_eager
 
     def _refuse_graphs(self) -> None:
         """Rows that have no kernel are computed in plain torch, which waits for the device."""
@@ -140,7 +118,7 @@ class BitsMoEMethod(FusedMoEMethodBase):
     def _register(self, layer: Any) -> None:
         for buffer, parameter in self.experts.parameters.items():
             layer.register_parameter(buffer, parameter)
-        if torch.device(self.moe.device).type != "cpu":  # sleep of level 2 brings back buffers
+        if self._is_on_gpu():  # sleep of level 2 brings back buffers
             for key, tensor in self.experts.derived().items():
                 layer.register_buffer(f"derived_{key}", tensor, persistent=False)
 
@@ -200,22 +178,24 @@ class BitsMoEMethod(FusedMoEMethodBase):
 
     def refuse(self, tensor_name: str) -> None:
         """See ``expert_parameters.Receiver``."""
+        if "bitsmoe_" in tensor_name and self._checkpoint.files is not self.files:
+            return  # of a checkpoint with a manifest, from which all of its tensors are read
+        self.experts.withdraw()
         if "bitsmoe_" not in tensor_name:
             raise ConfigError(
                 f"{self.name}: {tensor_name} is of unquantized experts, and packed ones are served; quantize "
                 "the new weights (bitsmoe quantize) and hand over their packed tensors"
             )
-        if self._checkpoint.files is self.files:
-            raise CheckpointError(
-                f"{self.name}: {tensor_name} is none of the packed tensors that are served; reload from a "
-                "checkpoint's path, whose manifest describes it"
-            )
+        raise CheckpointError(
+            f"{self.name}: {tensor_name} is none of the packed tensors that are served; reload from a "
+            "checkpoint's path, whose manifest describes it"
+        )
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def written(self, buffer: str) -> None:
         """See ``expert_parameters.Receiver``."""
-        self.experts.derive()
+        self.experts.written(buffer)
 
     def get_fused_moe_quant_config(self, layer: Any) -> FusedMoEQuantConfig | None:
         return None
@@ -239,6 +219,7 @@ class BitsMoEMethod(FusedMoEMethodBase):
 
     def forward(self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
         """What the custom operator runs; ``topk_ids`` are local, -1 for experts held elsewhere."""
+        self._check_places()
         if self._arrived:
             logger.warning_once(
                 "%s: %d of %d packed tensors of an update have arrived; its experts change when all have",
@@ -247,3 +228,12 @@ class BitsMoEMethod(FusedMoEMethodBase):
                 len(self._buffers()),
             )
         return self.experts.forward(x, topk_ids, topk_weights)
+
+    def _check_places(self) -> None:
+        """While vLLM reloads, placeholders stand in the layer; a reload that failed leaves them there."""
+        layer, buffer = self._layer(), "bitsmoe_payload"
+        if layer is not None and getattr(layer, buffer) is not self.experts.parameters.get(buffer):
+            raise CheckpointError(
+                f"{self.name}: a reload of weights began and did not end; reload from a sound checkpoint, or "
+                "restart vLLM"
+            )
