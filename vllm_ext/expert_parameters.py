@@ -97,7 +97,7 @@ def layer_loader(layer: nn.Module, receiver: Receiver) -> Callable[[Iterable[tup
             if parameter is None or not buffer.startswith("bitsmoe_"):
                 receiver.refuse(name)
             else:
-                parameter.weight_loader(parameter, tensor)  # type: ignore[attr-defined]
+                parameter.weight_loader(parameter, tensor)  # type: ignore[union-attr]
             yield buffer
 
     return load_weights
