@@ -151,7 +151,7 @@ def test_a_directory_without_weights_is_told_from_a_damaged_one(tmp_path: Path) 
     shutil.copy(tmp_path / "model" / "config.json", tmp_path / "pulled")
     entries = json.loads((tmp_path / "pulled" / "config.json").read_text())["quantization_config"]
     config = BitsMoEServingConfig.from_config(entries)
-    with pytest.raises(CheckpointError, match=r"pulled holds no safetensors.*s3://.*download"):
+    with pytest.raises(CheckpointError, match=r"pulled lacks safetensors.*s3://.*download"):
         config.maybe_update_config(str(tmp_path / "pulled"), AutoConfig.from_pretrained(tmp_path / "pulled"))
 
 

@@ -42,7 +42,7 @@ def safetensors_files(model: str, revision: str | None = None, cache: str | None
         )
     elif not any(folder.glob("*.safetensors*")):
         raise CheckpointError(
-            f"{model} holds no safetensors files, from which packed experts are read: of a remote address "
+            f"{model} lacks safetensors files, from which packed experts are read: of a remote address "
             "(s3://, gs://, az://) vLLM brings config.json alone; download the checkpoint and serve that"
         )
     return checkpoint_files.safetensors_files(folder)
