@@ -33,6 +33,9 @@ class Receiver(Protocol):
     def written(self, buffer: str) -> None:
         """Values of a parameter were written in place."""
 
+    def exposed(self) -> None:
+        """Values of a parameter may be written in place, and it will not tell."""
+
 
 class PackedParameter(nn.Parameter):
     """A packed tensor in use. ``copy_`` takes a tensor of the same dtype and shape only, and reports it.
@@ -49,6 +52,16 @@ class PackedParameter(nn.Parameter):
         parameter.buffer, parameter.receiver = buffer, receiver
         parameter.weight_loader = loader(receiver, buffer)
         return parameter
+
+    @property
+    def data(self) -> Tensor:  # type: ignore[override]
+        """Shares memory but not the count of writes, by which they are noticed."""
+        self.receiver.exposed()
+        return torch.Tensor.data.__get__(self)  # type: ignore[attr-defined]
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        torch.Tensor.data.__set__(self, value)  # type: ignore[attr-defined]
 
     def copy_(self, source: Tensor, non_blocking: bool = False) -> Tensor:
         """Raises CheckpointError for a tensor of another dtype or shape, or values that are not sound."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+
 from torch import Tensor
 
 from bitsmoe_plugin import kernels, validation
@@ -39,6 +41,8 @@ class LoadedExperts:
         self._runtime: kernels.Runtime | None = None
         self._usable = False
         self._versions: list[tuple[int, int]] = []
+        self._rows = b""
+        self._is_exposed = False
 
     def withdraw(self) -> None:
         """Compute nothing until there are other tensors: the ones at hand are not those that are wanted."""
@@ -69,7 +73,7 @@ class LoadedExperts:
             else:
                 parameter.data = tensor
         for buffer in self.parameters.keys() - tensors.keys():
-            self.parameters[buffer].data = self.parameters[buffer].data.new_empty(0)
+            self.parameters[buffer].data = self.parameters[buffer].new_empty(0)
         self.spec = spec
         self._derive(in_place)
 
@@ -98,6 +102,10 @@ class LoadedExperts:
             self._derive(in_place=True)
         self._usable, self._versions = True, []  # ``forward`` looks at the rest
 
+    def exposed(self) -> None:
+        """Look at the row codes before they are used next: all that is derived follows from them."""
+        self._is_exposed = True
+
     def derived(self) -> dict[str, Tensor]:
         """Name -> tensor that was derived from the parameters; stays where it is if CUDA graphs hold it."""
         return {} if self._runtime is None else derived_tensors(self._runtime)
@@ -112,7 +120,7 @@ class LoadedExperts:
             raise CheckpointError(
                 f"{self._layer.name}: the last update of its packed experts was refused; load sound ones"
             )
-        if self._versions != self._state():
+        if self._versions != self._state() or self._has_other_rows():
             self.derive()
         assert self._runtime is not None
         return self._runtime.forward(x, topk_ids, topk_weights)
@@ -125,12 +133,23 @@ class LoadedExperts:
         else:
             self._runtime = fresh
         self._versions, self._usable = self._state(), True
+        self._rows, self._is_exposed = self._row_digest(), False
 
     def _packed(self) -> PackedExperts:
         assert self.spec is not None
         return PackedExperts(
             **{b.removeprefix("bitsmoe_"): self.parameters[b].detach() for b in self.spec.tensors()}
         )
+
+    def _has_other_rows(self) -> bool:
+        if not self._is_exposed or self._captured:  # what is captured must not wait for the device
+            return False
+        self._is_exposed = False
+        return self._rows != self._row_digest()
+
+    def _row_digest(self) -> bytes:
+        codes = self.parameters["bitsmoe_row_codes"].detach()
+        return hashlib.sha256(codes.cpu().contiguous().numpy().data).digest()
 
     def _state(self) -> list[tuple[int, int]]:
         """Where the tensors are and how often they were written, which costs no look at their values."""

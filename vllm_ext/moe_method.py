@@ -52,7 +52,8 @@ class BitsMoEMethod(FusedMoEMethodBase):
         self.name = name
         self.files = checkpoint.files
         self._checkpoint = checkpoint
-        self._arrived: dict[str, Tensor] = {}
+        self._reloaded: dict[str, Tensor] = {}
+        self._sent: dict[str, Tensor] = {}
         self._has_failed = False
 
     def create_weights(self, layer: Any, *args: Any, **extra: Any) -> None:
@@ -111,7 +112,7 @@ class BitsMoEMethod(FusedMoEMethodBase):
         if self.experts.spec is None:
             self._load_files(layer)
         else:
-            self._update(layer)
+            self._update(layer, self._reloaded)
         self._register(layer)
         self._has_failed = False
 
@@ -127,10 +128,10 @@ class BitsMoEMethod(FusedMoEMethodBase):
         self._checkpoint.note_loaded()
         self.experts.replace(*load_shard(self.files, self.name, self.shard(layer), device))
 
-    def _update(self, layer: Any) -> None:
-        """Take what vLLM handed over since the last time."""
+    def _update(self, layer: Any, arrived: dict[str, Tensor]) -> None:
+        """Take what vLLM handed over, by buffer name."""
         self.experts.withdraw()
-        arrived, self._arrived = self._arrived, {}
+        self._reloaded, self._sent = {}, {}
         newest = self._checkpoint.files
         if newest is not self.files:  # the engine names another checkpoint, these tensors are from it
             self._check_shape(newest)
@@ -170,10 +171,15 @@ class BitsMoEMethod(FusedMoEMethodBase):
         """See ``expert_parameters.Receiver``."""
         if self.experts.spec is None:
             return  # at start the tensors are read from the files, verified and cut as they are read
-        self._arrived[buffer] = tensor if reloading else tensor.clone()  # whose memory may be used again
+        if reloading:
+            self._reloaded[buffer] = tensor
+            return
+        if buffer in self._sent:  # another update began; the one before did not end
+            self._sent = {}
+        self._sent[buffer] = tensor.clone()  # the sender may use its memory again
         layer = self._layer()
-        if not reloading and layer is not None and self._arrived.keys() >= self._buffers():
-            self._update(layer)
+        if layer is not None and self._sent.keys() >= self._buffers():
+            self._update(layer, self._sent)
             self._register(layer)
 
     def refuse(self, tensor_name: str) -> None:
@@ -196,6 +202,10 @@ class BitsMoEMethod(FusedMoEMethodBase):
     def written(self, buffer: str) -> None:
         """See ``expert_parameters.Receiver``."""
         self.experts.written(buffer)
+
+    def exposed(self) -> None:
+        """See ``expert_parameters.Receiver``."""
+        self.experts.exposed()
 
     def get_fused_moe_quant_config(self, layer: Any) -> FusedMoEQuantConfig | None:
         return None
@@ -220,12 +230,9 @@ class BitsMoEMethod(FusedMoEMethodBase):
     def forward(self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
         """What the custom operator runs; ``topk_ids`` are local, -1 for experts held elsewhere."""
         self._check_places()
-        if self._arrived:
+        if self._sent:
             logger.warning_once(
-                "%s: %d of %d packed tensors of an update have arrived; its experts change when all have",
-                self.name,
-                len(self._arrived),
-                len(self._buffers()),
+                "%s: a part of its packed tensors was sent; its experts change when all are there", self.name
             )
         return self.experts.forward(x, topk_ids, topk_weights)
 
