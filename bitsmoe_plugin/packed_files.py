@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from torch import Tensor
+
 from bitsmoe_plugin.checkpoint import (
     StoredTensor,
     packed_spec,
@@ -54,32 +56,35 @@ class PackedFiles:
             CheckpointError: their bytes differ from those that were written, or their values do not make
                 a sound layer.
         """
-        spec = self.specs[name]
-        packed = PackedExperts(
-            **{
-                buffer.removeprefix("bitsmoe_"): self.tensors[tensor_key(f"{name}.{buffer}")].read()
-                for buffer in spec.tensors()
-            }
-        )
-        verify_packed(name, spec, packed, self.config)
+        stored = self.stored(name)
+        packed = PackedExperts(**{buffer.removeprefix("bitsmoe_"): t for buffer, t in stored.items()})
+        verify_packed(name, self.specs[name], packed, self.config)
         return packed
 
     def read_shard(self, name: str, shard: Shard) -> tuple[PackedSpec, PackedExperts]:
-        """Read, verify and cut a layer, which is mapped from its file, not copied.
-
-        Returns:
-            sizes of the shard, and its tensors.
+        """Read, verify and ``cut`` a layer, which is mapped from its file, not copied.
 
         Raises:
             CheckpointError: see ``read``.
         """
-        spec = self.specs[name]
-        sliced = slice_packed(self.read(name), spec.widths, spec.shape, shard, spec.kept)
-        local = replace(
-            spec,
-            shape=shard_shape(spec.shape, shard),
-            payload_words=sliced.payload.numel(),
-            kept=shard_kept(spec.kept, shard),
-            stored_rows=0 if sliced.row_gains is None else sliced.row_gains.numel(),
-        )
-        return local, sliced
+        return cut(self.specs[name], self.read(name), shard)
+
+    def stored(self, name: str) -> dict[str, Tensor]:
+        """Buffer name -> tensor of a layer, mapped from the file and not verified."""
+        return {
+            buffer: self.tensors[tensor_key(f"{name}.{buffer}")].read()
+            for buffer in self.specs[name].tensors()
+        }
+
+
+def cut(spec: PackedSpec, packed: PackedExperts, shard: Shard) -> tuple[PackedSpec, PackedExperts]:
+    """Sizes of a shard of a layer, and its tensors."""
+    sliced = slice_packed(packed, spec.widths, spec.shape, shard, spec.kept)
+    local = replace(
+        spec,
+        shape=shard_shape(spec.shape, shard),
+        payload_words=sliced.payload.numel(),
+        kept=shard_kept(spec.kept, shard),
+        stored_rows=0 if sliced.row_gains is None else sliced.row_gains.numel(),
+    )
+    return local, sliced

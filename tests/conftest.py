@@ -123,6 +123,14 @@ def packed_moe_tiny(moe_tiny_path: Path, tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """What a running vLLM may be told to reload, see ``reload_support.write_checkpoints``."""
+    from reload_support import write_checkpoints
+
+    return write_checkpoints(tmp_path_factory.mktemp("reload"))
+
+
+@pytest.fixture(scope="session")
 def installed_wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The package as users get it: built into a wheel, from a source distribution, and installed into this
     directory, to be put on PYTHONPATH. The editable installation that tests run from has other entry points

@@ -152,8 +152,8 @@ def random_packed(shape: LayerShape, config: BitsMoEConfig, seed: int) -> Packed
     return PackedExperts(codes, grid.view(torch.int16), payload, *bases[0], *bases[1])
 
 
-def write_random_packed(directory: Path, shape: LayerShape, layers: int) -> BitsMoEConfig:
-    """A packed Qwen3-MoE checkpoint of random rows, without quantizing: for measuring memory."""
+def write_random_packed(directory: Path, shape: LayerShape, layers: int, seed: int = 0) -> BitsMoEConfig:
+    """A packed Qwen3-MoE checkpoint of random rows, without quantizing."""
     config = BitsMoEConfig(widths=(0, 1, 2, 3, 4))
     changes = {"num_hidden_layers": layers, "hidden_size": shape.hidden_size}
     model = small_model("qwen3_moe", num_experts=1, num_experts_per_tok=1, **changes)
@@ -163,7 +163,7 @@ def write_random_packed(directory: Path, shape: LayerShape, layers: int) -> Bits
     tensors = {k: t for k, t in load_file(directory / "model.safetensors").items() if ".experts." not in k}
     for layer in range(layers):
         name = f"model.layers.{layer}.mlp.experts"
-        packed = random_packed(shape, config, layer)
+        packed = random_packed(shape, config, seed + layer)
         tensors.update({f"{name}.{buffer}": tensor for buffer, tensor in packed.tensors()})
         tensors[f"model.layers.{layer}.mlp.gate.weight"] = torch.randn(shape.num_experts, shape.hidden_size)
         config.layers[name] = layer_manifest(shape, packed, torch.float32)

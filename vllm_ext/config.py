@@ -18,7 +18,10 @@ from bitsmoe_plugin.model_sizes import check_model_sizes, check_planned
 from bitsmoe_plugin.other_tensors import stored_shapes, verify_others
 from bitsmoe_plugin.packed_files import PackedFiles
 from bitsmoe_plugin.sharding import split_blocks
+from vllm_ext.engine_checks import check_engine
 from vllm_ext.moe_method import BitsMoEMethod
+from vllm_ext.reload import engine_model, read_manifest
+from vllm_ext.stream_names import StreamNames
 from vllm_ext.weight_loading import LayerNames, planned_shapes, safetensors_files
 
 NOT_SERVED = {
@@ -52,6 +55,9 @@ class BitsMoEServingConfig(QuantizationConfig):
         self.manifest = manifest
         self.names = LayerNames(manifest.layers)
         self._files: PackedFiles | None = None
+        self._opened: tuple[str, str | None] | None = None
+        self._stream = StreamNames()
+        self._is_served = False
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> BitsMoEServingConfig:
@@ -66,16 +72,30 @@ class BitsMoEServingConfig(QuantizationConfig):
 
     @classmethod
     def get_min_capability(cls) -> int:
-        return 70
+        """8.0: older GPUs lack registers for the kernels, which spill 6 to 22 KB there."""
+        return 80
 
     @staticmethod
     def get_config_filenames() -> list[str]:
         return []
 
-    @staticmethod
-    def get_checkpoint_weight_mapper() -> WeightsMapper:
-        """Keep packed tensors out of vLLM's stream of weights: ``BitsMoEMethod`` reads them itself."""
-        return WeightsMapper(orig_to_new_substr={".bitsmoe_": None})
+    def get_checkpoint_weight_mapper(self) -> WeightsMapper:  # type: ignore[override]
+        """Lead packed tensors to their layers; vLLM asks each time that it loads weights into the model."""
+        self._follow_engine()
+        return self._stream.mapper()
+
+    def _follow_engine(self) -> None:
+        """Open what the engine names now: ``reload_weights`` changes it, or its files were replaced."""
+        model = engine_model()
+        if model is None or not self._is_served:
+            return
+        hf_config, entries = read_manifest(model)
+        named = type(self).from_config(entries)
+        if (model.model, model.revision) == self._opened and named.manifest.layers == self.manifest.layers:
+            return
+        named.maybe_update_config(model.model, hf_config)
+        self._files, self.manifest = named.files, named.manifest
+        self._opened = model.model, model.revision
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
         """Learn how vLLM's model names its modules."""
@@ -91,6 +111,7 @@ class BitsMoEServingConfig(QuantizationConfig):
         self._check_depth(hf_config)
         if hf_config is not None and Path(model_name).is_dir():
             self._files = self._open(safetensors_files(model_name), hf_config)
+            self._opened = model_name, revision
 
     def _open(self, paths: list[Path], hf_config: Any) -> PackedFiles:
         files = PackedFiles.open(paths, self.manifest)
@@ -125,7 +146,12 @@ class BitsMoEServingConfig(QuantizationConfig):
             model, load = config.model_config, config.load_config
             paths = safetensors_files(model.model, model.revision, load.download_dir)
             self._files = self._open(paths, model.hf_config)
+            self._opened = model.model, model.revision
         return self._files
+
+    def note_loaded(self) -> None:
+        """A layer was loaded; from now on weights that vLLM loads replace others."""
+        self._is_served = True
 
     def check_parallel(self, parallel: ParallelConfig) -> None:
         """Refuse degrees that cannot split the rows, before vLLM divides sizes without a remainder check.
@@ -143,8 +169,10 @@ class BitsMoEServingConfig(QuantizationConfig):
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """Routed experts are packed, everything else is as it was."""
-        self.check_parallel(get_current_vllm_config().parallel_config)
+        config = get_current_vllm_config()
+        check_engine(config)
+        self.check_parallel(config.parallel_config)
         if isinstance(layer, RoutedExperts):
-            name = self.names.find(prefix)
-            return BitsMoEMethod(layer.moe_config, name, self.files)
+            self._stream.add(prefix)
+            return BitsMoEMethod(layer.moe_config, self.names.find(prefix), self)
         return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None

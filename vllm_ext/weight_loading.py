@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from bitsmoe_plugin import checkpoint_files
+from bitsmoe_plugin import checkpoint_files, packed_files
 from bitsmoe_plugin.checkpoint import tensor_key
 from bitsmoe_plugin.errors import CheckpointError
 from bitsmoe_plugin.families import find_moe_layers
@@ -37,6 +37,11 @@ def safetensors_files(model: str, revision: str | None = None, cache: str | None
 
         folder = Path(
             download_weights_from_hf(model, cache, ["*.safetensors", checkpoint_files.INDEX], revision)
+        )
+    elif not any(folder.glob("*.safetensors*")):
+        raise CheckpointError(
+            f"{model} lacks safetensors files, from which packed experts are read: of a remote address "
+            "(s3://, gs://, az://) vLLM brings config.json alone; download the checkpoint and serve that"
         )
     return checkpoint_files.safetensors_files(folder)
 
@@ -101,10 +106,13 @@ class LayerNames:
 def load_shard(
     files: PackedFiles, name: str, shard: Shard, device: torch.device
 ) -> tuple[PackedSpec, dict[str, Tensor]]:
-    """Read, verify and cut one layer; the whole layer is mapped from its file, not copied.
+    """Read, verify and ``cut`` one layer; the whole layer is mapped from its file, not copied."""
+    return cut(files.specs[name], files.read(name), shard, device)
 
-    Returns:
-        sizes of the shard, and its tensors by buffer name, on ``device``.
-    """
-    spec, packed = files.read_shard(name, shard)
-    return spec, {buffer: tensor.to(device) for buffer, tensor in packed.tensors()}
+
+def cut(
+    spec: PackedSpec, packed: PackedExperts, shard: Shard, device: torch.device
+) -> tuple[PackedSpec, dict[str, Tensor]]:
+    """Sizes of a shard of a layer, and copies of its tensors by buffer name, on ``device``."""
+    local, sliced = packed_files.cut(spec, packed, shard)
+    return local, {buffer: tensor.to(device) for buffer, tensor in sliced.tensors()}

@@ -1,0 +1,55 @@
+"""Layers that vLLM makes of a checkpoint, compared with what was packed and with what the kernels compute."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
+
+from bitsmoe_plugin.errors import CheckpointError, ConfigError
+from bitsmoe_plugin.packing import LayerShape
+
+
+def check_experts(name: str, shape: LayerShape, moe: FusedMoEConfig, layer: Any) -> None:
+    """Refuse experts of other sizes, and those that compute something else than packed ones.
+
+    Args:
+        name: of the layer in the manifest.
+        shape: of the packed layer.
+        moe: vLLM's sizes.
+        layer: vLLM's experts.
+
+    Raises:
+        CheckpointError: other sizes.
+        ConfigError: naming what they compute.
+    """
+    wanted = (moe.num_logical_experts, moe.hidden_dim, moe.intermediate_size)
+    found = (shape.num_experts, shape.hidden_size, shape.intermediate_size)
+    if wanted != found:
+        raise CheckpointError(
+            f"{name}: the model has (experts, hidden_size, intermediate_size) = {wanted}, the "
+            f"quantization_config {found}; config.json was altered"
+        )
+    _refuse_variants(name, moe, layer)
+    fused = layer.expert_map_manager.num_fused_shared_experts
+    if fused:  # their ids would be those after the last packed expert, which the kernels skip
+        raise ConfigError(
+            f"{name}: vLLM fused {fused} shared experts into the packed ones, where they would be left out; "
+            "set VLLM_ROCM_USE_AITER_FUSION_SHARED_EXPERTS=0"
+        )
+
+
+def _refuse_variants(name: str, moe: FusedMoEConfig, layer: Any) -> None:
+    """Experts that compute something else than down(act(gate) * up), weighted on the way out."""
+    variants = {
+        "expert biases": moe.has_bias,
+        "router weights applied to the input": layer.apply_router_weight_on_input,
+        "clamped gating": any(
+            getattr(layer, option, None) is not None
+            for option in ("swiglu_limit", "swiglu_alpha", "swiglu_beta")
+        ),
+        "redundant copies of experts": moe.num_experts != moe.num_logical_experts,
+    }
+    found = [text for text, present in variants.items() if present]
+    if found:
+        raise ConfigError(f"{name}: bitsmoe cannot serve experts with {', '.join(found)}")
