@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from vllm.config import ParallelConfig, get_current_vllm_config
+from vllm.config import LoRAConfig, ParallelConfig, get_current_vllm_config
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
@@ -18,6 +18,7 @@ from bitsmoe_plugin.model_sizes import check_model_sizes, check_planned
 from bitsmoe_plugin.other_tensors import stored_shapes, verify_others
 from bitsmoe_plugin.packed_files import PackedFiles
 from bitsmoe_plugin.sharding import split_blocks
+from vllm_ext import lora, prediction
 from vllm_ext.moe_method import BitsMoEMethod
 from vllm_ext.weight_loading import LayerNames, planned_shapes, safetensors_files
 
@@ -51,6 +52,8 @@ class BitsMoEServingConfig(QuantizationConfig):
             )
         self.manifest = manifest
         self.names = LayerNames(manifest.layers)
+        self._depth: int | None = None  # number of decoder layers
+        self._linear: list[str] = []  # names of linear layers that the model has made so far
         self._files: PackedFiles | None = None
 
     @classmethod
@@ -116,6 +119,7 @@ class BitsMoEServingConfig(QuantizationConfig):
                     f"quantization_config describes {name}, but the model has num_hidden_layers={depth}; "
                     "config.json was altered"
                 )
+        self._depth = depth
 
     @property
     def files(self) -> PackedFiles:
@@ -142,9 +146,23 @@ class BitsMoEServingConfig(QuantizationConfig):
             split_blocks(name, spec.shape, parts, 0, spec.split_unit)
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
-        """Routed experts are packed, everything else is as it was."""
-        self.check_parallel(get_current_vllm_config().parallel_config)
-        if isinstance(layer, RoutedExperts):
-            name = self.names.find(prefix)
-            return BitsMoEMethod(layer.moe_config, name, self.files)
-        return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
+        """Routed experts are packed, everything else is as it was: None is vLLM's own method."""
+        config = get_current_vllm_config()
+        self.check_parallel(config.parallel_config)
+        if isinstance(layer, LinearBase):
+            self._linear.append(prefix)
+            return UnquantizedLinearMethod()
+        return self._experts(layer, prefix, config.lora_config) if isinstance(layer, RoutedExperts) else None
+
+    def _experts(self, layer: Any, prefix: str, lora_config: LoRAConfig | None) -> BitsMoEMethod | None:
+        name = prefix.removeprefix(prediction.DRAFT)
+        if prediction.predicts(name, self._depth):
+            prediction.check_stored(name, self._depth, self.manifest.other_tensors)
+            return None
+        if name == prefix and lora_config is not None:  # adapters are for the target, not for its draft
+            linear = lora.adapter_names(self._linear, self.packed_modules_mapping)
+            lora.check_targets(lora_config, prefix, linear)
+            from vllm_ext.lora_manager import watch_adapters
+
+            watch_adapters()
+        return BitsMoEMethod(layer.moe_config, self.names.find(name), self.files)
