@@ -11,7 +11,7 @@ from vllm.config.lora import LoRAConfig
 
 from bitsmoe_plugin.errors import ConfigError
 
-_EXPERTS = "experts"
+_INNER = "routed_experts"  # vLLM's name of the module within the experts' that holds the parameters
 _ROUTER = "gate"
 
 
@@ -39,8 +39,8 @@ def check_targets(lora: LoRAConfig | None, prefix: str, linear: Iterable[str]) -
 
 
 def _names_experts(target: str, prefix: str) -> bool:
-    """Targets are ends of names, or whole names; experts' own are ``experts.3.gate_proj`` or in them."""
-    return _EXPERTS in target.split(".") or prefix.endswith(f".{target}") or target.startswith(f"{prefix}.")
+    """Targets are ends of names, or whole names; those of single experts are ``experts.3.gate_proj``."""
+    return not {prefix.rpartition(".")[2], _INNER}.isdisjoint(target.split("."))
 
 
 def adapter_names(linear: Iterable[str], packed: dict[str, list[str]]) -> list[str]:
