@@ -61,9 +61,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def texts(model: Path) -> list[list[int]]:
-    """The starts of 24 texts, 160 tokens each."""
+    """The starts of 16 texts, 160 tokens each."""
     tokenizer = AutoTokenizer.from_pretrained(model)
-    lines = TEXTS.read_text().splitlines()[:24]
+    lines = TEXTS.read_text().splitlines()[:16]
     return [tokenizer(json.loads(line)["text"])["input_ids"][:160] for line in lines]
 
 
@@ -127,7 +127,7 @@ def test_trained_model_agrees_with_transformers(
 
 @pytest.mark.parametrize("order", [0, 1])
 def test_answers_do_not_depend_on_the_batch(order: int, results) -> None:
-    """The same bits shuffled (0) and one prompt at a time (1), which rounding that follows the number of tokens
+    """The same bits shuffled (0) and one prompt at a time (1), which rounding by the number of tokens
     would not give. (Layers whose rank is 256 or more add up in another order if few experts are in use.)"""
     assert results["float32"]["again"][order] == results["float32"]["sequences"]
 
@@ -139,7 +139,7 @@ def test_compiled_is_eager(results) -> None:
         torch.tensor([p for s in results[name]["sequences"] for p in s["prompt_logprobs"]])
         for name in ("float32", "compiled")
     )
-    assert len(eager) > 3000
+    assert len(eager) > 2000
     assert float((eager - compiled).abs().max()) < TOLERANCE
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from vllm.config import LoRAConfig, ParallelConfig, get_current_vllm_config
+from vllm.config import ParallelConfig, VllmConfig, get_current_vllm_config
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
@@ -152,16 +152,19 @@ class BitsMoEServingConfig(QuantizationConfig):
         if isinstance(layer, LinearBase):
             self._linear.append(prefix)
             return UnquantizedLinearMethod()
-        return self._experts(layer, prefix, config.lora_config) if isinstance(layer, RoutedExperts) else None
+        return self._experts(layer, prefix, config) if isinstance(layer, RoutedExperts) else None
 
-    def _experts(self, layer: Any, prefix: str, lora_config: LoRAConfig | None) -> BitsMoEMethod | None:
+    def _experts(self, layer: Any, prefix: str, config: VllmConfig) -> BitsMoEMethod | None:
         name = prefix.removeprefix(prediction.DRAFT)
         if prediction.predicts(name, self._depth):
-            prediction.check_stored(name, self._depth, self.manifest.other_tensors)
+            if prediction.in_target(config):
+                prediction.check_stored(name, self._depth, self.manifest.other_tensors)
             return None
-        if name == prefix and lora_config is not None:  # adapters are for the target, not for its draft
+        if (
+            name == prefix and config.lora_config is not None
+        ):  # adapters are for the target, not for its draft
             linear = lora.adapter_names(self._linear, self.packed_modules_mapping)
-            lora.check_targets(lora_config, prefix, linear)
+            lora.check_targets(config.lora_config, prefix, linear)
             from vllm_ext.lora_manager import watch_adapters
 
             watch_adapters()

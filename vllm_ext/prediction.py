@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+from vllm.config import VllmConfig
+
 from bitsmoe_plugin.errors import ConfigError
 from bitsmoe_plugin.model_sizes import layer_number
 
@@ -21,6 +23,12 @@ def predicts(name: str, depth: int | None) -> bool:
         depth: number of decoder layers, None if not known.
     """
     return _MTP in f".{name}" or (depth is not None and layer_number(name) >= depth)
+
+
+def in_target(config: VllmConfig) -> bool:
+    """Whether the tensors of what drafts come from the checkpoint of the target itself."""
+    draft = getattr(config.speculative_config, "draft_model_config", None)
+    return draft is not None and draft.model == config.model_config.model
 
 
 def check_stored(prefix: str, depth: int | None, names: Collection[str]) -> None:
