@@ -160,9 +160,7 @@ class BitsMoEServingConfig(QuantizationConfig):
             if prediction.in_target(config):
                 prediction.check_stored(name, self._depth, self.manifest.other_tensors)
             return None
-        if (
-            name == prefix and config.lora_config is not None
-        ):  # adapters are for the target, not for its draft
+        if name == prefix and config.lora_config is not None:  # adapters are not for drafts
             linear = lora.adapter_names(self._linear, self.packed_modules_mapping)
             lora.check_targets(config.lora_config, prefix, linear)
             from vllm_ext.lora_manager import watch_adapters
