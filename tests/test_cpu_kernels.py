@@ -18,9 +18,12 @@ from bitsmoe_plugin.methods import ALL_WIDTHS
 from bitsmoe_plugin.packing import LayerShape
 from bitsmoe_plugin.serving import gating
 
-TOLERANCE = 5e-4
-"""Inputs are rounded to 2^-15.99 of the largest of 64 (or, before down, of up to 2048), so relative to
-their norm they err by at most sqrt(2048 / 12) * 2^-16 = 2e-4 if one value rules, three times in a row."""
+TOLERANCE = {1: 5e-4, 2: 3e-5}
+"""By planes. With one, inputs are rounded to 2^-15.99 of the largest of 64 (or, before down, of up to 2048),
+so relative to their norm they err by at most sqrt(2048 / 12) * 2^-16 = 2e-4 if one value rules, three times
+in a row. With two (float32) what remains is the rounding of float32 sums; measured: 1e-6, and up to 7e-6 in
+1,500 layers of which some have one column, where sums cancel."""
+BOTH_PLANES = pytest.mark.parametrize("planes", [1, 2])
 
 
 @pytest.fixture(params=["avx512", "avx2", "portable"], autouse=True)
@@ -37,13 +40,24 @@ def routing(tokens: int, experts: int, k: int, seed: int) -> tuple[Tensor, Tenso
     return ids, torch.rand(tokens, k, generator=g)
 
 
-def both(shape: LayerShape, inputs: tuple[Tensor, Tensor, Tensor], **options) -> tuple[Tensor, Tensor]:
+def compute(runtime: cpu.CpuLayer, inputs: tuple[Tensor, Tensor, Tensor], planes: int) -> Tensor:
+    """Output in float32; one plane is what inputs in half precision take, before their output is rounded."""
+    if planes == 2:
+        return runtime.forward(*inputs)
+    out = torch.empty_like(inputs[0])
+    runtime._forward(*inputs, out, planes)
+    return out
+
+
+def both(
+    shape: LayerShape, inputs: tuple[Tensor, Tensor, Tensor], planes: int = 2, **options
+) -> tuple[Tensor, Tensor]:
     """Outputs of the kernels and of the reference on a random layer."""
     options = {"widths": ALL_WIDTHS, "shares": [1] * len(ALL_WIDTHS), **options}
     spec, packed = random_layer(shape, **options)
     runtime = cpu.CpuLayer.prepare(spec, packed, gating("silu"))
     reference = ReferenceLayer.prepare(spec, packed, gating("silu"))
-    return runtime.forward(*inputs), reference.forward(*inputs)
+    return compute(runtime, inputs, planes), reference.forward(*inputs)
 
 
 def relative_error(out: Tensor, wanted: Tensor) -> float:
@@ -89,26 +103,29 @@ def test_any_layer_computes_what_the_reference_does(
         seed=seed,
     )
     assert bool((wanted != 0).any()) or 0 in widths
-    assert float((out - wanted).norm()) <= TOLERANCE * float(wanted.norm())
+    assert float((out - wanted).norm()) <= TOLERANCE[2] * float(wanted.norm())
 
 
 @pytest.mark.parametrize("group", [16, 32, 64, 128])
 @pytest.mark.parametrize("basis_bits", [4, 8])
-def test_groups_of_the_bases(group: int, basis_bits: int) -> None:
+@BOTH_PLANES
+def test_groups_of_the_bases(group: int, basis_bits: int, planes: int) -> None:
     """A group within a chunk of 64 columns, as long as one, and over two."""
     inputs = (torch.randn(5, 384), *routing(5, 3, 2, 0))
     options = {"basis_bits": basis_bits, "basis_group_size": group}
-    assert relative_error(*both(LayerShape(3, 384, 40), inputs, **options)) < TOLERANCE
+    assert relative_error(*both(LayerShape(3, 384, 40), inputs, planes, **options)) < TOLERANCE[planes]
 
 
 @pytest.mark.parametrize("size", [2048, 2080, 4200])
-def test_long_rows(size: int) -> None:
+@BOTH_PLANES
+def test_long_rows(size: int, planes: int) -> None:
     """More columns than integer sums of 32 bits hold: they are cut into panels."""
     inputs = (torch.randn(3, 64), *routing(3, 2, 1, 0))
-    assert relative_error(*both(LayerShape(2, 64, size), inputs)) < TOLERANCE
+    assert relative_error(*both(LayerShape(2, 64, size), inputs, planes)) < TOLERANCE[planes]
 
 
-def test_the_largest_sums_do_not_overflow() -> None:
+@BOTH_PLANES
+def test_the_largest_sums_do_not_overflow(planes: int) -> None:
     """All inputs at the limit and all codes alike, which random inputs never come near to."""
     shape = LayerShape(1, 64, 2048)
     spec, packed = random_layer(shape, widths=(8,), shares=[1], input_bases=1)
@@ -116,14 +133,14 @@ def test_the_largest_sums_do_not_overflow() -> None:
     h = torch.ones(1, 2048)
     inputs = (torch.ones(1, 64), torch.zeros(1, 1, dtype=torch.long), torch.ones(1, 1))
     layers = [kind.prepare(spec, packed, lambda gate, up: h) for kind in (cpu.CpuLayer, ReferenceLayer)]
-    out, wanted = (layer.forward(*inputs) for layer in layers)
-    assert relative_error(out, wanted) < TOLERANCE
+    out, wanted = compute(layers[0], inputs, planes), layers[1].forward(*inputs)
+    assert relative_error(out, wanted) < TOLERANCE[planes]
 
 
 def test_many_tokens_are_computed_in_parts() -> None:
     tokens = 2 * cpu.TOKENS + 1
     inputs = (torch.randn(tokens, 64), *routing(tokens, 4, 2, 0))
-    assert relative_error(*both(LayerShape(4, 64, 40), inputs)) < TOLERANCE
+    assert relative_error(*both(LayerShape(4, 64, 40), inputs)) < TOLERANCE[2]
 
 
 def test_a_token_does_not_depend_on_the_others() -> None:
@@ -133,7 +150,7 @@ def test_a_token_does_not_depend_on_the_others() -> None:
     together, _ = both(shape, (x, ids, weights))
     for t in range(9):
         alone, _ = both(shape, (x[t : t + 1], ids[t : t + 1], weights[t : t + 1]))
-        assert relative_error(alone, together[t : t + 1]) < 1e-5
+        assert relative_error(alone, together[t : t + 1]) < 1e-6
 
 
 def test_experts_held_elsewhere_add_nothing() -> None:
@@ -142,7 +159,7 @@ def test_experts_held_elsewhere_add_nothing() -> None:
     ids[0], ids[1, 0], ids[2, 1] = -1, 4, -1
     x = torch.randn(6, 64)
     out, wanted = both(LayerShape(4, 64, 40), (x, ids, weights))
-    assert relative_error(out, wanted) < TOLERANCE
+    assert relative_error(out, wanted) < TOLERANCE[2]
     assert torch.equal(out[0], torch.zeros(64))
 
 
@@ -168,7 +185,7 @@ def test_inputs_of_any_size(scale: float) -> None:
         kind.prepare(spec, packed, lambda gate, up: gate + up) for kind in (cpu.CpuLayer, ReferenceLayer)
     ]
     out, wanted = (layer.forward(*inputs) for layer in layers)
-    assert float((out - wanted).norm()) <= TOLERANCE * float(wanted.norm()) + 1e-28
+    assert float((out - wanted).norm()) <= TOLERANCE[2] * float(wanted.norm()) + 1e-28
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

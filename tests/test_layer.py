@@ -125,13 +125,13 @@ def dequantized(packed: PackedExperts, problem: LayerProblem) -> ExpertWeights:
     ids=str,
 )
 def test_packed_forward_is_the_dense_forward_of_the_dequantized_weights(layer, options: dict) -> None:
-    """Guards the runtime: row order, offsets, bases, grids, routing weights. float32 sums: 1e-5; the
-    kernels for the CPU round inputs to 16 bits, see test_cpu_kernels."""
+    """Guards the runtime: row order, offsets, bases, grids, routing weights. float32 sums: 1e-5; for
+    the kernels for the CPU see test_cpu_kernels."""
     problem = problem_of(layer, **options)
     packed = round_layer(problem, mixed_widths()).packed
     dense = replace(layer, weights=dequantized(packed, problem)).forward(*routing(layer))
     reference = ReferenceLayer.prepare(spec_of(packed, problem), packed, gating("silu"))
-    for computed, tolerance in ((reference.forward, 1e-5), (runtime(packed, problem), 5e-4)):
+    for computed, tolerance in ((reference.forward, 1e-5), (runtime(packed, problem), 3e-5)):
         out = computed(*routing(layer))
         assert float((out - dense).norm() / dense.norm()) < tolerance
     assert bool((layer.activations.top_k_index == 1).any()), "the dropped expert is never called"

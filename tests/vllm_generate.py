@@ -1,7 +1,10 @@
 """Generate with vLLM in a process of its own: ``python vllm_generate.py JOBS.json RESULTS.json``.
 
 A job is ``{"model", "prompts": [[token id]], "max_tokens", "options": {of vllm.LLM}}``; its result holds
-the tokens, their log-probabilities and those of the prompt, and what the process holds for the experts.
+the tokens, their log-probabilities and those of the prompt, and what the process holds for the experts. A job
+may also have "again" (generate again, shuffled, then one prompt at a time), "adapter" (directory of a LoRA
+adapter to generate with), "refused_adapters" (directories; the result holds the messages) and "refused" (the
+engine must not start; the result is ``{"error"}``).
 The transformers side of a comparison runs elsewhere, because vLLM changes classes of transformers.
 """
 
@@ -17,6 +20,7 @@ from typing import Any
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 
 from vllm import LLM, SamplingParams
+from vllm.lora.request import LoRARequest
 
 from vllm_ext.moe_method import BitsMoEMethod
 
@@ -52,21 +56,35 @@ class LoadingMemory:
         return next(1024 * int(line.split()[1]) for line in lines if line.startswith(field))
 
 
-def generate(job: dict[str, Any]) -> dict[str, Any]:
-    """Run one job."""
+def start(job: dict[str, Any]) -> LLM:
+    """The engine of a job."""
     options = {**DEFAULTS, **job.get("options", {})}
-    alone = options.get("tensor_parallel_size", 1) == 1
-    llm = LLM(job["model"], **options, **({"distributed_executor_backend": "uni"} if alone else {}))
+    if _alone(job):
+        options["distributed_executor_backend"] = "uni"
+    if "speculative_config" in options:
+        options["disable_log_stats"] = False
+    return LLM(job["model"], **options)
+
+
+def _alone(job: dict[str, Any]) -> bool:
+    return job.get("options", {}).get("tensor_parallel_size", 1) == 1
+
+
+def sequences(
+    llm: LLM, job: dict[str, Any], prompts: list[list[int]], **options: Any
+) -> list[dict[str, Any]]:
+    """What the engine makes of prompts in one batch."""
     sampling = SamplingParams(
         temperature=0, max_tokens=job["max_tokens"], logprobs=0, prompt_logprobs=0, ignore_eos=True
     )
     sampling.detokenize = False
-    prompts = job["prompts"]
-    outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], sampling, use_tqdm=False)
-    result: dict[str, Any] = {"sequences": []}
-    for prompt, output in zip(prompts, outputs, strict=True):
+    inputs = [{"prompt_token_ids": p} for p in prompts]
+    found = []
+    for prompt, output in zip(
+        prompts, llm.generate(inputs, sampling, use_tqdm=False, **options), strict=True
+    ):
         tokens = list(output.outputs[0].token_ids)
-        result["sequences"].append(
+        found.append(
             {
                 "prompt": prompt,
                 "tokens": tokens,
@@ -80,7 +98,47 @@ def generate(job: dict[str, Any]) -> dict[str, Any]:
                 ],
             }
         )
-    if alone:
+    return found
+
+
+def again(llm: LLM, job: dict[str, Any]) -> list[list[dict[str, Any]]]:
+    """The prompts of a job in another order, put back into theirs, and one at a time."""
+    prompts = job["prompts"]
+    order = sorted(range(len(prompts)), key=lambda i: (7 * i + 3) % len(prompts))
+    shuffled = dict(zip(order, sequences(llm, job, [prompts[i] for i in order]), strict=True))
+    return [[shuffled[i] for i in range(len(prompts))], [sequences(llm, job, [p])[0] for p in prompts]]
+
+
+def refusal(llm: LLM, number: int, adapter: str) -> str:
+    """Why an engine does not take an adapter, "" if it does."""
+    try:
+        llm.llm_engine.add_lora(LoRARequest(adapter, number, adapter))
+    except Exception as error:
+        return str(error)
+    return ""
+
+
+def generate(job: dict[str, Any]) -> dict[str, Any]:
+    """Run one job."""
+    if job.get("refused"):
+        try:
+            start(job)
+        except Exception as error:
+            return {"error": str(error)}
+        return {"error": ""}
+    llm = start(job)
+    result: dict[str, Any] = {"sequences": sequences(llm, job, job["prompts"])}
+    if job.get("again"):
+        result["again"] = again(llm, job)
+    if "adapter" in job:
+        request = LoRARequest("adapter", 1, job["adapter"])
+        result["adapted"] = sequences(llm, job, job["prompts"], lora_request=request)
+    result["refusals"] = [refusal(llm, 2 + i, a) for i, a in enumerate(job.get("refused_adapters", []))]
+    if "speculative_config" in job.get("options", {}):
+        counts = {m.name: getattr(m, "value", 0) for m in llm.get_metrics()}
+        result["drafted"] = counts["vllm:spec_decode_num_draft_tokens"]
+        result["accepted"] = counts["vllm:spec_decode_num_accepted_tokens"]
+    if _alone(job):
         model = llm.llm_engine.model_executor.driver_worker.get_model()
         layers = [m for m in model.modules() if isinstance(getattr(m, "quant_method", None), BitsMoEMethod)]
         result["expert_bytes"] = [sum(p.nbytes for p in layer.parameters()) for layer in layers]

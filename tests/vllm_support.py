@@ -25,11 +25,10 @@ from bitsmoe_plugin.spectral import quantize_basis
 needs_vllm = pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None, reason="vLLM is not installed; run make install-vllm test-vllm"
 )
-TOLERANCE = 5e-4
-"""In log-probabilities, between vLLM and transformers in float32. Both run the same kernels, but add up in
-another order what goes into them; the kernels round their inputs to 16 bits, so a last bit more or less can
-become 2^-16 of the largest input. Measured: up to 1.4e-4 (4e-6 with the reference in their place). 4 bits
-instead of 16 would make 1e-2."""
+TOLERANCE = 1e-4
+"""In log-probabilities, between vLLM and transformers in float32, where no router has a near tie. Both run
+the same kernels, but add up in another order what goes into them. Measured on 17,741 tokens of the bundled
+model: up to 1.1e-5, as unquantized; with inputs rounded to 16 bits 3e-4, and 2e-2 where a tie tips over."""
 ENVIRONMENT = {
     **os.environ,
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -84,9 +83,16 @@ def small_model(model_type: str, **changes: Any) -> Any:
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
 
 
-def pack_small(model: Any, directory: Path) -> Path:
-    """Quantize a small model to 4 bits and save it; returns where."""
+def pack_small(model: Any, directory: Path, extra: dict[str, Tensor] | None = None) -> Path:
+    """Quantize a small model to 4 bits and save it; returns where.
+
+    Args:
+        extra: tensors of the checkpoint that transformers has no module for.
+    """
     model.save_pretrained(directory / "dense")
+    if extra:
+        file = directory / "dense" / "model.safetensors"
+        save_file({**load_file(file), **extra}, file, metadata={"format": "pt"})
     tokens = torch.randint(2, 96, (16, 32), generator=torch.Generator().manual_seed(1))
     config = BitsMoEConfig(bits=4, dataset=tokens.tolist(), sequence_length=32)
     packed = AutoModelForCausalLM.from_pretrained(directory / "dense", quantization_config=config)

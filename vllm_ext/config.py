@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from vllm.config import ParallelConfig, get_current_vllm_config
+from vllm.config import ParallelConfig, VllmConfig, get_current_vllm_config
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
@@ -18,6 +18,7 @@ from bitsmoe_plugin.model_sizes import check_model_sizes, check_planned
 from bitsmoe_plugin.other_tensors import stored_shapes, verify_others
 from bitsmoe_plugin.packed_files import PackedFiles
 from bitsmoe_plugin.sharding import split_blocks
+from vllm_ext import lora, prediction
 from vllm_ext.engine_checks import check_engine
 from vllm_ext.moe_method import BitsMoEMethod
 from vllm_ext.reload import engine_model, read_manifest
@@ -54,6 +55,8 @@ class BitsMoEServingConfig(QuantizationConfig):
             )
         self.manifest = manifest
         self.names = LayerNames(manifest.layers)
+        self._depth: int | None = None  # number of decoder layers
+        self._linear: list[str] = []  # names of linear layers that the model has made so far
         self._files: PackedFiles | None = None
         self._opened: tuple[str, str | None] | None = None
         self._stream = StreamNames()
@@ -137,6 +140,7 @@ class BitsMoEServingConfig(QuantizationConfig):
                     f"quantization_config describes {name}, but the model has num_hidden_layers={depth}; "
                     "config.json was altered"
                 )
+        self._depth = depth
 
     @property
     def files(self) -> PackedFiles:
@@ -168,11 +172,26 @@ class BitsMoEServingConfig(QuantizationConfig):
             split_blocks(name, spec.shape, parts, 0, spec.split_unit)
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
-        """Routed experts are packed, everything else is as it was."""
+        """Routed experts are packed, everything else is as it was: None is vLLM's own method."""
         config = get_current_vllm_config()
         check_engine(config)
         self.check_parallel(config.parallel_config)
-        if isinstance(layer, RoutedExperts):
-            self._stream.add(prefix)
-            return BitsMoEMethod(layer.moe_config, self.names.find(prefix), self)
-        return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
+        if isinstance(layer, LinearBase):
+            self._linear.append(prefix)
+            return UnquantizedLinearMethod()
+        return self._experts(layer, prefix, config) if isinstance(layer, RoutedExperts) else None
+
+    def _experts(self, layer: Any, prefix: str, config: VllmConfig) -> BitsMoEMethod | None:
+        name = prefix.removeprefix(prediction.DRAFT)
+        if prediction.predicts(name, self._depth):
+            if prediction.in_target(config):
+                prediction.check_stored(name, self._depth, self.manifest.other_tensors)
+            return None
+        if name == prefix and config.lora_config is not None:  # adapters are not for drafts
+            linear = lora.adapter_names(self._linear, self.packed_modules_mapping)
+            lora.check_targets(config.lora_config, prefix, linear)
+            from vllm_ext.lora_manager import watch_adapters
+
+            watch_adapters()
+        self._stream.add(prefix)
+        return BitsMoEMethod(layer.moe_config, self.names.find(name), self)

@@ -17,6 +17,7 @@ from bitsmoe_plugin.errors import CheckpointError
 from bitsmoe_plugin.families import find_moe_layers
 from bitsmoe_plugin.packed_files import PackedFiles
 from bitsmoe_plugin.packed_spec import PackedSpec
+from bitsmoe_plugin.packing import PackedExperts
 from bitsmoe_plugin.sharding import Shard
 
 

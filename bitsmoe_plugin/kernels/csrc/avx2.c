@@ -18,10 +18,10 @@ INLINE __m256 load_halves(const uint16_t *from) { return _mm256_cvtph_ps(_mm_loa
 
 INLINE __m256i ascending(void) { return _mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0); }
 
+INLINE __m256i up_to(int n) { return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), ascending()); }
+
 /* 8 floats, zeros from n on; what lies beyond is not read. */
-INLINE __m256 load_up_to(const float *from, int n) {
-  return _mm256_maskload_ps(from, _mm256_cmpgt_epi32(_mm256_set1_epi32(n), ascending()));
-}
+INLINE __m256 load_up_to(const float *from, int n) { return _mm256_maskload_ps(from, up_to(n)); }
 
 INLINE __m128 halve(__m256 v) { return _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1)); }
 
@@ -88,7 +88,7 @@ static int select_rows(const uint8_t *codes, int width, const float *scales, int
   return count;
 }
 
-static float quantize(const float *a, int n, int padded, int16_t *q, int32_t *sum) {
+static float quantize(const float *a, int n, int padded, int16_t *q, int32_t *sum, float *rest) {
   __m256 largest = _mm256_setzero_ps(), poison = _mm256_setzero_ps(), sign = _mm256_set1_ps(-0.0f);
   for (int i = 0; i < n; i += 8) {
     __m256 v = load_up_to(a + i, n - i);
@@ -99,6 +99,7 @@ static float quantize(const float *a, int n, int padded, int16_t *q, int32_t *su
   most = _mm_max_ps(most, _mm_movehl_ps(most, most));
   float top = _mm_cvtss_f32(_mm_max_ss(most, _mm_movehdup_ps(most))), bad = reduce(poison);
   __m256 inverse = _mm256_set1_ps(top > 0x1p-100f && bad == 0 ? LIMIT / top : 0);
+  float scale = top / LIMIT + bad;
   __m256i total = _mm256_setzero_si256(), good = _mm256_set1_epi32(bad == 0 ? -1 : 0);
   for (int i = 0; i < padded; i += LANES) {
     __m256i part[2];
@@ -106,11 +107,15 @@ static float quantize(const float *a, int n, int padded, int16_t *q, int32_t *su
       __m256 v = load_up_to(a + i + 8 * j, n - i - 8 * j);
       part[j] = _mm256_and_si256(_mm256_cvtps_epi32(_mm256_mul_ps(v, inverse)), good);
       total = _mm256_add_epi32(total, part[j]);
+      if (rest) {
+        __m256 left = _mm256_fnmadd_ps(_mm256_set1_ps(scale), _mm256_cvtepi32_ps(part[j]), v);
+        _mm256_maskstore_ps(rest + i + 8 * j, up_to(n - i - 8 * j), left);
+      }
     }
     store(q + i, _mm256_permute4x64_epi64(_mm256_packs_epi32(part[0], part[1]), 0xd8));
   }
   *sum = reduce_integers(total);
-  return top / LIMIT + bad;
+  return scale;
 }
 
 /* Codes of a uniform grid: a byte permutation brings the two bytes that a field touches into a 16-bit lane,

@@ -58,7 +58,7 @@ INLINE int8_t *hi_of(int16_t *q, int i) { return (int8_t *)q + i / CHUNK * 2 * C
 INLINE __m512i load_hi(const int16_t *q, int chunk) { return _mm512_loadu_si512(q + chunk * CHUNK); }
 INLINE __m512i load_lo(const int16_t *q, int chunk) { return _mm512_loadu_si512(q + chunk * CHUNK + CHUNK / 2); }
 
-static float quantize(const float *a, int n, int padded, int16_t *q, int32_t *sum) {
+static float quantize(const float *a, int n, int padded, int16_t *q, int32_t *sum, float *rest) {
   __m512 largest = _mm512_setzero_ps(), poison = _mm512_setzero_ps();
   for (int i = 0; i < n; i += 16) {
     __mmask16 mask = n - i >= 16 ? 0xffff : (__mmask16)((1u << (n - i)) - 1);
@@ -68,12 +68,15 @@ static float quantize(const float *a, int n, int padded, int16_t *q, int32_t *su
   }
   float top = _mm512_reduce_max_ps(largest), bad = _mm512_reduce_add_ps(poison);
   __m512 inverse = _mm512_set1_ps(top > 0x1p-100f && bad == 0 ? LIMIT / top : 0);
+  float scale = top / LIMIT + bad;
   __m512i total = _mm512_setzero_si512();
   for (int i = 0; i < padded; i += 16) {
     int left = n - i;
     __mmask16 mask = left >= 16 ? 0xffff : left <= 0 ? 0 : (__mmask16)((1u << left) - 1);
-    __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_maskz_loadu_ps(mask, a + i), inverse));
+    __m512 v = _mm512_maskz_loadu_ps(mask, a + i);
+    __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(v, inverse));
     if (bad != 0) whole = _mm512_setzero_si512();
+    if (rest) _mm512_mask_storeu_ps(rest + i, mask, _mm512_fnmadd_ps(_mm512_set1_ps(scale), _mm512_cvtepi32_ps(whole), v));
     total = _mm512_add_epi32(total, whole);
     __m512i low = _mm512_srai_epi32(_mm512_slli_epi32(whole, 24), 24);
     __m512i high = _mm512_srai_epi32(_mm512_sub_epi32(whole, low), 8);
@@ -81,7 +84,7 @@ static float quantize(const float *a, int n, int padded, int16_t *q, int32_t *su
     _mm_storeu_si128((__m128i *)(hi_of(q, i) + CHUNK), _mm512_cvtepi32_epi8(low));
   }
   *sum = _mm512_reduce_add_epi32(total);
-  return top / LIMIT + bad;
+  return scale;
 }
 
 typedef struct {

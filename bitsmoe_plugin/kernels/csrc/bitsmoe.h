@@ -3,7 +3,9 @@
  * Codes become unsigned bytes u with value = step * (u - offset) * scale, in every grid. Inputs become
  * 16-bit integers q with a scale for each short stretch of them, so that a sum over codes is an integer
  * dot product, exact, and the rounding of the inputs (below 2^-15 of the stretch's largest) is all that
- * is lost. Everything else is float32.
+ * is lost. Everything else is float32. Where that is too much, what rounding left over becomes a second plane
+ * of 16-bit integers, with scales of its own, whose products are added: 2^-30 of the stretch's largest is
+ * lost, less than by float32.
  */
 #ifndef BITSMOE_H
 #define BITSMOE_H
@@ -19,6 +21,7 @@ enum {
   QUAD = 4,      /* rows decoded and multiplied together */
   LIMIT = 32639, /* largest |q|: 127 * 256 + 127, two signed bytes */
   MAX_WIDTHS = 8,
+  MAX_PLANES = 2, /* of inputs */
   TILE = 128     /* values that share a scale in the grid "tiled" */
 };
 
@@ -61,8 +64,9 @@ typedef struct {
   /* The rows among n whose code is width << 5 and something: their indices to order, their scales to chosen,
    * each with room for 16 more; returns how many. */
   int (*select_rows)(const uint8_t *codes, int width, const float *scales, int n, int32_t *order, float *chosen);
-  /* q = round(a / s), zeros from n to padded (whole chunks); returns s, NaN if an input is not finite */
-  float (*quantize)(const float *a, int n, int padded, int16_t *q, int32_t *sum);
+  /* q = round(a / s), zeros from n to padded (whole chunks), rest = a - s * q [n] unless NULL; returns s, NaN
+   * if an input is not finite */
+  float (*quantize)(const float *a, int n, int padded, int16_t *q, int32_t *sum, float *rest);
   /* one chunk of `rows` <= ROWS rows */
   void (*decode_tile)(const Decoder *d, const uint32_t *words, int64_t stride, int rows, int tail, int16_t *tile);
   /* out[64] += factor * (2 * sum over rows of q * u - offset2_sum) */

@@ -1,4 +1,5 @@
-/* The steps of a layer's forward pass, shared out over threads. Each returns 0, or -1 without memory. */
+/* The steps of a layer's forward pass, shared out over threads. Each returns 0, or -1 without memory. Inputs become
+ * `planes` planes of integers, 1 or 2, see bitsmoe.h. */
 #include <stdlib.h>
 #include <string.h>
 
@@ -206,7 +207,7 @@ typedef struct {
 typedef struct {
   const Layer *layer;
   const int32_t *pair; /* [count], of the expert */
-  int count, k, factor;
+  int count, k, factor, planes;
   const float *z;
   float *out; /* of pair p: out + p * 2 * padded, for one factor */
   int padded;
@@ -224,17 +225,19 @@ static void gate_up_wide(const GateUp *g, const Rows *rows, const Run *run) {
     }
 }
 
-/* The inputs of some rows, times their scales; tile: whose scales, -1 if rows have one. */
+/* The inputs of some rows, times their scales, [count, planes]; tile: whose scales, -1 if rows have one. */
 static void quantize_inputs(const GateUp *g, const Rows *rows, int row, int count, int tile, Inputs *inputs) {
   const Layer *l = g->layer;
   for (int m = 0; m < g->count; m++) {
-    float a[ROWS];
+    float a[ROWS], rest[ROWS];
     const float *z = g->z + (int64_t)(g->pair[m] / g->k) * l->bases * l->rank;
     for (int i = 0; i < count; i++) {
       a[i] = rows->scale[row + i] * z[rows->order[row + i]];
       if (tile >= 0) a[i] *= tile_scale(l, rows, row + i, tile);
     }
-    inputs[m].scale = kernels->quantize(a, count, ROWS, inputs[m].q, &inputs[m].sum);
+    for (int plane = 0; plane < g->planes; plane++, inputs++)
+      inputs->scale = kernels->quantize(plane ? rest : a, count, ROWS, inputs->q, &inputs->sum,
+                                        plane + 1 < g->planes ? rest : NULL);
   }
 }
 
@@ -252,15 +255,15 @@ static void gate_up_rows(const GateUp *g, const Rows *rows, const Run *run, int 
     /* chunks of a tile's rows are too far apart for the hardware to foresee, so fetch the next tile's */
     prefetch(words, bytes + bytes * c / chunks, bytes + bytes * (c + 1) / chunks);
     kernels->decode_tile(d, words + (int64_t)c * 2 * d->bits, run->stride, count, tail, tile);
-    for (int m = 0; m < g->count; m++)
-      kernels->tile_dot(tile, count, inputs[m].q, d->offset2 * inputs[m].sum, inputs[m].scale * d->step / 2,
-                        g->out + (int64_t)g->pair[m] * 2 * g->padded + c * CHUNK);
+    for (int i = 0; i < g->count * g->planes; i++)
+      kernels->tile_dot(tile, count, inputs[i].q, d->offset2 * inputs[i].sum, inputs[i].scale * d->step / 2,
+                        g->out + (int64_t)g->pair[i / g->planes] * 2 * g->padded + c * CHUNK);
   }
 }
 
 static int gate_up_part(const GateUp *g, const Rows *rows, int expert, int part, int parts) {
   const Layer *l = g->layer;
-  Inputs *inputs = malloc(g->count * sizeof(Inputs));
+  Inputs *inputs = malloc((size_t)g->count * g->planes * sizeof(Inputs));
   if (!inputs) return -1;
   Run runs[MAX_WIDTHS];
   int count = runs_of(l, rows, g->factor, expert, part, parts, runs);
@@ -277,7 +280,7 @@ static int gate_up_part(const GateUp *g, const Rows *rows, int expert, int part,
 /* out[p] = gate and up of pair p, [T k, 2, padded] with padded = I rounded up to chunks, from
  * z [T, bases r] and ids [T, k] (outside 0..E-1: zeros). */
 int bitsmoe_gate_up(const Layer *l, const float *z, const int64_t *ids, int64_t tokens, int64_t k, float *out,
-                    int threads) {
+                    int threads, int planes) {
   Routing routing;
   Index index;
   int64_t pairs = tokens * k;
@@ -297,7 +300,7 @@ int bitsmoe_gate_up(const Layer *l, const float *z, const int64_t *ids, int64_t 
       int part = task % parts, factor = task / parts % 2, active = task / parts / 2;
       int first = routing.first[active];
       GateUp g = {l, routing.pair + first, routing.first[active + 1] - first, (int)k, factor,
-                  z + (l->bases == 2 && factor == 1 ? l->rank : 0),
+                  planes, z + (l->bases == 2 && factor == 1 ? l->rank : 0),
                   partial + values * part + factor * padded, padded};
       if (gate_up_part(&g, &index.rows[2 * active + factor], routing.expert[active], part, parts)) {
 #pragma omp atomic write
@@ -321,16 +324,30 @@ int bitsmoe_gate_up(const Layer *l, const float *z, const int64_t *ids, int64_t 
   return -failed;
 }
 
-/* Inputs of down, in 16-bit integers: of pair p at q + p * padded, a scale for each panel. */
+/* Vectors in 16-bit integers: plane j of vector i at q + (i * planes + j) * padded, a scale for each panel. */
 typedef struct {
-  int padded, panels;
+  int padded, panels, panel, planes;
   int16_t *q; /* scale lies behind them */
   float *scale;
 } Hidden;
 
-static Hidden new_hidden(int64_t count, int padded, int panels) {
-  int16_t *q = malloc(count * (padded * sizeof(int16_t) + panels * sizeof(float)));
-  return (Hidden){padded, panels, q, q ? (float *)(q + count * padded) : NULL};
+static Hidden new_hidden(int64_t count, int size, int panel, int planes) {
+  int padded = chunks_of(size) * CHUNK, panels = (padded + panel - 1) / panel;
+  int16_t *q = malloc(count * planes * (padded * sizeof(int16_t) + panels * sizeof(float)));
+  return (Hidden){padded, panels, panel, planes, q, q ? (float *)(q + count * planes * padded) : NULL};
+}
+
+/* Panel `panel` of vector i, which has `size` values a. */
+static void quantize_panel(const Hidden *h, int64_t i, int panel, const float *a, int size) {
+  float rest[PANEL];
+  int start = panel * h->panel, count = least(h->panel, size - start);
+  for (int plane = 0; plane < h->planes; plane++) {
+    int64_t row = i * h->planes + plane;
+    int32_t sum;
+    h->scale[row * h->panels + panel] =
+        kernels->quantize(plane ? rest : a + start, count, least(h->panel, h->padded - start),
+                          h->q + row * h->padded + start, &sum, plane + 1 < h->planes ? rest : NULL);
+  }
 }
 
 typedef struct {
@@ -369,9 +386,10 @@ static void down_rows(const Down *g, const Rows *rows, const Run *run, int row, 
     for (int start = 0, length = rows->tiles ? TILE : PANEL; start < hidden->padded; start += length) {
       float part[QUAD] = {0};
       int chunks = least(length, hidden->padded - start) / CHUNK;
-      kernels->rows_dot(decoded + start, hidden->padded, chunks, hidden->q + p * hidden->padded + start,
-                        d->offset2, hidden->scale[p * hidden->panels + start / PANEL] * d->step / 2,
-                        rows->tiles ? part : sums);
+      for (int64_t q = p * hidden->planes; q < (p + 1) * hidden->planes; q++)
+        kernels->rows_dot(decoded + start, hidden->padded, chunks, hidden->q + q * hidden->padded + start,
+                          d->offset2, hidden->scale[q * hidden->panels + start / PANEL] * d->step / 2,
+                          rows->tiles ? part : sums);
       for (int i = 0; rows->tiles && i < count; i++)
         sums[i] += tile_scale(l, rows, row + i, start / TILE) * part[i];
     }
@@ -398,26 +416,21 @@ static int down_part(const Down *g, const Rows *rows, int expert, int part, int 
 
 /* out [T, r] = sum over a token's slots of weights [T, k] times down of h [T k, I]. */
 int bitsmoe_down(const Layer *l, const float *h, const float *weights, const int64_t *ids, int64_t tokens,
-                 int64_t k, float *out, int threads) {
+                 int64_t k, float *out, int threads, int planes) {
   Routing routing;
   Index index;
   int64_t pairs = tokens * k;
   if (route(l, ids, pairs, &routing)) return -1;
-  int padded = chunks_of(l->size) * CHUNK, panels = (padded + PANEL - 1) / PANEL;
   float *of_pair = calloc((size_t)pairs * l->rank, sizeof(float));
-  Hidden hidden = new_hidden(pairs, padded, panels);
+  Hidden hidden = new_hidden(pairs, l->size, PANEL, planes);
   int failed = new_index(l, &routing, 2, 1, &index) || !of_pair || !hidden.q;
   int parts = parts_of(l, routing.active), tasks = failed ? 0 : routing.active * parts, ready = !failed;
 #pragma omp parallel num_threads(threads) if (tasks)
   if (ready) {
     fill_index(l, &routing, &index);
 #pragma omp for schedule(static)
-    for (int64_t i = 0; i < pairs * panels; i++) {
-      int64_t p = i / panels, start = i % panels * PANEL, at = p * padded + start;
-      int32_t sum;
-      hidden.scale[i] = kernels->quantize(h + p * l->size + start, least(PANEL, l->size - (int)start),
-                                          least(PANEL, padded - (int)start), hidden.q + at, &sum);
-    }
+    for (int64_t i = 0; i < pairs * hidden.panels; i++)
+      quantize_panel(&hidden, i / hidden.panels, (int)(i % hidden.panels), h + i / hidden.panels * l->size, l->size);
 #pragma omp for schedule(dynamic)
     for (int task = 0; task < tasks; task++) {
       int active = task / parts, first = routing.first[active];
@@ -462,27 +475,27 @@ static void basis_rows(const Layer *l, const Basis *b, int row, const Hidden *x,
     kernels->decode_row(&l->basis, b->words + (row + i) * stride, chunks_of(b->columns), tail_of(b->columns),
                         decoded + (int64_t)i * x->padded);
   for (int64_t t = 0; t < tokens; t++) {
-    float sums[QUAD];
-    kernels->basis_dot(decoded, x->padded, b->columns, x->q + t * x->padded, x->scale + t * x->panels,
-                       l->basis.offset2, b->scales + row * groups, l->basis_group, sums);
-    for (int i = 0; i < QUAD; i++) out[t * b->rows + row + i] = l->basis.step / 2 * sums[i];
+    float sums[MAX_PLANES][QUAD] = {{0}};
+    for (int plane = 0; plane < x->planes; plane++) {
+      int64_t q = t * x->planes + plane;
+      kernels->basis_dot(decoded, x->padded, b->columns, x->q + q * x->padded, x->scale + q * x->panels,
+                         l->basis.offset2, b->scales + row * groups, l->basis_group, sums[plane]);
+    }
+    for (int i = 0; i < QUAD; i++) out[t * b->rows + row + i] = l->basis.step / 2 * (sums[0][i] + sums[1][i]);
   }
 }
 
-static int basis_product(const Layer *l, const Basis *b, const float *x, int64_t tokens, float *out, int threads) {
-  int padded = chunks_of(b->columns) * CHUNK, chunks = padded / CHUNK, failed = 0;
-  Hidden hidden = new_hidden(tokens, padded, chunks);
+static int basis_product(const Layer *l, const Basis *b, const float *x, int64_t tokens, float *out, int threads,
+                         int planes) {
+  int chunks = chunks_of(b->columns), failed = 0;
+  Hidden hidden = new_hidden(tokens, b->columns, CHUNK, planes);
   if (!hidden.q) return -1;
 #pragma omp parallel num_threads(threads)
   {
 #pragma omp for schedule(static)
-    for (int64_t i = 0; i < tokens * chunks; i++) {
-      int64_t token = i / chunks, start = i % chunks * CHUNK, at = token * padded + start;
-      int32_t sum;
-      hidden.scale[i] = kernels->quantize(x + token * b->columns + start, least(CHUNK, b->columns - (int)start),
-                                          CHUNK, hidden.q + at, &sum);
-    }
-    int16_t *decoded = malloc(QUAD * sizeof(int16_t) * padded);
+    for (int64_t i = 0; i < tokens * chunks; i++)
+      quantize_panel(&hidden, i / chunks, (int)(i % chunks), x + i / chunks * b->columns, b->columns);
+    int16_t *decoded = malloc(QUAD * sizeof(int16_t) * hidden.padded);
     if (!decoded) {
 #pragma omp atomic write
       failed = 1;
@@ -497,9 +510,9 @@ static int basis_product(const Layer *l, const Basis *b, const float *x, int64_t
 }
 
 /* out [T, rows] = x [T, columns] times the transposed basis; output: 0 for the input basis, 1 for the output's. */
-int bitsmoe_basis(const Layer *l, int output, const float *x, int64_t tokens, float *out, int threads) {
+int bitsmoe_basis(const Layer *l, int output, const float *x, int64_t tokens, float *out, int threads, int planes) {
   Basis b = basis_of(l, output);
-  if (l->basis_bits < 16) return basis_product(l, &b, x, tokens, out, threads);
+  if (l->basis_bits < 16) return basis_product(l, &b, x, tokens, out, threads, planes);
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int row = 0; row < b.rows; row++)
     for (int64_t t = 0; t < tokens; t++)

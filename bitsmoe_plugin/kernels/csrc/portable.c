@@ -18,7 +18,7 @@ static int select_rows(const uint8_t *codes, int width, const float *scales, int
   return count;
 }
 
-static float quantize(const float *a, int n, int padded, int16_t *q, int32_t *sum) {
+static float quantize(const float *a, int n, int padded, int16_t *q, int32_t *sum, float *rest) {
   float largest = 0, poison = 0;
   for (int i = 0; i < n; i++) {
     float size = fabsf(a[i]);
@@ -33,7 +33,9 @@ static float quantize(const float *a, int n, int padded, int16_t *q, int32_t *su
   }
   memset(q + n, 0, (padded - n) * sizeof(int16_t));
   *sum = total;
-  return largest / LIMIT + poison;
+  float scale = largest / LIMIT + poison;
+  for (int i = 0; rest && i < n; i++) rest[i] = a[i] - scale * q[i];
+  return scale;
 }
 
 /* A block on a uniform grid. */
