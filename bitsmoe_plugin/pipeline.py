@@ -24,6 +24,7 @@ from bitsmoe_plugin.families import MoELayer
 from bitsmoe_plugin.interruption import deferred_interrupt
 from bitsmoe_plugin.kept import choose_kept, choose_wide, model_budget, row_groups
 from bitsmoe_plugin.plan_pass import plan_layers
+from bitsmoe_plugin.process_state import known_state
 from bitsmoe_plugin.progress import Progress, ProgressInMemory, Widths
 from bitsmoe_plugin.quantization_run import Run
 from bitsmoe_plugin.round_pass import round_layers
@@ -36,6 +37,7 @@ from bitsmoe_plugin.work_directory import WorkDirectory, locked
 from bitsmoe_plugin.workers import Workers
 
 
+@known_state()
 def quantize_model(
     model: nn.Module,
     blocks: Tensor,

@@ -38,6 +38,7 @@ from bitsmoe_plugin.model_tokenizer import load_tokenizer
 from bitsmoe_plugin.other_tensors import prediction_layers, record, stored_shapes, verify_others
 from bitsmoe_plugin.output_directory import check_output_directory, publish
 from bitsmoe_plugin.pipeline import quantize_model
+from bitsmoe_plugin.process_state import known_state
 from bitsmoe_plugin.sources import ExpertSource, LoadedExperts
 from bitsmoe_plugin.work_directory import OUTPUT, has_progress, locked, remove, staging, writing
 from bitsmoe_plugin.workers import Workers
@@ -114,6 +115,7 @@ class BitsMoEQuantizer(HfQuantizer):
             module.drop_original_weights()
             replace_module(model, layer.name, module)
 
+    @known_state()
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         model.add_model_tags(list(TAGS))  # of the card that transformers writes on push_to_hub
         if self.pre_quantized:
@@ -211,6 +213,7 @@ def register() -> None:
         register_quantizer(QUANT_METHOD)(BitsMoEQuantizer)
 
 
+@known_state()
 def quantize_to_directory(model: str, out: Path, config: BitsMoEConfig, device: str = "cpu") -> None:
     """Quantize a saved model and write it packed, with its tokenizer and a model card.
 

@@ -12,10 +12,12 @@ from bitsmoe_plugin.inspection import read_config
 from bitsmoe_plugin.integrations.transformers import write_checkpoint
 from bitsmoe_plugin.model_tokenizer import load_tokenizer
 from bitsmoe_plugin.output_directory import check_output_directory
+from bitsmoe_plugin.process_state import known_state
 from bitsmoe_plugin.tuning import Tuning, TuningSettings, tune
 from bitsmoe_plugin.work_directory import OUTPUT, staging, writing
 
 
+@known_state(gradients=True)
 def tune_to_directory(
     model: str,
     reference: str,
