@@ -186,6 +186,7 @@ def estimate(directory: Path, config: BitsMoEConfig) -> Estimate:
         QuantizationError: no model, a dense or unknown one, or a budget that cannot be met.
         CheckpointError: config.json cannot be read, or the model needs code of its own.
     """
+    config = BitsMoEConfig.checked_copy(config)
     stored = stored_bytes(Path(directory))
     model = empty_model(Path(directory), stored)
     source = LoadedExperts(model)

@@ -18,11 +18,13 @@ from torch import Tensor, nn
 
 from bitsmoe_plugin.calibration import LayerwiseForward
 from bitsmoe_plugin.calibration_text import held_out_last
+from bitsmoe_plugin.coding import GRIDS
 from bitsmoe_plugin.config import BitsMoEConfig
 from bitsmoe_plugin.errors import QuantizationError
 from bitsmoe_plugin.families import MoELayer
 from bitsmoe_plugin.interruption import deferred_interrupt
 from bitsmoe_plugin.kept import choose_kept, choose_wide, model_budget, row_groups
+from bitsmoe_plugin.option_checks import check_choice
 from bitsmoe_plugin.plan_pass import plan_layers
 from bitsmoe_plugin.process_state import known_state
 from bitsmoe_plugin.progress import Progress, ProgressInMemory, Widths
@@ -64,6 +66,8 @@ def quantize_model(
             directory of another run, or other arguments than another process's.
         Interrupted: Ctrl-C, after a layer, if there is a work directory.
     """
+    config.validate()
+    check_choice("grid", config.grid, GRIDS)  # not that of checkpoints that were imported
     source, workers = source or LoadedExperts(model), Workers.present()
     _check_same(workers, source, blocks, config)
     if config.work_dir is None:

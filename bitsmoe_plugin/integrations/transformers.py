@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import shutil
 import warnings
 from importlib.util import find_spec
@@ -58,7 +57,7 @@ class BitsMoEQuantizer(HfQuantizer):
     def __init__(self, quantization_config: BitsMoEConfig, **kwargs: Any) -> None:
         # A copy, because the manifest of this model is written into it: one config object given to
         # two models must not end up describing the second in both.
-        super().__init__(copy.copy(quantization_config), **kwargs)
+        super().__init__(BitsMoEConfig.checked_copy(quantization_config), **kwargs)
         self._source: ExpertSource | None = None
         self._prediction_layers: dict[str, str] = {}
 
@@ -165,6 +164,7 @@ class BitsMoEQuantizer(HfQuantizer):
                 f"{', '.join(sorted(extra.keys() - saved.keys()))} would be renamed on saving; transformers "
                 "has no name for it. Remove it from the model's files first, if it is not needed"
             )
+        model.config.quantization_config.validate()
         model.config.quantization_config.other_tensors = record(saved)
         return state, {}
 
@@ -228,12 +228,12 @@ def quantize_to_directory(model: str, out: Path, config: BitsMoEConfig, device: 
         BitsMoEError: bad input. Nothing is left behind but layers that were finished.
         Interrupted: Ctrl-C; says how to go on.
     """
+    config = BitsMoEConfig.checked_copy(config)
     out, workers = Path(out).resolve(), Workers.present()
     workers.from_main(lambda: check_output_directory(out))
     workers.from_main(lambda: _check_unquantized(model))
     if device != "cpu" and find_spec("accelerate") is None:
         raise ConfigError(f"to load to {device}, transformers needs accelerate; pip install accelerate")
-    config = copy.copy(config)
     options = {"quantization_config": config, **({} if device == "cpu" else {"device_map": {"": device}})}
     # Beside ``out``, so that a rename within one file system publishes it, wherever the layers are kept.
     beside = out.with_name(f"{out.name}.work")
