@@ -266,6 +266,17 @@ def add_import(commands: Any, run: Run) -> None:
     parser.add_argument("out", type=Path, help=_OUT)
 
 
+def add_debug(parser: argparse.ArgumentParser, default: Any = False) -> None:
+    """``--debug``, before and behind the name of every command; and ``command``, the name."""
+    text = "show where an error comes from"
+    parser.add_argument("--debug", action="store_true", default=default, help=text)
+    parser.set_defaults(command=parser.prog.rpartition("bitsmoe")[2].strip())
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for command in action.choices.values():
+                add_debug(command, argparse.SUPPRESS)
+
+
 def add_bench(commands: Any) -> None:
     text = "speed and memory on this machine"
     parser = commands.add_parser("bench", help=text, description=f"Measure {text}.")

@@ -182,7 +182,7 @@ class BitsMoEConfig(ChangeableConfig):
         self.layer_bits = {} if layer_bits is None else copy.deepcopy(layer_bits)
         self.projection_bits = {} if projection_bits is None else copy.deepcopy(projection_bits)
         self.dataset = dataset
-        self.tokenizer = tokenizer
+        self.tokenizer = str(tokenizer) if isinstance(tokenizer, Path) else tokenizer
         self.calibration_tokens = calibration_tokens
         self.sequence_length = sequence_length
         self.batch_size = batch_size
@@ -265,6 +265,8 @@ class BitsMoEConfig(ChangeableConfig):
                 "super_experts", self.super_experts, '"auto", "keep", {} or {"path.of.experts": [expert ids]}'
             )
         check_number("seed", self.seed, 0, 2**63 - 1, whole=True)
+        if self.tokenizer is not None and not (isinstance(self.tokenizer, str) or callable(self.tokenizer)):
+            fail("tokenizer", self.tokenizer, "a name, the path of a directory, a tokenizer, or None")
         if self.work_dir is not None and (
             not isinstance(self.work_dir, (str, Path)) or not str(self.work_dir)
         ):

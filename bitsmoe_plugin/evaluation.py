@@ -13,8 +13,11 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from bitsmoe_plugin.calibration_text import load_documents, read_jsonl, token_stream
+from bitsmoe_plugin.checkpoint_files import read_model_config
+from bitsmoe_plugin.error_lines import working_on
 from bitsmoe_plugin.errors import ConfigError, QuantizationError
 from bitsmoe_plugin.model_tokenizer import load_tokenizer
+from bitsmoe_plugin.option_checks import check_number
 
 BLOCK = 512
 """Tokens per block of text, unless another number is asked for."""
@@ -95,13 +98,10 @@ def evaluation_text(
     shared over the domains in proportion to their size.
 
     Raises:
-        ConfigError: the stride is not from 1 to ``sequence_length``.
+        ConfigError: see ``check_evaluation``.
         QuantizationError: no domain fills one block.
     """
-    if stride is not None and not 1 <= stride <= sequence_length:
-        raise ConfigError(
-            f"stride={stride} is not allowed; allowed: from 1 to the sequence length, {sequence_length}"
-        )
+    check_evaluation(sequence_length, max_tokens, stride)
     by_domain: dict[str, list[Any]] = {}
     if isinstance(dataset, (str, Path)) and Path(dataset).suffix == ".jsonl" and Path(dataset).is_file():
         for row in read_jsonl(Path(dataset)):
@@ -124,6 +124,25 @@ def evaluation_text(
             f"evaluation text has {total} tokens, too few for one block of {sequence_length} in any domain"
         )
     return texts
+
+
+def check_evaluation(
+    sequence_length: int, max_tokens: int | None, stride: int | None, batch_size: int = 1
+) -> None:
+    """Refuse numbers that no text can be evaluated with.
+
+    Raises:
+        ConfigError: fewer than 2 tokens in a block, which predict nothing, fewer than 1 in all or 1 block at
+            once, or a stride that is not from 1 to ``sequence_length``.
+    """
+    check_number("sequence_length", sequence_length, 2, 10**7, whole=True, owner="evaluation")
+    check_number("batch_size", batch_size, 1, 10**6, whole=True, owner="evaluation")
+    if max_tokens is not None:
+        check_number("max_tokens", max_tokens, 1, 10**12, whole=True, owner="evaluation")
+    if stride is not None and not 1 <= stride <= sequence_length:
+        raise ConfigError(
+            f"stride={stride} is not allowed; allowed: from 1 to the sequence length, {sequence_length}"
+        )
 
 
 def _strided(domain: str, tokens: Tensor, length: int, stride: int) -> list[EvaluationText]:
@@ -176,6 +195,7 @@ def evaluate_model(
     Raises:
         QuantizationError: a perplexity that is not finite.
     """
+    check_number("batch_size", batch_size, 1, 10**6, whole=True, owner="evaluation")
     total = _Sums()
     batches = [(text, batch) for text in texts for batch in text.blocks.split(batch_size)]
     domains: dict[str, _Sums] = {}
@@ -208,8 +228,11 @@ def load_for_evaluation(model: str, device: torch.device | str = "cpu") -> Any:
 
     from bitsmoe_plugin.comparison.gptq_checkpoint import is_gptq, load_gptq_model
 
+    if Path(model).is_dir():
+        read_model_config(Path(model))  # it refuses what loaders ask questions about or trip over
     load = load_gptq_model if is_gptq(model) else AutoModelForCausalLM.from_pretrained
-    return load(model).eval().to(device)
+    with working_on(f"loading {model}"):
+        return load(model).eval().to(device)
 
 
 def load_reference(path: str, model: Any) -> Any:

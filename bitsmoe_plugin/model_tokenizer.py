@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
+from bitsmoe_plugin.error_lines import working_on
 from bitsmoe_plugin.errors import ConfigError
 
 
@@ -22,7 +23,8 @@ def load_tokenizer(model: str) -> Any:
         ConfigError: there is a directory, but no tokenizer in it.
         OSError: nothing can be loaded from there.
     """
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    with working_on(f"tokenizer of {model}"):
+        tokenizer = AutoTokenizer.from_pretrained(model)
     if len(tokenizer) <= len(tokenizer.all_special_ids):
         raise ConfigError(
             f"no tokenizer was found at {model}: what transformers loads there has {len(tokenizer)} tokens; "

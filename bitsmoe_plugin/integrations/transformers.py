@@ -25,6 +25,7 @@ from bitsmoe_plugin.calibration_text import load_documents, token_blocks
 from bitsmoe_plugin.checkpoint import check_shape, packed_spec, stored_tensors, verify_experts, verify_headers
 from bitsmoe_plugin.checkpoint_files import check_loaded_files, read_model_config
 from bitsmoe_plugin.config import QUANT_METHOD, BitsMoEConfig
+from bitsmoe_plugin.error_lines import one_line, working_on
 from bitsmoe_plugin.errors import CheckpointError, ConfigError, QuantizationError
 from bitsmoe_plugin.experts import BitsMoEExperts, replace_module
 from bitsmoe_plugin.families import find_moe_layers
@@ -148,8 +149,8 @@ class BitsMoEQuantizer(HfQuantizer):
                 return None
             raise ConfigError(
                 f"BitsMoEConfig: dataset holds text, but no tokenizer was found at "
-                f"{given or model.config._name_or_path!r}; save the model's tokenizer there, or give "
-                "tokenizer= (on the command line: --option tokenizer=DIR)"
+                f"{given or model.config._name_or_path!r} ({one_line(error)}); save the model's tokenizer "
+                "there, or give tokenizer= (on the command line: --option tokenizer=DIR)"
             ) from error
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -263,7 +264,8 @@ def _check_unquantized(model: str) -> None:
     """Refuse what transformers would load as it is, with no more than a warning, to be saved once more."""
     if Path(model).is_dir():
         read_model_config(Path(model))
-    found = getattr(AutoConfig.from_pretrained(model), "quantization_config", None) or {}
+    with working_on(f"config.json of {model}"):
+        found = getattr(AutoConfig.from_pretrained(model), "quantization_config", None) or {}
     if found:
         raise QuantizationError(
             f"{model} is quantized already (quant_method {str(found.get('quant_method'))[:80]!r}); an "

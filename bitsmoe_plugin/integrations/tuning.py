@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from bitsmoe_plugin.calibration_text import load_documents, token_blocks
+from bitsmoe_plugin.config import BitsMoEConfig
 from bitsmoe_plugin.errors import QuantizationError
 from bitsmoe_plugin.evaluation import load_for_evaluation, load_reference
 from bitsmoe_plugin.inspection import read_config
@@ -40,6 +41,7 @@ def tune_to_directory(
     Raises:
         BitsMoEError: bad input, or nothing was better on the blocks held out. Nothing is left behind.
     """
+    BitsMoEConfig(calibration_tokens=calibration_tokens, sequence_length=sequence_length)  # it checks them
     out = Path(out).resolve()
     check_output_directory(out)
     read_config(Path(model))
