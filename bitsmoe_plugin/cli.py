@@ -1,5 +1,5 @@
 """Command line: ``bitsmoe estimate | quantize | tune | inspect | report | evaluate | compare |
-import-upstream | bench``."""
+import-upstream | bench | doctor``."""
 
 from __future__ import annotations
 
@@ -66,6 +66,7 @@ def build_parser(program: str = "bitsmoe") -> argparse.ArgumentParser:
     cli_parser.add_compare(commands, _compare)
     cli_parser.add_import(commands, _import)
     cli_parser.add_bench(commands)
+    cli_parser.add_doctor(commands, _doctor)
     cli_parser.add_debug(parser)
     return parser
 
@@ -182,6 +183,12 @@ def _tune(args: argparse.Namespace, stdout: TextIO) -> None:
         f"{args.out}: KL to {args.reference} on held-out text {result.before:.4f} before, {result.after:.4f} "
         f"after epoch {result.epoch}",
         file=sys.stderr,
+    )
+
+
+def _doctor(args: argparse.Namespace, stdout: TextIO) -> None:
+    raise ConfigError(
+        "run `bitsmoe doctor`; that program answers it itself, also where this package cannot be imported"
     )
 
 

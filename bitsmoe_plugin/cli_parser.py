@@ -60,6 +60,10 @@ Convert a model that the authors of BitsMoE released
 (zjiayu064/...-BitsMoE-2bit) to one that loads in transformers and vLLM,
 without loss.
 """,
+    "doctor": """\
+Check versions, packages that do not fit torch, compiled code, and that vLLM's
+build for CPUs is found by the name that vLLM looks for (--fix sees to that).
+""",
 }
 _MODEL = "the model: a directory, or its name on the hub"
 _PACKED = "directory that `quantize` wrote"
@@ -275,6 +279,12 @@ def add_debug(parser: argparse.ArgumentParser, default: Any = False) -> None:
         if isinstance(action, argparse._SubParsersAction):
             for command in action.choices.values():
                 add_debug(command, argparse.SUPPRESS)
+
+
+def add_doctor(commands: Any, run: Run) -> None:
+    summary = "what is wrong with the installation, and what to do"
+    parser = _add_command(commands, run, "doctor", summary, "--fix")
+    parser.add_argument("--fix", action="store_true", help="do what a program can do about it")
 
 
 def add_bench(commands: Any) -> None:

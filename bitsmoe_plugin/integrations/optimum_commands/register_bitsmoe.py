@@ -21,6 +21,7 @@ COMMANDS = (
     "compare",
     "import-upstream",
     "bench",
+    "doctor",
 )
 
 
