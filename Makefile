@@ -60,7 +60,7 @@ $(VENV)/.installed-autoround: $(VENV)/.installed
 	touch $@
 
 # torchvision and its kin come as CUDA builds, cannot be imported next to a CPU torch and then break
-# transformers; text models do not need them. The last line is explained in the script.
+# transformers; text models do not need them.
 install-vllm: $(VLLM_VENV)/.installed
 $(VLLM_VENV)/.installed: pyproject.toml
 	test -d $(VLLM_VENV) || $(PYTHON) -m venv $(VLLM_VENV)
@@ -69,7 +69,7 @@ $(VLLM_VENV)/.installed: pyproject.toml
 	$(VLLM_VENV)/bin/pip uninstall -q -y torchvision torchaudio torchcodec
 	$(VLLM_VENV)/bin/pip install -q $(VLLM_PIN) -e ".[dev]"
 	$(VLLM_VENV)/bin/pip install -q --no-deps optimum==2.0.0  # the oldest tested, for test-oldest
-	$(VLLM_VENV)/bin/python vllm_ext/name_cpu_build.py
+	$(VLLM_VENV)/bin/bitsmoe doctor --fix
 	touch $@
 
 demo: install

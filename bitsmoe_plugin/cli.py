@@ -1,5 +1,5 @@
 """Command line: ``bitsmoe estimate | quantize | tune | inspect | report | evaluate | compare | dequantize |
-import-upstream | bench``."""
+import-upstream | bench | doctor``."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import argparse
 import json
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any, TextIO
 from bitsmoe_plugin import cli_parser
 from bitsmoe_plugin.cli_source import OWN, source_of
 from bitsmoe_plugin.config import BitsMoEConfig
+from bitsmoe_plugin.error_lines import told
 from bitsmoe_plugin.errors import BitsMoEError, ConfigError
 from bitsmoe_plugin.model_source import ModelSource
 from bitsmoe_plugin.streams import stdout_to_stderr
@@ -68,6 +70,8 @@ def build_parser(program: str = "bitsmoe") -> argparse.ArgumentParser:
     cli_parser.add_dequantize(commands, _dequantize)
     cli_parser.add_import(commands, _import)
     cli_parser.add_bench(commands)
+    cli_parser.add_doctor(commands, _doctor)
+    cli_parser.add_debug(parser)
     return parser
 
 
@@ -205,6 +209,12 @@ def _dequantize(args: argparse.Namespace, stdout: TextIO) -> None:
     print(f"{args.out}: dense, {size:,} bytes", file=sys.stderr)
 
 
+def _doctor(args: argparse.Namespace, stdout: TextIO) -> None:
+    raise ConfigError(
+        "run `bitsmoe doctor`; that program answers it itself, also where this package cannot be imported"
+    )
+
+
 def _import(args: argparse.Namespace, stdout: TextIO) -> None:
     from bitsmoe_plugin.upstream.convert import import_upstream
 
@@ -280,6 +290,8 @@ def _evaluate(args: argparse.Namespace, stdout: TextIO) -> None:
 def _check_evaluate(args: argparse.Namespace) -> None:
     """Refuse options without what they belong to, and text that cannot be read."""
     from bitsmoe_plugin.calibration_text import load_documents
+    from bitsmoe_plugin.evaluation import check_evaluation
+    from bitsmoe_plugin.option_checks import check_number
 
     if not args.dataset and not args.tasks:
         raise ConfigError("give --dataset TEXT for perplexity, --tasks NAMES for tasks of lm-eval, or both")
@@ -294,6 +306,10 @@ def _check_evaluate(args: argparse.Namespace) -> None:
     given = [name for name in OWN if getattr(args, f"reference_{name}")]
     if given and not args.reference:
         raise ConfigError(f"--reference-{given[0]} belongs to --reference, which is not given")
+    check_evaluation(args.sequence_length, args.max_tokens, args.stride, args.batch_size)
+    for name, least in (("few_shot", 0), ("limit", 1)):
+        if getattr(args, name) is not None:
+            check_number(name, getattr(args, name), least, 10**9, whole=True, owner="lm-eval")
     if args.dataset:
         load_documents(args.dataset)
 
@@ -337,7 +353,7 @@ def _compare(args: argparse.Namespace, stdout: TextIO) -> None:
         chat_template_kwargs=args.chat_template_kwargs,
         loading={name: getattr(args, name) for name in (*OWN, "cache_dir", "trust_remote_code")},
     )
-    results = compare(task, tuple(args.methods.split(",")))
+    results = compare(task, tuple(args.methods.split(",")), debug=args.debug)
     if args.json:
         _print_json({"results": results}, stdout)
     else:
@@ -345,9 +361,10 @@ def _compare(args: argparse.Namespace, stdout: TextIO) -> None:
 
 
 def main(argv: Sequence[str] | None = None, program: str = "bitsmoe") -> int:
-    """Run a command; returns the exit status (2 for errors that the user can mend).
+    """Run a command; returns the exit status.
 
-    Only the JSON of ``--json`` or the tables go to stdout; progress, logs and errors to stderr.
+    It is 2 for errors that are found by this package, 1 for those of libraries below, 130 for Ctrl-C. Only
+    the JSON of ``--json`` or the tables go to stdout; progress, logs and errors to stderr.
 
     Args:
         argv: arguments after the program's name; those of the process if None.
@@ -358,19 +375,33 @@ def main(argv: Sequence[str] | None = None, program: str = "bitsmoe") -> int:
         _check_paths(args)
         with stdout_to_stderr() as stdout:
             args.run(args, stdout)
-    except (BitsMoEError, OSError) as error:  # OSError: transformers on a path without a model
-        print(f"{program}: error: {_not_here(args, error)}{error}", file=sys.stderr)
-        return 2
+    except (SystemExit, GeneratorExit):
+        raise
     except KeyboardInterrupt as error:
         print(f"{program}: {error or 'interrupted; nothing was written'}", file=sys.stderr)
         return 130
+    except BaseException as error:  # panics of libraries in Rust are no Exception
+        if args.debug:
+            traceback.print_exc()
+        missing = _not_here(args, error)
+        print(f"{program}: error: {missing}{told(error, _subject(args))}", file=sys.stderr)
+        return 2 if missing or isinstance(error, BitsMoEError) else 1
     return 0
+
+
+def _subject(args: argparse.Namespace) -> str:
+    """The command, and the model or the like that it was given."""
+    return " ".join(str(part) for part in (args.command, getattr(args, "model", "")) if part)
 
 
 def _missing_models(args: argparse.Namespace) -> list[str]:
     """Models that are given by name or directory, and are no directory here."""
+    return [model for model in _given_models(args) if not Path(model).exists()]
+
+
+def _given_models(args: argparse.Namespace) -> list[str]:
     given = [getattr(args, name, None) for name in ("model", "reference")]
-    return [model for model in given if isinstance(model, str) and not Path(model).exists()]
+    return [model for model in given if isinstance(model, str)]
 
 
 def _check_paths(args: argparse.Namespace) -> None:
@@ -378,11 +409,14 @@ def _check_paths(args: argparse.Namespace) -> None:
     for model in _missing_models(args):
         if model.count("/") > 1 or model.startswith((".", "/", "~")):
             raise ConfigError(f"model directory {model} does not exist")
+    for model in _given_models(args):
+        if Path(model).exists() and not (Path(model) / "config.json").is_file():
+            raise ConfigError(f"{model} has no config.json; give the directory of a model")
 
 
-def _not_here(args: argparse.Namespace, error: Exception) -> str:
+def _not_here(args: argparse.Namespace, error: BaseException) -> str:
     """What transformers' errors about the hub leave out: most often the path of a directory is wrong."""
     missing = _missing_models(args)
-    if not missing or isinstance(error, BitsMoEError):
+    if not missing or not isinstance(error, OSError):
         return ""
     return f"{missing[0]} is no directory here, and loading it from the hub failed: "

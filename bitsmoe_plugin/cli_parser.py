@@ -66,6 +66,10 @@ Convert a model that the authors of BitsMoE released
 (zjiayu064/...-BitsMoE-2bit) to one that loads in transformers and vLLM,
 without loss.
 """,
+    "doctor": """\
+Check versions, packages that do not fit torch, compiled code, and that vLLM's
+build for CPUs is found by the name that vLLM looks for (--fix sees to that).
+""",
 }
 _MODEL = "the model: a directory, or its name on the hub"
 _PACKED = "directory that `quantize` wrote"
@@ -288,6 +292,23 @@ def add_import(commands: Any, run: Run) -> None:
     parser = _add_command(commands, run, "import-upstream", summary, example)
     parser.add_argument("model", type=Path, help="directory of their model, safetensors files")
     parser.add_argument("out", type=Path, help=_OUT)
+
+
+def add_debug(parser: argparse.ArgumentParser, default: Any = False) -> None:
+    """``--debug``, before and behind the name of every command; and ``command``, the name."""
+    text = "show where an error comes from"
+    parser.add_argument("--debug", action="store_true", default=default, help=text)
+    parser.set_defaults(command=parser.prog.rpartition("bitsmoe")[2].strip())
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for command in action.choices.values():
+                add_debug(command, argparse.SUPPRESS)
+
+
+def add_doctor(commands: Any, run: Run) -> None:
+    summary = "what is wrong with the installation, and what to do"
+    parser = _add_command(commands, run, "doctor", summary, "--fix")
+    parser.add_argument("--fix", action="store_true", help="do what a program can do about it")
 
 
 def add_bench(commands: Any) -> None:

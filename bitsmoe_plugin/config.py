@@ -6,10 +6,9 @@ import copy
 from pathlib import Path
 from typing import Any
 
-from transformers.utils.quantization_config import QuantizationConfigMixin
-
 from bitsmoe_plugin import coding, tiled
-from bitsmoe_plugin.errors import CheckpointError, ConfigError
+from bitsmoe_plugin.config_changes import ChangeableConfig
+from bitsmoe_plugin.errors import CheckpointError
 from bitsmoe_plugin.methods import ALL_WIDTHS, METHODS
 from bitsmoe_plugin.option_checks import (
     check_choice,
@@ -32,7 +31,7 @@ _FLAGS = (
     "compensation",
     "sequential",
 )
-_RUNTIME_ONLY = ("dataset", "tokenizer", "chat_template_kwargs", "work_dir")
+_RUNTIME_ONLY = ("dataset", "tokenizer", "chat_template_kwargs", "work_dir", "made_with")
 
 
 def _check_tiled(basis_bits: int, basis_group_size: int) -> None:
@@ -55,7 +54,7 @@ def _refuse_other_formats(format_version: Any, packed: bool) -> None:
         raise CheckpointError(f"{what}; this release reads version {FORMAT_VERSION}. Upgrade bitsmoe-plugin.")
 
 
-class BitsMoEConfig(QuantizationConfigMixin):
+class BitsMoEConfig(ChangeableConfig):
     """How to quantize the routed experts of an MoE model, and how a checkpoint was quantized.
 
     Args:
@@ -188,27 +187,21 @@ class BitsMoEConfig(QuantizationConfigMixin):
         self.quant_method = QUANT_METHOD  # type: ignore[assignment]
         check_choice("quant_method", unknown.pop("quant_method", QUANT_METHOD), (QUANT_METHOD,))
         _refuse_other_formats(format_version, bool(layers))
-        if unknown:
-            known = [
-                name for name in BitsMoEConfig.__init__.__annotations__ if name not in ("return", "unknown")
-            ]
-            raise ConfigError(
-                f"BitsMoEConfig: unknown option {', '.join(sorted(unknown))}; known: {', '.join(known)}"
-            )
+        self.refuse_unknown(unknown)
         self.bits = bits
         self.factor_bits = factor_bits
-        self.layer_bits = {} if layer_bits is None else layer_bits
-        self.projection_bits = {} if projection_bits is None else projection_bits
+        self.layer_bits = {} if layer_bits is None else copy.deepcopy(layer_bits)
+        self.projection_bits = {} if projection_bits is None else copy.deepcopy(projection_bits)
         self.dataset = dataset
-        self.tokenizer = tokenizer
-        self.chat_template_kwargs = chat_template_kwargs
+        self.tokenizer = str(tokenizer) if isinstance(tokenizer, Path) else tokenizer
+        self.chat_template_kwargs = copy.deepcopy(chat_template_kwargs)
         self.calibration_tokens = calibration_tokens
         self.sequence_length = sequence_length
         self.batch_size = batch_size
         self.held_out = held_out
         self.basis_group_size = basis_group_size
         self.damping = damping
-        self.super_experts = super_experts
+        self.super_experts = copy.deepcopy(super_experts)
         self.all_experts = all_experts
         self.seed = seed
         self.work_dir = work_dir
@@ -217,7 +210,7 @@ class BitsMoEConfig(QuantizationConfigMixin):
         self.calibration = calibration or {}
         self.other_tensors = other_tensors or {}
         check_choice("method", method, tuple(METHODS))
-        self.method = method
+        self.method = self.made_with = method
         given = {
             "widths": tuple(widths) if isinstance(widths, (list, tuple)) else widths,
             "grid": grid,
@@ -240,11 +233,12 @@ class BitsMoEConfig(QuantizationConfigMixin):
         self.validate()
 
     def validate(self) -> None:
-        """Check every option.
+        """Check every option, whatever it was set by.
 
         Raises:
             ConfigError: naming the option, its value and what is allowed.
         """
+        self.check_attributes()
         check_number("bits", self.bits, 0.1, 16)
         if self.factor_bits is not None:
             check_number("factor_bits", self.factor_bits, 0.1, 16)
@@ -284,6 +278,8 @@ class BitsMoEConfig(QuantizationConfigMixin):
                 "super_experts", self.super_experts, '"auto", "keep", {} or {"path.of.experts": [expert ids]}'
             )
         check_number("seed", self.seed, 0, 2**63 - 1, whole=True)
+        if self.tokenizer is not None and not (isinstance(self.tokenizer, str) or callable(self.tokenizer)):
+            fail("tokenizer", self.tokenizer, "a name, the path of a directory, a tokenizer, or None")
         if self.work_dir is not None and (
             not isinstance(self.work_dir, (str, Path)) or not str(self.work_dir)
         ):
@@ -301,7 +297,7 @@ class BitsMoEConfig(QuantizationConfigMixin):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """As in transformers; options in ``kwargs`` replace those of the dict and are checked like them."""
-        known = {key: kwargs.pop(key) for key in list(kwargs) if key in cls().__dict__}
+        known = {key: kwargs.pop(key) for key in list(kwargs) if key in ("quant_method", *cls.option_names())}
         config = cls(**{**config_dict, **known})
         return (config, kwargs) if return_unused_kwargs else config
 

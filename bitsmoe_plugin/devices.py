@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 
 from bitsmoe_plugin.errors import ConfigError
+from bitsmoe_plugin.process_state import exact_products
 
 CPU_WORKING_SET = 2**24
 """Values of covariances (64 MiB) of the experts that are treated together on the CPU."""
@@ -26,13 +27,8 @@ def computing_on(device: torch.device) -> Iterator[None]:
     if device.type == "cpu":
         yield
         return
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.cuda.device(device), device:
-            yield
-    finally:
-        torch.set_float32_matmul_precision(precision)
+    with exact_products(), torch.cuda.device(device), device:
+        yield
 
 
 def working_set(device: torch.device) -> int:

@@ -23,6 +23,7 @@ from bitsmoe_plugin.errors import QuantizationError
 from bitsmoe_plugin.families import layout_of
 from bitsmoe_plugin.inspection import table_console
 from bitsmoe_plugin.kept import bias_bits, kept_bits, model_budget, named_kept, row_groups
+from bitsmoe_plugin.process_state import known_state
 from bitsmoe_plugin.resources import Workload, peak_memory, rough_seconds
 from bitsmoe_plugin.sources import LoadedExperts
 from bitsmoe_plugin.sub_budgets import smallest_payload
@@ -173,6 +174,7 @@ def _packed_tensors(source: LoadedExperts, kept: list[tuple[int, ...]]) -> int:
     )
 
 
+@known_state()
 def estimate(directory: Path, config: BitsMoEConfig) -> Estimate:
     """Sizes, memory and time of quantizing the model in ``directory``; no weight is read.
 
@@ -184,6 +186,7 @@ def estimate(directory: Path, config: BitsMoEConfig) -> Estimate:
         QuantizationError: no model, a dense or unknown one, or a budget that cannot be met.
         CheckpointError: config.json cannot be read, or the model needs code of its own.
     """
+    config = BitsMoEConfig.checked_copy(config)
     stored = stored_bytes(Path(directory))
     model = empty_model(Path(directory), stored)
     source = LoadedExperts(model)

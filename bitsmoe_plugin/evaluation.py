@@ -12,11 +12,16 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from bitsmoe_plugin.calibration_text import check_vocabulary, joined_documents
+from bitsmoe_plugin.calibration_text import (
+    check_vocabulary,
+    joined_documents,
+)
 from bitsmoe_plugin.documents import DEFAULT_TOKENS, Documents, load_documents
+from bitsmoe_plugin.error_lines import working_on
 from bitsmoe_plugin.errors import ConfigError, QuantizationError
 from bitsmoe_plugin.model_source import ModelSource, load_model
 from bitsmoe_plugin.model_tokenizer import load_tokenizer
+from bitsmoe_plugin.option_checks import check_number
 
 BLOCK = 512
 """Tokens per block of text, unless another number is asked for."""
@@ -103,13 +108,10 @@ def evaluation_text(
     shared over the domains in proportion to their size.
 
     Raises:
-        ConfigError: the stride is not from 1 to ``sequence_length``, or a stream without ``max_tokens``.
+        ConfigError: see ``check_evaluation``, or a stream without ``max_tokens``.
         QuantizationError: no domain fills one block.
     """
-    if stride is not None and not 1 <= stride <= sequence_length:
-        raise ConfigError(
-            f"stride={stride} is not allowed; allowed: from 1 to the sequence length, {sequence_length}"
-        )
+    check_evaluation(sequence_length, max_tokens, stride)
     options = {"max_tokens": max_tokens or DEFAULT_TOKENS, "sequence_length": sequence_length}
     documents = load_documents(dataset, **options)
     if documents.is_stream and max_tokens is None:
@@ -144,6 +146,25 @@ def _streams(
         if index + 1 == len(documents) and max_tokens is not None and total < max_tokens:
             documents.read_more()  # the loop goes on with what it adds
     return dict(sorted(streams.items()))
+
+
+def check_evaluation(
+    sequence_length: int, max_tokens: int | None, stride: int | None, batch_size: int = 1
+) -> None:
+    """Refuse numbers that no text can be evaluated with.
+
+    Raises:
+        ConfigError: fewer than 2 tokens in a block, which predict nothing, fewer than 1 in all or 1 block at
+            once, or a stride that is not from 1 to ``sequence_length``.
+    """
+    check_number("sequence_length", sequence_length, 2, 10**7, whole=True, owner="evaluation")
+    check_number("batch_size", batch_size, 1, 10**6, whole=True, owner="evaluation")
+    if max_tokens is not None:
+        check_number("max_tokens", max_tokens, 1, 10**12, whole=True, owner="evaluation")
+    if stride is not None and not 1 <= stride <= sequence_length:
+        raise ConfigError(
+            f"stride={stride} is not allowed; allowed: from 1 to the sequence length, {sequence_length}"
+        )
 
 
 def _strided(domain: str, tokens: Tensor, length: int, stride: int) -> list[EvaluationText]:
@@ -196,6 +217,7 @@ def evaluate_model(
     Raises:
         QuantizationError: a perplexity that is not finite.
     """
+    check_number("batch_size", batch_size, 1, 10**6, whole=True, owner="evaluation")
     total = _Sums()
     batches = [(text, batch) for text in texts for batch in text.blocks.split(batch_size)]
     domains: dict[str, _Sums] = {}
@@ -227,9 +249,10 @@ def load_for_evaluation(model: str | ModelSource, device: torch.device | str = "
     from bitsmoe_plugin.comparison.gptq_checkpoint import is_gptq, load_gptq_model
 
     source = ModelSource.of(model)
-    if is_gptq(source.name):
-        return load_gptq_model(source.name).eval().to(device)
-    return load_model(source).eval().to(device)
+    with working_on(f"loading {source.name}"):
+        if is_gptq(source.name):
+            return load_gptq_model(source.name).eval().to(device)
+        return load_model(source).eval().to(device)
 
 
 def load_reference(path: str | ModelSource, model: Any) -> Any:

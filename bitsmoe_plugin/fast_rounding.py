@@ -167,6 +167,8 @@ def round_rank(
 ) -> None:
     """Rows ``first`` to ``last`` of ``rounding.round_along_rank``; the tensors are those of its loop."""
     rank, size = work.shape[-2:]
+    # What was computed before could be of another dtype, in autocast: memory would be read past its end.
+    assert all(tensor.dtype == torch.float32 for tensor in (work, target, weights, low, step, values, errors))
     rows = _RankRows(
         *(bits.numel() // rank, 1 if unit is None else unit.numel() // rank**2, rank, first, last),
         *(size, codes.shape[-1], bits.shape[1]),

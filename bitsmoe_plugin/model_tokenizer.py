@@ -9,6 +9,7 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedConfig, ProcessorMixin
 from transformers.models.auto import tokenization_auto
 
+from bitsmoe_plugin.error_lines import working_on
 from bitsmoe_plugin.errors import ConfigError
 from bitsmoe_plugin.model_source import ModelSource
 
@@ -33,11 +34,12 @@ def load_tokenizer(model: str | Path | ModelSource) -> Any:
         OSError: nothing can be loaded from there.
     """
     source = ModelSource.of(model)
-    if not source.trust_remote_code:
-        _refuse_code(source)
-    tokenizer = AutoTokenizer.from_pretrained(
-        source.name, trust_remote_code=source.trust_remote_code, **source.hub()
-    )
+    with working_on(f"tokenizer of {source.name}"):
+        if not source.trust_remote_code:
+            _refuse_code(source)
+        tokenizer = AutoTokenizer.from_pretrained(
+            source.name, trust_remote_code=source.trust_remote_code, **source.hub()
+        )
     if len(tokenizer) <= len(tokenizer.all_special_ids):
         raise ConfigError(
             f"no tokenizer was found at {source.name}: what transformers loads there has {len(tokenizer)} "

@@ -18,13 +18,16 @@ from torch import Tensor, nn
 
 from bitsmoe_plugin.calibration import LayerwiseForward
 from bitsmoe_plugin.calibration_text import held_out_last
+from bitsmoe_plugin.coding import GRIDS
 from bitsmoe_plugin.config import BitsMoEConfig
 from bitsmoe_plugin.errors import QuantizationError
 from bitsmoe_plugin.families import MoELayer
 from bitsmoe_plugin.interruption import deferred_interrupt
 from bitsmoe_plugin.kept import choose_kept, choose_wide, model_budget, row_groups
 from bitsmoe_plugin.model_state import in_evaluation_mode, restored_if_it_fails
+from bitsmoe_plugin.option_checks import check_choice
 from bitsmoe_plugin.plan_pass import plan_layers
+from bitsmoe_plugin.process_state import known_state
 from bitsmoe_plugin.progress import Progress, ProgressInMemory, Widths
 from bitsmoe_plugin.quantization_run import Run
 from bitsmoe_plugin.round_pass import round_layers
@@ -37,6 +40,7 @@ from bitsmoe_plugin.work_directory import WorkDirectory, locked
 from bitsmoe_plugin.workers import Workers
 
 
+@known_state()
 def quantize_model(
     model: nn.Module,
     blocks: Tensor,
@@ -64,6 +68,8 @@ def quantize_model(
             directory of another run, or other arguments than another process's.
         Interrupted: Ctrl-C, after a layer, if there is a work directory.
     """
+    config.validate()
+    check_choice("grid", config.grid, GRIDS)  # not that of checkpoints that were imported
     source, workers = source or LoadedExperts(model), Workers.present()
     with workers.together(), restored_if_it_fails(model, config):
         _check_same(workers, source, blocks, config)

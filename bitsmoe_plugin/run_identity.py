@@ -80,7 +80,6 @@ def _machine(model: nn.Module) -> dict[str, Any]:
         "devices": [
             f"{name} {torch.cuda.get_device_name(name)}" if "cuda" in name else name for name in devices
         ],
-        "float32 products": torch.get_float32_matmul_precision(),
     }
 
 

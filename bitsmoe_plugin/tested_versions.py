@@ -86,6 +86,24 @@ def _check(name: str, installed: str, tested: VersionRange) -> None:
         )
 
 
+def check_companions(error: Exception) -> None:
+    """Name what is behind an error of importing transformers, which imports torchvision wherever it is.
+
+    Raises:
+        VersionError: it is of another build than torch, as beside vLLM for the CPU.
+    """
+    try:
+        import torchvision  # noqa: F401
+    except ModuleNotFoundError:
+        return
+    except Exception as reason:
+        raise VersionError(
+            f"torchvision {version('torchvision')} does not fit torch {version('torch')} ({reason}), and "
+            "transformers imports it; pip uninstall torchvision torchaudio torchcodec (models of text do "
+            "not need them)"
+        ) from error
+
+
 def describe_versions() -> str:
     """This package's version and those of others, installed and tested, for bug reports."""
     lines = [f"bitsmoe-plugin {__version__}"]

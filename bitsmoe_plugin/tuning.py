@@ -29,6 +29,7 @@ from bitsmoe_plugin.kernels.originals import WithOriginals
 from bitsmoe_plugin.kernels.reference import ReferenceLayer
 from bitsmoe_plugin.option_checks import check_number
 from bitsmoe_plugin.packing import PackedExperts
+from bitsmoe_plugin.process_state import known_state
 
 _WARM_UP = 5
 """Steps in which the learning rate rises."""
@@ -125,6 +126,7 @@ class _DifferentiableOriginals(WithOriginals):
     forward = WithOriginals.compute
 
 
+@known_state(gradients=True)
 def tune(model: Any, reference: nn.Module, blocks: Tensor, settings: TuningSettings) -> Tuning:
     """Tune the basis scales of a packed model in place, with the hashes in its config, and note it there.
 

@@ -23,6 +23,38 @@ def run_python(installed: Path, *arguments: str, cwd: Path, **variables: str) ->
     return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=cwd, env=environment)
 
 
+def fresh_environment(installed: Path, directory: Path) -> Path:
+    """A virtual environment with the wheel installed by pip, and all other packages of this one in reach.
+
+    Args:
+        installed: from the fixture ``installed_wheel``.
+
+    Returns:
+        its site-packages, before which nothing is found; programs are in ``directory / "bin"``.
+    """
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(directory)], check=True)
+    (wheel,) = installed.parent.glob("*.whl")
+    python = str(directory / "bin" / "python")
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", "--python", python]
+    subprocess.run([*pip, "install", "--no-deps", "--no-index", str(wheel)], check=True)
+    (site,) = directory.glob("lib/python*/site-packages")
+    # As plain paths, behind its own: their .pth files are not read, so neither is the editable installation.
+    others = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
+    (site / "others.pth").write_text("\n".join(others) + "\n")
+    return site
+
+
+def run_program(directory: Path, *arguments: str) -> subprocess.CompletedProcess:
+    """``bin/bitsmoe`` of such an environment, without variables of this one."""
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith(("BITSMOE_", "PYTHON"))
+    }
+    command = [str(directory / "bin" / "bitsmoe"), *arguments]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=300, cwd=directory, env=environment
+    )
+
+
 def build_sdist(source: Path, directory: Path) -> Path:
     """Build a source distribution of a tree as every frontend does: by the hook of its build backend."""
     program = "import build_backend, sys; print(build_backend.build_sdist(sys.argv[1]))"

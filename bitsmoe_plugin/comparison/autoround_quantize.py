@@ -19,10 +19,12 @@ from typing import Any
 
 from bitsmoe_plugin.comparison.gptq_checkpoint import ROUTED_EXPERT, count_quantized_experts
 from bitsmoe_plugin.comparison.gptq_quantize import read_calibration, scratch_directory
+from bitsmoe_plugin.error_lines import told
+from bitsmoe_plugin.errors import BitsMoEError
 from bitsmoe_plugin.streams import stdout_to_stderr
 
 
-class AutoRoundMissingError(ImportError):
+class AutoRoundMissingError(BitsMoEError, ImportError):
     """auto-round cannot be imported."""
 
 
@@ -156,8 +158,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
             record = {"quantize_seconds": round(seconds, 3), "settings": dataclasses.asdict(settings)}
             print(json.dumps(record), file=stdout)
-    except (AutoRoundMissingError, ValueError, OSError) as error:
+    except Exception as error:
         print(f"autoround_quantize: {error}", file=sys.stderr)
+        print(json.dumps({"error": told(error, arguments.model)}))  # for `bitsmoe compare`
         return 1
     return 0
 

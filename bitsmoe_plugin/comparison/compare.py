@@ -11,9 +11,11 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -22,12 +24,14 @@ from rich.table import Table
 
 from bitsmoe_plugin.calibration_text import load_documents, token_blocks, token_stream
 from bitsmoe_plugin.config import BitsMoEConfig
+from bitsmoe_plugin.error_lines import ToldError, told, working_on
 from bitsmoe_plugin.errors import BitsMoEError, ConfigError, QuantizationError
-from bitsmoe_plugin.evaluation import evaluate_model, evaluation_text
+from bitsmoe_plugin.evaluation import check_evaluation, evaluate_model, evaluation_text
 from bitsmoe_plugin.families import find_moe_layers
 from bitsmoe_plugin.inspection import check_if_packed, table_console
 from bitsmoe_plugin.model_source import ModelSource, load_model
 from bitsmoe_plugin.model_tokenizer import load_tokenizer
+from bitsmoe_plugin.option_checks import check_number
 from bitsmoe_plugin.streams import stdout_to_stderr
 
 
@@ -71,6 +75,13 @@ class ComparisonTask:
             chat_template_kwargs=self.chat_template_kwargs,
         )
 
+    def check(self) -> None:
+        """Raises ConfigError: an option has a value that is not allowed."""
+        self.config()
+        check_evaluation(self.sequence_length, self.max_tokens, None, self.batch_size)
+        for name in ("group_size", "new_tokens"):
+            check_number(name, getattr(self, name), 1, 10**9, whole=True, owner="compare")
+
     @property
     def baseline_bits(self) -> int:
         """Width of round-to-nearest and GPTQ: they have whole widths only, plus their overhead."""
@@ -97,7 +108,9 @@ def _expert_weights(model: Any) -> int:
 
 
 def _load(model: str | Path | ModelSource) -> Any:
-    return load_model(ModelSource.of(model)).eval()
+    source = ModelSource.of(model)
+    with working_on(f"loading {source.name}"):
+        return load_model(source).eval()
 
 
 def _full(task: ComparisonTask, scratch: Path) -> Quantized:
@@ -138,7 +151,7 @@ def _peer(module: str, options: tuple[str, ...], task: ComparisonTask, scratch: 
     command += ["--trust-remote-code"] if task.source.trust_remote_code else []
     done = subprocess.run([*command, "--seed", str(task.seed)], stdout=subprocess.PIPE, text=True)
     if done.returncode:
-        raise QuantizationError(f"{module} failed; its own message is above")
+        raise ToldError(f"{module}: {_last_words(done)}")
     record = json.loads(done.stdout.strip().splitlines()[-1])
     model = load_gptq_model(out, _dtype(task)).eval()
     return Quantized(model, expert_bytes(out), record["quantize_seconds"])
@@ -173,6 +186,8 @@ def _checkpoint(task: ComparisonTask, scratch: Path) -> Quantized:
     return Quantized(_load(path), size, 0.0)
 
 
+PACKAGES = {"gptq": "gptqmodel", "autoround": "auto_round"}
+"""Packages that methods need besides what this one requires."""
 RUNNERS: dict[str, Callable[[ComparisonTask, Path], Quantized]] = {
     "full": _full,
     "rtn": _rtn,
@@ -225,20 +240,29 @@ def run_method(method: str, task: ComparisonTask) -> dict[str, Any]:
     return row
 
 
-def compare(task: ComparisonTask, methods: tuple[str, ...]) -> list[dict[str, Any]]:
+def compare(task: ComparisonTask, methods: tuple[str, ...], debug: bool = False) -> list[dict[str, Any]]:
     """One row per method, each from a process of its own.
+
+    Args:
+        debug: let the processes show where their errors come from.
 
     Raises:
         ConfigError: unknown method or bad option.
         CheckpointError: a packed checkpoint is not sound.
-        QuantizationError: a method failed; its message has gone to stderr.
+        QuantizationError: a method failed; with its message.
+        ToldError: likewise, by an error of a library below.
     """
     unknown = [method for method in methods if method not in RUNNERS]
     if unknown or not methods:
         raise ConfigError(f"methods={','.join(methods)!r}: allowed are {', '.join(RUNNERS)}")
     if ("checkpoint" in methods) != (task.checkpoint is not None):
         raise ConfigError("method checkpoint and option --checkpoint need each other")
-    task.config()
+    task.check()
+    for method in methods:
+        if find_spec(PACKAGES.get(method, "torch")) is None:
+            raise ConfigError(
+                f"method {method} needs {PACKAGES[method]}, which is not there; run `make install-{method}`"
+            )
     source = task.source
     # What is missing or damaged should not show after another method's hours.
     tokenizer, options = load_tokenizer(source), {"chat_template_kwargs": task.chat_template_kwargs}
@@ -250,12 +274,28 @@ def compare(task: ComparisonTask, methods: tuple[str, ...]) -> list[dict[str, An
     rows = []
     for number, method in enumerate(methods, 1):
         print(f"[{number}/{len(methods)}] {method}", file=sys.stderr, flush=True)
-        command = [sys.executable, "-m", "bitsmoe_plugin.comparison.compare", method]
-        done = subprocess.run(command, input=json.dumps(asdict(task)), stdout=subprocess.PIPE, text=True)
-        if done.returncode:
-            raise QuantizationError(f"method {method} failed; its own message is above")
-        rows.append(json.loads(done.stdout))
+        rows.append(_in_process(method, task, debug))
     return rows
+
+
+def _in_process(method: str, task: ComparisonTask, debug: bool) -> dict[str, Any]:
+    command = [sys.executable, "-m", "bitsmoe_plugin.comparison.compare", method, str(int(debug))]
+    done = subprocess.run(command, input=json.dumps(asdict(task)), stdout=subprocess.PIPE, text=True)
+    if not done.returncode:
+        row: dict[str, Any] = json.loads(done.stdout)
+        return row
+    message = f"method {method} failed: {_last_words(done)}"
+    raise QuantizationError(message) if done.returncode == 2 else ToldError(message)
+
+
+def _last_words(done: subprocess.CompletedProcess[str]) -> str:
+    """What a process that failed had to say: a JSON object with ``error`` at the end of its stdout."""
+    if done.returncode < 0:
+        return f"its process was ended by signal {-done.returncode} (9: most often for lack of memory)"
+    try:
+        return str(json.loads(done.stdout.strip().splitlines()[-1])["error"])
+    except (ValueError, LookupError, TypeError):
+        return f"its process ended with status {done.returncode}; what it said is above"
 
 
 def print_comparison(rows: list[dict[str, Any]], stream: TextIO) -> None:
@@ -282,14 +322,16 @@ def print_comparison(rows: list[dict[str, Any]], stream: TextIO) -> None:
 
 
 def main() -> int:
-    """Worker: task as JSON on stdin, method as argument, row as JSON on stdout."""
+    """Worker: task as JSON on stdin; method, and 1 to debug, as arguments; row or error as JSON on stdout."""
     try:
         with stdout_to_stderr() as stdout:
             row = run_method(sys.argv[1], ComparisonTask(**json.load(sys.stdin)))
             json.dump(row, stdout)
-    except (BitsMoEError, ImportError) as error:
-        print(f"bitsmoe: error: {error}", file=sys.stderr)
-        return 2
+    except Exception as error:
+        if sys.argv[2:] == ["1"]:
+            traceback.print_exc()
+        print(json.dumps({"error": told(error, sys.argv[1])}))
+        return 2 if isinstance(error, BitsMoEError) else 1
     return 0
 
 

@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from bitsmoe_plugin.comparison.gptq_checkpoint import count_quantized_experts
+from bitsmoe_plugin.error_lines import told
+from bitsmoe_plugin.errors import BitsMoEError
 from bitsmoe_plugin.streams import stdout_to_stderr
 
 # A negative rule: skip every module whose path does not run through ``.experts.<n>.``.
@@ -26,7 +28,7 @@ from bitsmoe_plugin.streams import stdout_to_stderr
 SKIP_ALL_BUT_ROUTED_EXPERTS = r"-:^(?!.*\.experts\.\d+\.).*$"
 
 
-class GptqModelMissingError(ImportError):
+class GptqModelMissingError(BitsMoEError, ImportError):
     """gptqmodel cannot be imported."""
 
 
@@ -218,8 +220,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "settings": dataclasses.asdict(settings),
             }
             print(json.dumps(record), file=stdout)
-    except (GptqModelMissingError, ValueError, OSError) as error:
+    except Exception as error:
         print(f"gptq_quantize: {error}", file=sys.stderr)
+        print(json.dumps({"error": told(error, arguments.model)}))  # for `bitsmoe compare`
         return 1
     return 0
 

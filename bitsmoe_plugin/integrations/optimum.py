@@ -59,7 +59,7 @@ class BitsMoEQuantizer(OptimumQuantizer):
         save_dir: str | Path,
         file_prefix: str | None = None,
         *,
-        quantization_config: BitsMoEConfig | None = None,
+        quantization_config: BitsMoEConfig | dict[str, Any] | None = None,
         **options: Any,
     ) -> None:
         """Quantize and save packed, with the tokenizer; see ``quantize_to_directory``.
@@ -67,7 +67,7 @@ class BitsMoEQuantizer(OptimumQuantizer):
         Args:
             save_dir: directory to write; must not exist or be empty.
             file_prefix: of optimum's interface; not used here.
-            quantization_config: all options at once.
+            quantization_config: all options at once, also as a dict.
             options: or single ones, by their names in ``BitsMoEConfig``: bits=2.0, dataset="text.jsonl".
 
         Raises:
@@ -84,4 +84,5 @@ class BitsMoEQuantizer(OptimumQuantizer):
                 f"BitsMoEQuantizer.quantize: give quantization_config or single options, not both "
                 f"({', '.join(sorted(options))})"
             )
-        quantize_to_directory(self.model, Path(save_dir), quantization_config or BitsMoEConfig(**options))
+        given = options if quantization_config is None else quantization_config
+        quantize_to_directory(self.model, Path(save_dir), BitsMoEConfig.checked_copy(given))

@@ -26,6 +26,7 @@ from bitsmoe_plugin.checkpoint_files import check_loaded_files
 from bitsmoe_plugin.config import QUANT_METHOD, BitsMoEConfig
 from bitsmoe_plugin.current_manifest import describe_current
 from bitsmoe_plugin.data_parallel import leave_to_each_process
+from bitsmoe_plugin.error_lines import working_on
 from bitsmoe_plugin.errors import CheckpointError, ConfigError, QuantizationError
 from bitsmoe_plugin.experts import BitsMoEExperts, replace_module
 from bitsmoe_plugin.families import find_moe_layers
@@ -50,6 +51,7 @@ from bitsmoe_plugin.other_tensors import prediction_layers, stored_shapes, verif
 from bitsmoe_plugin.output_directory import check_output_directory, publish
 from bitsmoe_plugin.packed_files import PackedFiles
 from bitsmoe_plugin.pipeline import quantize_model
+from bitsmoe_plugin.process_state import known_state
 from bitsmoe_plugin.sources import ExpertSource, LoadedExperts
 from bitsmoe_plugin.work_directory import OUTPUT, has_progress, locked, remove, staging, writing
 from bitsmoe_plugin.workers import Workers
@@ -69,7 +71,7 @@ class BitsMoEQuantizer(HfQuantizer):
     def __init__(self, quantization_config: BitsMoEConfig, **kwargs: Any) -> None:
         # A copy, because the manifest of this model is written into it: one config object given to
         # two models must not end up describing the second in both.
-        super().__init__(copy.copy(quantization_config), **kwargs)
+        super().__init__(BitsMoEConfig.checked_copy(quantization_config), **kwargs)
         self._source: ExpertSource | None = None
         self._blocks: Tensor | None = None
         self._prediction_layers: dict[str, str] = {}
@@ -145,6 +147,7 @@ class BitsMoEQuantizer(HfQuantizer):
             )
             self._split = empty_split_layers(model, spread, packed_files, stored)
 
+    @known_state()
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         model.add_model_tags(list(TAGS))  # of the card that transformers writes on push_to_hub
         count_original_parameters(model)
@@ -172,6 +175,7 @@ class BitsMoEQuantizer(HfQuantizer):
         describe_current(model, model.config.quantization_config)
         extra = {name: _read(path, name) for name, path in self._prediction_layers.items()}
         state = whole_state(model, self._split) | extra
+        model.config.quantization_config.validate()
         model.config.quantization_config.other_tensors = record_saved(model, state, extra)
         return state, {}
 
@@ -235,6 +239,7 @@ def register() -> None:
         register_quantizer(QUANT_METHOD)(BitsMoEQuantizer)
 
 
+@known_state()
 def quantize_to_directory(
     model: str | ModelSource, out: Path, config: BitsMoEConfig, device: str = "cpu"
 ) -> None:
@@ -254,18 +259,18 @@ def quantize_to_directory(
     """
     workers = Workers.present()
     with workers.together():
+        config = BitsMoEConfig.checked_copy(config)
         _quantize_to_directory(ModelSource.of(model), Path(out).resolve(), config, device, workers)
 
 
 def _quantize_to_directory(
     origin: ModelSource, out: Path, config: BitsMoEConfig, device: str, workers: Workers
 ) -> None:
-    """What each of ``workers`` does of it."""
+    """What each of ``workers`` does of it; ``config`` is changed."""
     workers.from_main(lambda: check_output_directory(out))
     workers.from_main(lambda: _check_unquantized(origin))
     if device != "cpu" and find_spec("accelerate") is None:
         raise ConfigError(f"to load to {device}, transformers needs accelerate; pip install accelerate")
-    config = copy.copy(config)
     tokenizer = tokenizer_to_save(origin)  # first of all: it may be refused
     if config.tokenizer is not None:
         config.tokenizer = given_tokenizer(config.tokenizer, origin)
@@ -300,7 +305,8 @@ def _quantize_to_directory(
 
 def _check_unquantized(origin: ModelSource) -> None:
     """Refuse what transformers would load as it is, with no more than a warning, to be saved once more."""
-    found = getattr(origin.config(), "quantization_config", None) or {}
+    with working_on(f"config.json of {origin.name}"):
+        found = getattr(origin.config(), "quantization_config", None) or {}
     if found:
         raise QuantizationError(
             f"{origin.name} is quantized already (quant_method {str(found.get('quant_method'))[:80]!r}); an "

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bitsmoe_plugin.calibration_text import load_documents, token_blocks
+from bitsmoe_plugin.config import BitsMoEConfig
 from bitsmoe_plugin.errors import QuantizationError
 from bitsmoe_plugin.evaluation import load_for_evaluation, load_reference
 from bitsmoe_plugin.inspection import read_config
@@ -14,10 +15,12 @@ from bitsmoe_plugin.integrations.transformers import write_checkpoint
 from bitsmoe_plugin.model_source import ModelSource
 from bitsmoe_plugin.model_tokenizer import load_tokenizer
 from bitsmoe_plugin.output_directory import check_output_directory
+from bitsmoe_plugin.process_state import known_state
 from bitsmoe_plugin.tuning import Tuning, TuningSettings, tune
 from bitsmoe_plugin.work_directory import OUTPUT, staging, writing
 
 
+@known_state(gradients=True)
 def tune_to_directory(
     model: str | ModelSource,
     reference: str | ModelSource,
@@ -42,6 +45,7 @@ def tune_to_directory(
     Raises:
         BitsMoEError: bad input, or nothing was better on the blocks held out. Nothing is left behind.
     """
+    BitsMoEConfig(calibration_tokens=calibration_tokens, sequence_length=sequence_length)  # it checks them
     out, packed_source, origin = Path(out).resolve(), ModelSource.of(model), ModelSource.of(reference)
     check_output_directory(out)
     read_config(Path(packed_source.name))

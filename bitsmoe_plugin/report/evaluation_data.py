@@ -69,7 +69,7 @@ def read_evaluation(path: Path) -> EvaluationData:
     """
     try:
         values = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"evaluation {path} cannot be read as JSON ({error})") from error
     values = values if isinstance(values, dict) else {}
     results = values.get("results")

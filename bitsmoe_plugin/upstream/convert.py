@@ -26,6 +26,7 @@ from bitsmoe_plugin.methods import ALL_WIDTHS
 from bitsmoe_plugin.other_tensors import record
 from bitsmoe_plugin.output_directory import check_output_directory, publish
 from bitsmoe_plugin.packing import LayerShape
+from bitsmoe_plugin.process_state import known_state
 from bitsmoe_plugin.tiled import TILE
 from bitsmoe_plugin.upstream.files import INDEX, UpstreamFiles, assign
 from bitsmoe_plugin.upstream.layer import ConvertedLayer, convert_layer
@@ -39,6 +40,7 @@ _COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "NOTICE*")
 """Files besides weights and config: tokenizer, generation defaults, chat template, licence."""
 
 
+@known_state()
 def import_upstream(source: Path, out: Path) -> None:
     """Convert the checkpoint in ``source`` to ``out``, which then loads like one of our own.
 
