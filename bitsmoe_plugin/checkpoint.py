@@ -157,8 +157,23 @@ def tensor_key(name: str) -> tuple[str, str]:
     return (match[1], match[2]) if match else (name, "")
 
 
+def stored_key(name: str) -> tuple[str, str]:
+    """(decoder layer, buffer) of a packed tensor's name, without what stands before the decoder layers.
+
+    That depends on the class that saved or loads a model (``model.layers``, ``model.language_model.layers``;
+    ``layers`` of the base model alone). A model has one list of decoder layers with experts.
+    """
+    layer, buffer = tensor_key(name)
+    return ".".join(layer.split(".")[-2:]) if buffer else layer, buffer
+
+
+def decoder_layer(name: str) -> str:
+    """The same of the path of an experts module: ``layers.3`` of ``model.layers.3.mlp.experts``."""
+    return stored_key(f"{name}.bitsmoe_payload")[0]
+
+
 def stored_tensors(files: Iterable[str | Path]) -> dict[tuple[str, str], StoredTensor]:
-    """``tensor_key`` -> every packed tensor of some safetensors files, read from the headers alone.
+    """``stored_key`` -> every packed tensor of some safetensors files, read from the headers alone.
 
     Raises:
         CheckpointError: a file is no safetensors file, a name stands twice, or two tensors have the same
@@ -179,7 +194,7 @@ def stored_tensors(files: Iterable[str | Path]) -> dict[tuple[str, str], StoredT
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{path} cannot be read as safetensors ({error})") from error
         for tensor in tensors:
-            twin = found.setdefault(tensor_key(tensor.name), tensor)
+            twin = found.setdefault(stored_key(tensor.name), tensor)
             if twin is not tensor:
                 raise CheckpointError(f"{tensor.name} in {path} stands a second time in {twin.file}")
     return found
@@ -198,7 +213,7 @@ def verify_headers(found: dict[tuple[str, str], StoredTensor], specs: dict[str, 
     surplus = dict(found)
     for layer, spec in specs.items():
         for buffer, (dtype, shape) in spec.tensors().items():
-            tensor = surplus.pop(tensor_key(f"{layer}.{buffer}"), None)
+            tensor = surplus.pop(stored_key(f"{layer}.{buffer}"), None)
             if tensor is None:
                 raise CheckpointError(f"{layer}.{buffer} is missing from the checkpoint")
             if (_DTYPES.get(tensor.dtype), tensor.shape) != (dtype, shape):

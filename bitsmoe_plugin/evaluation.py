@@ -204,11 +204,10 @@ def evaluate_model(
 
 def load_for_evaluation(model: str, device: torch.device | str = "cpu") -> Any:
     """A saved model, packed, of GPTQ or not quantized, in the dtype that it was saved in."""
-    from transformers import AutoModelForCausalLM
-
     from bitsmoe_plugin.comparison.gptq_checkpoint import is_gptq, load_gptq_model
+    from bitsmoe_plugin.model_class import load_model
 
-    load = load_gptq_model if is_gptq(model) else AutoModelForCausalLM.from_pretrained
+    load = load_gptq_model if is_gptq(model) else load_model
     return load(model).eval().to(device)
 
 

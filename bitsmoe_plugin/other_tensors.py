@@ -7,8 +7,7 @@ whatever its memory held.
 from __future__ import annotations
 
 import hashlib
-import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,9 @@ from bitsmoe_plugin.checkpoint_files import read_header
 from bitsmoe_plugin.errors import CheckpointError
 
 _DIGITS = 16
+CARRIED = "bitsmoe_carried_"
+"""Start of names that stand for others, see ``integrations.saving``."""
+_REMEDY = "; if this is on purpose, save the model with transformers' save_pretrained, which records it anew"
 
 
 def fingerprint(tensor: Tensor) -> str:
@@ -30,7 +32,7 @@ def fingerprint(tensor: Tensor) -> str:
 
 
 def record(tensors: dict[str, Tensor]) -> dict[str, str]:
-    """Name -> fingerprint of all tensors that are not packed, under the names that they are saved by."""
+    """Name -> fingerprint of all tensors that are not packed."""
     return {name: fingerprint(tensor) for name, tensor in sorted(tensors.items()) if not _packed(name)}
 
 
@@ -38,35 +40,83 @@ def _packed(name: str) -> bool:
     return ".bitsmoe_" in name
 
 
-def verify_others(files: Iterable[str | Path], recorded: dict[str, Any]) -> None:
+def verify_others(
+    files: Iterable[str | Path],
+    recorded: dict[str, Any],
+    in_model: dict[str, Any] | None = None,
+    tied: Mapping[str, str] | None = None,
+) -> None:
     """Compare the tensors of some safetensors files with what was recorded; reads them all.
 
     Args:
-        recorded: from ``record``; empty for a checkpoint that has no record, which is not checked.
+        recorded: from ``record``, under the names that ``save_pretrained`` gives; empty for a checkpoint that
+            has no record, which is not checked.
+        in_model: the same under the model's own names, where they differ. If given (it may be empty), files
+            by whatever saver of these are accepted: under either names, without layers that the model has no
+            module for, and of the base model alone. None: only what ``save_pretrained`` writes.
+        tied: names of tensors that are one in the model; some savers keep the other name.
 
     Raises:
         CheckpointError: naming a tensor that is missing, surplus or altered.
     """
     if not recorded:
         return
-    missing = dict(recorded)
-    for path in map(Path, files):
+    paths = [Path(file) for file in files]
+    names = {name for path in paths for name in read_header(path) if not _packed(name)}
+    forms = [recorded] if in_model is None else _forms(names, recorded, in_model)
+    twins = {**(tied or {}), **{b: a for a, b in (tied or {}).items()}}
+    # Where no form fits, what differs from the first is what the error is about.
+    expected = next((form for form in forms if _fits(names, form, twins)), recorded)
+    expected = {**{twins[name]: value for name, value in expected.items() if name in twins}, **expected}
+    found: set[str] = set()
+    for path in paths:
         try:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118 (it is no dict)
                     if not _packed(name):
-                        _check(name, file.get_tensor(name), missing.pop(name, None))
+                        _check(name, file.get_tensor(name), expected.get(name))
+                        found.update((name, twins.get(name, name)))
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{path} cannot be read as safetensors ({error})") from error
+    missing = expected.keys() - found
     if missing:
-        raise CheckpointError(f"{', '.join(sorted(missing))} is missing from the checkpoint")
+        raise CheckpointError(f"{', '.join(sorted(missing))} is missing from the checkpoint{_REMEDY}")
+
+
+def tied_by_record(recorded: dict[str, Any]) -> dict[str, str]:
+    """``tied`` of a model that is not there: a head that was not saved was the embeddings."""
+    embeddings = [name for name in recorded if name.endswith("embed_tokens.weight")]
+    tied = len(embeddings) == 1 and not any(name.endswith("lm_head.weight") for name in recorded)
+    return {"lm_head.weight": embeddings[0]} if tied else {}
+
+
+def _forms(names: set[str], recorded: dict[str, Any], in_model: dict[str, Any]) -> list[dict[str, Any]]:
+    """What files with these names may hold, name -> fingerprint; first, what ``save_pretrained`` writes."""
+    forms = [recorded]
+    if in_model:  # with those tensors without a module that are there
+        own = {name: value for name, value in in_model.items() if not name.startswith(CARRIED)}
+        optional = {**in_model, **recorded}
+        forms.append({**{name: optional[name] for name in names & optional.keys()}, **own})
+    bases = []
+    for form in forms:
+        for prefix in sorted({name.partition(".")[0] + "." for name in form}):
+            bases.append({n.removeprefix(prefix): value for n, value in form.items() if n.startswith(prefix)})
+    return forms + bases
+
+
+def _fits(names: set[str], form: dict[str, Any], twins: dict[str, str]) -> bool:
+    """Whether these are the names of a form, each tied tensor under one of its two names or both."""
+    either = names | {twins[name] for name in names if name in twins}
+    return form.keys() <= either and all(name in form or twins.get(name) in form for name in names)
 
 
 def _check(name: str, tensor: Tensor, recorded: str | None) -> None:
     if recorded is None:
-        raise CheckpointError(f"{name} is in the checkpoint, but was not when it was written")
+        raise CheckpointError(f"{name} is in the checkpoint, but was not when it was written{_REMEDY}")
     if fingerprint(tensor) != recorded:
-        raise CheckpointError(f"{name} differs from what was written; the checkpoint is damaged or altered")
+        raise CheckpointError(
+            f"{name} differs from what was written; the checkpoint is damaged or altered{_REMEDY}"
+        )
 
 
 def stored_shapes(files: Iterable[str | Path]) -> dict[str, tuple[int, ...]]:
@@ -81,38 +131,3 @@ def stored_shapes(files: Iterable[str | Path]) -> dict[str, tuple[int, ...]]:
         for name, entry in read_header(Path(path)).items()
         if not _packed(name)
     }
-
-
-def prediction_layers(model: Any, files: Iterable[str | Path]) -> dict[str, str]:
-    """Tensors of a checkpoint that transformers has no module for but that belong to the model.
-
-    Those are layers for multi-token prediction, which a model class declares as ignored or which are numbered
-    like decoder layers beyond the last.
-
-    Returns:
-        name -> file.
-
-    Raises:
-        CheckpointError: a file is no safetensors file.
-    """
-    patterns = model._keys_to_ignore_on_load_unexpected or ()
-    own = {_place(name) for name in model.state_dict()}
-    found = {}
-    for path in (str(file) for file in files if str(file).endswith(".safetensors")):
-        try:
-            with safe_open(path, framework="pt") as file:
-                names = list(file.keys())
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{path} cannot be read as safetensors ({error})") from error
-        for name in names:
-            place = _place(name)
-            declared = any(re.search(pattern, name) for pattern in patterns)
-            if place not in own and (declared or re.sub(r"\d+\.$", "0.", place) in own):
-                found[name] = path
-    return found
-
-
-def _place(name: str) -> str:
-    """A name up to its first number, or to its first dot if it has none."""
-    match = re.match(r".*?\.\d+\.", name) or re.match(r"[^.]*\.", name)
-    return match[0] if match else name

@@ -9,8 +9,8 @@ from pathlib import Path
 from bitsmoe_plugin.checkpoint import (
     StoredTensor,
     packed_spec,
+    stored_key,
     stored_tensors,
-    tensor_key,
     verify_headers,
     verify_packed,
 )
@@ -56,7 +56,7 @@ class PackedFiles:
         spec = self.specs[name]
         packed = PackedExperts(
             **{
-                buffer.removeprefix("bitsmoe_"): self.tensors[tensor_key(f"{name}.{buffer}")].read()
+                buffer.removeprefix("bitsmoe_"): self.tensors[stored_key(f"{name}.{buffer}")].read()
                 for buffer in spec.tensors()
             }
         )

@@ -19,7 +19,6 @@ from typing import Any, TextIO
 
 import torch
 from rich.table import Table
-from transformers import AutoModelForCausalLM
 
 from bitsmoe_plugin.calibration_text import load_documents, token_blocks
 from bitsmoe_plugin.config import BitsMoEConfig
@@ -27,6 +26,7 @@ from bitsmoe_plugin.errors import BitsMoEError, ConfigError, QuantizationError
 from bitsmoe_plugin.evaluation import evaluate_model, evaluation_text
 from bitsmoe_plugin.families import find_moe_layers
 from bitsmoe_plugin.inspection import check_if_packed, table_console
+from bitsmoe_plugin.model_class import check_folder, load_model
 from bitsmoe_plugin.model_tokenizer import load_tokenizer
 from bitsmoe_plugin.streams import stdout_to_stderr
 
@@ -88,7 +88,7 @@ def _expert_weights(model: Any) -> int:
 
 
 def _load(path: str | Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(path).eval()
+    return load_model(str(path)).eval()
 
 
 def _full(task: ComparisonTask, scratch: Path) -> Quantized:
@@ -230,6 +230,8 @@ def compare(task: ComparisonTask, methods: tuple[str, ...]) -> list[dict[str, An
     for path in (task.model, task.checkpoint):
         if path is not None:
             check_if_packed(path)
+    if Path(task.model).is_dir():
+        check_folder(Path(task.model))
     rows = []
     for number, method in enumerate(methods, 1):
         print(f"[{number}/{len(methods)}] {method}", file=sys.stderr, flush=True)

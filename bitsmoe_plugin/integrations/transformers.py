@@ -9,11 +9,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.core_model_loading import revert_weight_conversion
-from transformers.modeling_utils import remove_tied_weights_from_state_dict
+from transformers import AutoConfig
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     AUTO_QUANTIZER_MAPPING,
@@ -23,29 +20,36 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 
 from bitsmoe_plugin.calibration_text import load_documents, token_blocks
-from bitsmoe_plugin.checkpoint import check_shape, packed_spec, stored_tensors, verify_experts, verify_headers
+from bitsmoe_plugin.carried_tensors import CarriedTensors
+from bitsmoe_plugin.checkpoint import (
+    check_shape,
+    decoder_layer,
+    packed_spec,
+    stored_tensors,
+    verify_experts,
+    verify_headers,
+)
 from bitsmoe_plugin.checkpoint_files import check_loaded_files, read_model_config
 from bitsmoe_plugin.config import QUANT_METHOD, BitsMoEConfig
 from bitsmoe_plugin.errors import CheckpointError, ConfigError, QuantizationError
 from bitsmoe_plugin.experts import BitsMoEExperts, replace_module
 from bitsmoe_plugin.families import find_moe_layers
+from bitsmoe_plugin.integrations.saving import carry, check_save, records
 from bitsmoe_plugin.integrations.streaming import StreamedExperts, can_stream
 from bitsmoe_plugin.interruption import Interrupted
 from bitsmoe_plugin.kept import model_budget
 from bitsmoe_plugin.model_card import TAGS, write_model_card
+from bitsmoe_plugin.model_class import load_model
 from bitsmoe_plugin.model_sizes import check_model_sizes, check_planned
 from bitsmoe_plugin.model_tokenizer import load_tokenizer
-from bitsmoe_plugin.other_tensors import prediction_layers, record, stored_shapes, verify_others
+from bitsmoe_plugin.other_tensors import stored_shapes, verify_others
 from bitsmoe_plugin.output_directory import check_output_directory, publish
 from bitsmoe_plugin.pipeline import quantize_model
+from bitsmoe_plugin.source_tensors import check_source, stored_dtypes
 from bitsmoe_plugin.sources import ExpertSource, LoadedExperts
+from bitsmoe_plugin.stored_names import StoredNames, without_module
 from bitsmoe_plugin.work_directory import OUTPUT, has_progress, locked, remove, staging, writing
 from bitsmoe_plugin.workers import Workers
-
-
-def _read(path: str, name: str) -> Tensor:
-    with safe_open(path, framework="pt") as file:
-        return file.get_tensor(name)
 
 
 class BitsMoEQuantizer(HfQuantizer):
@@ -59,7 +63,7 @@ class BitsMoEQuantizer(HfQuantizer):
         # two models must not end up describing the second in both.
         super().__init__(copy.copy(quantization_config), **kwargs)
         self._source: ExpertSource | None = None
-        self._prediction_layers: dict[str, str] = {}
+        self._carried = CarriedTensors({})
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Refuse to quantize without calibration text before any weight is read."""
@@ -80,25 +84,33 @@ class BitsMoEQuantizer(HfQuantizer):
         self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
         config = self.quantization_config
-        if self.pre_quantized and checkpoint_files:
-            check_loaded_files(checkpoint_files, Path(getattr(model.config, "_name_or_path", "")))
-            verify_others(checkpoint_files, config.other_tensors)
+        files = checkpoint_files or []
+        if self.pre_quantized and files:
+            check_loaded_files(files, Path(getattr(model.config, "_name_or_path", "")))
+            tied = getattr(model, "all_tied_weights_keys", None)
+            verify_others(files, config.other_tensors, config.other_tensors_in_model, tied)
         # Before experts are taken out: what the model has no name for is found by what it has.
-        self._prediction_layers = prediction_layers(model, checkpoint_files or [])
+        names = StoredNames(model)
         if not self.pre_quantized:
-            self._source = _expert_source(model, checkpoint_files)
+            check_source(names, stored_dtypes(files))
+        predicting, left_out = without_module(names, files)
+        self._carried = CarriedTensors(predicting)
+        if left_out and not self.pre_quantized:
+            warnings.warn(_left_out(model, left_out), stacklevel=2)
+        if not self.pre_quantized:
+            self._source = _expert_source(model, files)
             model_budget(self._source, config)
             return
-        self._replace_experts(model, checkpoint_files or [])
-        if checkpoint_files:
+        self._replace_experts(model, files)
+        if files:
             shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-            check_planned(shapes, stored_shapes(checkpoint_files))
+            check_planned(shapes, stored_shapes(files))
 
     def _replace_experts(self, model: nn.Module, files: list[str]) -> None:
         """Put empty packed experts where the originals are, once manifest and files are seen to fit."""
         config = self.quantization_config
         layers = find_moe_layers(model)
-        stored = _stored_names(model, [layer.name for layer in layers], config)
+        stored = _stored_names([layer.name for layer in layers], config)
         surplus = set(config.layers) - set(stored.values())
         if surplus:
             raise CheckpointError(
@@ -124,6 +136,7 @@ class BitsMoEQuantizer(HfQuantizer):
         config, source = self.quantization_config, self._source
         if isinstance(source, StreamedExperts):
             source.model_is_loaded()
+        check_save(model, source.layers, self._carried.empty())
         documents = load_documents(config.dataset)
         blocks = token_blocks(
             documents,
@@ -153,17 +166,10 @@ class BitsMoEQuantizer(HfQuantizer):
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Called before config and weights are saved: record what else will be in the files."""
-        extra = {name: _read(path, name) for name, path in self._prediction_layers.items()}
-        state = {**model.state_dict(), **extra}
-        ignored = model._keys_to_ignore_on_save or ()
-        kept = {name: tensor for name, tensor in state.items() if name not in ignored}
-        saved = revert_weight_conversion(model, remove_tied_weights_from_state_dict(kept, model))
-        if not extra.keys() <= saved.keys():
-            raise CheckpointError(
-                f"{', '.join(sorted(extra.keys() - saved.keys()))} would be renamed on saving; transformers "
-                "has no name for it. Remove it from the model's files first, if it is not needed"
-            )
-        model.config.quantization_config.other_tensors = record(saved)
+        state = {**model.state_dict(), **carry(model, self._carried.read())}
+        if not getattr(model, "_hf_peft_config_loaded", False):  # then only adapters are saved
+            config = model.config.quantization_config
+            config.other_tensors, config.other_tensors_in_model = records(model, state)
         return state, {}
 
     def is_serializable(self, **kwargs: Any) -> bool:
@@ -174,19 +180,22 @@ class BitsMoEQuantizer(HfQuantizer):
         return False
 
 
-def _stored_names(model: Any, layers: list[str], config: BitsMoEConfig) -> dict[str, str]:
+def _stored_names(layers: list[str], config: BitsMoEConfig) -> dict[str, str]:
     """Name of each layer in the model -> its name in the manifest, for those that are there.
 
-    They differ by the prefix of the base model where ``AutoModel`` loads what was saved with a head, or the
-    other way round.
+    They differ by what stands before the decoder layers where another class loads what was saved.
     """
-    prefix = f"{model.base_model_prefix}."
-    found: dict[str, str] = {}
-    for layer in layers:
-        for name in (layer, prefix + layer, layer.removeprefix(prefix)):
-            if name in config.layers:
-                found.setdefault(layer, name)
-    return found
+    by_layer = {decoder_layer(name): name for name in config.layers}
+    return {layer: by_layer[decoder_layer(layer)] for layer in layers if decoder_layer(layer) in by_layer}
+
+
+def _left_out(model: nn.Module, names: list[str]) -> str:
+    parts = sorted({".".join(name.split(".")[:2]) for name in names})
+    return (
+        f"{', '.join(parts)} ({len(names)} tensors) in the model's files are no part of "
+        f"{type(model).__name__} and will not be in the packed model; to keep them, load the model with "
+        "AutoModelForMultimodalLM (`bitsmoe quantize` does so where config.json names such a class)"
+    )
 
 
 def _expert_source(model: nn.Module, files: list[str] | None) -> ExpertSource:
@@ -236,11 +245,11 @@ def quantize_to_directory(model: str, out: Path, config: BitsMoEConfig, device: 
     beside = out.with_name(f"{out.name}.work")
     config.work_dir = work = Path(config.work_dir or beside)
     if not workers.main:  # it takes part, the first process writes
-        AutoModelForCausalLM.from_pretrained(model, **options)
+        load_model(model, **options)
         return
     with locked(work), staging(beside):
         try:
-            quantized = AutoModelForCausalLM.from_pretrained(model, **options)
+            quantized = load_model(model, **options)
             with writing(out):
                 write_checkpoint(quantized, model, config.dataset, beside / OUTPUT, out)
         except BaseException as error:
