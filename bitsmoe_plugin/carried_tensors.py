@@ -16,10 +16,10 @@ from bitsmoe_plugin.errors import CheckpointError
 class CarriedTensors:
     """Read when the model is saved. Files stay open until then, so it does not matter if they are removed."""
 
-    def __init__(self, places: Mapping[str, str]) -> None:
+    def __init__(self, places: Mapping[str, tuple[str, str]]) -> None:
         """
         Args:
-            places: name of each tensor -> its safetensors file.
+            places: name of each tensor -> (safetensors file, name in it).
 
         Raises:
             CheckpointError: a file cannot be read.
@@ -27,7 +27,7 @@ class CarriedTensors:
         self.places = dict(places)
         self._files: dict[str, Any] = {}
         self._seen: dict[str, tuple[int, int, int]] = {}
-        for path in set(self.places.values()):
+        for path in {path for path, _ in self.places.values()}:
             try:
                 self._seen[path] = _identity(path)
                 self._files[path] = safe_open(path, framework="pt")
@@ -36,7 +36,10 @@ class CarriedTensors:
 
     def empty(self) -> dict[str, Tensor]:
         """Name -> tensor of this shape, without data."""
-        shapes = {name: self._files[path].get_slice(name).get_shape() for name, path in self.places.items()}
+        shapes = {
+            name: self._files[path].get_slice(stored).get_shape()
+            for name, (path, stored) in self.places.items()
+        }
         return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
 
     def read(self) -> dict[str, Tensor]:
@@ -52,10 +55,10 @@ class CarriedTensors:
                     f"{path} was written over since the model was loaded, and {self._first(path)} is to be "
                     "saved from it; load the model again"
                 )
-        return {name: self._files[path].get_tensor(name) for name, path in self.places.items()}
+        return {name: self._files[path].get_tensor(stored) for name, (path, stored) in self.places.items()}
 
     def _first(self, path: str) -> str:
-        return next(name for name, place in self.places.items() if place == path)
+        return next(name for name, place in self.places.items() if place[0] == path)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CarriedTensors:
         return self  # of a copied model: the same tensors of the same files

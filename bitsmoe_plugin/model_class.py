@@ -26,6 +26,8 @@ def auto_class(config: Any) -> Any:
     Raises:
         QuantizationError: transformers knows no language model of this type.
     """
+    causal: Any
+    whole: Any
     causal, whole = (auto._model_mapping for auto in (AutoModelForCausalLM, AutoModelForMultimodalLM))
     kind, named = type(config), getattr(config, "architectures", None) or [""]
     if kind in whole and (kind not in causal or named[0] == whole[kind].__name__ != causal[kind].__name__):
@@ -53,7 +55,7 @@ def load_model(model: str, **options: Any) -> Any:
         check_folder(folder)
     loaded = auto_class(config).from_pretrained(model, **options)
     if plain and not folder.is_dir():  # now they are here
-        check_folder(Path(cached_file(model, CONFIG_NAME)).parent)
+        check_folder(Path(str(cached_file(model, CONFIG_NAME))).parent)
     return loaded
 
 

@@ -17,10 +17,9 @@ from torch import Tensor
 
 from bitsmoe_plugin.checkpoint_files import read_header
 from bitsmoe_plugin.errors import CheckpointError
+from bitsmoe_plugin.stand_ins import is_stand_in
 
 _DIGITS = 16
-CARRIED = "bitsmoe_carried_"
-"""Start of names that stand for others, see ``integrations.saving``."""
 _REMEDY = "; if this is on purpose, save the model with transformers' save_pretrained, which records it anew"
 
 
@@ -94,7 +93,7 @@ def _forms(names: set[str], recorded: dict[str, Any], in_model: dict[str, Any]) 
     """What files with these names may hold, name -> fingerprint; first, what ``save_pretrained`` writes."""
     forms = [recorded]
     if in_model:  # with those tensors without a module that are there
-        own = {name: value for name, value in in_model.items() if not name.startswith(CARRIED)}
+        own = {name: value for name, value in in_model.items() if not is_stand_in(name)}
         optional = {**in_model, **recorded}
         forms.append({**{name: optional[name] for name in names & optional.keys()}, **own})
     bases = []

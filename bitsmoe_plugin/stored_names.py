@@ -11,6 +11,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from bitsmoe_plugin.checkpoint_files import read_header
+from bitsmoe_plugin.stand_ins import is_stand_in, stood_for
 
 _FAMILIAR = re.compile(r"rotary_emb\.inv_freq$|(^|\.)position_ids$")
 """Buffers of old releases, which transformers makes by itself and leaves out without a word."""
@@ -84,7 +85,7 @@ class StoredNames:
         )
 
     def is_ignored(self, name: str) -> bool:
-        """Whether transformers leaves the tensor out without a warning."""
+        """Whether transformers leaves the tensor out without a word."""
         return _FAMILIAR.search(name) is not None or self._is_declared(name)
 
     def is_prediction_layer(self, name: str) -> bool:
@@ -93,6 +94,8 @@ class StoredNames:
         Model classes declare those as ignored, or they are numbered like decoder layers beyond the last.
         What else a class declares belongs to other parts of a larger model, such as ``model.visual``.
         """
+        if is_stand_in(name):
+            return True
         place = _place(self.target(name))
         if place in self._places or _FAMILIAR.search(name):
             return False
@@ -105,7 +108,9 @@ class StoredNames:
         return outside and self.is_ignored(name) and not self.is_prediction_layer(name)
 
 
-def without_module(names: StoredNames, files: Iterable[str | Path]) -> tuple[dict[str, str], list[str]]:
+def without_module(
+    names: StoredNames, files: Iterable[str | Path]
+) -> tuple[dict[str, tuple[str, str]], list[str]]:
     """Tensors of a checkpoint that the model's class leaves out without a word.
 
     Args:
@@ -113,18 +118,18 @@ def without_module(names: StoredNames, files: Iterable[str | Path]) -> tuple[dic
         files: of the checkpoint; others than safetensors are passed over.
 
     Returns:
-        name -> file of those that are of layers for multi-token prediction (see
+        name -> (file, stored name) of those that are of layers for multi-token prediction (see
         ``StoredNames.is_prediction_layer``), and names of those that are of parts which this class lacks.
 
     Raises:
         CheckpointError: a file is no safetensors file.
     """
-    predicting: dict[str, str] = {}
+    predicting: dict[str, tuple[str, str]] = {}
     left_out = []
     for path in (str(file) for file in files if str(file).endswith(".safetensors")):
         for name in read_header(Path(path)):
             if names.is_prediction_layer(name):
-                predicting[name] = path
+                predicting[stood_for(name)] = path, name
             elif names.is_left_out(name):
                 left_out.append(name)
     return predicting, left_out

@@ -18,7 +18,8 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from bitsmoe_plugin.checkpoint import decoder_layer, stored_key
 from bitsmoe_plugin.errors import QuantizationError
 from bitsmoe_plugin.families import MoELayer
-from bitsmoe_plugin.other_tensors import CARRIED, record
+from bitsmoe_plugin.other_tensors import record
+from bitsmoe_plugin.stand_ins import is_stand_in, stand_in
 
 _PROBE = "bitsmoe_payload"
 """All packed tensors of a layer are renamed alike."""
@@ -35,14 +36,14 @@ class _CarriedNames(WeightRenaming):
     def __init__(self, renamed: Mapping[str, str]) -> None:
         """
         Args:
-            renamed: name -> the name that stands for it, which starts with ``CARRIED``; or the reverse.
+            renamed: name -> the name of ``stand_in`` for it; or the reverse.
         """
-        super().__init__(source_patterns=f"^{CARRIED}$", target_patterns=f"{CARRIED}")
+        super().__init__(source_patterns="^unused$", target_patterns="unused")  # no pattern, see below
         self.renamed = dict(renamed)
 
     def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
         """As in transformers. Another rule may have put a prefix before a name that stands for one."""
-        key = source_key[max(source_key.find(CARRIED), 0) :]
+        key = source_key[max(source_key.find(stand_in("")), 0) :]
         return (self.renamed[key], key) if key in self.renamed else (source_key, None)
 
     def reverse_transform(self) -> _CarriedNames:
@@ -64,7 +65,7 @@ def carry(model: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     empty = {name: _empty(tensor) for name, tensor in tensors.items()}
     kept = revert_weight_conversion(model, dict(empty))
     changed = [name for name, tensor in empty.items() if kept.get(name) is not tensor]
-    renamed = {name: f"{CARRIED}{i}" for i, name in enumerate(changed)}
+    renamed = {name: stand_in(name) for name in changed}
     if renamed:  # first here is last when names are reverted
         model._weight_conversions = [_CarriedNames(renamed), *(rules or ())]
     return {renamed.get(name, name): tensor for name, tensor in tensors.items()}
@@ -83,7 +84,7 @@ def records(model: Any, state: Mapping[str, Tensor]) -> tuple[dict[str, str], di
     own = _own_tensors(model, state)
     saved, in_model = record(revert_weight_conversion(model, dict(own))), record(own)
     names = model.state_dict().keys()
-    in_model = {name: value for name, value in in_model.items() if name in names or name.startswith(CARRIED)}
+    in_model = {name: value for name, value in in_model.items() if name in names or is_stand_in(name)}
     return saved, ({} if in_model == saved else in_model)
 
 

@@ -133,7 +133,7 @@ class BitsMoEQuantizer(HfQuantizer):
                 if isinstance(module, BitsMoEExperts):
                     verify_experts(name, module, self.quantization_config)
             return
-        config, source = self.quantization_config, self._source
+        config, source = self.quantization_config, self._source or LoadedExperts(model)
         if isinstance(source, StreamedExperts):
             source.model_is_loaded()
         check_save(model, source.layers, self._carried.empty())
