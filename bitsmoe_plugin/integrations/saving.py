@@ -137,8 +137,9 @@ def _check_packed_name(name: str, saved: str) -> None:
     wanted = (decoder_layer(name.rpartition(".")[0]), _PROBE)
     if stored_key(saved) != wanted:
         raise QuantizationError(
-            f"{name} would be saved as {saved or 'nothing'}, where it would not be found again; this "
-            "architecture is not supported"
+            f"{name} would be saved as {saved or 'nothing'}, where it would not be found again without what "
+            "renamed it (key_mapping?); save the model under transformers' own names first "
+            "(save_original_format=False) and quantize that"
         )
 
 
