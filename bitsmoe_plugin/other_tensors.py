@@ -42,31 +42,45 @@ def _packed(name: str) -> bool:
 def verify_others(
     files: Iterable[str | Path],
     recorded: dict[str, Any],
-    in_model: dict[str, Any] | None = None,
-    tied: Mapping[str, str] | None = None,
+    in_model: dict[str, Any],
+    tied: Mapping[str, str],
+    *,
+    as_saved: bool = False,
 ) -> None:
     """Compare the tensors of some safetensors files with what was recorded; reads them all.
 
+    Files of any saver of a model with these tensors are accepted: under the names that ``save_pretrained``
+    gives or the model's own, with tied tensors under either name, without layers that the model has no module
+    for, and of the base model alone.
+
     Args:
-        recorded: from ``record``, under the names that ``save_pretrained`` gives; empty for a checkpoint that
-            has no record, which is not checked.
-        in_model: the same under the model's own names, where they differ. If given (it may be empty), files
-            by whatever saver of these are accepted: under either names, without layers that the model has no
-            module for, and of the base model alone. None: only what ``save_pretrained`` writes.
-        tied: names of tensors that are one in the model; some savers keep the other name.
+        recorded: ``other_tensors``; empty for a checkpoint that has no record, which is not checked.
+        in_model: ``other_tensors_in_model``.
+        tied: names of tensors that are one in the model.
+        as_saved: accept only the names of ``save_pretrained``.
 
     Raises:
-        CheckpointError: naming a tensor that is missing, surplus or altered.
+        CheckpointError: naming a tensor that is missing, surplus or altered, or has a name of another saver.
     """
     if not recorded:
         return
     paths = [Path(file) for file in files]
     names = {name for path in paths for name in read_header(path) if not _packed(name)}
-    forms = [recorded] if in_model is None else _forms(names, recorded, in_model)
-    twins = {**(tied or {}), **{b: a for a, b in (tied or {}).items()}}
+    twins = {**tied, **{b: a for a, b in tied.items()}}
+    form = next((form for form in _forms(names, recorded, in_model) if _fits(names, form, twins)), None)
+    if as_saved and form is not None and names != recorded.keys():
+        name = min((names ^ recorded.keys()) & names or recorded.keys() - names)
+        raise CheckpointError(
+            f"the checkpoint has not the names that save_pretrained gives ({name}), so only transformers can "
+            "load it; load the whole model there and save it with save_pretrained"
+        )
     # Where no form fits, what differs from the first is what the error is about.
-    expected = next((form for form in forms if _fits(names, form, twins)), recorded)
-    expected = {**{twins[name]: value for name, value in expected.items() if name in twins}, **expected}
+    _compare(paths, recorded if form is None else form, twins)
+
+
+def _compare(paths: list[Path], form: dict[str, Any], twins: dict[str, str]) -> None:
+    """Every tensor against its fingerprint."""
+    expected = {**{twins[name]: value for name, value in form.items() if name in twins}, **form}
     found: set[str] = set()
     for path in paths:
         try:
@@ -77,7 +91,7 @@ def verify_others(
                         found.update((name, twins.get(name, name)))
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{path} cannot be read as safetensors ({error})") from error
-    missing = expected.keys() - found
+    missing = form.keys() - found
     if missing:
         raise CheckpointError(f"{', '.join(sorted(missing))} is missing from the checkpoint{_REMEDY}")
 

@@ -87,7 +87,7 @@ class BitsMoEQuantizer(HfQuantizer):
         files = checkpoint_files or []
         if self.pre_quantized and files:
             check_loaded_files(files, Path(getattr(model.config, "_name_or_path", "")))
-            tied = getattr(model, "all_tied_weights_keys", None)
+            tied = getattr(model, "all_tied_weights_keys", {})
             verify_others(files, config.other_tensors, config.other_tensors_in_model, tied)
         # Before experts are taken out: what the model has no name for is found by what it has.
         names = StoredNames(model)
