@@ -114,7 +114,7 @@ def _forms(names: set[str], recorded: dict[str, Any], in_model: dict[str, Any]) 
     for form in forms:
         for prefix in sorted({name.partition(".")[0] + "." for name in form}):
             bases.append({n.removeprefix(prefix): value for n, value in form.items() if n.startswith(prefix)})
-    return forms + bases
+    return forms + [base for base in bases if base]
 
 
 def _fits(names: set[str], form: dict[str, Any], twins: dict[str, str]) -> bool:

@@ -95,6 +95,7 @@ def test_it_is_quantized_whole(dense: Path, tmp_path: Path) -> None:
         wanted = reference(TOKENS).logits
         error = (packed(TOKENS).logits - wanted).norm() / wanted.norm()
     assert error < 0.05  # 8 bits
+    assert 'AutoModelForMultimodalLM.from_pretrained("DIR")' in (out / "README.md").read_text()
 
 
 @pytest.mark.parametrize("dense", ["qwen3_5_moe"], indirect=True)
