@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from bitsmoe_plugin.config import BitsMoEConfig
 from bitsmoe_plugin.errors import CheckpointError
 from bitsmoe_plugin.experts import BitsMoEExperts
 from bitsmoe_plugin.families import layer_shape
+from bitsmoe_plugin.layer_names import stored_key
 from bitsmoe_plugin.packed_spec import PackedSpec
 from bitsmoe_plugin.packing import LayerShape, PackedExperts
 
@@ -145,31 +145,6 @@ class StoredTensor:
         """The tensor itself."""
         with safe_open(self.file, framework="pt") as file:
             return file.get_tensor(self.name)
-
-
-def tensor_key(name: str) -> tuple[str, str]:
-    """(decoder layer, buffer) of a packed tensor's name.
-
-    Some families rename what stands between the two on saving (Mixtral: ``mlp`` in memory,
-    ``block_sparse_moe`` on disk), so names of modules and of stored tensors are compared by this.
-    """
-    match = re.fullmatch(r"(.*\.\d+)\..*\.(bitsmoe_\w+)", name)
-    return (match[1], match[2]) if match else (name, "")
-
-
-def stored_key(name: str) -> tuple[str, str]:
-    """(decoder layer, buffer) of a packed tensor's name, without what stands before the decoder layers.
-
-    That depends on the class that saved or loads a model (``model.layers``, ``model.language_model.layers``;
-    ``layers`` of the base model alone). A model has one list of decoder layers with experts.
-    """
-    layer, buffer = tensor_key(name)
-    return ".".join(layer.split(".")[-2:]) if buffer else layer, buffer
-
-
-def decoder_layer(name: str) -> str:
-    """The same of the path of an experts module: ``layers.3`` of ``model.layers.3.mlp.experts``."""
-    return stored_key(f"{name}.bitsmoe_payload")[0]
 
 
 def stored_tensors(files: Iterable[str | Path]) -> dict[tuple[str, str], StoredTensor]:

@@ -9,12 +9,12 @@ from pathlib import Path
 from bitsmoe_plugin.checkpoint import (
     StoredTensor,
     packed_spec,
-    stored_key,
     stored_tensors,
     verify_headers,
     verify_packed,
 )
 from bitsmoe_plugin.config import BitsMoEConfig
+from bitsmoe_plugin.layer_names import stored_key
 from bitsmoe_plugin.packed_spec import PackedSpec
 from bitsmoe_plugin.packing import PackedExperts
 

@@ -135,6 +135,21 @@ def without_module(
     return predicting, left_out
 
 
+def describe_left_out(model: str, names: list[str]) -> str:
+    """What a user must know of the parts that a model's class lacks.
+
+    Args:
+        model: name of the class.
+        names: from ``without_module``.
+    """
+    parts = sorted({".".join(name.split(".")[:2]) for name in names})
+    return (
+        f"{', '.join(parts)} ({len(names)} tensors) in the model's files are no part of "
+        f"{model} and will not be in the packed model; to keep them, load the model with "
+        "AutoModelForMultimodalLM (`bitsmoe quantize` does so where config.json names such a class)"
+    )
+
+
 def _place(name: str) -> str:
     """A name up to its first number, or to its first dot if it has none."""
     match = re.match(r".*?\.\d+\.", name) or re.match(r"[^.]*\.", name)

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from bitsmoe_plugin import checkpoint_files
-from bitsmoe_plugin.checkpoint import tensor_key
 from bitsmoe_plugin.errors import CheckpointError
 from bitsmoe_plugin.families import find_moe_layers
+from bitsmoe_plugin.layer_names import tensor_key
 from bitsmoe_plugin.model_class import auto_class
 from bitsmoe_plugin.packed_files import PackedFiles
 from bitsmoe_plugin.packed_spec import PackedSpec

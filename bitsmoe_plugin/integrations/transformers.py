@@ -23,7 +23,6 @@ from bitsmoe_plugin.calibration_text import load_documents, token_blocks
 from bitsmoe_plugin.carried_tensors import CarriedTensors
 from bitsmoe_plugin.checkpoint import (
     check_shape,
-    decoder_layer,
     packed_spec,
     stored_tensors,
     verify_experts,
@@ -38,6 +37,7 @@ from bitsmoe_plugin.integrations.saving import carry, check_save, records
 from bitsmoe_plugin.integrations.streaming import StreamedExperts, can_stream
 from bitsmoe_plugin.interruption import Interrupted
 from bitsmoe_plugin.kept import model_budget
+from bitsmoe_plugin.layer_names import decoder_layer
 from bitsmoe_plugin.model_card import TAGS, write_model_card
 from bitsmoe_plugin.model_class import load_model
 from bitsmoe_plugin.model_sizes import check_model_sizes, check_planned
@@ -47,7 +47,7 @@ from bitsmoe_plugin.output_directory import check_output_directory, publish
 from bitsmoe_plugin.pipeline import quantize_model
 from bitsmoe_plugin.source_tensors import check_source, stored_dtypes
 from bitsmoe_plugin.sources import ExpertSource, LoadedExperts
-from bitsmoe_plugin.stored_names import StoredNames, without_module
+from bitsmoe_plugin.stored_names import StoredNames, describe_left_out, without_module
 from bitsmoe_plugin.work_directory import OUTPUT, has_progress, locked, remove, staging, writing
 from bitsmoe_plugin.workers import Workers
 
@@ -96,7 +96,7 @@ class BitsMoEQuantizer(HfQuantizer):
         predicting, left_out = without_module(names, files)
         self._carried = CarriedTensors(predicting)
         if left_out and not self.pre_quantized:
-            warnings.warn(_left_out(model, left_out), stacklevel=2)
+            warnings.warn(describe_left_out(type(model).__name__, left_out), stacklevel=2)
         if not self.pre_quantized:
             self._source = _expert_source(model, files)
             model_budget(self._source, config)
@@ -187,15 +187,6 @@ def _stored_names(layers: list[str], config: BitsMoEConfig) -> dict[str, str]:
     """
     by_layer = {decoder_layer(name): name for name in config.layers}
     return {layer: by_layer[decoder_layer(layer)] for layer in layers if decoder_layer(layer) in by_layer}
-
-
-def _left_out(model: nn.Module, names: list[str]) -> str:
-    parts = sorted({".".join(name.split(".")[:2]) for name in names})
-    return (
-        f"{', '.join(parts)} ({len(names)} tensors) in the model's files are no part of "
-        f"{type(model).__name__} and will not be in the packed model; to keep them, load the model with "
-        "AutoModelForMultimodalLM (`bitsmoe quantize` does so where config.json names such a class)"
-    )
 
 
 def _expert_source(model: nn.Module, files: list[str] | None) -> ExpertSource:
