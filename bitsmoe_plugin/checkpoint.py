@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from bitsmoe_plugin.config import BitsMoEConfig
 from bitsmoe_plugin.errors import CheckpointError
 from bitsmoe_plugin.experts import BitsMoEExperts
 from bitsmoe_plugin.families import layer_shape
+from bitsmoe_plugin.layer_names import stored_key
 from bitsmoe_plugin.packed_spec import PackedSpec
 from bitsmoe_plugin.packing import LayerShape, PackedExperts
 
@@ -147,18 +147,8 @@ class StoredTensor:
             return file.get_tensor(self.name)
 
 
-def tensor_key(name: str) -> tuple[str, str]:
-    """(decoder layer, buffer) of a packed tensor's name.
-
-    Some families rename what stands between the two on saving (Mixtral: ``mlp`` in memory,
-    ``block_sparse_moe`` on disk), so names of modules and of stored tensors are compared by this.
-    """
-    match = re.fullmatch(r"(.*\.\d+)\..*\.(bitsmoe_\w+)", name)
-    return (match[1], match[2]) if match else (name, "")
-
-
 def stored_tensors(files: Iterable[str | Path]) -> dict[tuple[str, str], StoredTensor]:
-    """``tensor_key`` -> every packed tensor of some safetensors files, read from the headers alone.
+    """``stored_key`` -> every packed tensor of some safetensors files, read from the headers alone.
 
     Raises:
         CheckpointError: a file is no safetensors file, a name stands twice, or two tensors have the same
@@ -179,7 +169,7 @@ def stored_tensors(files: Iterable[str | Path]) -> dict[tuple[str, str], StoredT
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{path} cannot be read as safetensors ({error})") from error
         for tensor in tensors:
-            twin = found.setdefault(tensor_key(tensor.name), tensor)
+            twin = found.setdefault(stored_key(tensor.name), tensor)
             if twin is not tensor:
                 raise CheckpointError(f"{tensor.name} in {path} stands a second time in {twin.file}")
     return found
@@ -198,7 +188,7 @@ def verify_headers(found: dict[tuple[str, str], StoredTensor], specs: dict[str, 
     surplus = dict(found)
     for layer, spec in specs.items():
         for buffer, (dtype, shape) in spec.tensors().items():
-            tensor = surplus.pop(tensor_key(f"{layer}.{buffer}"), None)
+            tensor = surplus.pop(stored_key(f"{layer}.{buffer}"), None)
             if tensor is None:
                 raise CheckpointError(f"{layer}.{buffer} is missing from the checkpoint")
             if (_DTYPES.get(tensor.dtype), tensor.shape) != (dtype, shape):

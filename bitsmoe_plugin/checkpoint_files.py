@@ -180,7 +180,10 @@ def check_loaded_files(files: Iterable[str | Path], folder: Path) -> None:
     paths = [Path(file) for file in files]
     for path in paths:
         if path.suffix != ".safetensors":
-            raise CheckpointError(f"{path} is no safetensors file; packed checkpoints hold nothing else")
+            raise CheckpointError(
+                f"{path} is no safetensors file; packed checkpoints hold nothing else (save the "
+                "model with save_pretrained)"
+            )
         check_place(path, folder if folder.is_dir() else paths[0].parent)
     for parent in {path.parent for path in paths}:
         if (parent / INDEX).is_file() and [path.name for path in paths] != [SINGLE]:

@@ -119,7 +119,8 @@ class BitsMoEConfig(ChangeableConfig):
         work_dir: directory in which finished layers are saved while a model is quantized; if the process
             ends, the same call continues after the last of them, with the same result. Remove it when the
             packed model is saved: until then it holds the model's packed tensors. Not stored.
-        format_version, layers, calibration, other_tensors: written into checkpoints, not for users.
+        format_version, layers, calibration, other_tensors, other_tensors_in_model: written into
+            checkpoints, not for users.
 
     Raises:
         ConfigError: naming the option, its value and what is allowed.
@@ -182,6 +183,7 @@ class BitsMoEConfig(ChangeableConfig):
         layers: dict[str, dict[str, Any]] | None = None,
         calibration: dict[str, Any] | None = None,
         other_tensors: dict[str, str] | None = None,
+        other_tensors_in_model: dict[str, str] | None = None,
         **unknown: Any,
     ) -> None:
         self.quant_method = QUANT_METHOD  # type: ignore[assignment]
@@ -209,6 +211,7 @@ class BitsMoEConfig(ChangeableConfig):
         self.layers = layers or {}
         self.calibration = calibration or {}
         self.other_tensors = other_tensors or {}
+        self.other_tensors_in_model = other_tensors_in_model or {}
         check_choice("method", method, tuple(METHODS))
         self.method = self.made_with = method
         given = {
@@ -285,7 +288,7 @@ class BitsMoEConfig(ChangeableConfig):
         ):
             fail("work_dir", self.work_dir, "the path of a directory, or None")
         check_number("format_version", self.format_version, FORMAT_VERSION, FORMAT_VERSION, whole=True)
-        for part in ("layers", "calibration", "other_tensors"):
+        for part in ("layers", "calibration", "other_tensors", "other_tensors_in_model"):
             if not isinstance(getattr(self, part), dict):
                 fail(part, type(getattr(self, part)).__name__, "objects written by this package")
 
@@ -304,7 +307,7 @@ class BitsMoEConfig(ChangeableConfig):
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready options and manifest, without the calibration text."""
         values = {k: v for k, v in self.__dict__.items() if k not in _RUNTIME_ONLY}
-        for option in ("layer_bits", "projection_bits"):
+        for option in ("layer_bits", "projection_bits", "other_tensors_in_model"):
             if not values[option]:  # releases that do not know it can read what was made without it
                 del values[option]
         values["widths"] = list(self.widths)

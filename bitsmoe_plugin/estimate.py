@@ -13,7 +13,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from rich.table import Table
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from bitsmoe_plugin.budget import find_floor, reserve
@@ -23,9 +23,12 @@ from bitsmoe_plugin.errors import QuantizationError
 from bitsmoe_plugin.families import layout_of
 from bitsmoe_plugin.inspection import table_console
 from bitsmoe_plugin.kept import bias_bits, kept_bits, model_budget, named_kept, row_groups
+from bitsmoe_plugin.model_class import auto_class
 from bitsmoe_plugin.process_state import known_state
 from bitsmoe_plugin.resources import Workload, peak_memory, rough_seconds
+from bitsmoe_plugin.source_tensors import check_source, folder_dtypes
 from bitsmoe_plugin.sources import LoadedExperts
+from bitsmoe_plugin.stored_names import StoredNames
 from bitsmoe_plugin.sub_budgets import smallest_payload
 
 _HEADER_BYTES = 128
@@ -131,9 +134,12 @@ def empty_model(directory: Path, stored: int) -> Any:
     config = _model_config(directory)
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+            model = auto_class(config).from_config(config)
+    except QuantizationError:
+        raise
     except ValueError as error:
         raise QuantizationError(f"model type {config.model_type!r} is no language model: {error}") from error
+    check_source(StoredNames(model), folder_dtypes(directory))
     weights = sum(tensor.numel() for tensor in _tensors(model))
     itemsize = stored / weights
     if itemsize < 0.95 * min(_DTYPES):
@@ -159,7 +165,7 @@ def _workload(
     return Workload(
         source.shapes,
         tokens=config.calibration_tokens,
-        experts_per_token=getattr(model.config, "num_experts_per_tok", None),
+        experts_per_token=getattr(model.config.get_text_config(), "num_experts_per_tok", None),
         other_bytes=sum(map(_bytes, others)),
         active_weights=sum(tensor.numel() for tensor in others),
         itemsize=source.dtypes[0].itemsize,

@@ -19,7 +19,8 @@ from bitsmoe_plugin.calibration_text import (
 from bitsmoe_plugin.documents import DEFAULT_TOKENS, Documents, load_documents
 from bitsmoe_plugin.error_lines import working_on
 from bitsmoe_plugin.errors import ConfigError, QuantizationError
-from bitsmoe_plugin.model_source import ModelSource, load_model
+from bitsmoe_plugin.model_class import load_model
+from bitsmoe_plugin.model_source import ModelSource
 from bitsmoe_plugin.model_tokenizer import load_tokenizer
 from bitsmoe_plugin.option_checks import check_number
 
@@ -250,9 +251,8 @@ def load_for_evaluation(model: str | ModelSource, device: torch.device | str = "
 
     source = ModelSource.of(model)
     with working_on(f"loading {source.name}"):
-        if is_gptq(source.name):
-            return load_gptq_model(source.name).eval().to(device)
-        return load_model(source).eval().to(device)
+        model = load_gptq_model(source.name) if is_gptq(source.name) else load_model(source)
+        return model.eval().to(device)
 
 
 def load_reference(path: str | ModelSource, model: Any) -> Any:

@@ -20,7 +20,7 @@ from bitsmoe_plugin.config import QUANT_METHOD, BitsMoEConfig
 from bitsmoe_plugin.errors import CheckpointError
 from bitsmoe_plugin.manifest_values import id_list, measured, number_list
 from bitsmoe_plugin.model_sizes import check_model_sizes
-from bitsmoe_plugin.other_tensors import verify_others
+from bitsmoe_plugin.other_tensors import tied_by_record, verify_others
 from bitsmoe_plugin.packed_files import PackedFiles
 from bitsmoe_plugin.packed_spec import PackedSpec
 
@@ -94,7 +94,9 @@ def inspect_checkpoint(directory: Path) -> dict[str, Any]:
         raise CheckpointError(f"quantization_config of {directory} describes no layers; it is incomplete")
     paths = safetensors_files(Path(directory))
     files = PackedFiles.open(paths, config)
-    verify_others(paths, config.other_tensors)
+    verify_others(
+        paths, config.other_tensors, config.other_tensors_in_model, tied_by_record(config.other_tensors)
+    )
     specs = files.specs
     parts: Counter[str] = Counter()
     projections: Counter[str] = Counter()

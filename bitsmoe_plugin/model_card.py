@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from bitsmoe_plugin.config import BitsMoEConfig
 from bitsmoe_plugin.inspection import inspect_checkpoint, quantized_super_experts, read_config
 from bitsmoe_plugin.manifest_values import number
+from bitsmoe_plugin.model_class import auto_class
 from bitsmoe_plugin.output_directory import replace_file
 from bitsmoe_plugin.report.checkpoint_data import PART_NAMES
 from bitsmoe_plugin.report.evaluation_data import task_rows
@@ -38,9 +40,9 @@ for the experts is counted; attention, router, embeddings, shared experts and de
 
 ```python
 # pip install bitsmoe-plugin
-from transformers import AutoModelForCausalLM
+from transformers import {loader}
 
-model = AutoModelForCausalLM.from_pretrained("DIR")  # stays packed; nothing else has to be imported
+model = {loader}.from_pretrained("DIR")  # stays packed; nothing else has to be imported
 ```
 
 ```sh
@@ -75,15 +77,17 @@ def model_card(directory: Path, base_model: str | None, dataset: Any = None) -> 
     report, config = inspect_checkpoint(directory), read_config(directory)
     base_model = str(directory) if base_model is None else base_model
     local = Path(base_model).exists()
+    loader = auto_class(AutoConfig.from_pretrained(directory))
     data = ModelCardData(
         library_name="transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag="text-generation" if loader is AutoModelForCausalLM else "image-text-to-text",
         tags=list(TAGS),
         base_model=None if local else base_model,
         base_model_relation=None if local else "quantized",
     )
     base = Path(base_model).resolve().name if local else base_model
     facts = _facts(report, config, base) | {
+        "loader": loader.__name__,
         "text": f"{Path(dataset).name}, " if isinstance(dataset, (str, Path)) else "",
         "measured": _section(_NOTHING_YET),
     }

@@ -9,7 +9,7 @@ from typing import Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.file_download import repo_folder_name
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 from transformers.utils import cached_file
 
 from bitsmoe_plugin.checkpoint_files import read_model_config
@@ -145,18 +145,3 @@ class ModelSource:
         options = {name: value for name, value in self.hub().items() if name != "subfolder"}
         inside = f"{self.subfolder}/*" if self.subfolder else None
         return Path(snapshot_download(self.name, allow_patterns=inside, **options)) / self.subfolder
-
-
-def load_model(source: ModelSource, **options: Any) -> Any:
-    """A saved language model.
-
-    Args:
-        options: more that ``from_pretrained`` takes.
-
-    Raises:
-        CheckpointError, OSError: see ``ModelSource.config``.
-    """
-    source.config()  # it refuses what transformers would ask the terminal about
-    return AutoModelForCausalLM.from_pretrained(
-        source.name, trust_remote_code=False, **source.hub(), **options
-    )

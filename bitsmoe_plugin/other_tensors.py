@@ -7,8 +7,7 @@ whatever its memory held.
 from __future__ import annotations
 
 import hashlib
-import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,10 @@ from torch import Tensor
 
 from bitsmoe_plugin.checkpoint_files import read_header
 from bitsmoe_plugin.errors import CheckpointError
+from bitsmoe_plugin.stand_ins import is_stand_in
 
 _DIGITS = 16
+_REMEDY = "; if this is on purpose, save the model with transformers' save_pretrained, which records it anew"
 
 
 def fingerprint(tensor: Tensor) -> str:
@@ -30,7 +31,7 @@ def fingerprint(tensor: Tensor) -> str:
 
 
 def record(tensors: dict[str, Tensor]) -> dict[str, str]:
-    """Name -> fingerprint of all tensors that are not packed, under the names that they are saved by."""
+    """Name -> fingerprint of all tensors that are not packed."""
     return {name: fingerprint(tensor) for name, tensor in sorted(tensors.items()) if not _packed(name)}
 
 
@@ -38,35 +39,97 @@ def _packed(name: str) -> bool:
     return ".bitsmoe_" in name
 
 
-def verify_others(files: Iterable[str | Path], recorded: dict[str, Any]) -> None:
+def verify_others(
+    files: Iterable[str | Path],
+    recorded: dict[str, Any],
+    in_model: dict[str, Any],
+    tied: Mapping[str, str],
+    *,
+    as_saved: bool = False,
+) -> None:
     """Compare the tensors of some safetensors files with what was recorded; reads them all.
 
+    Files of any saver of a model with these tensors are accepted: under the names that ``save_pretrained``
+    gives or the model's own, with tied tensors under either name, without layers that the model has no module
+    for, and of the base model alone.
+
     Args:
-        recorded: from ``record``; empty for a checkpoint that has no record, which is not checked.
+        recorded: ``other_tensors``; empty for a checkpoint that has no record, which is not checked.
+        in_model: ``other_tensors_in_model``.
+        tied: names of tensors that are one in the model.
+        as_saved: accept only the names of ``save_pretrained``.
 
     Raises:
-        CheckpointError: naming a tensor that is missing, surplus or altered.
+        CheckpointError: naming a tensor that is missing, surplus or altered, or has a name of another saver.
     """
     if not recorded:
         return
-    missing = dict(recorded)
-    for path in map(Path, files):
+    paths = [Path(file) for file in files]
+    names = {name for path in paths for name in read_header(path) if not _packed(name)}
+    twins = {**tied, **{b: a for a, b in tied.items()}}
+    form = next((form for form in _forms(names, recorded, in_model) if _fits(names, form, twins)), None)
+    if as_saved and form is not None and names != recorded.keys():
+        name = min((names ^ recorded.keys()) & names or recorded.keys() - names)
+        raise CheckpointError(
+            f"the checkpoint has not the names that save_pretrained gives ({name}), so only transformers can "
+            "load it; load the whole model there and save it with save_pretrained"
+        )
+    # Where no form fits, what differs from the first is what the error is about.
+    _compare(paths, recorded if form is None else form, twins)
+
+
+def _compare(paths: list[Path], form: dict[str, Any], twins: dict[str, str]) -> None:
+    """Every tensor against its fingerprint."""
+    expected = {**{twins[name]: value for name, value in form.items() if name in twins}, **form}
+    found: set[str] = set()
+    for path in paths:
         try:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118 (it is no dict)
                     if not _packed(name):
-                        _check(name, file.get_tensor(name), missing.pop(name, None))
+                        _check(name, file.get_tensor(name), expected.get(name))
+                        found.update((name, twins.get(name, name)))
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{path} cannot be read as safetensors ({error})") from error
+    missing = form.keys() - found
     if missing:
-        raise CheckpointError(f"{', '.join(sorted(missing))} is missing from the checkpoint")
+        raise CheckpointError(f"{', '.join(sorted(missing))} is missing from the checkpoint{_REMEDY}")
+
+
+def tied_by_record(recorded: dict[str, Any]) -> dict[str, str]:
+    """``tied`` of a model that is not there: a head that was not saved was the embeddings."""
+    embeddings = [name for name in recorded if name.endswith("embed_tokens.weight")]
+    tied = len(embeddings) == 1 and not any(name.endswith("lm_head.weight") for name in recorded)
+    return {"lm_head.weight": embeddings[0]} if tied else {}
+
+
+def _forms(names: set[str], recorded: dict[str, Any], in_model: dict[str, Any]) -> list[dict[str, Any]]:
+    """What files with these names may hold, name -> fingerprint; first, what ``save_pretrained`` writes."""
+    forms = [recorded]
+    if in_model:  # with those tensors without a module that are there
+        own = {name: value for name, value in in_model.items() if not is_stand_in(name)}
+        optional = {**in_model, **recorded}
+        forms.append({**{name: optional[name] for name in names & optional.keys()}, **own})
+    bases = []
+    for form in forms:
+        for prefix in sorted({name.partition(".")[0] + "." for name in form}):
+            bases.append({n.removeprefix(prefix): value for n, value in form.items() if n.startswith(prefix)})
+    return forms + [base for base in bases if base]
+
+
+def _fits(names: set[str], form: dict[str, Any], twins: dict[str, str]) -> bool:
+    """Whether these are the names of a form, each tied tensor under one of its two names or both."""
+    either = names | {twins[name] for name in names if name in twins}
+    return form.keys() <= either and all(name in form or twins.get(name) in form for name in names)
 
 
 def _check(name: str, tensor: Tensor, recorded: str | None) -> None:
     if recorded is None:
-        raise CheckpointError(f"{name} is in the checkpoint, but was not when it was written")
+        raise CheckpointError(f"{name} is in the checkpoint, but was not when it was written{_REMEDY}")
     if fingerprint(tensor) != recorded:
-        raise CheckpointError(f"{name} differs from what was written; the checkpoint is damaged or altered")
+        raise CheckpointError(
+            f"{name} differs from what was written; the checkpoint is damaged or altered{_REMEDY}"
+        )
 
 
 def stored_shapes(files: Iterable[str | Path]) -> dict[str, tuple[int, ...]]:
@@ -81,38 +144,3 @@ def stored_shapes(files: Iterable[str | Path]) -> dict[str, tuple[int, ...]]:
         for name, entry in read_header(Path(path)).items()
         if not _packed(name)
     }
-
-
-def prediction_layers(model: Any, files: Iterable[str | Path]) -> dict[str, str]:
-    """Tensors of a checkpoint that transformers has no module for but that belong to the model.
-
-    Those are layers for multi-token prediction, which a model class declares as ignored or which are numbered
-    like decoder layers beyond the last.
-
-    Returns:
-        name -> file.
-
-    Raises:
-        CheckpointError: a file is no safetensors file.
-    """
-    patterns = model._keys_to_ignore_on_load_unexpected or ()
-    own = {_place(name) for name in model.state_dict()}
-    found = {}
-    for path in (str(file) for file in files if str(file).endswith(".safetensors")):
-        try:
-            with safe_open(path, framework="pt") as file:
-                names = list(file.keys())
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{path} cannot be read as safetensors ({error})") from error
-        for name in names:
-            place = _place(name)
-            declared = any(re.search(pattern, name) for pattern in patterns)
-            if place not in own and (declared or re.sub(r"\d+\.$", "0.", place) in own):
-                found[name] = path
-    return found
-
-
-def _place(name: str) -> str:
-    """A name up to its first number, or to its first dot if it has none."""
-    match = re.match(r".*?\.\d+\.", name) or re.match(r"[^.]*\.", name)
-    return match[0] if match else name

@@ -12,11 +12,11 @@ from bitsmoe_plugin.checkpoint import (
     StoredTensor,
     packed_spec,
     stored_tensors,
-    tensor_key,
     verify_headers,
     verify_packed,
 )
 from bitsmoe_plugin.config import BitsMoEConfig
+from bitsmoe_plugin.layer_names import stored_key
 from bitsmoe_plugin.packed_spec import PackedSpec
 from bitsmoe_plugin.packing import PackedExperts
 from bitsmoe_plugin.sharding import Shard, shard_kept, shard_shape, slice_packed
@@ -72,7 +72,7 @@ class PackedFiles:
     def stored(self, name: str) -> dict[str, Tensor]:
         """Buffer name -> tensor of a layer, mapped from the file and not verified."""
         return {
-            buffer: self.tensors[tensor_key(f"{name}.{buffer}")].read()
+            buffer: self.tensors[stored_key(f"{name}.{buffer}")].read()
             for buffer in self.specs[name].tensors()
         }
 

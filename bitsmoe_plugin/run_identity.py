@@ -22,7 +22,7 @@ from bitsmoe_plugin.version import __version__
 _SOURCES = (".py", ".c", ".h", ".so")
 _LIBRARIES = ("torch", "transformers", "numpy", "highspy")
 _NOT_OF_THE_MODEL = ("quantization_config", "_name_or_path", "transformers_version")
-_MANIFEST = ("layers", "calibration", "other_tensors")
+_MANIFEST = ("layers", "calibration", "other_tensors", "other_tensors_in_model")
 
 
 def identity(model: nn.Module, blocks: Tensor, config: BitsMoEConfig, source: ExpertSource) -> dict[str, Any]:

@@ -64,6 +64,7 @@ INVALID: dict[str, tuple[list[Any], str]] = {
     "layers": ([["a"], "a", 3], "objects"),
     "calibration": ([["a"], "a", 3], "objects"),
     "other_tensors": ([["a"], "a", 3], "objects"),
+    "other_tensors_in_model": ([["a"], "a", 3], "objects"),
 }
 
 
@@ -81,13 +82,19 @@ def test_bad_value_is_refused_with_option_value_and_what_is_allowed(
     assert option in message
     assert allowed in message
     shown = tuple(value) if option == "widths" and isinstance(value, (list, tuple)) else value
-    manifest = option in ("layers", "calibration", "other_tensors")  # too long to print: the type has to do
+    manifest = option in (  # too long to print: the type has to do
+        "layers",
+        "calibration",
+        "other_tensors",
+        "other_tensors_in_model",
+    )
     assert (type(value).__name__ if manifest else f"{option}={shown!r}") in message
 
 
 def test_every_option_is_covered_above() -> None:
     """Guards against an option that is added without validation."""
-    budgets = {"layer_bits": {"a": 2}, "projection_bits": {"up": 2}}  # not stored if empty
+    budgets = {"layer_bits": {"a": 2}, "projection_bits": {"up": 2}, "other_tensors_in_model": {"a": "b"}}
+    # Those are not stored if empty.
     stored = set(BitsMoEConfig(**budgets).to_dict()) - {"quant_method"}
     assert stored == set(INVALID)
 

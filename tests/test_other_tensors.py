@@ -32,7 +32,7 @@ def test_the_record_fits_what_is_saved(family: str, shard: str, tiny_model, tmp_
         tmp_path / "packed"
     ).config.quantization_config.other_tensors
     assert len(recorded) > 10
-    verify_others(files, recorded)
+    verify_others(files, recorded, {}, {})
 
 
 @pytest.fixture
@@ -52,11 +52,11 @@ def file(tmp_path: Path) -> Path:
 )
 def test_what_differs_is_refused_by_name(file: Path, tensors: dict[str, torch.Tensor], message: str) -> None:
     recorded = {"a": fingerprint(load_file(file)["a"])}
-    verify_others([file], recorded)
+    verify_others([file], recorded, {}, {})
     save_file({**tensors, "b.bitsmoe_payload": torch.ones(2)}, file)
     with pytest.raises(CheckpointError, match=message):
-        verify_others([file], recorded)
+        verify_others([file], recorded, {}, {})
 
 
 def test_a_checkpoint_without_a_record_is_not_checked(file: Path) -> None:
-    verify_others([file], {})
+    verify_others([file], {}, {}, {})

@@ -15,7 +15,7 @@ from vllm.model_executor.models.utils import WeightsMapper
 from bitsmoe_plugin.config import QUANT_METHOD, BitsMoEConfig
 from bitsmoe_plugin.errors import CheckpointError, ConfigError
 from bitsmoe_plugin.model_sizes import check_model_sizes, check_planned
-from bitsmoe_plugin.other_tensors import stored_shapes, verify_others
+from bitsmoe_plugin.other_tensors import stored_shapes, tied_by_record, verify_others
 from bitsmoe_plugin.packed_files import PackedFiles
 from bitsmoe_plugin.sharding import split_blocks
 from vllm_ext import lora, prediction
@@ -119,7 +119,15 @@ class BitsMoEServingConfig(QuantizationConfig):
     def _open(self, paths: list[Path], hf_config: Any) -> PackedFiles:
         files = PackedFiles.open(paths, self.manifest)
         check_planned(planned_shapes(hf_config), stored_shapes(paths))
-        verify_others(paths, self.manifest.other_tensors)
+        recorded = self.manifest.other_tensors
+        # vLLM would leave what it finds under no other name as its memory is.
+        verify_others(
+            paths,
+            recorded,
+            self.manifest.other_tensors_in_model,
+            tied_by_record(recorded),
+            as_saved=True,
+        )
         return files
 
     @staticmethod

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from bitsmoe_plugin import checkpoint_files, packed_files
-from bitsmoe_plugin.checkpoint import tensor_key
 from bitsmoe_plugin.errors import CheckpointError
 from bitsmoe_plugin.families import find_moe_layers
+from bitsmoe_plugin.layer_names import tensor_key
+from bitsmoe_plugin.model_class import auto_class
 from bitsmoe_plugin.packed_files import PackedFiles
 from bitsmoe_plugin.packed_spec import PackedSpec
 from bitsmoe_plugin.packing import PackedExperts
@@ -60,7 +60,7 @@ def planned_shapes(config: Any) -> dict[str, tuple[int, ...]]:
     """
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+            model = auto_class(config).from_config(copy.deepcopy(config))
     except (ValueError, TypeError, KeyError, RuntimeError, ArithmeticError) as error:
         raise CheckpointError(f"config.json describes no model that can be made ({error})") from error
     for layer in find_moe_layers(model):

@@ -29,7 +29,8 @@ from bitsmoe_plugin.errors import BitsMoEError, ConfigError, QuantizationError
 from bitsmoe_plugin.evaluation import check_evaluation, evaluate_model, evaluation_text
 from bitsmoe_plugin.families import find_moe_layers
 from bitsmoe_plugin.inspection import check_if_packed, table_console
-from bitsmoe_plugin.model_source import ModelSource, load_model
+from bitsmoe_plugin.model_class import check_folder, load_model
+from bitsmoe_plugin.model_source import ModelSource
 from bitsmoe_plugin.model_tokenizer import load_tokenizer
 from bitsmoe_plugin.option_checks import check_number
 from bitsmoe_plugin.streams import stdout_to_stderr
@@ -271,6 +272,8 @@ def compare(task: ComparisonTask, methods: tuple[str, ...], debug: bool = False)
     for path in (source.name, task.checkpoint):
         if path is not None:
             check_if_packed(path)
+    if Path(source.name).is_dir():
+        check_folder(Path(source.name))
     rows = []
     for number, method in enumerate(methods, 1):
         print(f"[{number}/{len(methods)}] {method}", file=sys.stderr, flush=True)

@@ -14,7 +14,7 @@ import transformers
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import logging
 
@@ -25,7 +25,8 @@ from bitsmoe_plugin.errors import CheckpointError, ConfigError
 from bitsmoe_plugin.families import MoELayer, find_moe_layers, fused_parameters
 from bitsmoe_plugin.inspection import read_config
 from bitsmoe_plugin.integrations.transformers import stored_names
-from bitsmoe_plugin.other_tensors import verify_others
+from bitsmoe_plugin.model_class import auto_class
+from bitsmoe_plugin.other_tensors import tied_by_record, verify_others
 from bitsmoe_plugin.output_directory import check_output_directory, publish
 from bitsmoe_plugin.packed_files import PackedFiles
 from bitsmoe_plugin.work_directory import OUTPUT, staging, writing
@@ -62,7 +63,8 @@ def dequantize_checkpoint(source: Path, out: Path, dtype: str | None = None) -> 
     manifest = read_config(source)
     files = safetensors_files(source)
     packed = PackedFiles.open(files, manifest)
-    verify_others(files, manifest.other_tensors)
+    recorded = manifest.other_tensors
+    verify_others(files, recorded, manifest.other_tensors_in_model, tied_by_record(recorded))
     conversion = _Conversion.plan(source, packed, dtype)
     work = out.with_name(f"{out.name}.work")
     with staging(work), writing(out):
@@ -106,7 +108,7 @@ class _Conversion:
         del config["quantization_config"]
         model, former = _empty_model(source)
         layers = {layer.name: layer for layer in find_moe_layers(model)}
-        stored = stored_names(model, list(layers), packed.config)
+        stored = stored_names(list(layers), packed.config)
         if len(stored) != len(layers) or set(stored.values()) != set(packed.specs):
             raise CheckpointError(
                 f"{source}: quantization_config has {', '.join(sorted(packed.specs))}, but the model of "
@@ -157,7 +159,7 @@ def _empty_model(source: Path) -> tuple[Any, torch.dtype]:
         raise CheckpointError(f"{source / 'config.json'} has no dtype; write the one of the model into it")
     try:
         with torch.device("meta"):
-            return (kind._from_config(config) if kind else AutoModelForCausalLM.from_config(config)), dtype
+            return (kind._from_config(config) if kind else auto_class(config).from_config(config)), dtype
     except (ValueError, TypeError, KeyError, RuntimeError, ArithmeticError) as error:
         raise CheckpointError(f"config.json describes no model that can be made ({error})") from error
 

@@ -11,7 +11,7 @@ from bitsmoe_plugin.checkpoint import verify_experts, verify_packed
 from bitsmoe_plugin.config import BitsMoEConfig
 from bitsmoe_plugin.errors import ConfigError
 from bitsmoe_plugin.experts import BitsMoEExperts
-from bitsmoe_plugin.integrations.saving import value_of
+from bitsmoe_plugin.integrations.spread_state import value_of
 from bitsmoe_plugin.packing import PackedExperts
 
 

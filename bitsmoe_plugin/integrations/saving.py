@@ -1,116 +1,156 @@
-"""What a packed model is saved with, also where part of it is on disk or in another process."""
+"""What ``save_pretrained`` writes of a model, tried before the work is done that it is to save.
+
+transformers renames tensors on saving, drops tied ones, and refuses some models altogether. All that depends
+on names alone, so it can be tried on tensors without data.
+"""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
-from transformers.core_model_loading import revert_weight_conversion
-from transformers.integrations.accelerate import load_offloaded_parameter
+from transformers.core_model_loading import WeightRenaming, revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
-from bitsmoe_plugin.errors import CheckpointError, ConfigError
-from bitsmoe_plugin.integrations.parallel import SplitLayers, distributed_config
+from bitsmoe_plugin.errors import QuantizationError
+from bitsmoe_plugin.families import MoELayer
+from bitsmoe_plugin.integrations.spread_state import in_parts
+from bitsmoe_plugin.layer_names import decoder_layer, stored_key
 from bitsmoe_plugin.other_tensors import record
+from bitsmoe_plugin.stand_ins import is_stand_in, stand_in
 
-PACKED = ".bitsmoe_"
+_PROBE = "bitsmoe_payload"
+"""All packed tensors of a layer are renamed alike."""
 
 
-def check_saving(model: Any) -> None:
-    """Refuse to save a model of which transformers would save a part, or more than it loads.
+class _CarriedNames(WeightRenaming):
+    """A rule of a model's conversions: stored names of tensors that it has no module for, kept as they are.
 
-    Raises:
-        ConfigError: naming what spreads it.
+    Rules of transformers match parts of names, so they would rename some of them on saving.
     """
-    config = distributed_config(model)
-    for name in ("pp_size", "fsdp_size", "dp_replicate_size"):
-        if getattr(config, name, 1) > 1:
-            raise ConfigError(
-                f"save_pretrained: with {name}={getattr(config, name)}, parts of a packed model would be "
-                "missing or twice in its files; load it in one process, or with tp_size, and save it there"
-            )
+
+    __slots__ = ("renamed",)
+
+    def __init__(self, renamed: Mapping[str, str]) -> None:
+        """
+        Args:
+            renamed: name -> the name of ``stand_in`` for it; or the reverse.
+        """
+        super().__init__(source_patterns="^unused$", target_patterns="unused")  # no pattern, see below
+        self.renamed = dict(renamed)
+
+    def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
+        """As in transformers. Another rule may have put a prefix before a name that stands for one."""
+        key = source_key[max(source_key.find(stand_in("")), 0) :]
+        return (self.renamed[key], key) if key in self.renamed else (source_key, None)
+
+    def reverse_transform(self) -> _CarriedNames:
+        """As in transformers."""
+        return _CarriedNames({new: old for old, new in self.renamed.items()})
 
 
-def whole_state(model: Any, split: SplitLayers | None) -> dict[str, Tensor]:
-    """The model's state, of all processes together. All of them must call this.
+def carry(model: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors that a model has no module for, for its state dict: saving gives them their names.
 
-    Tensors that are offloaded stay on the meta device: transformers loads them while it writes files.
+    Those that transformers would rename get names that stand for theirs, and the model a rule that says so.
 
     Args:
-        split: the layers of which this process holds a part; read from the files that they came from.
+        tensors: by their names in the files.
     """
-    state = _gathered(model.state_dict())
-    if split is None:
-        return state
-    return {name: t for name, t in state.items() if PACKED not in name} | dict(split.whole_tensors(model))
+    rules = getattr(model, "_weight_conversions", None)
+    if rules is not None:  # None: those of the class
+        rules = model._weight_conversions = [rule for rule in rules if not isinstance(rule, _CarriedNames)]
+    empty = {name: _empty(tensor) for name, tensor in tensors.items()}
+    kept = revert_weight_conversion(model, dict(empty))
+    changed = [name for name, tensor in empty.items() if kept.get(name) is not tensor]
+    renamed = {name: stand_in(name) for name in changed}
+    if renamed:  # first here is last when names are reverted
+        model._weight_conversions = [_CarriedNames(renamed), *(rules or ())]
+    return {renamed.get(name, name): tensor for name, tensor in tensors.items()}
 
 
-def _gathered(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """With tensors of several processes put together; those that are one in memory stay one."""
-    whole: dict[int, Tensor] = {}
-
-    def gather(tensor: Any) -> Tensor:
-        place = tensor.to_local().data_ptr()
-        if place not in whole:
-            whole[place] = tensor.full_tensor().cpu()
-        return whole[place]
-
-    return {
-        name: gather(tensor) if hasattr(tensor, "full_tensor") else tensor for name, tensor in state.items()
-    }
-
-
-def record_saved(model: Any, state: dict[str, Tensor], extra: dict[str, Tensor]) -> dict[str, str]:
-    """Fingerprints of what will be saved besides packed tensors, by the names in the files.
+def records(model: Any, state: Mapping[str, Tensor]) -> tuple[dict[str, str], dict[str, str]]:
+    """``other_tensors`` and ``other_tensors_in_model`` of a model that is about to be saved.
 
     Args:
-        state: from ``whole_state``, with ``extra``.
-        extra: tensors that the model has no module for, saved as they are.
+        state: of the model, with what ``carry`` adds.
 
-    Raises:
-        CheckpointError: transformers would rename one of ``extra``.
+    Returns:
+        name -> fingerprint as ``save_pretrained`` names them, and as the model does; of those the second is
+        empty if it says nothing new.
     """
+    own = _own_tensors(model, state)
+    saved: dict[str, str] = {}
+    in_model: dict[str, str] = {}
+    for part in in_parts(model, own):
+        saved |= record(revert_weight_conversion(model, dict(part)))
+        in_model |= record(part)
+    names = model.state_dict().keys()
+    in_model = {name: value for name, value in in_model.items() if name in names or is_stand_in(name)}
+    return saved, ({} if in_model == saved else in_model)
+
+
+def _own_tensors(model: Any, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those of a state dict that are saved: tied ones once."""
     ignored = model._keys_to_ignore_on_save or ()
     kept = {name: tensor for name, tensor in state.items() if name not in ignored}
-    recorded: dict[str, str] = {}
-    for part in _in_parts(model, remove_tied_weights_from_state_dict(kept, model)):
-        recorded |= record(revert_weight_conversion(model, part))
-    if not extra.keys() <= recorded.keys():
-        raise CheckpointError(
-            f"{', '.join(sorted(extra.keys() - recorded.keys()))} would be renamed on saving; transformers "
-            "has no name for it. Remove it from the model's files first, if it is not needed"
-        )
-    return recorded
+    return dict(remove_tied_weights_from_state_dict(kept, model))
 
 
-def _in_parts(model: Any, state: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
-    """What is not packed: at once, or of an offloaded model layer by layer, so that the rest stays there."""
-    others = {name: tensor for name, tensor in state.items() if PACKED not in name}
-    if not any(tensor.is_meta for tensor in state.values()):
-        yield others
-        return
-    layers: dict[str, list[str]] = {}
-    for name in others:
-        layer = re.match(r".*?\.\d+\.", name)
-        layers.setdefault(layer[0] if layer else "", []).append(name)
-    for names in layers.values():
-        yield {name: value_of(model, name, others[name]) for name in names}
+def check_save(model: Any, layers: Sequence[MoELayer], carried: Mapping[str, Tensor]) -> None:
+    """Refuse a model that could be quantized, but not be saved or not be found again in what is saved.
 
-
-def value_of(model: Any, name: str, tensor: Tensor) -> Tensor:
-    """A tensor of a model's state, read from where it is offloaded to.
+    Args:
+        model: loaded, its experts not quantized yet.
+        layers: with experts.
+        carried: what it has no module for, by their names in the files; of any data.
 
     Raises:
-        CheckpointError: it has no value anywhere.
+        QuantizationError: naming the reason.
     """
-    if not tensor.is_meta:
-        return tensor
     try:
-        return load_offloaded_parameter(model, name)  # type: ignore[no-any-return]
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise CheckpointError(
-            f"{name} is on the meta device and offloaded to nowhere, so it has no values; load the model to "
-            "a device that has memory"
+        state = _own_tensors(model, model.state_dict())
+        experts = tuple(f"{layer.name}." for layer in layers)
+        planned = {name: _empty(tensor) for name, tensor in state.items() if not name.startswith(experts)}
+        packed = {f"{layer.name}.{_PROBE}": torch.empty(1, device="meta") for layer in layers}
+        others = carry(model, {name: _empty(tensor) for name, tensor in carried.items()})
+        saved = revert_weight_conversion(model, {**planned, **packed, **others})
+        _try_configs(model)
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, OSError) as error:
+        raise QuantizationError(
+            f"transformers cannot save this model, so it is not quantized: {' '.join(str(error).split())}"
         ) from error
+    found = {id(tensor): name for name, tensor in saved.items()}
+    for name, tensor in packed.items():
+        _check_packed_name(name, found.get(id(tensor), ""))
+    lost = sorted(carried.keys() - saved.keys())
+    if lost:
+        raise QuantizationError(
+            f"{', '.join(lost[:3])} would get other names on saving; remove such tensors from a copy of the "
+            "model's files first"
+        )
+
+
+def _empty(tensor: Tensor) -> Tensor:
+    return torch.empty_like(tensor, device="meta")
+
+
+def _check_packed_name(name: str, saved: str) -> None:
+    wanted = (decoder_layer(name.rpartition(".")[0]), _PROBE)
+    if stored_key(saved) != wanted:
+        raise QuantizationError(
+            f"{name} would be saved as {saved or 'nothing'}, where it would not be found again without what "
+            "renamed it (key_mapping?); save the model under transformers' own names first "
+            "(save_original_format=False) and quantize that"
+        )
+
+
+def _try_configs(model: Any) -> None:
+    """Save all that is small."""
+    with tempfile.TemporaryDirectory() as folder:
+        model.config.save_pretrained(folder)
+        if model.can_generate():
+            model.generation_config.save_pretrained(folder)

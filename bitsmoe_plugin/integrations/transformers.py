@@ -10,9 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     AUTO_QUANTIZER_MAPPING,
@@ -21,7 +19,13 @@ from transformers.quantizers.auto import (
 )
 from transformers.quantizers.base import HfQuantizer
 
-from bitsmoe_plugin.checkpoint import check_shape, packed_spec, stored_tensors, verify_headers
+from bitsmoe_plugin.carried_tensors import CarriedTensors
+from bitsmoe_plugin.checkpoint import (
+    check_shape,
+    packed_spec,
+    stored_tensors,
+    verify_headers,
+)
 from bitsmoe_plugin.checkpoint_files import check_loaded_files
 from bitsmoe_plugin.config import QUANT_METHOD, BitsMoEConfig
 from bitsmoe_plugin.current_manifest import describe_current
@@ -39,27 +43,27 @@ from bitsmoe_plugin.integrations.parallel import (
     empty_split_layers,
 )
 from bitsmoe_plugin.integrations.parameter_count import count_original_parameters
-from bitsmoe_plugin.integrations.saving import check_saving, record_saved, whole_state
+from bitsmoe_plugin.integrations.saving import carry, check_save, records
+from bitsmoe_plugin.integrations.spread_state import check_saving, whole_state
 from bitsmoe_plugin.integrations.streaming import StreamedExperts, can_stream
 from bitsmoe_plugin.interruption import Interrupted
 from bitsmoe_plugin.kept import model_budget
+from bitsmoe_plugin.layer_names import decoder_layer
 from bitsmoe_plugin.model_card import TAGS, write_model_card
+from bitsmoe_plugin.model_class import load_model
 from bitsmoe_plugin.model_sizes import check_model_sizes, check_planned
 from bitsmoe_plugin.model_source import ModelSource
 from bitsmoe_plugin.model_tokenizer import given_tokenizer, tokenizer_to_save
-from bitsmoe_plugin.other_tensors import prediction_layers, stored_shapes, verify_others
+from bitsmoe_plugin.other_tensors import stored_shapes, verify_others
 from bitsmoe_plugin.output_directory import check_output_directory, publish
 from bitsmoe_plugin.packed_files import PackedFiles
 from bitsmoe_plugin.pipeline import quantize_model
 from bitsmoe_plugin.process_state import known_state
+from bitsmoe_plugin.source_tensors import check_source, stored_dtypes
 from bitsmoe_plugin.sources import ExpertSource, LoadedExperts
+from bitsmoe_plugin.stored_names import StoredNames, describe_left_out, without_module
 from bitsmoe_plugin.work_directory import OUTPUT, has_progress, locked, remove, staging, writing
 from bitsmoe_plugin.workers import Workers
-
-
-def _read(path: str, name: str) -> Tensor:
-    with safe_open(path, framework="pt") as file:
-        return file.get_tensor(name)
 
 
 class BitsMoEQuantizer(HfQuantizer):
@@ -74,7 +78,7 @@ class BitsMoEQuantizer(HfQuantizer):
         super().__init__(BitsMoEConfig.checked_copy(quantization_config), **kwargs)
         self._source: ExpertSource | None = None
         self._blocks: Tensor | None = None
-        self._prediction_layers: dict[str, str] = {}
+        self._carried = CarriedTensors({})
         self._split: SplitLayers | None = None
         self._device_map: Any = None
 
@@ -102,29 +106,37 @@ class BitsMoEQuantizer(HfQuantizer):
         self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
         config, self._device_map = self.quantization_config, kwargs.get("device_map")
+        files = checkpoint_files or []
         if not self.pre_quantized:
             check_for_quantization(self._device_map, distributed_config(model))
-        if self.pre_quantized and checkpoint_files:
-            check_loaded_files(checkpoint_files, Path(getattr(model.config, "_name_or_path", "")))
-            verify_others(checkpoint_files, config.other_tensors)
+        if self.pre_quantized and files:
+            check_loaded_files(files, Path(getattr(model.config, "_name_or_path", "")))
+            tied = getattr(model, "all_tied_weights_keys", {})
+            verify_others(files, config.other_tensors, config.other_tensors_in_model, tied)
         # Before experts are taken out: what the model has no name for is found by what it has.
-        self._prediction_layers = prediction_layers(model, checkpoint_files or [])
+        names = StoredNames(model)
         if not self.pre_quantized:
-            self._source = _expert_source(model, checkpoint_files)
+            check_source(names, stored_dtypes(files))
+        predicting, left_out = without_module(names, files)
+        self._carried = CarriedTensors(predicting)
+        if left_out and not self.pre_quantized:
+            warnings.warn(describe_left_out(type(model).__name__, left_out), stacklevel=2)
+        if not self.pre_quantized:
+            self._source = _expert_source(model, files)
             model_budget(self._source, config)
             # Before weights are read: what is wrong with the text should show now.
             self._blocks = calibration_blocks(model, config, checkpoint_files)
             return
-        self._replace_experts(model, checkpoint_files or [])
-        if checkpoint_files:
+        self._replace_experts(model, files)
+        if files:
             shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-            check_planned(shapes, stored_shapes(checkpoint_files))
+            check_planned(shapes, stored_shapes(files))
 
     def _replace_experts(self, model: nn.Module, files: list[str]) -> None:
         """Put empty packed experts where the originals are, once manifest and files are seen to fit."""
         config, spread = self.quantization_config, distributed_config(model)
         layers = find_moe_layers(model)
-        stored = stored_names(model, [layer.name for layer in layers], config)
+        stored = stored_names([layer.name for layer in layers], config)
         surplus = set(config.layers) - set(stored.values())
         if surplus:
             raise CheckpointError(
@@ -160,9 +172,10 @@ class BitsMoEQuantizer(HfQuantizer):
         leave_to_each_process(model)
 
     def _quantize(self, model: Any) -> None:
-        config, source = self.quantization_config, self._source
+        config, source = self.quantization_config, self._source or LoadedExperts(model)
         if isinstance(source, StreamedExperts):
             source.model_is_loaded()
+        check_save(model, source.layers, self._carried.empty())
         assert self._blocks is not None
         quantize_model(model, self._blocks, config, source)
         self._source = self._blocks = None  # they hold the model, and the text
@@ -172,11 +185,11 @@ class BitsMoEQuantizer(HfQuantizer):
         if getattr(model, "_hf_peft_config_loaded", False):  # adapters are saved, of which we record nothing
             return model.state_dict(), {}
         check_saving(model)
-        describe_current(model, model.config.quantization_config)
-        extra = {name: _read(path, name) for name, path in self._prediction_layers.items()}
-        state = whole_state(model, self._split) | extra
-        model.config.quantization_config.validate()
-        model.config.quantization_config.other_tensors = record_saved(model, state, extra)
+        config = model.config.quantization_config
+        describe_current(model, config)
+        state = whole_state(model, self._split) | carry(model, self._carried.read())
+        config.validate()
+        config.other_tensors, config.other_tensors_in_model = records(model, state)
         return state, {}
 
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:
@@ -202,19 +215,13 @@ class BitsMoEQuantizer(HfQuantizer):
         return True
 
 
-def stored_names(model: Any, layers: list[str], config: BitsMoEConfig) -> dict[str, str]:
+def stored_names(layers: list[str], config: BitsMoEConfig) -> dict[str, str]:
     """Name of each layer in the model -> its name in the manifest, for those that are there.
 
-    They differ by the prefix of the base model where ``AutoModel`` loads what was saved with a head, or the
-    other way round.
+    They differ by what stands before the decoder layers where another class loads what was saved.
     """
-    prefix = f"{model.base_model_prefix}."
-    found: dict[str, str] = {}
-    for layer in layers:
-        for name in (layer, prefix + layer, layer.removeprefix(prefix)):
-            if name in config.layers:
-                found.setdefault(layer, name)
-    return found
+    by_layer = {decoder_layer(name): name for name in config.layers}
+    return {layer: by_layer[decoder_layer(layer)] for layer in layers if decoder_layer(layer) in by_layer}
 
 
 def _expert_source(model: nn.Module, files: list[str] | None) -> ExpertSource:
@@ -276,18 +283,18 @@ def _quantize_to_directory(
         config.tokenizer = given_tokenizer(config.tokenizer, origin)
     else:
         config.tokenizer = copy.deepcopy(tokenizer)  # encoding leaves traces, which should not be saved
-    options = {"quantization_config": config, "trust_remote_code": False, **origin.hub()}
+    options: dict[str, Any] = {"quantization_config": config}
     if device != "cpu":
         options["device_map"] = {"": device}
     # Beside ``out``, so that a rename within one file system publishes it, wherever the layers are kept.
     beside = out.with_name(f"{out.name}.work")
     config.work_dir = work = Path(config.work_dir or beside)
     if not workers.main:  # it takes part, the first process writes
-        AutoModelForCausalLM.from_pretrained(origin.name, **options)
+        load_model(origin, **options)
         return
     with locked(work), staging(beside):
         try:
-            quantized = AutoModelForCausalLM.from_pretrained(origin.name, **options)
+            quantized = load_model(origin, **options)
             with writing(out):
                 write_checkpoint(quantized, tokenizer, origin.name, config.dataset, beside / OUTPUT, out)
         except BaseException as error:

@@ -12,9 +12,10 @@ import numpy as np
 import torch
 
 from bitsmoe_plugin import packing
-from bitsmoe_plugin.checkpoint import packed_spec, stored_tensors, tensor_key
+from bitsmoe_plugin.checkpoint import packed_spec, stored_tensors
 from bitsmoe_plugin.checkpoint_files import safetensors_files
 from bitsmoe_plugin.inspection import inspect_checkpoint, layer_label, read_config
+from bitsmoe_plugin.layer_names import stored_key
 from bitsmoe_plugin.manifest_values import id_list, number, number_list, number_table
 from bitsmoe_plugin.packed_spec import PackedSpec
 from bitsmoe_plugin.spectrum import BINS, rank_bins
@@ -123,7 +124,7 @@ def gather(directory: Path) -> CheckpointData:
     layers = []
     for position, name in enumerate(config.layers):
         spec = packed_spec(name, config)
-        codes = tensors[tensor_key(f"{name}.bitsmoe_row_codes")].read()
+        codes = tensors[stored_key(f"{name}.bitsmoe_row_codes")].read()
         rows = packing.row_widths(codes, config.widths)
         layers.append(_layer(name, position, rows, spec, inspected["layers"][name]))
     parts = sorted(inspected["parts"].items(), key=lambda item: -item[1])

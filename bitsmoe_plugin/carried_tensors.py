@@ -1,0 +1,73 @@
+"""Tensors of a model's files that go into its packed checkpoint as they are."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from bitsmoe_plugin.errors import CheckpointError
+
+
+class CarriedTensors:
+    """Read when the model is saved. Files stay open until then, so it does not matter if they are removed."""
+
+    def __init__(self, places: Mapping[str, tuple[str, str]]) -> None:
+        """
+        Args:
+            places: name of each tensor -> (safetensors file, name in it).
+
+        Raises:
+            CheckpointError: a file cannot be read.
+        """
+        self.places = dict(places)
+        self._files: dict[str, Any] = {}
+        self._seen: dict[str, tuple[int, int, int]] = {}
+        for path in {path for path, _ in self.places.values()}:
+            try:
+                self._seen[path] = _identity(path)
+                self._files[path] = safe_open(path, framework="pt")
+            except (OSError, SafetensorError) as error:
+                raise CheckpointError(f"{path} cannot be read as safetensors ({error})") from error
+
+    def empty(self) -> dict[str, Tensor]:
+        """Name -> tensor of this shape, without data."""
+        shapes = {
+            name: self._files[path].get_slice(stored).get_shape()
+            for name, (path, stored) in self.places.items()
+        }
+        return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+
+    def read(self) -> dict[str, Tensor]:
+        """Name -> tensor.
+
+        Raises:
+            CheckpointError: a file was written over since it was opened.
+        """
+        for path, seen in self._seen.items():
+            now = _identity(path) if os.path.exists(path) else seen
+            if now[0] == seen[0] and now != seen:  # another file of this name is none of ours
+                raise CheckpointError(
+                    f"{path} was written over since the model was loaded, and {self._first(path)} is to be "
+                    "saved from it; load the model again"
+                )
+        return {name: self._files[path].get_tensor(stored) for name, (path, stored) in self.places.items()}
+
+    def _first(self, path: str) -> str:
+        return next(name for name, place in self.places.items() if place[0] == path)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CarriedTensors:
+        return self  # of a copied model: the same tensors of the same files
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return CarriedTensors, (self.places,)
+
+
+def _identity(path: str) -> tuple[int, int, int]:
+    """inode first."""
+    found = os.stat(path)
+    return found.st_ino, found.st_size, found.st_mtime_ns
