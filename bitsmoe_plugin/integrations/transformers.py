@@ -35,7 +35,7 @@ from bitsmoe_plugin.kept import model_budget
 from bitsmoe_plugin.model_card import TAGS, write_model_card
 from bitsmoe_plugin.model_sizes import check_model_sizes, check_planned
 from bitsmoe_plugin.model_source import ModelSource
-from bitsmoe_plugin.model_tokenizer import given_tokenizer, tokenizer_to_save
+from bitsmoe_plugin.model_tokenizer import find_tokenizer, given_tokenizer
 from bitsmoe_plugin.other_tensors import prediction_layers, record, stored_shapes, verify_others
 from bitsmoe_plugin.output_directory import check_output_directory, publish
 from bitsmoe_plugin.pipeline import quantize_model
@@ -215,7 +215,7 @@ def quantize_to_directory(
     if device != "cpu" and find_spec("accelerate") is None:
         raise ConfigError(f"to load to {device}, transformers needs accelerate; pip install accelerate")
     config = copy.copy(config)
-    tokenizer = tokenizer_to_save(origin)  # first of all: it may be refused
+    tokenizer = find_tokenizer(origin)  # first of all: it may be refused
     if config.tokenizer is not None:
         config.tokenizer = given_tokenizer(config.tokenizer, origin)
     else:
@@ -263,7 +263,7 @@ def write_checkpoint(
     """Save at ``partial``, which then becomes ``out``.
 
     Args:
-        tokenizer: of what was quantized; None: it has none.
+        tokenizer: of what was quantized; None: it has none, and there is a warning.
         model: directory or hub name of what was quantized.
         dataset: what it was calibrated on.
     """
@@ -271,7 +271,9 @@ def write_checkpoint(
         shutil.rmtree(partial)
     partial.mkdir()
     quantized.save_pretrained(partial)
-    if tokenizer is not None:
+    if tokenizer is None:
+        warnings.warn(f"no tokenizer saved: none found at {model}", stacklevel=3)
+    else:
         tokenizer.save_pretrained(partial)
     write_model_card(partial, model, dataset)
     publish(partial, out)
