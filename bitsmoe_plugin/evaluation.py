@@ -251,8 +251,8 @@ def load_for_evaluation(model: str | ModelSource, device: torch.device | str = "
 
     source = ModelSource.of(model)
     with working_on(f"loading {source.name}"):
-        model = load_gptq_model(source.name) if is_gptq(source.name) else load_model(source)
-        return model.eval().to(device)
+        loaded = load_gptq_model(source.name) if is_gptq(source.name) else load_model(source)
+        return loaded.eval().to(device)
 
 
 def load_reference(path: str | ModelSource, model: Any) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +74,15 @@ def _model_type(source: ModelSource) -> str | None:
         return None
 
 
-def tokenizer_to_save(model: str | Path | ModelSource) -> Any:
-    """The tokenizer of a saved model, or None, with a warning, if there is none.
+def has_tokenizer_files(source: ModelSource) -> bool:
+    """Whether a tokenizer could be there; on the hub always."""
+    folder = Path(source.name)
+    patterns = ("*token*", "vocab*", "*.model", "*.tiktoken")
+    return not folder.is_dir() or any(path for pattern in patterns for path in folder.glob(pattern))
+
+
+def find_tokenizer(model: str | Path | ModelSource) -> Any:
+    """The tokenizer of a saved model, or None if there is none that loads.
 
     Raises:
         UntrustedCodeError: see ``load_tokenizer``.
@@ -85,10 +91,7 @@ def tokenizer_to_save(model: str | Path | ModelSource) -> Any:
         return load_tokenizer(model)
     except UntrustedCodeError:
         raise
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        name = ModelSource.of(model).name
-        warnings.warn(f"no tokenizer saved: none found at {name} ({reason})", stacklevel=3)
+    except (OSError, ValueError):
         return None
 
 

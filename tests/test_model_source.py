@@ -312,8 +312,7 @@ def test_code_that_transformers_has_replaced_needs_no_flag(
 
 def test_token_ids_need_no_tokenizer_but_say_so(model: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(model, tmp_path / "bare"))
-    for file in folder.glob("tokenizer*"):
-        file.unlink()
+    (folder / "tokenizer.json").unlink()
     ids = [torch.randint(0, 4096, (600,))]
     with pytest.warns(UserWarning, match="no tokenizer: .*joined without an end-of-text token"):
         quantized(folder, ids)

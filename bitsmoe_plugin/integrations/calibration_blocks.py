@@ -15,7 +15,12 @@ from bitsmoe_plugin.dataset_rows import Document
 from bitsmoe_plugin.documents import load_documents
 from bitsmoe_plugin.errors import ConfigError
 from bitsmoe_plugin.model_source import ModelSource
-from bitsmoe_plugin.model_tokenizer import UntrustedCodeError, given_tokenizer, load_tokenizer
+from bitsmoe_plugin.model_tokenizer import (
+    UntrustedCodeError,
+    given_tokenizer,
+    has_tokenizer_files,
+    load_tokenizer,
+)
 
 
 def calibration_blocks(model: Any, config: BitsMoEConfig, files: Sequence[str] | None) -> Tensor:
@@ -60,6 +65,8 @@ def _tokenizer(name: str, files: Sequence[str] | None, given: Any, document: Doc
             raise
         except (OSError, ValueError) as error:
             reason = f"at {source.name} there is none ({' '.join(str(error).split())})"
+    if isinstance(document, list) and source is not None and not has_tokenizer_files(source):
+        return None
     if isinstance(document, list):
         warnings.warn(
             f"no tokenizer: {reason}; documents of token ids are joined without an end-of-text token, and "

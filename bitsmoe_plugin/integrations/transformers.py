@@ -53,7 +53,7 @@ from bitsmoe_plugin.model_card import TAGS, write_model_card
 from bitsmoe_plugin.model_class import load_model
 from bitsmoe_plugin.model_sizes import check_model_sizes, check_planned
 from bitsmoe_plugin.model_source import ModelSource
-from bitsmoe_plugin.model_tokenizer import given_tokenizer, tokenizer_to_save
+from bitsmoe_plugin.model_tokenizer import find_tokenizer, given_tokenizer
 from bitsmoe_plugin.other_tensors import stored_shapes, verify_others
 from bitsmoe_plugin.output_directory import check_output_directory, publish
 from bitsmoe_plugin.packed_files import PackedFiles
@@ -278,7 +278,7 @@ def _quantize_to_directory(
     workers.from_main(lambda: _check_unquantized(origin))
     if device != "cpu" and find_spec("accelerate") is None:
         raise ConfigError(f"to load to {device}, transformers needs accelerate; pip install accelerate")
-    tokenizer = tokenizer_to_save(origin)  # first of all: it may be refused
+    tokenizer = find_tokenizer(origin)  # first of all: it may be refused
     if config.tokenizer is not None:
         config.tokenizer = given_tokenizer(config.tokenizer, origin)
     else:
@@ -327,7 +327,7 @@ def write_checkpoint(
     """Save at ``partial``, which then becomes ``out``.
 
     Args:
-        tokenizer: of what was quantized; None: it has none.
+        tokenizer: of what was quantized; None: it has none, and there is a warning.
         model: directory or hub name of what was quantized.
         dataset: what it was calibrated on.
     """
@@ -335,7 +335,9 @@ def write_checkpoint(
         shutil.rmtree(partial)
     partial.mkdir()
     quantized.save_pretrained(partial)
-    if tokenizer is not None:
+    if tokenizer is None:
+        warnings.warn(f"no tokenizer saved: none found at {model}", stacklevel=3)
+    else:
         tokenizer.save_pretrained(partial)
     write_model_card(partial, model, dataset)
     publish(partial, out)
