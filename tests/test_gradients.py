@@ -129,7 +129,7 @@ def test_only_what_is_asked_for_gets_a_gradient() -> None:
     asking = hidden.clone().requires_grad_()
     module(asking, index, weights).sum().backward()
     assert asking.grad.abs().sum() > 0
-    assert [*module.parameters()] == []
+    assert not any(parameter.requires_grad for parameter in module.parameters())
     with pytest.raises(QuantizationError, match="packed experts cannot be trained"):
         module.requires_grad_()
 
