@@ -9,11 +9,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import numpy as np
 import torch
 
-_PRECISIONS = (torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv, torch.backends.cuda.matmul)
+_BACKENDS: Any = torch.backends  # its attributes are made at import
+_PRECISIONS = (_BACKENDS.mkldnn.matmul, _BACKENDS.mkldnn.conv, _BACKENDS.cuda.matmul)
 _NUMPY_ERRORS = {"divide": "warn", "over": "warn", "under": "ignore", "invalid": "warn"}
 
 
@@ -61,10 +63,10 @@ def exact_products() -> Iterator[None]:
         precision = torch.get_float32_matmul_precision()
     except RuntimeError:  # where both ways were used, and differ
         precision = "highest"
-    general = torch.backends.fp32_precision
-    torch.backends.fp32_precision = "none"  # what the others do not say themselves, they take from it
+    general = _BACKENDS.fp32_precision
+    _BACKENDS.fp32_precision = "none"  # what the others do not say themselves, they take from it
     own = [backend.fp32_precision for backend in _PRECISIONS]
-    torch.backends.mkldnn.conv.fp32_precision = "none"
+    _BACKENDS.mkldnn.conv.fp32_precision = "none"
     torch.set_float32_matmul_precision("highest")
     try:
         yield
@@ -72,7 +74,7 @@ def exact_products() -> Iterator[None]:
         torch.set_float32_matmul_precision(precision)
         for backend, value in zip(_PRECISIONS, own, strict=True):
             backend.fp32_precision = value
-        torch.backends.fp32_precision = general
+        _BACKENDS.fp32_precision = general
 
 
 @contextmanager
