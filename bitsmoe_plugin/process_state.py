@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-_BACKENDS: Any = torch.backends  # its stubs know no precisions
+_BACKENDS: Any = torch.backends  # its attributes are made at import
 _PRECISIONS = (_BACKENDS.mkldnn.matmul, _BACKENDS.mkldnn.conv, _BACKENDS.cuda.matmul)
 _NUMPY_ERRORS = {"divide": "warn", "over": "warn", "under": "ignore", "invalid": "warn"}
 

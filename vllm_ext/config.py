@@ -17,10 +17,10 @@ from bitsmoe_plugin.errors import CheckpointError, ConfigError
 from bitsmoe_plugin.model_sizes import check_model_sizes, check_planned
 from bitsmoe_plugin.other_tensors import stored_shapes, tied_by_record, verify_others
 from bitsmoe_plugin.packed_files import PackedFiles
-from bitsmoe_plugin.sharding import split_blocks
 from vllm_ext import lora, prediction
 from vllm_ext.engine_checks import check_engine
 from vllm_ext.moe_method import BitsMoEMethod
+from vllm_ext.parallel import check_at_start, check_degrees
 from vllm_ext.reload import engine_model, read_manifest
 from vllm_ext.stream_names import StreamNames
 from vllm_ext.weight_loading import LayerNames, planned_shapes, safetensors_files
@@ -66,6 +66,15 @@ class BitsMoEServingConfig(QuantizationConfig):
     def from_config(cls, config: dict[str, Any]) -> BitsMoEServingConfig:
         """Checks options and format version."""
         return cls(BitsMoEConfig.from_dict(config))
+
+    @classmethod
+    def override_quantization_method(
+        cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
+    ) -> Any:
+        """Overrides nothing; called for every quantized model, it is where the architecture is seen."""
+        if hf_quant_cfg.get("quant_method") == QUANT_METHOD:
+            check_at_start(getattr(hf_config, "architectures", None) or ())
+        return None
 
     def get_name(self) -> Any:
         return QUANT_METHOD
@@ -166,18 +175,8 @@ class BitsMoEServingConfig(QuantizationConfig):
         self._is_served = True
 
     def check_parallel(self, parallel: ParallelConfig) -> None:
-        """Refuse degrees that cannot split the rows, before vLLM divides sizes without a remainder check.
-
-        Raises:
-            ConfigError: naming layer, sizes and the degrees that work.
-        """
-        if parallel.enable_expert_parallel:
-            return
-        # vLLM spreads the experts over the processes of all three kinds.
-        parts = parallel.tensor_parallel_size * parallel.data_parallel_size
-        parts *= parallel.prefill_context_parallel_size
-        for name, spec in self.files.specs.items():
-            split_blocks(name, spec.shape, parts, 0, spec.split_unit)
+        """See ``parallel.check_degrees``; here again for whatever does not come by ``check_at_start``."""
+        check_degrees(self.files.specs, parallel)
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """Routed experts are packed, everything else is as it was: None is vLLM's own method."""
