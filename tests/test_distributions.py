@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("bitsmoe_plugin", "vllm_ext")
 REGISTRATION = "optimum/commands/register/register_bitsmoe.py"
 DATA = {"bitsmoe_plugin/report/templates/report.css", "bitsmoe_plugin/report/templates/report.html"}
-EXTRAS = ("dev", "report", "optimum", "lm-eval")
+EXTRAS = ("dev", "report", "optimum", "lm-eval", "peft")
 METADATA = {"METADATA", "WHEEL", "RECORD", "entry_points.txt", "top_level.txt", "licenses/LICENSE"}
 
 

@@ -18,7 +18,6 @@ from torch import Tensor
 from torch import distributed as dist
 
 from bitsmoe_plugin.errors import CheckpointError, ConfigError
-from bitsmoe_plugin.experts import BitsMoEExperts
 from bitsmoe_plugin.families import decoder_layer_name
 from bitsmoe_plugin.packed_files import PackedFiles
 from bitsmoe_plugin.packing import LayerShape
@@ -36,22 +35,6 @@ def distributed_config(model: Any) -> Any:
     config = getattr(model.config, "distributed_config", None)
     sizes = [getattr(config, name, 1) for name in ("tp_size", "fsdp_size", "dp_replicate_size", "pp_size")]
     return config if any(size > 1 for size in sizes) else None
-
-
-def keep_from_broadcast(model: Any) -> None:
-    """Let DistributedDataParallel leave packed tensors alone.
-
-    It sends all tensors from the first process to the others when it starts, and no backend sends 16-bit
-    integers. Each process has loaded, and verified, the same.
-    """
-    names = [
-        f"{name}.{tensor}"
-        for name, module in model.named_modules()
-        if isinstance(module, BitsMoEExperts)
-        for tensor in module.spec.tensors()
-    ]
-    prefixes = ("", "base_model.model.")  # the second: in a model of PEFT, which passes our attributes on
-    model._ddp_params_and_buffers_to_ignore = [prefix + name for prefix in prefixes for name in names]
 
 
 def _replicas(config: Any) -> int:

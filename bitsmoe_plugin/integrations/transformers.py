@@ -26,6 +26,7 @@ from bitsmoe_plugin.checkpoint import check_shape, packed_spec, stored_tensors, 
 from bitsmoe_plugin.checkpoint_files import check_loaded_files, read_model_config
 from bitsmoe_plugin.config import QUANT_METHOD, BitsMoEConfig
 from bitsmoe_plugin.current_manifest import describe_current
+from bitsmoe_plugin.data_parallel import leave_to_each_process
 from bitsmoe_plugin.errors import CheckpointError, ConfigError, QuantizationError
 from bitsmoe_plugin.experts import BitsMoEExperts, replace_module
 from bitsmoe_plugin.families import find_moe_layers
@@ -35,9 +36,8 @@ from bitsmoe_plugin.integrations.parallel import (
     SplitLayers,
     distributed_config,
     empty_split_layers,
-    keep_from_broadcast,
 )
-from bitsmoe_plugin.integrations.parameter_count import count_original_parameters
+from bitsmoe_plugin.integrations.parameter_count import count_original_parameters, train_others_only
 from bitsmoe_plugin.integrations.saving import check_saving, record_saved, whole_state
 from bitsmoe_plugin.integrations.streaming import StreamedExperts, can_stream
 from bitsmoe_plugin.interruption import Interrupted
@@ -144,13 +144,14 @@ class BitsMoEQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         model.add_model_tags(list(TAGS))  # of the card that transformers writes on push_to_hub
         count_original_parameters(model)
+        train_others_only(model)
         if not self.pre_quantized:
             self._quantize(model)
         elif self._split is not None:
             self._split.load(model)
         else:
             verify_layers(model, self.quantization_config, self._device_map)
-        keep_from_broadcast(model)
+        leave_to_each_process(model)
 
     def _quantize(self, model: Any) -> None:
         config, source = self.quantization_config, self._source
