@@ -14,13 +14,13 @@ _WRAPPERS = ("", "base_model.model.", "_orig_mod.", "_orig_mod.base_model.model.
 def leave_to_each_process(model: nn.Module) -> None:
     """Have DistributedDataParallel leave out the packed tensors, which every process has loaded.
 
-    It would send all of them at each forward pass, and gloo and NCCL send no 16-bit integers.
+    It would send all of them when it starts, and gloo and NCCL send no 16-bit integers.
     """
     packed = [
-        f"{name}.{buffer}"
+        f"{name}.{tensor}"
         for name, module in model.named_modules()
         if isinstance(module, BitsMoEExperts)
-        for buffer in module.spec.tensors()
+        for tensor in module.spec.tensors()
     ]
     names = [prefix + name for prefix in _WRAPPERS for name in packed]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)

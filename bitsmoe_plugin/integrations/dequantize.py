@@ -11,7 +11,7 @@ from bitsmoe_plugin.decoding import decode_biases, decode_weights
 from bitsmoe_plugin.errors import ConfigError
 from bitsmoe_plugin.experts import BitsMoEExperts, replace_module
 from bitsmoe_plugin.families import fused_parameters
-from bitsmoe_plugin.integrations.parameter_count import count_plain_parameters
+from bitsmoe_plugin.integrations.parameter_count import as_unpacked
 
 
 def dequantize_model(model: Any, dtype: torch.dtype) -> None:
@@ -32,7 +32,7 @@ def dequantize_model(model: Any, dtype: torch.dtype) -> None:
     _convert_others(model, dtype)
     for name, module in layers.items():
         replace_module(model, name, dense_experts(module, dtype))
-    count_plain_parameters(model)
+    as_unpacked(model)
     vars(model).pop("_ddp_params_and_buffers_to_ignore", None)
 
 

@@ -1,6 +1,7 @@
-"""``model.num_parameters()`` of a packed model: of the model that it stands for, not of its packed words.
+"""What a packed model says of its parameters, some of which are packed words.
 
-transformers' own count knows packed elements of bitsandbytes alone, and no quantizer is asked.
+``num_parameters()`` is that of the model that it stands for: transformers' own knows packed elements of
+bitsandbytes alone, and asks no quantizer. ``requires_grad_()`` is of the others: integers have no gradient.
 """
 
 from __future__ import annotations
@@ -20,10 +21,26 @@ def count_original_parameters(model: PreTrainedModel) -> None:
             module.num_parameters = MethodType(num_parameters, module)  # type: ignore[method-assign]
 
 
-def count_plain_parameters(model: PreTrainedModel) -> None:
-    """Undo ``count_original_parameters``."""
+def train_others_only(model: PreTrainedModel) -> None:
+    """Let ``requires_grad_`` of a model and the models in it leave packed tensors alone, not fail."""
     for module in model.modules():
-        vars(module).pop("num_parameters", None)
+        if isinstance(module, PreTrainedModel):
+            module.requires_grad_ = MethodType(requires_grad_, module)  # type: ignore[method-assign]
+
+
+def requires_grad_(model: Any, requires_grad: bool = True) -> Any:
+    """See ``torch.nn.Module.requires_grad_``."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.requires_grad_(requires_grad)
+    return model
+
+
+def as_unpacked(model: PreTrainedModel) -> None:
+    """Undo ``count_original_parameters`` and ``train_others_only``."""
+    for module in model.modules():
+        for name in ("num_parameters", "requires_grad_"):
+            vars(module).pop(name, None)
 
 
 def num_parameters(model: Any, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:

@@ -42,8 +42,8 @@ from bitsmoe_plugin.integrations.parallel import (
     distributed_config,
     empty_split_layers,
 )
-from bitsmoe_plugin.integrations.parameter_count import count_original_parameters
-from bitsmoe_plugin.integrations.saving import carry, check_save, records
+from bitsmoe_plugin.integrations.parameter_count import count_original_parameters, train_others_only
+from bitsmoe_plugin.integrations.saving import carry, check_save, check_saving, records, whole_state
 from bitsmoe_plugin.integrations.spread_state import check_saving, whole_state
 from bitsmoe_plugin.integrations.streaming import StreamedExperts, can_stream
 from bitsmoe_plugin.interruption import Interrupted
@@ -163,6 +163,7 @@ class BitsMoEQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         model.add_model_tags(list(TAGS))  # of the card that transformers writes on push_to_hub
         count_original_parameters(model)
+        train_others_only(model)
         if not self.pre_quantized:
             self._quantize(model)
         elif self._split is not None:
