@@ -29,21 +29,24 @@ class StoredNames:
     def __init__(self, model: Any) -> None:
         """
         Args:
-            model: of transformers, with its experts; on the meta device, or loaded: then the rules that it
-                was loaded by apply, those of the user's key_mapping too.
+            model: of transformers, with its experts; on the meta device or loaded.
         """
         self._known = {name: tensor.is_floating_point() for name, tensor in model.state_dict().items()}
         # The loader asks such a dict with get(), so values must not be false.
         self._names = dict.fromkeys(self._known, True)
         self._prefix = model.base_model_prefix
         self._ignored = tuple(model._keys_to_ignore_on_load_unexpected or ())
+        self._places = {_place(name) for name in self._known}
+        self.modules = {name for name, _ in model.named_modules()} - {""}
+        self.use_rules_of(model)
+
+    def use_rules_of(self, model: Any) -> None:
+        """Take the rules that a model was loaded by, also those of a key_mapping; before, its class's."""
         rules = getattr(model, "_weight_conversions", None)
         rules = get_model_conversion_mapping(model) if rules is None else rules
         self._renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
         self._converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
-        self._places = {_place(name) for name in self._known}
         self._targets: dict[str, tuple[str, str | None]] = {}
-        self.modules = {name for name, _ in model.named_modules()} - {""}
 
     def _rename(self, name: str) -> tuple[str, str | None]:
         if name not in self._targets:

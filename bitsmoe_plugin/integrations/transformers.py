@@ -64,6 +64,7 @@ class BitsMoEQuantizer(HfQuantizer):
         super().__init__(copy.copy(quantization_config), **kwargs)
         self._source: ExpertSource | None = None
         self._carried = CarriedTensors({})
+        self._stored: tuple[StoredNames, list[str]] | None = None
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Refuse to quantize without calibration text before any weight is read."""
@@ -93,11 +94,10 @@ class BitsMoEQuantizer(HfQuantizer):
         names = StoredNames(model)
         if not self.pre_quantized:
             check_source(names, stored_dtypes(files))
-        predicting, left_out = without_module(names, files)
+        predicting, _ = without_module(names, files)
         self._carried = CarriedTensors(predicting)
-        if left_out and not self.pre_quantized:
-            warnings.warn(describe_left_out(type(model).__name__, left_out), stacklevel=2)
         if not self.pre_quantized:
+            self._stored = names, files
             self._source = _expert_source(model, files)
             model_budget(self._source, config)
             return
@@ -136,6 +136,7 @@ class BitsMoEQuantizer(HfQuantizer):
         config, source = self.quantization_config, self._source or LoadedExperts(model)
         if isinstance(source, StreamedExperts):
             source.model_is_loaded()
+        self._tell_left_out(model)
         check_save(model, source.layers, self._carried.empty())
         documents = load_documents(config.dataset)
         blocks = token_blocks(
@@ -148,6 +149,16 @@ class BitsMoEQuantizer(HfQuantizer):
         )
         quantize_model(model, blocks, config, source)
         self._source = None  # it holds the model
+
+    def _tell_left_out(self, model: Any) -> None:
+        """Once all rules are known that names were read by."""
+        if self._stored is not None:
+            names, files = self._stored
+            names.use_rules_of(model)
+            _, left_out = without_module(names, files)
+            if left_out:
+                warnings.warn(describe_left_out(type(model).__name__, left_out), stacklevel=2)
+            self._stored = None
 
     def _tokenizer(self, model: Any, needed: bool) -> Any:
         given = self.quantization_config.tokenizer
