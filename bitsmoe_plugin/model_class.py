@@ -14,12 +14,15 @@ from bitsmoe_plugin.model_source import ModelSource
 from bitsmoe_plugin.source_tensors import check_source, folder_dtypes
 from bitsmoe_plugin.stored_names import StoredNames
 
+_LANGUAGE_ONLY = ("llama4",)
+"""Model types whose multimodal class of transformers 5.24 fails in its forward pass."""
+
 
 def auto_class(config: Any) -> Any:
     """The auto class that loads all of a model: a multimodal one too, with its other parts.
 
     Some families have a causal language model class beside the multimodal one, which leaves the other parts
-    out. It is taken if config.json names it, or if there is no other.
+    out. It is taken if config.json names it, or if no other works.
 
     Args:
         config: transformers' config of the model.
@@ -31,7 +34,8 @@ def auto_class(config: Any) -> Any:
     whole: Any
     causal, whole = (auto._model_mapping for auto in (AutoModelForCausalLM, AutoModelForMultimodalLM))
     kind, named = type(config), getattr(config, "architectures", None) or [""]
-    if kind in whole and (kind not in causal or named[0] == whole[kind].__name__ != causal[kind].__name__):
+    named_whole = kind in causal and named[0] == whole.get(kind, kind).__name__ != causal[kind].__name__
+    if kind in whole and (kind not in causal or (named_whole and config.model_type not in _LANGUAGE_ONLY)):
         return AutoModelForMultimodalLM
     if kind not in causal and not hasattr(config, "auto_map"):
         raise QuantizationError(f"model type {config.model_type!r} is no language model of transformers")

@@ -16,7 +16,7 @@ from bitsmoe_plugin.stand_ins import is_stand_in, stood_for
 _FAMILIAR = re.compile(r"rotary_emb\.inv_freq$|(^|\.)position_ids$")
 """Buffers of old releases, which transformers makes by itself and leaves out without a word."""
 _PREDICTION = re.compile(r"(^|[._])(mtp|nextn)")
-"""In the names of layers for multi-token prediction, of all families whose classes declare them."""
+"""In the names of layers for multi-token prediction, of all families that do not number them."""
 
 
 class StoredNames:
@@ -29,21 +29,24 @@ class StoredNames:
     def __init__(self, model: Any) -> None:
         """
         Args:
-            model: of transformers, with its experts; on the meta device, or loaded: then the rules that it
-                was loaded by apply, those of the user's key_mapping too.
+            model: of transformers, with its experts; on the meta device or loaded.
         """
         self._known = {name: tensor.is_floating_point() for name, tensor in model.state_dict().items()}
         # The loader asks such a dict with get(), so values must not be false.
         self._names = dict.fromkeys(self._known, True)
         self._prefix = model.base_model_prefix
         self._ignored = tuple(model._keys_to_ignore_on_load_unexpected or ())
+        self._places = {_place(name) for name in self._known}
+        self.modules = {name for name, _ in model.named_modules()} - {""}
+        self.use_rules_of(model)
+
+    def use_rules_of(self, model: Any) -> None:
+        """Take the rules that a model was loaded by, also those of a key_mapping; before, its class's."""
         rules = getattr(model, "_weight_conversions", None)
         rules = get_model_conversion_mapping(model) if rules is None else rules
         self._renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
         self._converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
-        self._places = {_place(name) for name in self._known}
         self._targets: dict[str, tuple[str, str | None]] = {}
-        self.modules = {name for name, _ in model.named_modules()} - {""}
 
     def _rename(self, name: str) -> tuple[str, str | None]:
         if name not in self._targets:
@@ -91,21 +94,23 @@ class StoredNames:
     def is_prediction_layer(self, name: str) -> bool:
         """Whether the tensor is of a layer for multi-token prediction, which the model has no module for.
 
-        Model classes declare those as ignored, or they are numbered like decoder layers beyond the last.
-        What else a class declares belongs to other parts of a larger model, such as ``model.visual``.
+        Their names say so, or they are numbered like decoder layers beyond the last. What else a class
+        leaves out belongs to other parts of a larger model, such as ``model.visual``.
         """
-        if is_stand_in(name):
-            return True
-        place = _place(self.target(name))
-        if place in self._places or _FAMILIAR.search(name):
+        target = self.target(name)
+        if target in self._known or _FAMILIAR.search(name):
             return False
-        beyond = re.sub(r"\d+\.$", "0.", place) in self._places
-        return beyond or (self._is_declared(name) and _PREDICTION.search(name) is not None)
+        place = _place(target)
+        beyond = place not in self._places and re.sub(r"\d+\.$", "0.", place) in self._places
+        return beyond or is_stand_in(name) or _PREDICTION.search(name) is not None
 
     def is_left_out(self, name: str) -> bool:
         """Whether the tensor is of a part of a larger model that this class does not have."""
-        outside = _place(self.target(name)) not in self._places
-        return outside and self.is_ignored(name) and not self.is_prediction_layer(name)
+        target = self.target(name)
+        first, *rest = target.split(".")
+        part = f"{first}.{rest[0]}" if first == self._prefix and len(rest) > 1 else first
+        known = target in self._known or part in self.modules or _FAMILIAR.search(name)
+        return not known and not self.is_prediction_layer(name)
 
 
 def without_module(
@@ -144,9 +149,9 @@ def describe_left_out(model: str, names: list[str]) -> str:
     """
     parts = sorted({".".join(name.split(".")[:2]) for name in names})
     return (
-        f"{', '.join(parts)} ({len(names)} tensors) in the model's files are no part of "
-        f"{model} and will not be in the packed model; to keep them, load the model with "
-        "AutoModelForMultimodalLM (`bitsmoe quantize` does so where config.json names such a class)"
+        f"{', '.join(parts)} ({len(names)} tensors) in the model's files are no part of {model} and will not "
+        "be in the packed model; to keep them, load it with the class that config.json names "
+        "(AutoModelForMultimodalLM of a multimodal one)"
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -132,5 +133,6 @@ def test_packed_tensors_that_would_not_be_found_again_are_refused(
     renamed = {name.replace("model.layers.", "model.blocks."): t for name, t in tensors.items()}
     save_file(renamed, source / "model.safetensors", {"format": "pt"})
     mapping = {r"^model\.blocks\.": "model.layers."}
+    warnings.simplefilter("error")  # as would one say that all of model.blocks is left out
     with pytest.raises(QuantizationError, match=r"would be saved as model\.blocks\.0\S+, where it would not"):
         AutoModelForCausalLM.from_pretrained(source, quantization_config=_config(), key_mapping=mapping)

@@ -19,6 +19,7 @@ from bitsmoe_plugin.config import QUANT_METHOD, BitsMoEConfig
 from bitsmoe_plugin.errors import ConfigError
 from bitsmoe_plugin.packed_spec import PackedSpec
 from bitsmoe_plugin.sharding import split_blocks
+from vllm_ext.engine_checks import check_engine
 
 
 def check_degrees(specs: Mapping[str, PackedSpec], parallel: ParallelConfig) -> None:
@@ -75,12 +76,13 @@ def check_at_start(architectures: Iterable[str]) -> None:
 class _Checked(VerifyAndUpdateConfig):
     @classmethod
     def verify_and_update_config(cls, vllm_config: Any) -> None:
-        """Raises ConfigError if the degrees cannot work."""
+        """Raises ConfigError: degrees that cannot work, or see ``engine_checks``."""
         super().verify_and_update_config(vllm_config)
         model = vllm_config.model_config
         entry = getattr(model.hf_config, "quantization_config", None)
         if model.quantization != QUANT_METHOD or entry is None:
             return
+        check_engine(vllm_config)
         manifest = BitsMoEConfig.checked_copy(entry)
         specs = {name: packed_spec(name, manifest) for name in manifest.layers}
         check_degrees(specs, vllm_config.parallel_config)

@@ -43,7 +43,7 @@ from bitsmoe_plugin.integrations.parallel import (
     empty_split_layers,
 )
 from bitsmoe_plugin.integrations.parameter_count import count_original_parameters, train_others_only
-from bitsmoe_plugin.integrations.saving import carry, check_save, check_saving, records, whole_state
+from bitsmoe_plugin.integrations.saving import carry, check_save, records
 from bitsmoe_plugin.integrations.spread_state import check_saving, whole_state
 from bitsmoe_plugin.integrations.streaming import StreamedExperts, can_stream
 from bitsmoe_plugin.interruption import Interrupted
@@ -81,6 +81,7 @@ class BitsMoEQuantizer(HfQuantizer):
         self._carried = CarriedTensors({})
         self._split: SplitLayers | None = None
         self._device_map: Any = None
+        self._stored: tuple[StoredNames, list[str]] | None = None
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Refuse to quantize without calibration text, or offloaded, before any weight is read.
@@ -117,11 +118,10 @@ class BitsMoEQuantizer(HfQuantizer):
         names = StoredNames(model)
         if not self.pre_quantized:
             check_source(names, stored_dtypes(files))
-        predicting, left_out = without_module(names, files)
+        predicting, _ = without_module(names, files)
         self._carried = CarriedTensors(predicting)
-        if left_out and not self.pre_quantized:
-            warnings.warn(describe_left_out(type(model).__name__, left_out), stacklevel=2)
         if not self.pre_quantized:
+            self._stored = names, files
             self._source = _expert_source(model, files)
             model_budget(self._source, config)
             # Before weights are read: what is wrong with the text should show now.
@@ -176,10 +176,21 @@ class BitsMoEQuantizer(HfQuantizer):
         config, source = self.quantization_config, self._source or LoadedExperts(model)
         if isinstance(source, StreamedExperts):
             source.model_is_loaded()
+        self._tell_left_out(model)
         check_save(model, source.layers, self._carried.empty())
         assert self._blocks is not None
         quantize_model(model, self._blocks, config, source)
         self._source = self._blocks = None  # they hold the model, and the text
+
+    def _tell_left_out(self, model: Any) -> None:
+        """Once all rules are known that names were read by."""
+        if self._stored is not None:
+            names, files = self._stored
+            names.use_rules_of(model)
+            _, left_out = without_module(names, files)
+            if left_out:
+                warnings.warn(describe_left_out(type(model).__name__, left_out), stacklevel=2)
+            self._stored = None
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Called before config and weights are saved: record what will be in the files."""
