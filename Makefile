@@ -86,15 +86,16 @@ test: install install-torchao
 
 # On a machine with a GPU. Elsewhere the kernels for it are tested in Triton's interpreter, by `make test`.
 test-gpu: install
-	TRITON_INTERPRET=0 $(BIN)/python -m pytest tests/test_gpu_*.py
+	TRITON_INTERPRET=0 $(BIN)/python -m pytest tests/*/test_gpu_*.py
 
 test-vllm: install-vllm
-	$(VLLM_VENV)/bin/python -m pytest tests/test_vllm_*.py
+	$(VLLM_VENV)/bin/python -m pytest tests/vllm_ext
 
 # vLLM keeps transformers at the oldest version that is tested, so its environment is also the one of the
 # oldest: every family through transformers, streaming, loading without an import, optimum.
-OLDEST := tests/test_versions.py tests/test_config.py tests/test_families_end_to_end.py tests/test_model_card.py \
-	tests/test_streaming.py tests/test_autoload.py tests/test_optimum.py
+OLDEST := tests/base/test_tested_versions.py tests/package/test_config.py tests/commands/test_model_card.py \
+	tests/integrations/test_families_end_to_end.py tests/models/test_streamed_experts.py \
+	tests/vllm_ext/test_autoload.py tests/integrations/test_optimum.py
 test-oldest: install-vllm
 	BITSMOE_EXPECT_VERSIONS=oldest $(VLLM_VENV)/bin/python -m pytest $(OLDEST) \
 		-k "not (peak_memory or every_order or pipeline or switch or broken or errors_are or estimates or help)"

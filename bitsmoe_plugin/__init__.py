@@ -3,11 +3,12 @@
 Importing this package registers the quantization method ``bitsmoe`` with transformers.
 """
 
-from bitsmoe_plugin.tested_versions import check_companions, check_versions
+from bitsmoe_plugin.base.tested_versions import check_companions, check_versions
 
 check_versions("torch", "transformers")  # before what an older release would break is imported
 
 try:
+    from bitsmoe_plugin.commands.model_card import write_model_card
     from bitsmoe_plugin.config import BitsMoEConfig
     from bitsmoe_plugin.errors import (
         BitsMoEError,
@@ -17,7 +18,6 @@ try:
         VersionError,
     )
     from bitsmoe_plugin.integrations.transformers import BitsMoEQuantizer, register
-    from bitsmoe_plugin.model_card import write_model_card
     from bitsmoe_plugin.version import __version__
 except Exception as error:
     check_companions(error)

@@ -13,14 +13,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
-from bitsmoe_plugin import cli_parser
-from bitsmoe_plugin.cli_source import OWN, source_of
+from bitsmoe_plugin.base.error_lines import told
+from bitsmoe_plugin.base.stdout import stdout_to_stderr
+from bitsmoe_plugin.base.tested_versions import describe_versions
+from bitsmoe_plugin.commands import parsers
+from bitsmoe_plugin.commands.source_options import OWN, source_of
 from bitsmoe_plugin.config import BitsMoEConfig
-from bitsmoe_plugin.error_lines import told
 from bitsmoe_plugin.errors import BitsMoEError, ConfigError
-from bitsmoe_plugin.model_source import ModelSource
-from bitsmoe_plugin.streams import stdout_to_stderr
-from bitsmoe_plugin.tested_versions import describe_versions
+from bitsmoe_plugin.models.model_source import ModelSource
 
 _FLAGS = (
     "bits",
@@ -60,18 +60,18 @@ def build_parser(program: str = "bitsmoe") -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=describe_versions())
     commands = parser.add_subparsers(required=True, metavar="COMMAND", title="commands")
-    cli_parser.add_estimate(commands, _estimate)
-    cli_parser.add_quantize(commands, _quantize)
-    cli_parser.add_tune(commands, _tune)
-    cli_parser.add_inspect(commands, _inspect)
-    cli_parser.add_report(commands, _report)
-    cli_parser.add_evaluate(commands, _evaluate)
-    cli_parser.add_compare(commands, _compare)
-    cli_parser.add_dequantize(commands, _dequantize)
-    cli_parser.add_import(commands, _import)
-    cli_parser.add_bench(commands)
-    cli_parser.add_doctor(commands, _doctor)
-    cli_parser.add_debug(parser)
+    parsers.add_estimate(commands, _estimate)
+    parsers.add_quantize(commands, _quantize)
+    parsers.add_tune(commands, _tune)
+    parsers.add_inspect(commands, _inspect)
+    parsers.add_report(commands, _report)
+    parsers.add_evaluate(commands, _evaluate)
+    parsers.add_compare(commands, _compare)
+    parsers.add_dequantize(commands, _dequantize)
+    parsers.add_import(commands, _import)
+    parsers.add_bench(commands)
+    parsers.add_doctor(commands, _doctor)
+    parsers.add_debug(parser)
     return parser
 
 
@@ -106,7 +106,7 @@ def _config(args: argparse.Namespace) -> BitsMoEConfig:
 
 
 def _estimate(args: argparse.Namespace, stdout: TextIO) -> None:
-    from bitsmoe_plugin.estimate import estimate, print_estimate
+    from bitsmoe_plugin.commands.estimate import estimate, print_estimate
 
     result = estimate(args.model, _config(args))
     if args.json:
@@ -118,13 +118,13 @@ def _estimate(args: argparse.Namespace, stdout: TextIO) -> None:
 def _quantize(args: argparse.Namespace, stdout: TextIO) -> None:
     from transformers.utils import logging
 
-    from bitsmoe_plugin.devices import choose_device
+    from bitsmoe_plugin.base.devices import choose_device
+    from bitsmoe_plugin.base.workers import connected
+    from bitsmoe_plugin.commands.estimate_resources import KERNELS
     from bitsmoe_plugin.integrations.transformers import quantize_to_directory
-    from bitsmoe_plugin.resources import KERNELS
-    from bitsmoe_plugin.workers import connected
 
     if args.report:  # what is missing should not show after hours
-        from bitsmoe_plugin.report import check_report_extra
+        from bitsmoe_plugin.commands.report import check_report_extra
 
         check_report_extra()
     if args.eval is not None:
@@ -145,8 +145,8 @@ def _quantize(args: argparse.Namespace, stdout: TextIO) -> None:
 
 def _check_evaluation_text(args: argparse.Namespace) -> None:
     """Read text that is needed at the end, with the tokenizer that will be saved."""
-    from bitsmoe_plugin.evaluation import BLOCK, evaluation_text
-    from bitsmoe_plugin.model_tokenizer import load_tokenizer
+    from bitsmoe_plugin.commands.evaluate import BLOCK, evaluation_text
+    from bitsmoe_plugin.models.tokenizer import load_tokenizer
 
     options = {"chat_template_kwargs": args.chat_template_kwargs}
     tokenizer = load_tokenizer(source_of(args))
@@ -155,8 +155,8 @@ def _check_evaluation_text(args: argparse.Namespace) -> None:
 
 def _evaluate_packed(args: argparse.Namespace, device: str) -> dict[str, Any]:
     """Measure a model that was just written, and tell its card."""
-    from bitsmoe_plugin.evaluation import as_record, evaluate_path
-    from bitsmoe_plugin.model_card import record_evaluation
+    from bitsmoe_plugin.commands.evaluate import as_record, evaluate_path
+    from bitsmoe_plugin.commands.model_card import record_evaluation
 
     packed = ModelSource.of(args.out, trust_remote_code=args.trust_remote_code)
     options = {"chat_template_kwargs": args.chat_template_kwargs}
@@ -167,7 +167,7 @@ def _evaluate_packed(args: argparse.Namespace, device: str) -> dict[str, Any]:
 
 
 def _write_report(directory: Path, evaluation: dict[str, Any] | None) -> None:
-    from bitsmoe_plugin.report import FOLDER, write_report
+    from bitsmoe_plugin.commands.report import FOLDER, write_report
 
     path = None
     if evaluation is not None:
@@ -178,9 +178,9 @@ def _write_report(directory: Path, evaluation: dict[str, Any] | None) -> None:
 
 
 def _tune(args: argparse.Namespace, stdout: TextIO) -> None:
-    from bitsmoe_plugin.devices import choose_device
-    from bitsmoe_plugin.integrations.tuning import tune_to_directory
-    from bitsmoe_plugin.tuning import TuningSettings
+    from bitsmoe_plugin.base.devices import choose_device
+    from bitsmoe_plugin.commands.tune import tune_to_directory
+    from bitsmoe_plugin.pipeline.tune_scales import TuningSettings
 
     names = ("epochs", "learning_rate", "batch_size", "held_out", "seed")
     result = tune_to_directory(
@@ -216,21 +216,21 @@ def _doctor(args: argparse.Namespace, stdout: TextIO) -> None:
 
 
 def _import(args: argparse.Namespace, stdout: TextIO) -> None:
-    from bitsmoe_plugin.upstream.convert import import_upstream
+    from bitsmoe_plugin.commands.import_upstream.convert import import_upstream
 
     import_upstream(args.model, args.out)
     _report_size(args.out)
 
 
 def _report_size(out: Path) -> None:
-    from bitsmoe_plugin.inspection import inspect_checkpoint
+    from bitsmoe_plugin.commands.inspect import inspect_checkpoint
 
     size = inspect_checkpoint(out)
     print(f"{out}: {size['bits_per_weight']:.4f} bits per expert weight", file=sys.stderr)
 
 
 def _inspect(args: argparse.Namespace, stdout: TextIO) -> None:
-    from bitsmoe_plugin.inspection import inspect_checkpoint, print_inspection
+    from bitsmoe_plugin.commands.inspect import inspect_checkpoint, print_inspection
 
     report = inspect_checkpoint(args.model)
     if args.json:
@@ -240,16 +240,16 @@ def _inspect(args: argparse.Namespace, stdout: TextIO) -> None:
 
 
 def _report(args: argparse.Namespace, stdout: TextIO) -> None:
-    from bitsmoe_plugin.report import write_report
+    from bitsmoe_plugin.commands.report import write_report
 
     print(write_report(args.model, args.out, args.evaluation), file=stdout)
 
 
 def _evaluate(args: argparse.Namespace, stdout: TextIO) -> None:
-    from bitsmoe_plugin.devices import choose_device
-    from bitsmoe_plugin.evaluation import load_for_evaluation
-    from bitsmoe_plugin.inspection import check_if_packed, print_evaluation, read_config
-    from bitsmoe_plugin.model_tokenizer import load_tokenizer
+    from bitsmoe_plugin.base.devices import choose_device
+    from bitsmoe_plugin.commands.evaluate import load_for_evaluation
+    from bitsmoe_plugin.commands.inspect import check_if_packed, print_evaluation, read_config
+    from bitsmoe_plugin.models.tokenizer import load_tokenizer
 
     _check_evaluate(args)
     source = source_of(args)
@@ -257,7 +257,7 @@ def _evaluate(args: argparse.Namespace, stdout: TextIO) -> None:
     if args.card:
         read_config(Path(source.name))  # only a packed model has a card of ours
     if args.tasks:
-        from bitsmoe_plugin.integrations.lm_eval import find_tasks
+        from bitsmoe_plugin.commands.evaluate_tasks import find_tasks
 
         find_tasks(args.tasks.split(","), args.task_dir)  # a wrong name should not cost a load
     device, tokenizer = choose_device(args.device), load_tokenizer(source)
@@ -266,7 +266,7 @@ def _evaluate(args: argparse.Namespace, stdout: TextIO) -> None:
     if args.dataset:
         result.update(_evaluate_text(args, model, tokenizer))
     if args.tasks:
-        from bitsmoe_plugin.integrations.lm_eval import evaluate_tasks
+        from bitsmoe_plugin.commands.evaluate_tasks import evaluate_tasks
 
         result["tasks"] = evaluate_tasks(
             model,
@@ -278,7 +278,7 @@ def _evaluate(args: argparse.Namespace, stdout: TextIO) -> None:
             batch_size=args.batch_size,
         )
     if args.card:
-        from bitsmoe_plugin.model_card import record_evaluation
+        from bitsmoe_plugin.commands.model_card import record_evaluation
 
         record_evaluation(Path(source.name), result)
     if args.json:
@@ -289,9 +289,9 @@ def _evaluate(args: argparse.Namespace, stdout: TextIO) -> None:
 
 def _check_evaluate(args: argparse.Namespace) -> None:
     """Refuse options without what they belong to, and text that cannot be read."""
-    from bitsmoe_plugin.calibration_text import load_documents
-    from bitsmoe_plugin.evaluation import check_evaluation
-    from bitsmoe_plugin.option_checks import check_number
+    from bitsmoe_plugin.base.option_checks import check_number
+    from bitsmoe_plugin.calibration.text import load_documents
+    from bitsmoe_plugin.commands.evaluate import check_evaluation
 
     if not args.dataset and not args.tasks:
         raise ConfigError("give --dataset TEXT for perplexity, --tasks NAMES for tasks of lm-eval, or both")
@@ -315,7 +315,7 @@ def _check_evaluate(args: argparse.Namespace) -> None:
 
 
 def _evaluate_text(args: argparse.Namespace, model: Any, tokenizer: Any) -> dict[str, Any]:
-    from bitsmoe_plugin.evaluation import as_record, evaluate_text
+    from bitsmoe_plugin.commands.evaluate import as_record, evaluate_text
 
     reference = source_of(args, "reference") if args.reference else None
     options = {name: getattr(args, name) for name in ("sequence_length", "stride")}
@@ -333,7 +333,7 @@ def _evaluate_text(args: argparse.Namespace, model: Any, tokenizer: Any) -> dict
 
 
 def _compare(args: argparse.Namespace, stdout: TextIO) -> None:
-    from bitsmoe_plugin.comparison.compare import ComparisonTask, compare, print_comparison
+    from bitsmoe_plugin.commands.compare.compare import ComparisonTask, compare, print_comparison
 
     task = ComparisonTask(
         model=args.model,

@@ -6,11 +6,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
-from bitsmoe_plugin import coding, tiled
-from bitsmoe_plugin.config_changes import ChangeableConfig
-from bitsmoe_plugin.errors import CheckpointError
-from bitsmoe_plugin.methods import ALL_WIDTHS, METHODS
-from bitsmoe_plugin.option_checks import (
+from bitsmoe_plugin.base.option_checks import (
     check_choice,
     check_number,
     check_template_kwargs,
@@ -18,7 +14,11 @@ from bitsmoe_plugin.option_checks import (
     is_budget_table,
     is_expert_table,
 )
-from bitsmoe_plugin.packing import FACTORS, FORMAT_VERSION
+from bitsmoe_plugin.codec import row_codec, tiled
+from bitsmoe_plugin.codec.layout import FACTORS, FORMAT_VERSION
+from bitsmoe_plugin.config_changes import ChangeableConfig
+from bitsmoe_plugin.errors import CheckpointError
+from bitsmoe_plugin.presets import ALL_WIDTHS, METHODS
 
 QUANT_METHOD = "bitsmoe"
 _FLAGS = (
@@ -268,10 +268,10 @@ class BitsMoEConfig(ChangeableConfig):
         check_number("held_out", self.held_out, 0, 0.5)
         check_choice("cost", self.cost, ("output", "model", "spectral"))
         check_choice("token_weighting", self.token_weighting, ("residual", "none"))
-        if self.grid == coding.TILED and self.layers:
+        if self.grid == row_codec.TILED and self.layers:
             _check_tiled(self.basis_bits, self.basis_group_size)
         else:
-            check_choice("grid", self.grid, coding.GRIDS)
+            check_choice("grid", self.grid, row_codec.GRIDS)
         check_choice("scope", self.scope, ("global", "layer"))
         check_number("covariance_prior", self.covariance_prior, 0, 1e6)
         check_number("damping", self.damping, 1e-6, 1.0)

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from bitsmoe_plugin.base.option_checks import check_choice
 from bitsmoe_plugin.errors import ConfigError
-from bitsmoe_plugin.methods import METHODS
-from bitsmoe_plugin.option_checks import check_choice
+from bitsmoe_plugin.presets import METHODS
 
 if TYPE_CHECKING:
     from typing_extensions import Self

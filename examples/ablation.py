@@ -18,7 +18,7 @@ from typing import Any
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bitsmoe_plugin import BitsMoEConfig
-from bitsmoe_plugin.evaluation import EvaluationText, evaluate_model, evaluation_text
+from bitsmoe_plugin.commands.evaluate import EvaluationText, evaluate_model, evaluation_text
 
 
 @dataclass(frozen=True)

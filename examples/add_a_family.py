@@ -2,7 +2,7 @@
 
 1. Experts that follow the fused convention of transformers and declare it (one decorator) need nothing.
 2. Experts that deviate are refused by name. If you cannot change their class, one entry in
-   ``bitsmoe_plugin.families.UNDECLARED`` says how they deviate.
+   ``bitsmoe_plugin.models.families.UNDECLARED`` says how they deviate.
 
 Run it from the root of the repository (seconds); the model is random and tiny.
 """
@@ -16,8 +16,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 from transformers.integrations import use_experts_implementation
 
-from bitsmoe_plugin import BitsMoEConfig, QuantizationError, families
-from bitsmoe_plugin.inspection import inspect_checkpoint
+from bitsmoe_plugin import BitsMoEConfig, QuantizationError
+from bitsmoe_plugin.commands.inspect import inspect_checkpoint
+from bitsmoe_plugin.models import families
 
 TOKENS = torch.randint(0, 512, (32, 64), generator=torch.Generator().manual_seed(0)).tolist()
 

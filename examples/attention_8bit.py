@@ -18,7 +18,7 @@ import torch
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from bitsmoe_plugin.evaluation import evaluate_text
+from bitsmoe_plugin.commands.evaluate import evaluate_text
 
 PACKED = "out/quickstart"
 EVALUATION = "examples/data/eval.jsonl"

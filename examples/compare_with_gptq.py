@@ -15,7 +15,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from bitsmoe_plugin.comparison.compare import ComparisonTask, compare, print_comparison
+from bitsmoe_plugin.commands.compare.compare import ComparisonTask, compare, print_comparison
 
 
 def main() -> None:

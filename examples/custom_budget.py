@@ -21,9 +21,9 @@ from pathlib import Path
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bitsmoe_plugin import BitsMoEConfig, QuantizationError
-from bitsmoe_plugin.estimate import estimate
-from bitsmoe_plugin.evaluation import evaluate_text
-from bitsmoe_plugin.inspection import inspect_checkpoint
+from bitsmoe_plugin.commands.estimate import estimate
+from bitsmoe_plugin.commands.evaluate import evaluate_text
+from bitsmoe_plugin.commands.inspect import inspect_checkpoint
 
 MODEL = "examples/moe-tiny"
 OUT = "out/custom-budget"

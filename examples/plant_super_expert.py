@@ -32,9 +32,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bitsmoe_plugin import BitsMoEConfig
-from bitsmoe_plugin.calibration_text import load_documents, token_stream
-from bitsmoe_plugin.evaluation import EvaluationText, evaluate_model
-from bitsmoe_plugin.packing import row_widths
+from bitsmoe_plugin.calibration.text import load_documents, token_stream
+from bitsmoe_plugin.codec.layout import row_widths
+from bitsmoe_plugin.commands.evaluate import EvaluationText, evaluate_model
 
 LAYER = 1
 LENGTH = 256

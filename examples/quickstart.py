@@ -12,8 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bitsmoe_plugin import BitsMoEConfig
-from bitsmoe_plugin.evaluation import evaluate_text
-from bitsmoe_plugin.inspection import inspect_checkpoint, print_inspection
+from bitsmoe_plugin.commands.evaluate import evaluate_text
+from bitsmoe_plugin.commands.inspect import inspect_checkpoint, print_inspection
 
 MODEL = "examples/moe-tiny"  # a directory, or a name on the hub
 CALIBRATION = "examples/data/calibration.jsonl"

@@ -33,10 +33,10 @@ from huggingface_hub import snapshot_download
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bitsmoe_plugin import BitsMoEConfig
-from bitsmoe_plugin.devices import choose_device
-from bitsmoe_plugin.estimate import estimate, print_estimate
-from bitsmoe_plugin.evaluation import evaluate_text
-from bitsmoe_plugin.inspection import inspect_checkpoint, print_inspection
+from bitsmoe_plugin.base.devices import choose_device
+from bitsmoe_plugin.commands.estimate import estimate, print_estimate
+from bitsmoe_plugin.commands.evaluate import evaluate_text
+from bitsmoe_plugin.commands.inspect import inspect_checkpoint, print_inspection
 from bitsmoe_plugin.integrations.transformers import quantize_to_directory
 
 

@@ -34,10 +34,10 @@ import torch
 from transformers import AutoConfig, AutoTokenizer
 
 from bitsmoe_plugin import BitsMoEConfig
-from bitsmoe_plugin.comparison.gptq_checkpoint import expert_bytes
-from bitsmoe_plugin.evaluation import load_for_evaluation
-from bitsmoe_plugin.inspection import inspect_checkpoint
-from bitsmoe_plugin.integrations.lm_eval import evaluate_tasks
+from bitsmoe_plugin.commands.compare.gptq_checkpoint import expert_bytes
+from bitsmoe_plugin.commands.evaluate import load_for_evaluation
+from bitsmoe_plugin.commands.evaluate_tasks import evaluate_tasks
+from bitsmoe_plugin.commands.inspect import inspect_checkpoint
 from bitsmoe_plugin.integrations.transformers import quantize_to_directory
 
 TASKS = "hellaswag,mathqa,mmlu,openbookqa,winogrande,gsm8k"

@@ -15,7 +15,7 @@ import aiohttp
 
 NEAR_TIE = 1e-3
 """Difference of two log-probabilities below which either token is the greedy one: other requests in a batch
-change the order of summation (up to 1.1e-5 was measured in float32, see tests/vllm_support.py)."""
+change the order of summation (up to 1.1e-5 was measured in float32, see tests/support/vllm_support.py)."""
 WORDS = "in the beginning there was a word and it said to all who came that they should go home"
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 # Triton decides when it is imported, and torch imports it, whether its functions are compiled or interpreted.
-# TRITON_INTERPRET=0 pytest tests/test_gpu_*.py runs what needs a GPU.
+# TRITON_INTERPRET=0 pytest tests/*/test_gpu_*.py runs what needs a GPU.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 # As in this process, see below: results depend on the number of threads, and several tests run at once.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -23,8 +23,10 @@ from hypothesis import settings
 from torch import Tensor, nn
 from wheel_support import build_sdist
 
-from bitsmoe_plugin.spectral import ExpertWeights
-from bitsmoe_plugin.statistics import LayerActivations
+from bitsmoe_plugin.calibration.statistics import LayerActivations
+from bitsmoe_plugin.spectral.bases import ExpertWeights
+
+pytest_plugins = ["untrusted_cases"]
 
 settings.register_profile("repeatable", deadline=None, derandomize=True, database=None)
 settings.load_profile("repeatable")

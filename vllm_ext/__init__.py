@@ -17,7 +17,7 @@ def register() -> None:
 
         if "bitsmoe" in QUANTIZATION_METHODS:
             return
-        from bitsmoe_plugin.tested_versions import check_versions
+        from bitsmoe_plugin.base.tested_versions import check_versions
 
         check_versions("vllm")
         from vllm_ext.config import BitsMoEServingConfig

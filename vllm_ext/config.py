@@ -12,11 +12,11 @@ from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMetho
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from vllm.model_executor.models.utils import WeightsMapper
 
+from bitsmoe_plugin.checkpoint.model_sizes import check_model_sizes, check_planned
+from bitsmoe_plugin.checkpoint.other_tensors import stored_shapes, tied_by_record, verify_others
+from bitsmoe_plugin.checkpoint.packed_files import PackedFiles
 from bitsmoe_plugin.config import QUANT_METHOD, BitsMoEConfig
 from bitsmoe_plugin.errors import CheckpointError, ConfigError
-from bitsmoe_plugin.model_sizes import check_model_sizes, check_planned
-from bitsmoe_plugin.other_tensors import stored_shapes, tied_by_record, verify_others
-from bitsmoe_plugin.packed_files import PackedFiles
 from vllm_ext import lora, prediction
 from vllm_ext.engine_checks import check_engine
 from vllm_ext.moe_method import BitsMoEMethod

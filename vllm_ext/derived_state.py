@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from bitsmoe_plugin.errors import ConfigError
-from bitsmoe_plugin.kernels import Runtime
+from bitsmoe_plugin.runtime.dispatch import Runtime
 
 
 def derived_tensors(runtime: Runtime) -> dict[str, Tensor]:

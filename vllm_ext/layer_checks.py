@@ -6,8 +6,8 @@ from typing import Any
 
 from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
 
+from bitsmoe_plugin.codec.layout import LayerShape
 from bitsmoe_plugin.errors import CheckpointError, ConfigError
-from bitsmoe_plugin.packing import LayerShape
 
 
 def check_experts(name: str, shape: LayerShape, moe: FusedMoEConfig, layer: Any) -> None:

@@ -6,11 +6,12 @@ import hashlib
 
 from torch import Tensor
 
-from bitsmoe_plugin import kernels, validation
+from bitsmoe_plugin.calibration.statistics import Gating
+from bitsmoe_plugin.codec import packed_values
+from bitsmoe_plugin.codec.layout import PackedExperts
+from bitsmoe_plugin.codec.spec import PackedSpec
 from bitsmoe_plugin.errors import CheckpointError, ConfigError
-from bitsmoe_plugin.packed_spec import PackedSpec
-from bitsmoe_plugin.packing import PackedExperts
-from bitsmoe_plugin.statistics import Gating
+from bitsmoe_plugin.runtime import dispatch
 from vllm_ext.derived_state import derived_tensors, update_derived
 from vllm_ext.expert_parameters import PackedParameter, Receiver
 
@@ -38,7 +39,7 @@ class LoadedExperts:
         self._gating = gating
         self._in_place = in_place
         self._captured = captured
-        self._runtime: kernels.Runtime | None = None
+        self._runtime: dispatch.Runtime | None = None
         self._usable = False
         self._versions: list[tuple[int, int]] = []
         self._rows = b""
@@ -85,7 +86,7 @@ class LoadedExperts:
         """
         assert self.spec is not None
         self._usable = False
-        validation.check_packed(self._layer.name, self.spec, self._packed())
+        packed_values.check_packed(self._layer.name, self.spec, self._packed())
         self._derive(in_place=self._in_place)
 
     def written(self, buffer: str) -> None:
@@ -111,7 +112,7 @@ class LoadedExperts:
         return {} if self._runtime is None else derived_tensors(self._runtime)
 
     def forward(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
-        """See ``kernels.Runtime``.
+        """See ``dispatch.Runtime``.
 
         Raises:
             CheckpointError: a reload failed, or what was written into parameters is no sound layer.
@@ -127,7 +128,7 @@ class LoadedExperts:
 
     def _derive(self, in_place: bool) -> None:
         assert self.spec is not None
-        fresh = kernels.prepare(self.spec, self._packed(), self._gating)
+        fresh = dispatch.prepare(self.spec, self._packed(), self._gating)
         if in_place and self._runtime is not None:
             update_derived(self._layer.name, self._runtime, fresh)
         else:

@@ -12,11 +12,11 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig, FusedMoEQuantConfig
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 
+from bitsmoe_plugin.checkpoint.packed_files import PackedFiles
+from bitsmoe_plugin.codec.layout import PackedExperts
+from bitsmoe_plugin.codec.sharding import Shard, local_experts, split_blocks
 from bitsmoe_plugin.errors import CheckpointError, ConfigError
-from bitsmoe_plugin.packed_files import PackedFiles
-from bitsmoe_plugin.packing import PackedExperts
-from bitsmoe_plugin.serving import gating
-from bitsmoe_plugin.sharding import Shard, local_experts, split_blocks
+from bitsmoe_plugin.models.gating import gating
 from vllm_ext import ops
 from vllm_ext.expert_parameters import layer_loader, placeholder
 from vllm_ext.layer_checks import check_experts

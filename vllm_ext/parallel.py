@@ -14,11 +14,11 @@ from vllm.config import ParallelConfig
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
 from vllm.platforms import current_platform
 
-from bitsmoe_plugin.checkpoint import packed_spec
+from bitsmoe_plugin.checkpoint.manifest import packed_spec
+from bitsmoe_plugin.codec.sharding import split_blocks
+from bitsmoe_plugin.codec.spec import PackedSpec
 from bitsmoe_plugin.config import QUANT_METHOD, BitsMoEConfig
 from bitsmoe_plugin.errors import ConfigError
-from bitsmoe_plugin.packed_spec import PackedSpec
-from bitsmoe_plugin.sharding import split_blocks
 from vllm_ext.engine_checks import check_engine
 
 

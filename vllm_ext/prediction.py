@@ -6,8 +6,8 @@ from collections.abc import Collection
 
 from vllm.config import VllmConfig
 
+from bitsmoe_plugin.checkpoint.model_sizes import layer_number
 from bitsmoe_plugin.errors import ConfigError
-from bitsmoe_plugin.model_sizes import layer_number
 
 DRAFT = "draft_model."
 """What vLLM puts before the names of a model that drafts for another."""

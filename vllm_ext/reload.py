@@ -9,13 +9,13 @@ from torch import Tensor
 from vllm.config import ModelConfig, get_current_vllm_config_or_none
 from vllm.transformers_utils.config import get_config
 
-from bitsmoe_plugin import validation
-from bitsmoe_plugin.checkpoint import tensor_digest, verify_packed
+from bitsmoe_plugin.checkpoint.manifest import tensor_digest, verify_packed
+from bitsmoe_plugin.checkpoint.packed_files import PackedFiles
+from bitsmoe_plugin.codec import packed_values
+from bitsmoe_plugin.codec.layout import PackedExperts
+from bitsmoe_plugin.codec.spec import PackedSpec
 from bitsmoe_plugin.config import QUANT_METHOD
 from bitsmoe_plugin.errors import CheckpointError
-from bitsmoe_plugin.packed_files import PackedFiles
-from bitsmoe_plugin.packed_spec import PackedSpec
-from bitsmoe_plugin.packing import PackedExperts
 
 
 def engine_model() -> ModelConfig | None:
@@ -68,7 +68,7 @@ def verify_streamed(name: str, files: PackedFiles, packed: PackedExperts) -> Pac
         stored_rows=0 if packed.row_gains is None else packed.row_gains.numel(),
     )
     _check_tensors(name, spec, dict(packed.tensors()))
-    validation.check_packed(name, spec, packed)
+    packed_values.check_packed(name, spec, packed)
     return spec
 
 

@@ -10,15 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitsmoe_plugin import checkpoint_files, packed_files
+from bitsmoe_plugin.checkpoint import packed_files
+from bitsmoe_plugin.checkpoint.packed_files import PackedFiles
+from bitsmoe_plugin.codec.layout import PackedExperts
+from bitsmoe_plugin.codec.sharding import Shard
+from bitsmoe_plugin.codec.spec import PackedSpec
 from bitsmoe_plugin.errors import CheckpointError
-from bitsmoe_plugin.families import find_moe_layers
-from bitsmoe_plugin.layer_names import tensor_key
-from bitsmoe_plugin.model_class import auto_class
-from bitsmoe_plugin.packed_files import PackedFiles
-from bitsmoe_plugin.packed_spec import PackedSpec
-from bitsmoe_plugin.packing import PackedExperts
-from bitsmoe_plugin.sharding import Shard
+from bitsmoe_plugin.models import files as model_files
+from bitsmoe_plugin.models.families import find_moe_layers
+from bitsmoe_plugin.models.layer_names import tensor_key
+from bitsmoe_plugin.models.model_class import auto_class
 
 
 def safetensors_files(model: str, revision: str | None = None, cache: str | None = None) -> list[Path]:
@@ -30,21 +31,19 @@ def safetensors_files(model: str, revision: str | None = None, cache: str | None
         cache: directory for downloads, None for the default.
 
     Raises:
-        CheckpointError: there are none, or see ``checkpoint_files.safetensors_files``.
+        CheckpointError: there are none, or see ``models.files.safetensors_files``.
     """
     folder = Path(model)
     if not folder.is_dir():
         from vllm.model_executor.model_loader.weight_utils import download_weights_from_hf
 
-        folder = Path(
-            download_weights_from_hf(model, cache, ["*.safetensors", checkpoint_files.INDEX], revision)
-        )
+        folder = Path(download_weights_from_hf(model, cache, ["*.safetensors", model_files.INDEX], revision))
     elif not any(folder.glob("*.safetensors*")):
         raise CheckpointError(
             f"{model} lacks safetensors files, from which packed experts are read: of a remote address "
             "(s3://, gs://, az://) vLLM brings config.json alone; download the checkpoint and serve that"
         )
-    return checkpoint_files.safetensors_files(folder)
+    return model_files.safetensors_files(folder)
 
 
 def planned_shapes(config: Any) -> dict[str, tuple[int, ...]]:

@@ -1,1 +1,1 @@
-"""Thin adapters to other libraries."""
+"""The seams of other libraries: their calls in, calls of commands and runtime out."""

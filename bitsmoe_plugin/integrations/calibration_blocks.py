@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitsmoe_plugin.calibration_text import token_blocks
+from bitsmoe_plugin.calibration.dataset_rows import Document
+from bitsmoe_plugin.calibration.documents import load_documents
+from bitsmoe_plugin.calibration.text import token_blocks
 from bitsmoe_plugin.config import BitsMoEConfig
-from bitsmoe_plugin.dataset_rows import Document
-from bitsmoe_plugin.documents import load_documents
 from bitsmoe_plugin.errors import ConfigError
-from bitsmoe_plugin.model_source import ModelSource
-from bitsmoe_plugin.model_tokenizer import (
+from bitsmoe_plugin.models.model_source import ModelSource
+from bitsmoe_plugin.models.tokenizer import (
     UntrustedCodeError,
     given_tokenizer,
     has_tokenizer_files,

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from bitsmoe_plugin.decoding import decode_biases, decode_weights
 from bitsmoe_plugin.errors import ConfigError
-from bitsmoe_plugin.experts import BitsMoEExperts, replace_module
-from bitsmoe_plugin.families import fused_parameters
 from bitsmoe_plugin.integrations.parameter_count import as_unpacked
+from bitsmoe_plugin.models.families import fused_parameters
+from bitsmoe_plugin.runtime.decoding import decode_biases, decode_weights
+from bitsmoe_plugin.runtime.experts import BitsMoEExperts, replace_module
 
 
 def dequantize_model(model: Any, dtype: torch.dtype) -> None:

@@ -18,18 +18,18 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import logging
 
-from bitsmoe_plugin.checkpoint import check_shape
-from bitsmoe_plugin.checkpoint_files import INDEX, SINGLE, read_object, safetensors_files
-from bitsmoe_plugin.decoding import decode_biases, decode_weights
+from bitsmoe_plugin.base.atomic_output import check_output_directory, publish
+from bitsmoe_plugin.base.work_directory import OUTPUT, staging, writing
+from bitsmoe_plugin.checkpoint.manifest import check_shape
+from bitsmoe_plugin.checkpoint.other_tensors import tied_by_record, verify_others
+from bitsmoe_plugin.checkpoint.packed_files import PackedFiles
+from bitsmoe_plugin.commands.inspect import read_config
 from bitsmoe_plugin.errors import CheckpointError, ConfigError
-from bitsmoe_plugin.families import MoELayer, find_moe_layers, fused_parameters
-from bitsmoe_plugin.inspection import read_config
 from bitsmoe_plugin.integrations.transformers import stored_names
-from bitsmoe_plugin.model_class import auto_class
-from bitsmoe_plugin.other_tensors import tied_by_record, verify_others
-from bitsmoe_plugin.output_directory import check_output_directory, publish
-from bitsmoe_plugin.packed_files import PackedFiles
-from bitsmoe_plugin.work_directory import OUTPUT, staging, writing
+from bitsmoe_plugin.models.families import MoELayer, find_moe_layers, fused_parameters
+from bitsmoe_plugin.models.files import INDEX, SINGLE, read_object, safetensors_files
+from bitsmoe_plugin.models.model_class import auto_class
+from bitsmoe_plugin.runtime.decoding import decode_biases, decode_weights
 
 DTYPES = ("bfloat16", "float16", "float32")
 FILE_BYTES = 2**32

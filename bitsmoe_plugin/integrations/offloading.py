@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from transformers.integrations.accelerate import get_device
 
-from bitsmoe_plugin.checkpoint import verify_experts, verify_packed
+from bitsmoe_plugin.checkpoint.manifest import verify_experts, verify_packed
+from bitsmoe_plugin.codec.layout import PackedExperts
 from bitsmoe_plugin.config import BitsMoEConfig
 from bitsmoe_plugin.errors import ConfigError
-from bitsmoe_plugin.experts import BitsMoEExperts
 from bitsmoe_plugin.integrations.spread_state import value_of
-from bitsmoe_plugin.packing import PackedExperts
+from bitsmoe_plugin.runtime.experts import BitsMoEExperts
 
 
 def check_for_quantization(device_map: Any, distributed: Any) -> None:

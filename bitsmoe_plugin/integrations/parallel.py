@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from bitsmoe_plugin.checkpoint.packed_files import PackedFiles
+from bitsmoe_plugin.codec.layout import LayerShape
+from bitsmoe_plugin.codec.sharding import Shard, split_blocks, whole
 from bitsmoe_plugin.errors import CheckpointError, ConfigError
-from bitsmoe_plugin.families import decoder_layer_name
-from bitsmoe_plugin.packed_files import PackedFiles
-from bitsmoe_plugin.packing import LayerShape
-from bitsmoe_plugin.sharding import Shard, split_blocks, whole
+from bitsmoe_plugin.models.families import decoder_layer_name
 
 _WITHOUT_EFFECT = "grouped_gemm"
 """Style of transformers that only says how parameters are split, for a module that has none of these."""

@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from bitsmoe_plugin.experts import BitsMoEExperts
+from bitsmoe_plugin.runtime.experts import BitsMoEExperts
 
 
 def count_original_parameters(model: PreTrainedModel) -> None:

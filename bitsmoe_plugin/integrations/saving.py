@@ -15,12 +15,12 @@ from torch import Tensor
 from transformers.core_model_loading import WeightRenaming, revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
+from bitsmoe_plugin.checkpoint.other_tensors import record
 from bitsmoe_plugin.errors import QuantizationError
-from bitsmoe_plugin.families import MoELayer
 from bitsmoe_plugin.integrations.spread_state import in_parts
-from bitsmoe_plugin.layer_names import decoder_layer, stored_key
-from bitsmoe_plugin.other_tensors import record
-from bitsmoe_plugin.stand_ins import is_stand_in, stand_in
+from bitsmoe_plugin.models.families import MoELayer
+from bitsmoe_plugin.models.layer_names import decoder_layer, stored_key
+from bitsmoe_plugin.models.stand_ins import is_stand_in, stand_in
 
 _PROBE = "bitsmoe_payload"
 """All packed tensors of a layer are renamed alike."""

@@ -19,22 +19,24 @@ from transformers.quantizers.auto import (
 )
 from transformers.quantizers.base import HfQuantizer
 
-from bitsmoe_plugin.carried_tensors import CarriedTensors
-from bitsmoe_plugin.checkpoint import (
-    check_shape,
-    packed_spec,
-    stored_tensors,
-    verify_headers,
-)
-from bitsmoe_plugin.checkpoint_files import check_loaded_files
+from bitsmoe_plugin.allocation.super_expert_policy import model_budget
+from bitsmoe_plugin.base.atomic_output import check_output_directory, publish
+from bitsmoe_plugin.base.error_lines import working_on
+from bitsmoe_plugin.base.interruption import Interrupted
+from bitsmoe_plugin.base.process_state import known_state
+from bitsmoe_plugin.base.work_directory import OUTPUT, has_progress, locked, remove, staging, writing
+from bitsmoe_plugin.base.workers import Workers
+from bitsmoe_plugin.checkpoint.carried_tensors import CarriedTensors
+from bitsmoe_plugin.checkpoint.manifest import check_shape, packed_spec, stored_tensors, verify_headers
+from bitsmoe_plugin.checkpoint.model_sizes import check_model_sizes, check_planned
+from bitsmoe_plugin.checkpoint.other_tensors import stored_shapes, verify_others
+from bitsmoe_plugin.checkpoint.packed_files import PackedFiles
+from bitsmoe_plugin.commands.model_card import TAGS, write_model_card
 from bitsmoe_plugin.config import QUANT_METHOD, BitsMoEConfig
-from bitsmoe_plugin.current_manifest import describe_current
-from bitsmoe_plugin.data_parallel import leave_to_each_process
-from bitsmoe_plugin.error_lines import working_on
 from bitsmoe_plugin.errors import CheckpointError, ConfigError, QuantizationError
-from bitsmoe_plugin.experts import BitsMoEExperts, replace_module
-from bitsmoe_plugin.families import find_moe_layers
 from bitsmoe_plugin.integrations.calibration_blocks import calibration_blocks
+from bitsmoe_plugin.integrations.current_manifest import describe_current
+from bitsmoe_plugin.integrations.data_parallel import leave_to_each_process
 from bitsmoe_plugin.integrations.dequantize import dequantize_model
 from bitsmoe_plugin.integrations.offloading import check_for_quantization, verify_layers
 from bitsmoe_plugin.integrations.parallel import (
@@ -45,25 +47,18 @@ from bitsmoe_plugin.integrations.parallel import (
 from bitsmoe_plugin.integrations.parameter_count import count_original_parameters, train_others_only
 from bitsmoe_plugin.integrations.saving import carry, check_save, records
 from bitsmoe_plugin.integrations.spread_state import check_saving, whole_state
-from bitsmoe_plugin.integrations.streaming import StreamedExperts, can_stream
-from bitsmoe_plugin.interruption import Interrupted
-from bitsmoe_plugin.kept import model_budget
-from bitsmoe_plugin.layer_names import decoder_layer
-from bitsmoe_plugin.model_card import TAGS, write_model_card
-from bitsmoe_plugin.model_class import load_model
-from bitsmoe_plugin.model_sizes import check_model_sizes, check_planned
-from bitsmoe_plugin.model_source import ModelSource
-from bitsmoe_plugin.model_tokenizer import find_tokenizer, given_tokenizer
-from bitsmoe_plugin.other_tensors import stored_shapes, verify_others
-from bitsmoe_plugin.output_directory import check_output_directory, publish
-from bitsmoe_plugin.packed_files import PackedFiles
-from bitsmoe_plugin.pipeline import quantize_model
-from bitsmoe_plugin.process_state import known_state
-from bitsmoe_plugin.source_tensors import check_source, stored_dtypes
-from bitsmoe_plugin.sources import ExpertSource, LoadedExperts
-from bitsmoe_plugin.stored_names import StoredNames, describe_left_out, without_module
-from bitsmoe_plugin.work_directory import OUTPUT, has_progress, locked, remove, staging, writing
-from bitsmoe_plugin.workers import Workers
+from bitsmoe_plugin.models.expert_source import ExpertSource, LoadedExperts
+from bitsmoe_plugin.models.families import find_moe_layers
+from bitsmoe_plugin.models.files import check_loaded_files
+from bitsmoe_plugin.models.layer_names import decoder_layer
+from bitsmoe_plugin.models.model_class import load_model
+from bitsmoe_plugin.models.model_source import ModelSource
+from bitsmoe_plugin.models.source_tensors import check_source, stored_dtypes
+from bitsmoe_plugin.models.stored_names import StoredNames, describe_left_out, without_module
+from bitsmoe_plugin.models.streamed_experts import StreamedExperts, can_stream
+from bitsmoe_plugin.models.tokenizer import find_tokenizer, given_tokenizer
+from bitsmoe_plugin.pipeline.quantize import quantize_model
+from bitsmoe_plugin.runtime.experts import BitsMoEExperts, replace_module
 
 
 class BitsMoEQuantizer(HfQuantizer):

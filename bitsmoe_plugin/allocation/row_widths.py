@@ -1,0 +1,73 @@
+"""Widths of all rows of a model: the budget's groups and layers, put to the allocator."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bitsmoe_plugin.allocation.knapsack.solve import allocate
+from bitsmoe_plugin.allocation.row_costs import row_sizes
+from bitsmoe_plugin.allocation.sub_budgets import RowGroup, in_scope
+from bitsmoe_plugin.allocation.super_expert_policy import wide_row
+from bitsmoe_plugin.codec.layout import LayerShape
+from bitsmoe_plugin.config import BitsMoEConfig
+from bitsmoe_plugin.pipeline.progress import Widths
+
+
+def allocate_rows(
+    costs: dict[int, Tensor],
+    shapes: list[LayerShape],
+    groups: list[RowGroup],
+    config: BitsMoEConfig,
+    kept: dict[int, tuple[int, ...]],
+    wide: dict[int, tuple[int, ...]],
+) -> Widths:
+    """Widths of all rows of all layers; one allocation for each group, or for each of its layers.
+
+    Args:
+        costs: ``[3, E, r, widths]`` of each layer, in the order of ``shapes``.
+        groups: what rows may spend.
+        kept: experts of each layer that have no rows.
+        wide: experts of each layer whose rows get at least ``wide_row`` bits.
+    """
+    indices, bits = list(costs), np.array(config.widths, dtype=np.uint8)
+    rows = {index: torch.zeros(cost.shape[:-1], dtype=torch.uint8) for index, cost in costs.items()}
+    narrow = config.widths.index(wide_row(config))
+    costs = {index: _without_narrow(cost, wide[index], narrow) for index, cost in costs.items()}
+    gap = 0.0
+    for group in in_scope(groups, shapes, config):
+        own = [indices[position] for position in group.layers]
+        tables = [_table(costs[index], group.factors, kept[index]) for index in own]
+        sizes = [row_sizes(shapes[position], config.widths) for position in group.layers]
+        result = allocate(tables, sizes, group.payload_bits)
+        gap = max(gap, result.relative_gap)
+        pieces = np.split(result.choice, np.cumsum([len(table) for table in tables])[:-1])
+        for index, piece in zip(own, pieces, strict=True):
+            experts = torch.nonzero(experts_with_rows(costs[index], kept[index])).flatten()
+            widths = torch.from_numpy(bits[piece]).view(len(group.factors), len(experts), -1)
+            rows[index][torch.tensor(group.factors)[:, None], experts] = widths
+    return Widths(rows, kept, gap)
+
+
+def _without_narrow(costs: Tensor, wide: tuple[int, ...], narrow: int) -> Tensor:
+    """``costs``, with the first ``narrow`` widths forbidden to the rows of the experts ``wide``."""
+    if wide:
+        costs = costs.clone()
+        costs[:, list(wide), :, :narrow] = float("inf")
+    return costs
+
+
+def experts_with_rows(costs: Tensor, kept: tuple[int, ...]) -> Tensor:
+    """``[E]`` bool: the experts that have rows."""
+    others = torch.ones(costs.shape[1], dtype=torch.bool)
+    others[list(kept)] = False
+    return others
+
+
+def _table(costs: Tensor, factors: tuple[int, ...], kept: tuple[int, ...]) -> np.ndarray:
+    """``[units, widths]``; no copy if all rows are asked for."""
+    if len(factors) < len(costs):
+        costs = costs[list(factors)]
+    costs = costs[:, experts_with_rows(costs, kept)] if kept else costs
+    return costs.reshape(-1, costs.shape[-1]).numpy()

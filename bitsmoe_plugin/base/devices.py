@@ -1,0 +1,68 @@
+"""Where a layer is quantized: on the device that its calibration inputs are on."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from bitsmoe_plugin.base.process_state import exact_products
+from bitsmoe_plugin.errors import ConfigError
+
+CPU_WORKING_SET = 2**24
+"""Values of covariances (64 MiB) of the experts that are treated together on the CPU."""
+_GPU_WORKING_SET = 2**29
+_GPU_BYTES_PER_VALUE = 64
+"""Of a GPU's memory. 2**29 values, all experts of a layer of Qwen3-30B-A3B, from 32 GiB on."""
+
+
+@contextmanager
+def computing_on(device: torch.device) -> Iterator[None]:
+    """Tensors are made on ``device`` unless told otherwise, and products of float32 are not rounded to TF32.
+
+    On the CPU nothing is changed. Random numbers are still drawn on the CPU, so that they are the same.
+    """
+    if device.type == "cpu":
+        yield
+        return
+    with exact_products(), torch.cuda.device(device), device:
+        yield
+
+
+def working_set(device: torch.device) -> int:
+    """Values of covariances of the experts that are treated together.
+
+    It depends on the GPU, not on what is free: another grouping may round otherwise.
+    """
+    if device.type == "cpu":
+        return CPU_WORKING_SET
+    memory = torch.cuda.get_device_properties(device).total_memory
+    return min(_GPU_WORKING_SET, memory // _GPU_BYTES_PER_VALUE)
+
+
+def choose_device(name: str) -> str:
+    """The device that ``--device`` means, of several processes on a machine for each its own.
+
+    Args:
+        name: "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:1".
+
+    Raises:
+        ConfigError: there is no such device.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"--device {name}: use auto, cpu, cuda or cuda:N") from error
+    if device.type == "cpu":
+        return name
+    if device.type != "cuda" or not torch.cuda.is_available():
+        raise ConfigError(f"--device {name}: torch {torch.__version__} finds no such device; use cpu or auto")
+    count = torch.cuda.device_count()
+    index = device.index if device.index is not None else int(os.environ.get("LOCAL_RANK", "0")) % count
+    if index >= count:
+        raise ConfigError(f"--device {name}: there are {count} GPUs, numbered from 0")
+    return f"cuda:{index}"

@@ -1,0 +1,44 @@
+"""The compiled C of this package: ``csrc``, built at installation, called through ctypes."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.machinery
+from ctypes import c_char_p
+from functools import cache
+from pathlib import Path
+
+from torch import Tensor
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The library, None if the package was installed without a C compiler."""
+    for suffix in importlib.machinery.EXTENSION_SUFFIXES:
+        path = Path(__file__).parent / f"_cpu{suffix}"
+        if path.exists():
+            break
+    else:
+        return None
+    lib = ctypes.CDLL(str(path))
+    lib.bitsmoe_select.argtypes, lib.bitsmoe_select.restype = [c_char_p], c_char_p
+    lib.bitsmoe_select(None)
+    return lib
+
+
+def select(name: str | None) -> str | None:
+    """Use the code of one instruction set ("avx512", "avx2", "portable"), None: the best of this machine.
+
+    Returns:
+        the name of what is now in use; None if this machine cannot run it, and nothing changed.
+    """
+    lib = library()
+    chosen = None if lib is None else lib.bitsmoe_select(None if name is None else name.encode())
+    return None if chosen is None else chosen.decode()
+
+
+def pointer(tensor: Tensor) -> int:
+    """Address of a contiguous tensor on the CPU."""
+    assert tensor.is_contiguous()
+    assert tensor.device.type == "cpu"
+    return tensor.data_ptr()

@@ -1,0 +1,107 @@
+/* Expert layers computed from their packed rows on a CPU; see bitsmoe_plugin/codec/layout.py for the layout.
+ *
+ * Codes become unsigned bytes u with value = step * (u - offset) * scale, in every grid. Inputs become
+ * 16-bit integers q with a scale for each short stretch of them, so that a sum over codes is an integer
+ * dot product, exact, and the rounding of the inputs (below 2^-15 of the stretch's largest) is all that
+ * is lost. Everything else is float32. Where that is too much, what rounding left over becomes a second plane
+ * of 16-bit integers, with scales of its own, whose products are added: 2^-30 of the stretch's largest is
+ * lost, less than by float32.
+ */
+#ifndef BITSMOE_H
+#define BITSMOE_H
+
+#include <stdint.h>
+#include <string.h>
+
+enum {
+  BLOCK = 32,    /* codes that the packed layout keeps together */
+  CHUNK = 64,    /* codes decoded at once */
+  ROWS = 64,     /* rows whose inputs share a scale in gate_up */
+  PANEL = 2048,  /* inputs that share a scale in down: the most whose integer sums fit 32 bits */
+  QUAD = 4,      /* rows decoded and multiplied together */
+  LIMIT = 32639, /* largest |q|: 127 * 256 + 127, two signed bytes */
+  MAX_WIDTHS = 8,
+  MAX_PLANES = 2, /* of inputs */
+  TILE = 128     /* values that share a scale in the grid "tiled" */
+};
+
+/* How codes of one width become bytes. */
+typedef struct {
+  int32_t bits;      /* per code, 1 to 8 */
+  int32_t trellis;   /* bytes are table[window], otherwise codes */
+  int32_t offset2;   /* 2 * offset */
+  float step;
+  const uint8_t *joint; /* bytes of several codes at once, see lookup.h; of a trellis */
+  uint8_t table[256];
+  uint8_t perm[CHUNK], shift[CHUNK]; /* vector code: source bytes, then bits, of each code of a chunk */
+} Decoder;
+
+typedef struct {
+  int32_t experts, hidden, rank, size, bases; /* E, H, r, I, input bases */
+  int32_t basis_bits, basis_group;
+  int32_t widths;                    /* number of them */
+  int32_t width_bits[MAX_WIDTHS];    /* in the order that row codes count in */
+  int32_t falling[MAX_WIDTHS];       /* indices of width_bits by falling bits */
+  Decoder decoders[MAX_WIDTHS];      /* of width_bits; unused for 0 and 16 bits */
+  Decoder basis;
+  const uint8_t *row_codes;          /* [3, E, r] */
+  const uint16_t *scale_grid;        /* [3, 2, r] float16 */
+  const uint32_t *payload;
+  const int64_t *starts;             /* [3, E] first word */
+  const uint32_t *input_basis, *output_basis;
+  const uint16_t *input_scales, *output_scales; /* float16 */
+  const uint16_t *tile_scales, *row_gains; /* float16 [rows, ceil(I / TILE)], [rows]; NULL in other grids */
+  const int64_t *row_starts;               /* [3, E] first of those rows */
+} Layer;
+
+/* What depends on the instruction set. Rows are decoded in chunks; `tail` says that a row's last chunk
+ * has one block instead of two: what follows must not be read. Inputs q and decoded u have 16 bits of room
+ * each; in what form and order they stand within a chunk is known to their instruction set only. */
+typedef struct {
+  const char *name;
+  /* out[i] = exp2(low[i] + step[i] * (code[i] & 31)) */
+  void (*row_scales)(const uint8_t *codes, const uint16_t *low, const uint16_t *step, int n, float *out);
+  /* The rows among n whose code is width << 5 and something: their indices to order, their scales to chosen,
+   * each with room for 16 more; returns how many. */
+  int (*select_rows)(const uint8_t *codes, int width, const float *scales, int n, int32_t *order, float *chosen);
+  /* q = round(a / s), zeros from n to padded (whole chunks), rest = a - s * q [n] unless NULL; returns s, NaN
+   * if an input is not finite */
+  float (*quantize)(const float *a, int n, int padded, int16_t *q, int32_t *sum, float *rest);
+  /* one chunk of `rows` <= ROWS rows */
+  void (*decode_tile)(const Decoder *d, const uint32_t *words, int64_t stride, int rows, int tail, int16_t *tile);
+  /* out[64] += factor * (2 * sum over rows of q * u - offset2_sum) */
+  void (*tile_dot)(const int16_t *tile, int rows, const int16_t *q, int32_t offset2_sum, float factor, float *out);
+  /* `chunks` chunks of one row */
+  void (*decode_row)(const Decoder *d, const uint32_t *words, int chunks, int tail, int16_t *out);
+  /* out[4] += factor * sum over columns of q * (2 u - offset2), chunks <= PANEL / CHUNK */
+  void (*rows_dot)(const int16_t *rows, int64_t stride, int chunks, const int16_t *q, int32_t offset2,
+                   float factor, float *out);
+  /* out[4] = sum over columns of q * (2 u - offset2) * input_scales[column / 64] * scales[row][column / group] */
+  void (*basis_dot)(const int16_t *rows, int64_t stride, int columns, const int16_t *q, const float *input_scales,
+                    int32_t offset2, const uint16_t *scales, int group, float *out);
+  /* sum of row[i] * x[i], row in float16 */
+  float (*half_dot)(const uint16_t *row, const float *x, int n);
+} Kernels;
+
+extern const Kernels bitsmoe_portable;
+#if defined(__x86_64__)
+extern const Kernels bitsmoe_avx2, bitsmoe_avx512;
+#endif
+
+static inline float half_to_float(uint16_t half) {
+  uint32_t sign = (uint32_t)(half & 0x8000) << 16, magnitude = half & 0x7fff, bits;
+  float value;
+  if (magnitude >= 0x7c00) {
+    bits = sign | 0x7f800000 | (magnitude & 0x3ff) << 13;
+    memcpy(&value, &bits, 4);
+    return value;
+  }
+  bits = magnitude << 13; /* 2^112 too small: the exponents' biases differ by that, subnormals included */
+  memcpy(&value, &bits, 4);
+  value *= 0x1p112f;
+  return sign ? -value : value;
+}
+
+const uint8_t *bitsmoe_joint_table(int bits, const uint8_t *table);
+
+#endif

@@ -1,0 +1,334 @@
+"""What calibration tells about one MoE layer: the second moments that the error model needs.
+
+The error of the layer is the mean over tokens t of ``omega_t * |y_t - y'_t|^2 / hidden_size``
+with ``omega_t = 1 / mean square of the residual stream after the layer at t`` (the next norm
+divides by it), so errors of different layers are commensurable and attention-sink tokens with
+enormous residuals do not rule. Expanding it to first order in the three factors of expert e,
+
+    gate:  sum_i  E[a q_ti (d_i . z_t)^2],   a = omega p^2,  q_ti = (dh_i/dg_i)^2 |W_down[:, i]|^2
+    up:    the same with dh_i/du_i
+    down:  sum_k  |output_basis[:, k]|^2  d_k^T E[a h h^T] d_k
+
+with d the rounding error of one neuron's (gate, up) or one rank's (down) factor. The expectation
+of the first two is factored as (neuron weight E[a q_i]) x (covariance of z weighted by a sum_i q_i).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bitsmoe_plugin.base.linalg import product, weighted_products
+from bitsmoe_plugin.errors import QuantizationError
+from bitsmoe_plugin.spectral.bases import ExpertBiases, ExpertWeights
+
+Gating = Callable[[Tensor, Tensor], Tensor]
+"""(gate ``[n, I]``, up ``[n, I]``) -> hidden ``[n, I]``, elementwise."""
+
+_TOGETHER = 8
+"""Experts whose products are taken as one."""
+
+_NEURONS_PER_DIMENSION = 24
+"""Neurons for each dimension of the input that bases are learnt from; experts beyond are passed over, evenly.
+Half of the bundled model's experts, 12 neurons per dimension, gave the same KL as all (0.0202, 0.0203)."""
+
+PRIOR_TOKENS = 64
+"""An expert with fewer routed tokens also sees this many tokens drawn from the whole layer."""
+
+
+@dataclass(frozen=True)
+class LayerActivations:
+    """Inputs and routing of one MoE layer over the calibration text (T tokens, k experts each).
+
+    Attributes:
+        hidden: ``[T, hidden_size]``, model dtype.
+        top_k_index: ``[T, k]`` int64; ids >= num_experts mean "nowhere".
+        top_k_weights: ``[T, k]`` float32.
+        token_weights: ``[T]`` float32, omega of the module text.
+    """
+
+    hidden: Tensor
+    top_k_index: Tensor
+    top_k_weights: Tensor
+    token_weights: Tensor
+
+    def first(self, tokens: int) -> LayerActivations:
+        """The first ``tokens`` tokens."""
+        return LayerActivations(*(tensor[:tokens] for tensor in vars(self).values()))
+
+
+@dataclass(frozen=True)
+class LayerStatistics:
+    """Attributes:
+    second_moment: ``[H, H]`` float64, sum_te a x x^T / sum_te a, the inputs as routed.
+    hidden_moment: ``[E, I, I]`` float32, E[a h h^T] / H per expert; of no expert if it was not asked for.
+    neuron_weights: ``[2, E, I]`` float32, E[a q_i] for gate and up.
+    slot_weights: ``[2, T, k]`` float32, a sum_i q_ti of each routed (token, slot).
+    output_energy: E[omega |y|^2 / H] of the whole layer.
+    output_peaks: ``[E]`` float32, largest absolute output value of each expert over the tokens routed to
+        it, before the router's weight; 0 without any.
+    """
+
+    second_moment: Tensor
+    hidden_moment: Tensor
+    neuron_weights: Tensor
+    slot_weights: Tensor
+    output_energy: float
+    output_peaks: Tensor
+
+
+def routed_slots(activations: LayerActivations, num_experts: int) -> list[tuple[Tensor, Tensor]]:
+    """For each expert the (token, slot) index pairs that are routed to it."""
+    flat = activations.top_k_index.flatten()
+    order = torch.argsort(flat, stable=True)
+    counts = torch.bincount(flat, minlength=num_experts)[:num_experts].tolist()
+    k = activations.top_k_index.shape[1]
+    pieces = order[: sum(counts)].split(counts)
+    return [(piece // k, piece % k) for piece in pieces]
+
+
+def _gating_with_slopes(gating: Gating, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """hidden, d hidden / d gate, d hidden / d up, each ``[n, I]``."""
+    with torch.enable_grad():
+        gate, up = gate.detach().requires_grad_(), up.detach().requires_grad_()
+        hidden = gating(gate, up)
+        slope_gate, slope_up = torch.autograd.grad(hidden.sum(), (gate, up))
+    return hidden.detach(), slope_gate, slope_up
+
+
+@dataclass(frozen=True)
+class ExpertRows:
+    """Calibration rows of one expert.
+
+    Attributes:
+        tokens: ``[n]`` int64, rows of ``LayerActivations.hidden``; the routed ones come first.
+        slots: ``[routed]`` int64, their column in ``top_k_index``.
+        weights: ``[n]`` float32, a = omega p^2 / T.
+    """
+
+    tokens: Tensor
+    slots: Tensor
+    weights: Tensor
+
+    @property
+    def routed(self) -> int:
+        return len(self.slots)
+
+
+def expert_rows(
+    activations: LayerActivations, num_experts: int, seed: int, all_tokens: bool = False
+) -> list[ExpertRows]:
+    """Routed tokens of every expert; thin experts are topped up with tokens of the whole layer.
+
+    The added tokens weigh together as much as the layer's median expert, less what the expert has
+    seen itself, so that an unrouted expert counts as a typical one instead of as worthless.
+
+    Args:
+        all_tokens: every expert also sees all other tokens, as if they were ``PRIOR_TOKENS`` of the layer's.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    total = activations.hidden.shape[0]
+    weight = activations.token_weights[:, None] * activations.top_k_weights.square() / total
+    slots = routed_slots(activations, num_experts)
+    mass = torch.stack([weight[token, slot].sum() for token, slot in slots])
+    if not bool((mass > 0).any()):
+        raise QuantizationError("no calibration token is routed to any expert of a layer")
+    typical = mass[mass > 0].median()
+    rows = []
+    for token, slot in slots:
+        a = weight[token, slot]
+        if all_tokens:
+            others = torch.ones(total, dtype=torch.bool, device=token.device)
+            others[token] = False
+            extra = torch.nonzero(others).flatten()
+            share = typical * PRIOR_TOKENS / (len(token) + PRIOR_TOKENS) / max(len(extra), 1)
+            token, a = torch.cat([token, extra]), torch.cat([a, share.expand(len(extra))])
+        elif len(token) < PRIOR_TOKENS:
+            extra = torch.randint(total, (PRIOR_TOKENS,), generator=generator, device="cpu").to(token.device)
+            share = (1 - len(token) / PRIOR_TOKENS) * typical / PRIOR_TOKENS
+            token, a = torch.cat([token, extra]), torch.cat([a, share.expand(PRIOR_TOKENS)])
+        rows.append(ExpertRows(token, slot, a))
+    return rows
+
+
+_INPUTS = {
+    "hidden": "the input activations",
+    "top_k_weights": "the router's weights",
+    "token_weights": "the layer's outputs",
+}
+
+
+def check_finite(name: str, weights: ExpertWeights, activations: LayerActivations) -> None:
+    """Raises QuantizationError for NaN or infinity in what a layer is given, or puts out."""
+    given = [(part, tensor) for part, tensor in vars(activations).items() if part in _INPUTS]
+    for part, tensor in (*vars(weights).items(), *given):
+        if not _all_finite(tensor):
+            raise QuantizationError(
+                f"{name}: NaN or infinity in {_INPUTS.get(part, part)}; quantization needs finite weights. "
+                "Check the checkpoint (a bad download or a diverged training run), or load it in another "
+                "dtype."
+            )
+
+
+def _all_finite(tensor: Tensor) -> bool:
+    # A sum is finite only if all of its terms are, and takes a tenth of the time of looking at each.
+    return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
+
+
+def check_finite_statistics(name: str, statistics: LayerStatistics) -> None:
+    """Raises QuantizationError for NaN or infinity, which finite weights and activations may still give."""
+    for part, value in vars(statistics).items():
+        if not bool(torch.isfinite(torch.as_tensor(value)).all()):
+            raise QuantizationError(
+                f"{name}: NaN or infinity in the statistics ({part}): weights or activations are too large "
+                "for float32. Check the checkpoint."
+            )
+
+
+def collect(
+    weights: ExpertWeights,
+    activations: LayerActivations,
+    rows: list[ExpertRows],
+    gating: Gating,
+    neuron_weighting: bool = True,
+    biases: ExpertBiases | None = None,
+    hidden_moments: bool = True,
+) -> LayerStatistics:
+    """Accumulate the statistics of one layer, one expert at a time.
+
+    Args:
+        biases: of the experts; those of down are in no statistic, ``output_energy`` included.
+        neuron_weighting: if not, the neurons of an expert weigh alike.
+        hidden_moments: whether ``hidden_moment`` is needed.
+    """
+    num_experts, size, h = weights.num_experts, weights.intermediate_size, weights.hidden_size
+    device = activations.hidden.device
+    hidden_moment = torch.empty(num_experts if hidden_moments else 0, size, size, device=device)
+    neuron_weights = torch.empty(2, num_experts, size, device=device)
+    slot_weights = torch.zeros(2, *activations.top_k_index.shape, device=device)
+    output = torch.zeros(activations.hidden.shape[0], h, device=device)
+    peaks = torch.zeros(num_experts, device=device)
+    token_mass = torch.zeros(activations.hidden.shape[0], device=device)
+    for expert, picked in enumerate(rows):
+        gate, up = weights.gate[expert].float(), weights.up[expert].float()
+        down = weights.down[expert].float()
+        x, a, routed = activations.hidden[picked.tokens].float(), picked.weights, picked.routed
+        products = product(x, gate), product(x, up)
+        products = products if biases is None else biases.add(*products, expert)
+        hidden, *slopes = _gating_with_slopes(gating, *products)
+        reach = down.square().sum(0) / h
+        for part, slope in enumerate(slopes):
+            q = slope.square_().mul_(reach)
+            slot_weights[part, picked.tokens[:routed], picked.slots] = (a * q.sum(-1))[:routed]
+            neuron_weights[part, expert] = a @ q if neuron_weighting else (a @ q).mean()
+        if hidden_moments:
+            hidden_moment[expert] = weighted_products(hidden, hidden, a) / h
+        token_mass.index_add_(0, picked.tokens, a)
+        p = activations.top_k_weights[picked.tokens[:routed], picked.slots, None]
+        single = product(hidden[:routed], down)
+        peaks[expert] = single.abs().max() if routed else 0.0
+        output.index_add_(0, picked.tokens[:routed], single * p)
+    x = activations.hidden.float()
+    return LayerStatistics(
+        second_moment=weighted_products(x, x, token_mass / token_mass.sum()).double(),
+        hidden_moment=hidden_moment,
+        neuron_weights=neuron_weights,
+        slot_weights=slot_weights,
+        output_energy=float((output.square().mean(-1) * activations.token_weights).mean()),
+        output_peaks=peaks,
+    )
+
+
+@dataclass(frozen=True)
+class BasisMoments:
+    """What the bases of a layer are the principal directions of.
+
+    Attributes:
+        gram: ``[2, H, H]`` float64, of gate and up: sum over experts and neurons of weight * w w^T.
+        output: ``[H, H]`` float64, E[sum_e a y_e y_e^T] of the experts' outputs.
+    """
+
+    gram: Tensor
+    output: Tensor
+
+
+def basis_moments(
+    weights: ExpertWeights, statistics: LayerStatistics, neuron_weighting: bool = True
+) -> BasisMoments:
+    """Sums over the experts of a layer, or over so many of them as tell its principal directions.
+
+    Args:
+        neuron_weighting: if not, all neurons of gate and up weigh alike.
+    """
+    h = weights.hidden_size
+    stride = max(1, weights.num_experts * weights.intermediate_size // (_NEURONS_PER_DIMENSION * h))
+    gram = torch.zeros(2, h, h, dtype=torch.float64, device=weights.gate.device)
+    output = torch.zeros_like(gram[0])
+    for first in range(0, weights.num_experts, _TOGETHER * stride):
+        some = slice(first, first + _TOGETHER * stride, stride)
+        for part, matrices in enumerate((weights.gate[some], weights.up[some])):
+            rows = matrices.float().flatten(0, 1)
+            share = statistics.neuron_weights[part, some].flatten()
+            gram[part] += weighted_products(rows, rows, share if neuron_weighting else torch.ones_like(share))
+        down = [matrix.float() for matrix in weights.down[some]]
+        moments = [product(*pair) for pair in zip(down, statistics.hidden_moment[some], strict=True)]
+        output += product(torch.cat(moments, 1), torch.cat(down, 1)) * h
+    return BasisMoments(gram, output)
+
+
+def pooled_covariance(bases: Tensor, statistics: LayerStatistics) -> Tensor:
+    """Second moment ``[1 or 2, rank, rank]`` float32 of z = input basis times x over the whole layer."""
+    exact = bases.double()
+    return (exact @ statistics.second_moment @ exact.transpose(1, 2)).float()
+
+
+def _covariance_weights(statistics: LayerStatistics, rows: ExpertRows, parts: int) -> Tensor:
+    """Weights ``[parts, routed]`` of an expert's tokens in its inputs' covariances, each adding up to 1.
+
+    Of gate and up; where both are in one basis, the mean of the two: a covariance for each would double
+    the work, which is most of the work there is, and gains nothing that could be measured.
+    """
+    both = statistics.slot_weights[:, rows.tokens[: rows.routed], rows.slots]
+    both = both / both.sum(1, keepdim=True).clamp_min(1e-30)
+    return both if parts == 2 else both.mean(0, keepdim=True)
+
+
+def own_share(rows: ExpertRows, rank: int, prior_strength: float) -> float:
+    """Weight of an expert's own tokens in ``input_covariance``, 0 to 1; the rest is the layer's."""
+    prior = prior_strength * rank
+    return rows.routed / max(rows.routed + prior, 1e-9)
+
+
+def input_covariance(
+    z: Tensor, pooled: Tensor, statistics: LayerStatistics, rows: ExpertRows, prior_strength: float
+) -> Tensor:
+    """Second moments of z = input basis times x as one expert's gate and up see it.
+
+    The estimate from few tokens is noisy, so it is blended with the layer's own second moment
+    as if ``prior_strength * rank`` tokens of it had been seen.
+
+    Args:
+        z: ``[1 or 2, T, rank]`` float32, of gate and up together or of each.
+        pooled: from ``pooled_covariance``.
+
+    Returns:
+        ``[1 or 2, rank, rank]`` float32, normalised to unit total weight.
+    """
+    share = own_share(rows, z.shape[-1], prior_strength)
+    weights = _covariance_weights(statistics, rows, len(z))
+    picked = z[:, rows.tokens[: rows.routed]]
+    own = torch.stack([weighted_products(x, x, weight) for x, weight in zip(picked, weights, strict=True)])
+    return share * own + (1 - share) * pooled
+
+
+def input_variance(
+    z: Tensor, pooled: Tensor, statistics: LayerStatistics, rows: ExpertRows, prior_strength: float
+) -> Tensor:
+    """The diagonals ``[1 or 2, rank]`` of ``input_covariance`` alone."""
+    share = own_share(rows, z.shape[-1], prior_strength)
+    weights = _covariance_weights(statistics, rows, len(z))
+    own = torch.einsum("pn,pnr->pr", weights, z[:, rows.tokens[: rows.routed]].square())
+    return share * own + (1 - share) * pooled.diagonal(dim1=1, dim2=2)

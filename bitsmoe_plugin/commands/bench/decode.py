@@ -1,0 +1,139 @@
+"""``bench decode``: generated tokens per second of whole models, through transformers and vLLM.
+
+Every model runs in a process of its own, which is given the task as JSON on stdin.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from bitsmoe_plugin.base.stdout import stdout_to_stderr
+from bitsmoe_plugin.commands.bench.output import Row, add_benchmark
+from bitsmoe_plugin.commands.inspect import check_if_packed
+from bitsmoe_plugin.errors import BitsMoEError, ConfigError
+
+PROMPT_TOKENS = 16
+
+
+def add(commands: Any) -> None:
+    """``bench decode``."""
+    parser = add_benchmark(commands, "decode", "generated tokens per second of whole models", measure)
+    parser.add_argument("models", nargs="+", help="directories, packed or not; the first is compared with")
+    parser.add_argument("--engines", default=None, help="comma list of transformers, vllm; default: both")
+    parser.add_argument("--batch", default="1,16", help="comma list: sequences at once")
+    parser.add_argument("--new-tokens", type=int, default=64, help="generated per sequence")
+    parser.add_argument("--dtype", default="bfloat16", help="of activations and of what is not packed")
+
+
+def _transformers(task: dict[str, Any]) -> Callable[[int, int], None]:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(task["model"], dtype=task["dtype"]).eval()
+    if torch.cuda.is_available():
+        model.to("cuda")
+
+    def generate(batch: int, tokens: int) -> None:
+        prompt = torch.arange(1, PROMPT_TOKENS + 1).repeat(batch, 1).to(model.device)
+        model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=tokens,
+            min_new_tokens=tokens,
+            do_sample=False,
+        )
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+    return generate
+
+
+def _vllm(task: dict[str, Any]) -> Callable[[int, int], None]:
+    from vllm import LLM, SamplingParams
+
+    length = PROMPT_TOKENS + task["new_tokens"]
+    engine = LLM(task["model"], dtype=task["dtype"], max_model_len=length, disable_log_stats=True)
+
+    def generate(batch: int, tokens: int) -> None:
+        prompts = [{"prompt_token_ids": list(range(1, PROMPT_TOKENS + 1))} for _ in range(batch)]
+        options = SamplingParams(max_tokens=tokens, ignore_eos=True, temperature=0)
+        engine.generate(prompts, options, use_tqdm=False)
+
+    return generate
+
+
+ENGINES: dict[str, Callable[[dict[str, Any]], Callable[[int, int], None]]] = {
+    "transformers": _transformers,
+    "vllm": _vllm,
+}
+
+
+def run(task: dict[str, Any]) -> list[float]:
+    """Tokens per second for each batch size of the task, the best of three."""
+    generate, tokens = ENGINES[task["engine"]](task), task["new_tokens"]
+    speeds = []
+    for batch in task["batches"]:
+        generate(batch, tokens)
+        best = float("inf")
+        for _ in range(3):
+            start = time.perf_counter()
+            generate(batch, tokens)
+            best = min(best, time.perf_counter() - start)
+        speeds.append(batch * tokens / best)
+    return speeds
+
+
+def measure(args: argparse.Namespace) -> list[Row]:
+    """One row per engine, batch size and model.
+
+    Raises:
+        ConfigError: unknown engine.
+        CheckpointError: a packed model is not sound.
+        BitsMoEError: a model could not be run; its message has gone to stderr.
+    """
+    possible = [name for name in ENGINES if find_spec(name)]
+    engines = args.engines.split(",") if args.engines else possible
+    if not set(engines) <= set(possible):
+        raise ConfigError(f"--engines {args.engines}: installed here are {', '.join(possible)}")
+    for model in args.models:
+        check_if_packed(model)
+    batches = [int(size) for size in args.batch.split(",")]
+    rows = []
+    for engine in engines:
+        speeds = []
+        for model in args.models:
+            task = {"engine": engine, "model": model, "batches": batches}
+            task |= {"new_tokens": args.new_tokens, "dtype": args.dtype}
+            command = [sys.executable, "-c", f"from {__name__} import main; main()"]
+            done = subprocess.run(command, input=json.dumps(task), stdout=subprocess.PIPE, text=True)
+            if done.returncode:
+                raise BitsMoEError(f"{engine} could not run {model}; its own message is above")
+            speeds.append(json.loads(done.stdout.splitlines()[0]))  # vLLM says good-bye on stdout
+        rows += [
+            {
+                "engine": engine,
+                "batch": batch,
+                "model": Path(model).name,
+                "tokens_per_second": of_model[i],
+                "speed_over_first": of_model[i] / speeds[0][i],
+            }
+            for i, batch in enumerate(batches)
+            for model, of_model in zip(args.models, speeds, strict=True)
+        ]
+    return rows
+
+
+def main() -> None:
+    """Worker."""
+    import bitsmoe_plugin  # noqa: F401  (registers with transformers)
+
+    with stdout_to_stderr() as stdout:
+        print(json.dumps(run(json.load(sys.stdin))), file=stdout)

@@ -1,0 +1,45 @@
+"""How benchmarks print: one table, or JSON."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from typing import Any, TextIO
+
+from rich.table import Table
+
+from bitsmoe_plugin.commands.inspect import table_console
+
+Row = dict[str, Any]
+
+
+def add_benchmark(commands: Any, name: str, text: str, measure: Callable[..., list[Row]]) -> Any:
+    """A parser for ``bench NAME`` that prints the rows which ``measure(args)`` returns."""
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=text)
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+    def run(args: argparse.Namespace, stdout: TextIO) -> None:
+        print_rows(measure(args), args.json, stdout)
+
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def print_rows(rows: Sequence[Row], as_json: bool, stdout: TextIO) -> None:
+    """Print rows with equal keys; a single row as a JSON object, several as a list of objects."""
+    if as_json:
+        print(json.dumps(rows[0] if len(rows) == 1 else list(rows), indent=2), file=stdout)
+        return
+    table = Table()
+    for key in rows[0]:
+        table.add_column(key.replace("_", " "), justify="right")
+    for row in rows:
+        table.add_row(*(_text(value) for value in row.values()))
+    table_console(stdout).print(table)

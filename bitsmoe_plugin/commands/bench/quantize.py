@@ -1,0 +1,255 @@
+"""``bench quantize``: time to quantize one layer of a known model's shape, part by part, against GPTQ.
+
+Weights and inputs are random, with spectra that fall as a power law: for time, not for quality. GPTQ
+(gptqmodel, if it is installed) quantizes some of the experts from the same tokens; its time per expert
+does not depend on how many there are, so it is scaled up to all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bitsmoe_plugin.allocation import row_costs
+from bitsmoe_plugin.allocation.budget import plan_budget
+from bitsmoe_plugin.allocation.knapsack.solve import allocate
+from bitsmoe_plugin.base.devices import choose_device
+from bitsmoe_plugin.calibration import statistics
+from bitsmoe_plugin.calibration.statistics import LayerActivations
+from bitsmoe_plugin.codec import layout
+from bitsmoe_plugin.codec.layout import LayerShape
+from bitsmoe_plugin.commands.bench.layer import SHAPES
+from bitsmoe_plugin.commands.bench.output import Row, add_benchmark
+from bitsmoe_plugin.config import BitsMoEConfig
+from bitsmoe_plugin.presets import METHODS
+from bitsmoe_plugin.rounding import (
+    feedback_rounding,
+    layer_rounding,
+    refit_down,
+    round_from_plan,
+    rounded_layer,
+)
+from bitsmoe_plugin.rounding.feedback_rounding import round_along_neurons, round_along_rank
+from bitsmoe_plugin.spectral import bases as spectral_bases
+from bitsmoe_plugin.spectral import layer_problem
+from bitsmoe_plugin.spectral.bases import ExpertWeights
+
+PARTS: dict[str, Callable[..., Any]] = {
+    "statistics": statistics.collect,
+    "bases": layer_problem.shared_bases,
+    "factors of gate and up": spectral_bases.input_factors,
+    "factors of down": spectral_bases.down_factors,
+    "feedback": layer_problem.rank_feedback,
+    "costs, with feedback": row_costs.row_costs,
+    "allocation": allocate,
+    "gate and up": round_along_rank,
+    "refit of down": refit_down.refit_down,
+    "down": round_along_neurons,
+    "packing": layout.pack_experts,
+}
+"""What is timed; feedback is computed twice, once for the costs."""
+_MODULES = (
+    layer_rounding,
+    layout,
+    round_from_plan,
+    layer_problem,
+    refit_down,
+    rounded_layer,
+    feedback_rounding,
+    row_costs,
+    spectral_bases,
+    statistics,
+)
+
+
+def add(commands: Any) -> None:
+    """``bench quantize``."""
+    parser = add_benchmark(commands, "quantize", "quantizing one MoE layer, ours against GPTQ", measure)
+    parser.add_argument("--shape", default="qwen3-30b-a3b", choices=sorted(SHAPES))
+    parser.add_argument("--experts", type=int, help="so many instead of the model's")
+    parser.add_argument("--tokens", type=int, default=8192, help="of calibration")
+    parser.add_argument("--bits", type=float, default=2.0)
+    parser.add_argument("--method", default="default", choices=sorted(METHODS))
+    parser.add_argument("--gptq-experts", type=int, default=2, help="experts that GPTQ quantizes; 0: no GPTQ")
+    parser.add_argument("--threads", type=int, default=None, help="default: torch's")
+    text = "auto (a GPU if there is one), cpu or cuda, of both quantizers (default: %(default)s)"
+    parser.add_argument("--device", default="auto", help=text)
+
+
+def random_experts(shape: LayerShape, generator: torch.Generator) -> ExpertWeights:
+    """bfloat16 weights; input dimensions fall in importance as a power law."""
+
+    def matrix(rows: int, columns: int) -> Tensor:
+        fall = torch.arange(1, columns + 1).float() ** -0.4
+        scale = fall / (fall.square().mean() * columns).sqrt()
+        draws = [
+            (torch.randn(rows, columns, generator=generator) * scale).bfloat16()
+            for _ in range(shape.num_experts)
+        ]
+        return torch.stack(draws)
+
+    h, size = shape.hidden_size, shape.intermediate_size
+    return ExpertWeights(matrix(size, h), matrix(size, h), matrix(h, size))
+
+
+def random_activations(
+    shape: LayerShape, k: int, tokens: int, generator: torch.Generator
+) -> LayerActivations:
+    """Inputs with channels of different size, routed at random."""
+    hidden = torch.randn(tokens, shape.hidden_size, generator=generator)
+    hidden *= torch.rand(shape.hidden_size, generator=generator) * 2
+    index = torch.rand(tokens, shape.num_experts, generator=generator).topk(k).indices
+    weights = torch.full((tokens, k), 1 / k)
+    return LayerActivations(hidden.bfloat16(), index, weights, torch.ones(tokens))
+
+
+def _gating(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate) * up
+
+
+def _quantize(weights: ExpertWeights, activations: LayerActivations, config: BitsMoEConfig) -> None:
+    """What the pipeline does with a layer, in its two passes."""
+    shape = LayerShape(weights.num_experts, weights.hidden_size, weights.intermediate_size)
+    budget = plan_budget([shape], config).payload_bits
+    first = layer_problem.build_problem("layer", weights, activations, _gating, config)
+    plan = layer_rounding.plan_layer(first, budget)
+    del first
+    costs = plan.costs.view(-1, len(config.widths)).numpy()
+    result = layer_rounding.allocate([costs], [row_costs.row_sizes(shape, config.widths)], budget)
+    bits = torch.tensor(config.widths)[torch.from_numpy(result.choice).long()].view(plan.costs.shape[:-1])
+    if plan.row_weights is not None:
+        known, device = plan.row_weights, activations.hidden.device
+        round_from_plan.round_as_planned(weights, bits, plan, known, config, device=device)
+    else:
+        second = layer_problem.build_problem("layer", weights, activations, _gating, config, plan.bases)
+        layer_rounding.round_layer(second, bits)
+
+
+@contextmanager
+def _timed(device: torch.device) -> Iterator[dict[str, float]]:
+    """Seconds by part while this is entered. A GPU is waited for before and after each call of a part: what
+    it is asked for is otherwise computed in the time of another."""
+    seconds = dict.fromkeys(PARTS, 0.0)
+
+    def timed(part: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            start = _now(device)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                seconds[part] += _now(device) - start
+
+        return call
+
+    places = [
+        (module, name, part)
+        for part, function in PARTS.items()
+        for module in _MODULES
+        for name, value in vars(module).items()
+        if value is function
+    ]
+    for module, name, part in places:
+        setattr(module, name, timed(part, PARTS[part]))
+    try:
+        yield seconds
+    finally:
+        for module, name, part in places:
+            setattr(module, name, PARTS[part])
+
+
+def _now(device: torch.device) -> float:
+    """Seconds, when all that a GPU was asked for is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _gptq_seconds(weights: ExpertWeights, activations: LayerActivations, experts: int, search: bool) -> float:
+    """Time of gptqmodel for some experts, with the settings of ``compare.gptq_quantize``.
+
+    Args:
+        search: for scales, as there: the best quality, and most of the time. gptqmodel's default is not to.
+    """
+    from gptqmodel.quantization.gptq import GPTQ
+
+    from bitsmoe_plugin.commands.compare.gptq_quantize import GptqSettings, quantize_config
+
+    device = weights.gate.device
+    settings = GptqSettings() if search else GptqSettings(mse=0.0)
+
+    slots = statistics.routed_slots(activations, weights.num_experts)
+    total = 0.0
+    for expert in range(experts):
+        x = activations.hidden[slots[expert][0]]
+        gate, up, down = weights.gate[expert], weights.up[expert], weights.down[expert]
+        hidden = _gating(x @ gate.T, x @ up.T)
+        for weight, inputs in ((gate, x), (up, x), (down, hidden)):
+            sizes = weight.shape[1], weight.shape[0]
+            linear = torch.nn.Linear(*sizes, bias=False, dtype=weight.dtype, device=device)
+            linear.weight.data.copy_(weight)
+            task = GPTQ(linear, quantize_config(settings))
+            task.quantizer.configure(perchannel=True)
+            start = _now(device)
+            task.add_batch(inputs[None], None)
+            task.quantize()
+            total += _now(device) - start
+    return total
+
+
+def _first(weights: ExpertWeights) -> ExpertWeights:
+    """The first two experts."""
+    return ExpertWeights(weights.gate[:2], weights.up[:2], weights.down[:2])
+
+
+def _routed_to_first(activations: LayerActivations) -> LayerActivations:
+    """The same tokens, routed to two experts."""
+    return replace(activations, top_k_index=activations.top_k_index % 2)
+
+
+def measure(args: argparse.Namespace) -> list[Row]:
+    """A row for each part, for the whole, and for GPTQ."""
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    shape, k = SHAPES[args.shape]
+    if args.experts:
+        shape = LayerShape(args.experts, shape.hidden_size, shape.intermediate_size)
+    generator = torch.Generator().manual_seed(0)
+    weights = random_experts(shape, generator)
+    activations = random_activations(shape, min(k, shape.num_experts), args.tokens, generator)
+    device = torch.device(choose_device(args.device))
+    weights = weights.to(device)
+    activations = LayerActivations(*(tensor.to(device) for tensor in vars(activations).values()))
+    config = BitsMoEConfig(bits=args.bits, method=args.method)
+    with torch.no_grad():
+        if device.type == "cuda":  # kernels are compiled, and libraries loaded, at their first use
+            plenty = BitsMoEConfig(bits=8.0, method=args.method)  # two experts have much of a basis each
+            _quantize(_first(weights), _routed_to_first(activations), plenty)
+        with _timed(device) as parts:
+            start = _now(device)
+            _quantize(weights, activations, config)
+            ours = _now(device) - start
+    times = {f"bitsmoe ({args.method})": ours, **{f"  {part}": value for part, value in parts.items()}}
+    if args.gptq_experts and find_spec("gptqmodel"):
+        some = min(args.gptq_experts, shape.num_experts)
+        if device.type == "cuda":
+            _gptq_seconds(weights, activations, 1, search=True)
+        for name, search in (("gptq", True), ("gptq, no search for scales", False)):
+            times[name] = _gptq_seconds(weights, activations, some, search) * shape.num_experts / some
+    return [
+        {
+            "part": part,
+            "seconds": seconds,
+            "nanoseconds_per_weight": 1e9 * seconds / shape.weights,
+            "over_bitsmoe": seconds / ours,
+        }
+        for part, seconds in times.items()
+    ]

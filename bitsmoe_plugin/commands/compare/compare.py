@@ -1,0 +1,342 @@
+"""Side-by-side comparison of quantization methods, each in a process of its own.
+
+The parent starts ``python -m bitsmoe_plugin.commands.compare.compare`` per method with the task as JSON on
+stdin; the worker quantizes, evaluates against the full-precision model and prints its row as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from rich.table import Table
+
+from bitsmoe_plugin.base.error_lines import ToldError, told, working_on
+from bitsmoe_plugin.base.option_checks import check_number
+from bitsmoe_plugin.base.stdout import stdout_to_stderr
+from bitsmoe_plugin.calibration.text import load_documents, token_blocks, token_stream
+from bitsmoe_plugin.commands.evaluate import check_evaluation, evaluate_model, evaluation_text
+from bitsmoe_plugin.commands.inspect import check_if_packed, table_console
+from bitsmoe_plugin.config import BitsMoEConfig
+from bitsmoe_plugin.errors import BitsMoEError, ConfigError, QuantizationError
+from bitsmoe_plugin.models.families import find_moe_layers
+from bitsmoe_plugin.models.model_class import check_folder, load_model
+from bitsmoe_plugin.models.model_source import ModelSource
+from bitsmoe_plugin.models.tokenizer import load_tokenizer
+
+
+@dataclass(frozen=True)
+class ComparisonTask:
+    """What every method is given; see the options of ``bitsmoe compare``."""
+
+    model: str
+    bits: float
+    factor_bits: float | None
+    dataset: str
+    eval: str
+    calibration_tokens: int
+    sequence_length: int
+    batch_size: int
+    seed: int
+    max_tokens: int | None
+    group_size: int
+    prompt: str | None
+    new_tokens: int
+    checkpoint: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    loading: dict[str, Any] = field(default_factory=dict)
+    """Options of ``ModelSource`` for the model and its tokenizer."""
+
+    @property
+    def source(self) -> ModelSource:
+        """Where the model is loaded from."""
+        return ModelSource.of(self.model, **self.loading)
+
+    def config(self) -> BitsMoEConfig:
+        """The BitsMoE options of this task."""
+        return BitsMoEConfig(
+            bits=self.bits,
+            factor_bits=self.factor_bits,
+            dataset=self.dataset,
+            calibration_tokens=self.calibration_tokens,
+            sequence_length=self.sequence_length,
+            batch_size=self.batch_size,
+            seed=self.seed,
+            chat_template_kwargs=self.chat_template_kwargs,
+        )
+
+    def check(self) -> None:
+        """Raises ConfigError: an option has a value that is not allowed."""
+        self.config()
+        check_evaluation(self.sequence_length, self.max_tokens, None, self.batch_size)
+        for name in ("group_size", "new_tokens"):
+            check_number(name, getattr(self, name), 1, 10**9, whole=True, owner="compare")
+
+    @property
+    def baseline_bits(self) -> int:
+        """Width of round-to-nearest and GPTQ: they have whole widths only, plus their overhead."""
+        return max(2, int(self.bits))
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """Attributes:
+    model: ready to evaluate.
+    expert_bytes: everything stored for the routed experts.
+    seconds: spent in quantization, without loading and evaluation.
+    """
+
+    model: Any
+    expert_bytes: int
+    seconds: float
+
+
+def _expert_weights(model: Any) -> int:
+    return sum(
+        layer.module.gate_up_proj.numel() + layer.module.down_proj.numel() for layer in find_moe_layers(model)
+    )
+
+
+def _load(model: str | Path | ModelSource) -> Any:
+    source = ModelSource.of(model)
+    with working_on(f"loading {source.name}"):
+        return load_model(source).eval()
+
+
+def _full(task: ComparisonTask, scratch: Path) -> Quantized:
+    model = _load(task.source)
+    size = next(iter(find_moe_layers(model))).module.down_proj.element_size()
+    return Quantized(model, size * _expert_weights(model), 0.0)
+
+
+def _rtn(task: ComparisonTask, scratch: Path) -> Quantized:
+    from bitsmoe_plugin.commands.compare.rtn import quantize_rtn
+
+    model = _load(task.source)
+    start = time.perf_counter()
+    bits = quantize_rtn(model, task.baseline_bits, task.group_size)
+    seconds = time.perf_counter() - start
+    return Quantized(model, round(bits * _expert_weights(model) / 8), seconds)
+
+
+def _peer(module: str, options: tuple[str, ...], task: ComparisonTask, scratch: Path) -> Quantized:
+    """Run ``comparison.<module>`` in a process of its own and read the GPTQ-format checkpoint it writes."""
+    from bitsmoe_plugin.commands.compare.gptq_checkpoint import expert_bytes, load_gptq_model
+
+    tokenizer = load_tokenizer(task.source)
+    blocks = token_blocks(
+        load_documents(task.dataset),
+        tokenizer,
+        sequence_length=task.sequence_length,
+        max_tokens=task.calibration_tokens,
+        vocab_size=len(tokenizer),
+        seed=task.seed,
+        chat_template_kwargs=task.chat_template_kwargs,
+    )
+    calibration, out = scratch / "calibration.json", scratch / "peer"
+    calibration.write_text(json.dumps(blocks.tolist()))
+    command = [sys.executable, "-m", f"bitsmoe_plugin.commands.compare.{module}", *options]
+    command += ["--model", str(task.source.directory()), "--out", str(out), "--calibration", str(calibration)]
+    command += ["--bits", str(task.baseline_bits), "--group-size", str(task.group_size)]
+    command += ["--trust-remote-code"] if task.source.trust_remote_code else []
+    done = subprocess.run([*command, "--seed", str(task.seed)], stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise ToldError(f"{module}: {_last_words(done)}")
+    record = json.loads(done.stdout.strip().splitlines()[-1])
+    model = load_gptq_model(out, _dtype(task)).eval()
+    return Quantized(model, expert_bytes(out), record["quantize_seconds"])
+
+
+def _dtype(task: ComparisonTask) -> torch.dtype:
+    """Of the model that is compared with. GPTQ-format checkpoints say float16 whatever they were made from,
+    in which a model with massive activations overflows."""
+    return next(_load(task.source).parameters()).dtype
+
+
+def _bitsmoe(task: ComparisonTask, scratch: Path) -> Quantized:
+    from bitsmoe_plugin.commands.inspect import inspect_checkpoint
+    from bitsmoe_plugin.integrations.transformers import quantize_to_directory
+
+    start = time.perf_counter()
+    quantize_to_directory(task.source, scratch / "bitsmoe", task.config())
+    seconds = time.perf_counter() - start
+    size = inspect_checkpoint(scratch / "bitsmoe")["expert_bytes"]
+    return Quantized(_load(scratch / "bitsmoe"), size, seconds)
+
+
+def _checkpoint(task: ComparisonTask, scratch: Path) -> Quantized:
+    """A GPTQ checkpoint of AutoGPTQ or GPTQModel, or a packed one, that is there already."""
+    from bitsmoe_plugin.commands.compare.gptq_checkpoint import expert_bytes, is_gptq, load_gptq_model
+    from bitsmoe_plugin.commands.inspect import inspect_checkpoint
+
+    path = Path(str(task.checkpoint))
+    if is_gptq(path):
+        return Quantized(load_gptq_model(path, _dtype(task)).eval(), expert_bytes(path), 0.0)
+    size = inspect_checkpoint(path)["expert_bytes"]  # first: it refuses what a loader would trip over
+    return Quantized(_load(path), size, 0.0)
+
+
+PACKAGES = {"gptq": "gptqmodel", "autoround": "auto_round"}
+"""Packages that methods need besides what this one requires."""
+RUNNERS: dict[str, Callable[[ComparisonTask, Path], Quantized]] = {
+    "full": _full,
+    "rtn": _rtn,
+    "gptq": partial(_peer, "gptq_quantize", ()),
+    # Asymmetric, because that came out better than its default (55.93 to 56.20, bundled model, 2 bits).
+    "autoround": partial(_peer, "autoround_quantize", ("--no-sym",)),
+    "bitsmoe": _bitsmoe,
+    "checkpoint": _checkpoint,
+}
+
+
+def _sample(model: Any, tokenizer: Any, task: ComparisonTask) -> str:
+    inputs = tokenizer(task.prompt, return_tensors="pt", return_token_type_ids=False)
+    # A repetition penalty, because small models repeat themselves under greedy search.
+    output = model.generate(**inputs, max_new_tokens=task.new_tokens, do_sample=False, repetition_penalty=1.3)
+    return str(tokenizer.decode(output[0], skip_special_tokens=True))
+
+
+def run_method(method: str, task: ComparisonTask) -> dict[str, Any]:
+    """Quantize and evaluate with one method, in this process.
+
+    Returns:
+        keys method, bits_per_weight, expert_bytes, perplexity, per_domain, kl_divergence,
+        top1_agreement, quantize_seconds, and sample if the task has a prompt.
+    """
+    tokenizer = load_tokenizer(task.source)
+    texts = evaluation_text(
+        task.eval,
+        tokenizer,
+        sequence_length=task.sequence_length,
+        max_tokens=task.max_tokens,
+        chat_template_kwargs=task.chat_template_kwargs,
+    )
+    with tempfile.TemporaryDirectory(prefix="bitsmoe-compare-") as scratch:
+        quantized = RUNNERS[method](task, Path(scratch))
+        reference = _load(task.source)
+        result = evaluate_model(quantized.model, texts, reference=reference, batch_size=task.batch_size)
+        row = {
+            "method": method,
+            "bits_per_weight": 8 * quantized.expert_bytes / _expert_weights(reference),
+            "expert_bytes": quantized.expert_bytes,
+            "perplexity": result.perplexity,
+            "per_domain": result.per_domain,
+            "kl_divergence": result.kl_divergence,
+            "top1_agreement": result.top1_agreement,
+            "quantize_seconds": quantized.seconds,
+        }
+        if task.prompt is not None:
+            row["sample"] = _sample(quantized.model, tokenizer, task)
+    return row
+
+
+def compare(task: ComparisonTask, methods: tuple[str, ...], debug: bool = False) -> list[dict[str, Any]]:
+    """One row per method, each from a process of its own.
+
+    Args:
+        debug: let the processes show where their errors come from.
+
+    Raises:
+        ConfigError: unknown method or bad option.
+        CheckpointError: a packed checkpoint is not sound.
+        QuantizationError: a method failed; with its message.
+        ToldError: likewise, by an error of a library below.
+    """
+    unknown = [method for method in methods if method not in RUNNERS]
+    if unknown or not methods:
+        raise ConfigError(f"methods={','.join(methods)!r}: allowed are {', '.join(RUNNERS)}")
+    if ("checkpoint" in methods) != (task.checkpoint is not None):
+        raise ConfigError("method checkpoint and option --checkpoint need each other")
+    task.check()
+    for method in methods:
+        if find_spec(PACKAGES.get(method, "torch")) is None:
+            raise ConfigError(
+                f"method {method} needs {PACKAGES[method]}, which is not there; run `make install-{method}`"
+            )
+    source = task.source
+    # What is missing or damaged should not show after another method's hours.
+    tokenizer, options = load_tokenizer(source), {"chat_template_kwargs": task.chat_template_kwargs}
+    for text in (task.dataset, task.eval):
+        token_stream(load_documents(text), tokenizer, limit=1, **options)
+    for path in (source.name, task.checkpoint):
+        if path is not None:
+            check_if_packed(path)
+    if Path(source.name).is_dir():
+        check_folder(Path(source.name))
+    rows = []
+    for number, method in enumerate(methods, 1):
+        print(f"[{number}/{len(methods)}] {method}", file=sys.stderr, flush=True)
+        rows.append(_in_process(method, task, debug))
+    return rows
+
+
+def _in_process(method: str, task: ComparisonTask, debug: bool) -> dict[str, Any]:
+    command = [sys.executable, "-m", "bitsmoe_plugin.commands.compare.compare", method, str(int(debug))]
+    done = subprocess.run(command, input=json.dumps(asdict(task)), stdout=subprocess.PIPE, text=True)
+    if not done.returncode:
+        row: dict[str, Any] = json.loads(done.stdout)
+        return row
+    message = f"method {method} failed: {_last_words(done)}"
+    raise QuantizationError(message) if done.returncode == 2 else ToldError(message)
+
+
+def _last_words(done: subprocess.CompletedProcess[str]) -> str:
+    """What a process that failed had to say: a JSON object with ``error`` at the end of its stdout."""
+    if done.returncode < 0:
+        return f"its process was ended by signal {-done.returncode} (9: most often for lack of memory)"
+    try:
+        return str(json.loads(done.stdout.strip().splitlines()[-1])["error"])
+    except (ValueError, LookupError, TypeError):
+        return f"its process ended with status {done.returncode}; what it said is above"
+
+
+def print_comparison(rows: list[dict[str, Any]], stream: TextIO) -> None:
+    """The rows as a table, followed by the text samples."""
+    console = table_console(stream)
+    domains = sorted(rows[0]["per_domain"])
+    table = Table("method", "bits/weight", "expert bytes", *domains, "perplexity", "KL", "top-1", "seconds")
+    for row in rows:
+        table.add_row(
+            row["method"],
+            f"{row['bits_per_weight']:.3f}",
+            f"{row['expert_bytes']:,}",
+            *(f"{row['per_domain'][domain]:.2f}" for domain in domains),
+            f"{row['perplexity']:.2f}",
+            f"{row['kl_divergence']:.4f}",
+            f"{100 * row['top1_agreement']:.1f} %",
+            f"{row['quantize_seconds']:.1f}",
+        )
+    console.print(table)
+    console.print("bits/weight: everything stored for the routed experts over their number of weights.")
+    for row in rows:
+        if "sample" in row:
+            console.print(f"\n[bold]{row['method']}[/bold]: {row['sample']}", highlight=False)
+
+
+def main() -> int:
+    """Worker: task as JSON on stdin; method, and 1 to debug, as arguments; row or error as JSON on stdout."""
+    try:
+        with stdout_to_stderr() as stdout:
+            row = run_method(sys.argv[1], ComparisonTask(**json.load(sys.stdin)))
+            json.dump(row, stdout)
+    except Exception as error:
+        if sys.argv[2:] == ["1"]:
+            traceback.print_exc()
+        print(json.dumps({"error": told(error, sys.argv[1])}))
+        return 2 if isinstance(error, BitsMoEError) else 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,274 @@
+"""What quantizing a model would give and take, from config.json and the headers of its weights alone."""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from rich.table import Table
+from torch import nn
+from transformers import AutoConfig
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from bitsmoe_plugin.allocation.budget import find_floor, reserve
+from bitsmoe_plugin.allocation.sub_budgets import smallest_payload
+from bitsmoe_plugin.allocation.super_expert_policy import (
+    bias_bits,
+    kept_bits,
+    model_budget,
+    named_kept,
+    row_groups,
+)
+from bitsmoe_plugin.base.process_state import known_state
+from bitsmoe_plugin.commands.estimate_resources import Workload, peak_memory, rough_seconds
+from bitsmoe_plugin.commands.inspect import table_console
+from bitsmoe_plugin.config import BitsMoEConfig
+from bitsmoe_plugin.errors import QuantizationError
+from bitsmoe_plugin.models.expert_source import LoadedExperts
+from bitsmoe_plugin.models.families import layout_of
+from bitsmoe_plugin.models.files import read_model_config
+from bitsmoe_plugin.models.model_class import auto_class
+from bitsmoe_plugin.models.source_tensors import check_source, folder_dtypes
+from bitsmoe_plugin.models.stored_names import StoredNames
+
+_HEADER_BYTES = 128
+"""Per tensor in the header of a safetensors file; 110 to 120 measured, more with longer names."""
+_LARGEST_HEADER = 100 * 2**20
+_PACKED_TENSORS = 7
+_DTYPES = {2: torch.bfloat16, 4: torch.float32}
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """All sizes in bytes.
+
+    Attributes:
+        model_type: of config.json.
+        layers: MoE layers.
+        experts: routed experts of all layers.
+        expert_weights: their weights, the denominator of all bits per weight.
+        bits_per_weight: counted, bases included.
+        smallest_bits: smallest reachable ``bits`` (``factor_bits``, if that is given) with the same
+            ``layer_bits`` and ``projection_bits``.
+        parts: stored for the experts, by part.
+        expert_bytes: their sum.
+        other_bytes: everything that is not quantized.
+        checkpoint_bytes: the packed checkpoint's safetensors files.
+        unquantized_bytes: the tensors that stand in the model's files now.
+        memory: at the peak of quantization, by part; see ``estimate_resources.peak_memory``.
+        peak_memory_bytes: their sum.
+        seconds: order of magnitude on this machine; None if unknown.
+    """
+
+    model_type: str
+    layers: int
+    experts: int
+    expert_weights: int
+    bits_per_weight: float
+    smallest_bits: float
+    parts: dict[str, int]
+    expert_bytes: int
+    other_bytes: int
+    checkpoint_bytes: int
+    unquantized_bytes: int
+    memory: dict[str, int]
+    peak_memory_bytes: int
+    seconds: float | None
+
+
+def stored_bytes(directory: Path) -> int:
+    """Bytes of all tensors of a checkpoint, from its index, or else the header of its only file.
+
+    Raises:
+        QuantizationError: neither is there, or it cannot be read.
+    """
+    index, single = directory / SAFE_WEIGHTS_INDEX_NAME, directory / SAFE_WEIGHTS_NAME
+    try:
+        if index.is_file():
+            return int(json.loads(index.read_text(encoding="utf-8"))["metadata"]["total_size"])
+        if single.is_file():
+            return _header_bytes(single)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error, RecursionError) as error:
+        raise QuantizationError(
+            f"the size of the weights in {directory} cannot be read: {type(error).__name__} {error}"
+        ) from error
+    raise QuantizationError(f"{directory} has neither {SAFE_WEIGHTS_INDEX_NAME} nor {SAFE_WEIGHTS_NAME}")
+
+
+def _header_bytes(path: Path) -> int:
+    """Bytes of all tensors of one safetensors file: where the last one ends."""
+    with path.open("rb") as file:
+        length = struct.unpack("<Q", file.read(8))[0]
+        if length > _LARGEST_HEADER:
+            raise ValueError(f"{path.name} has a header of {length} bytes; is it a safetensors file?")
+        header = json.loads(file.read(length))
+    return max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
+
+
+def _model_config(directory: Path) -> Any:
+    if not (directory / "config.json").is_file():
+        raise QuantizationError(f"{directory / 'config.json'} does not exist; is {directory} a model?")
+    read_model_config(directory)  # it refuses what the loader would trip over
+    try:
+        config = AutoConfig.from_pretrained(directory)
+    except (ValueError, KeyError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split())
+        raise QuantizationError(f"{directory / 'config.json'} cannot be used: {reason}") from error
+    method = (getattr(config, "quantization_config", None) or {}).get("quant_method")
+    if method:
+        raise QuantizationError(
+            f"{directory} is quantized already (quant_method {method!r}); an unquantized model is needed"
+        )
+    return config
+
+
+def empty_model(directory: Path, stored: int) -> Any:
+    """The model on the meta device: all shapes and dtypes, no weights.
+
+    Args:
+        stored: bytes of its tensors in the files; settles the dtype if config.json names none.
+
+    Raises:
+        QuantizationError: config.json is unusable, or describes another model than the files.
+    """
+    config = _model_config(directory)
+    try:
+        with torch.device("meta"):
+            model = auto_class(config).from_config(config)
+    except QuantizationError:
+        raise
+    except ValueError as error:
+        raise QuantizationError(f"model type {config.model_type!r} is no language model: {error}") from error
+    check_source(StoredNames(model), folder_dtypes(directory))
+    weights = sum(tensor.numel() for tensor in _tensors(model))
+    itemsize = stored / weights
+    if itemsize < 0.95 * min(_DTYPES):
+        raise QuantizationError(
+            f"config.json of {directory} describes {weights:,} weights, but the files hold {stored:,} bytes, "
+            f"{itemsize:.2f} per weight; they do not belong together"
+        )
+    return model if config.dtype else model.to(_DTYPES[2 if itemsize < 3 else 4])
+
+
+def _tensors(model: nn.Module) -> list[torch.Tensor]:
+    """What a checkpoint of the model holds: tied tensors once."""
+    return list({id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values()}.values())
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _workload(
+    model: Any, source: LoadedExperts, others: list[torch.Tensor], config: BitsMoEConfig
+) -> Workload:
+    return Workload(
+        source.shapes,
+        tokens=config.calibration_tokens,
+        experts_per_token=getattr(model.config.get_text_config(), "num_experts_per_tok", None),
+        other_bytes=sum(map(_bytes, others)),
+        active_weights=sum(tensor.numel() for tensor in others),
+        itemsize=source.dtypes[0].itemsize,
+    )
+
+
+def _packed_tensors(source: LoadedExperts, kept: list[tuple[int, ...]]) -> int:
+    """Number of packed tensors of all layers."""
+    return sum(
+        _PACKED_TENSORS + 2 * layout_of(layer.module).has_bias + 2 * bool(ids)
+        for layer, ids in zip(source.layers, kept, strict=True)
+    )
+
+
+@known_state()
+def estimate(directory: Path, config: BitsMoEConfig) -> Estimate:
+    """Sizes, memory and time of quantizing the model in ``directory``; no weight is read.
+
+    Args:
+        config: as for quantization; ``dataset`` is not needed, ``calibration_tokens`` is taken as given.
+            Super experts that quantization would find by itself are not counted, only those named here.
+
+    Raises:
+        QuantizationError: no model, a dense or unknown one, or a budget that cannot be met.
+        CheckpointError: config.json cannot be read, or the model needs code of its own.
+    """
+    config = BitsMoEConfig.checked_copy(config)
+    stored = stored_bytes(Path(directory))
+    model = empty_model(Path(directory), stored)
+    source = LoadedExperts(model)
+    layers, shapes = source.layers, source.shapes
+    kept = named_kept(source, config) or [()] * len(layers)
+    budget = model_budget(source, config)
+    groups = row_groups(source, config, budget, kept)
+    budget = reserve(budget, "kept_experts", sum(kept_bits(source, kept)))
+    payload = sum(group.payload_bits for group in groups)
+    parts = {part: bits // 8 for part, bits in {"payload": payload, **budget.fixed}.items()}
+    expert_bytes, floor = sum(parts.values()), find_floor(shapes, config, sum(bias_bits(source)))
+    experts = {id(tensor) for layer in layers for tensor in layer.module.parameters()}
+    others = [tensor for tensor in _tensors(model) if id(tensor) not in experts]
+    other_bytes = sum(map(_bytes, others))
+    header = _HEADER_BYTES * (len(others) + _packed_tensors(source, kept))
+    work = _workload(model, source, others, config)
+    memory = peak_memory(work, config)
+    return Estimate(
+        model_type=model.config.model_type,
+        layers=len(layers),
+        experts=sum(shape.num_experts for shape in shapes),
+        expert_weights=budget.weights,
+        bits_per_weight=8 * expert_bytes / budget.weights,
+        smallest_bits=(floor.counted + smallest_payload(groups)) / floor.weights,
+        parts=parts,
+        expert_bytes=expert_bytes,
+        other_bytes=other_bytes,
+        checkpoint_bytes=expert_bytes + other_bytes + header,
+        unquantized_bytes=stored,
+        memory=memory,
+        peak_memory_bytes=sum(memory.values()),
+        seconds=rough_seconds(work, config),
+    )
+
+
+def _size(size: int) -> str:
+    """In the largest decimal unit that leaves at least 1."""
+    unit = min(3, int(math.log10(max(size, 1)) // 3))
+    return f"{size / 1000**unit:.{3 if unit else 0}f} {('B', 'kB', 'MB', 'GB')[unit]}"
+
+
+def print_estimate(result: Estimate, stream: TextIO) -> None:
+    """The estimate as tables."""
+    console = table_console(stream)
+    console.print(
+        f"{result.model_type}: {result.layers} MoE layers, {result.experts:,} experts, "
+        f"{result.expert_weights:,} expert weights at {result.bits_per_weight:.4f} counted bits "
+        f"(smallest reachable {result.smallest_bits:.4f})",
+        highlight=False,
+    )
+    console.print(_storage_table(result))
+    memory = Table("peak memory of quantization", "bytes")
+    for part, size in result.memory.items():
+        memory.add_row(part, _size(size))
+    memory.add_row("together", _size(result.peak_memory_bytes), style="bold")
+    console.print(memory)
+    if result.seconds is not None:
+        hours = result.seconds / 3600
+        rough = f"{hours:.1f} hours" if hours >= 1 else f"{result.seconds / 60:.1f} minutes"
+        gpu = ", on its CPU (a GPU takes less)" if torch.cuda.is_available() else ""
+        console.print(f"time on this machine{gpu}: of the order of {rough}", highlight=False)
+
+
+def _storage_table(result: Estimate) -> Table:
+    table = Table("stored", "bytes", "bits per expert weight")
+    for part, size in result.parts.items():
+        if size:
+            table.add_row(part, _size(size), f"{8 * size / result.expert_weights:.4f}")
+    table.add_row("experts", _size(result.expert_bytes), f"{result.bits_per_weight:.4f}", style="bold")
+    table.add_row("everything else", _size(result.other_bytes))
+    table.add_row("packed checkpoint", _size(result.checkpoint_bytes), style="bold")
+    table.add_row("unquantized checkpoint", _size(result.unquantized_bytes))
+    return table

@@ -1,0 +1,166 @@
+"""Memory and time that quantization takes, estimated from sizes alone.
+
+Both describe quantization as ``bitsmoe quantize`` does it on the CPU: experts are read layer by layer, plans
+and packed layers kept in files (whose mapped pages the kernel may take back; they are not counted).
+Memory was up to 29 % more than what was measured, see ``peak_memory``; time is an order of magnitude.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from bitsmoe_plugin.base.devices import CPU_WORKING_SET
+from bitsmoe_plugin.codec.layout import LayerShape
+from bitsmoe_plugin.config import BitsMoEConfig
+
+PROCESS_BYTES = 390 * 2**20
+"""Python with torch and transformers, measured."""
+_KERNEL_BYTES = 750_000
+KERNELS = 96
+"""Matrix products through oneDNN: it compiles a kernel for every shape, so in 16 bits for every number of
+tokens that an expert is given, and keeps so many (the command line says so; 1024 otherwise). Measured in
+16 bits: 0.67 MB per shape."""
+_NEURON_VALUES = 9
+"""Values in float32 per neuron and token while an expert's activations are computed."""
+_SECONDS_PER_WEIGHT = 6e-7
+"""Pricing, rounding and packing without their matrix products, one core with AVX-512 (``bench quantize``)."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Attributes:
+    shapes: of the MoE layers.
+    tokens: calibration tokens.
+    experts_per_token: of the router; None if it is unknown.
+    other_bytes: all of the unquantized model but the routed experts.
+    active_weights: weights outside the routed experts, each used once per token.
+    itemsize: bytes per value of hidden states.
+    """
+
+    shapes: list[LayerShape]
+    tokens: int
+    experts_per_token: int | None
+    other_bytes: int
+    active_weights: int
+    itemsize: int
+
+
+def peak_memory(work: Workload, config: BitsMoEConfig) -> dict[str, int]:
+    """Bytes at the peak, which is the rounding of the largest layer, by part.
+
+    Nothing here grows with the depth of the model, but ``kernels`` up to its limit.
+
+    ``model``: the weights outside the routed experts.
+    ``experts``: the unquantized ones of one layer.
+    ``plan``: costs, energies and bases of one layer.
+    ``kernels``: what torch keeps of the forward passes, see ``_KERNEL_BYTES``.
+    ``activations``: hidden states of all tokens (embedded, inputs, exact, outputs, captured, residual,
+    drift: 7 in the model's dtype; 3 in float32 while statistics are computed).
+    ``layer``: see ``_layer_bytes``.
+    ``shown``: with ``all_experts``, see ``_shown_bytes``.
+
+    Checked on the CPU only, against ``ru_maxrss`` of whole runs, on layers of 5 million weights: 7 % too much
+    at 2 layers, 29 % at 8, all of it ``kernels``, whose shapes repeat from layer to layer; with
+    torch's cache switched off, 2 to 3 % too much without them. Nothing larger was tried.
+    """
+    hidden = max(shape.hidden_size for shape in work.shapes)
+    bits = config.bits if config.factor_bits is None else config.factor_bits
+    batches = -(-work.tokens // (config.sequence_length * config.batch_size))
+    products = 2 * batches * sum(shape.num_experts for shape in work.shapes)
+    return {
+        "process": PROCESS_BYTES,
+        "model": work.other_bytes,
+        "experts": work.itemsize * max(shape.weights for shape in work.shapes),
+        "kernels": _KERNEL_BYTES * min(KERNELS, products) if work.itemsize == 2 else 0,
+        "plan": max(_plan_bytes(shape, config) for shape in work.shapes),
+        "activations": work.tokens * hidden * (7 * work.itemsize + 3 * 4),
+        "layer": max(_layer_bytes(shape, work.tokens, bits, config.input_bases) for shape in work.shapes),
+        "shown": max(_shown_bytes(shape, work.tokens, config) for shape in work.shapes),
+    }
+
+
+def _plan_bytes(shape: LayerShape, config: BitsMoEConfig) -> int:
+    """``layer_rounding.LayerPlan``: costs and energies in float32, codes of the bases."""
+    rows = 3 * shape.num_experts * shape.rank * (len(config.widths) + 1)
+    code = 2 if config.basis_bits == 16 else 1
+    return 4 * rows + code * (config.input_bases + 1) * shape.rank * shape.hidden_size
+
+
+def _layer_bytes(shape: LayerShape, tokens: int, bits: float, input_bases: int) -> int:
+    """The working set of ``layer_rounding.round_experts``, float32 but where said otherwise.
+
+    Held all along: refitted down and the feedback of its neurons, second moments, bases and their
+    inverses (about 10 of [H, H], two of them in float64), inputs in the basis, packed rows.
+    Of a group of experts: gate and up as factors, what is left of them, codes and values; feedback twice
+    (while it is stacked).
+    """
+    covariance = input_bases * shape.rank**2
+    group = min(shape.num_experts, max(1, CPU_WORKING_SET // covariance))
+    kept = 4 * shape.weights // 3 + 4 * shape.num_experts * shape.intermediate_size**2
+    kept += 12 * 4 * shape.hidden_size**2 + 4 * tokens * input_bases * shape.rank
+    kept += int(bits * shape.weights / 8)
+    rows = 2 * group * shape.rank * shape.intermediate_size
+    return kept + 4 * 4 * rows + 2 * 4 * group * covariance
+
+
+def _shown_bytes(shape: LayerShape, tokens: int, config: BitsMoEConfig) -> int:
+    """What ``all_experts`` adds: which tokens every expert sees and their weights, and the activations of the
+    one expert at work, which routing would keep to few tokens."""
+    if not config.all_experts:
+        return 0
+    h, i = shape.hidden_size, shape.intermediate_size
+    return tokens * (12 * shape.num_experts + 4 * ((1 + config.input_bases) * h + _NEURON_VALUES * i))
+
+
+def rough_seconds(work: Workload, config: BitsMoEConfig) -> float | None:
+    """Order of magnitude of the time on this machine; None if the experts per token are unknown.
+
+    Two terms: matrix products, counted and divided by a speed measured now (for 10 ms), and pricing and
+    rounding, in proportion to the expert weights.
+    """
+    if work.experts_per_token is None:
+        return None
+    weights = sum(shape.weights for shape in work.shapes)
+    flops = 4 * 2 * work.tokens * work.active_weights
+    flops += sum(_layer_flops(shape, work.tokens, work.experts_per_token) for shape in work.shapes)
+    if config.all_experts:
+        flops += sum(_shown_flops(shape, work.tokens, work.experts_per_token) for shape in work.shapes)
+    return _SECONDS_PER_WEIGHT * weights / torch.get_num_threads() + flops / _matmul_speed()
+
+
+def _layer_flops(shape: LayerShape, tokens: int, experts_per_token: int) -> int:
+    """Multiplications and additions in matrix products for one layer.
+
+    Four forward passes (first pass; exact, captured and rounded in the second), and twice: activations and
+    outputs (8HI), covariances of gate's and up's inputs (4H^2), of hidden activations (4I^2) per routed row;
+    inputs in the basis (2H^2) per token; Gram matrices (4IH^2), feedback factors (1/3 n^3 for gate and up,
+    4/3 n^3 for down, in float64 at half the speed) and factors (6IH^2) per expert.
+    """
+    h, i = shape.hidden_size, shape.intermediate_size
+    per_row = 4 * 6 * h * i + 2 * (8 * h * i + 4 * h**2 + 4 * i**2)
+    per_expert = 2 * (10 * i * h**2 + 2 * 2 * 2 * h**3 // 3 + 2 * 8 * i**3 // 3)
+    return tokens * (experts_per_token * per_row + 2 * 2 * h**2) + shape.num_experts * per_expert
+
+
+def _shown_flops(shape: LayerShape, tokens: int, experts_per_token: int) -> int:
+    """Of the tokens that ``all_experts`` shows to experts that they are not routed to.
+
+    Gate and up in either pass (8HI); what the refit of down compares, with exact and with rounded weights
+    (8HI); covariances of hidden activations, once in the first pass (2I^2) and twice in the refit (4I^2).
+    """
+    h, i = shape.hidden_size, shape.intermediate_size
+    return tokens * (shape.num_experts - experts_per_token) * (16 * h * i + 6 * i**2)
+
+
+def _matmul_speed() -> float:
+    """Multiplications and additions per second in float32 products, best of a few."""
+    matrix = torch.ones(512, 512)
+    best = float("inf")
+    for _ in range(4):
+        start = time.perf_counter()
+        torch.mm(matrix, matrix)
+        best = min(best, time.perf_counter() - start)
+    return 2 * 512**3 / best

@@ -1,0 +1,274 @@
+"""What a packed checkpoint holds: counted bits by part, widths by layer and projection, errors."""
+
+from __future__ import annotations
+
+import math
+import re
+import statistics
+from collections import Counter
+from pathlib import Path
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from bitsmoe_plugin.calibration.coverage import THIN_TOKENS_PER_DIMENSION
+from bitsmoe_plugin.checkpoint.model_sizes import check_model_sizes
+from bitsmoe_plugin.checkpoint.other_tensors import tied_by_record, verify_others
+from bitsmoe_plugin.checkpoint.packed_files import PackedFiles
+from bitsmoe_plugin.checkpoint.untrusted_values import id_list, measured, number_list
+from bitsmoe_plugin.codec import layout
+from bitsmoe_plugin.codec.spec import PackedSpec
+from bitsmoe_plugin.config import QUANT_METHOD, BitsMoEConfig
+from bitsmoe_plugin.errors import CheckpointError
+from bitsmoe_plugin.models.files import read_model_config, safetensors_files
+
+_PARTS = {
+    "bitsmoe_payload": "payload",
+    "bitsmoe_row_codes": "row_codes",
+    "bitsmoe_scale_grid": "scale_grids",
+    "bitsmoe_input_basis": "bases",
+    "bitsmoe_input_scales": "bases",
+    "bitsmoe_output_basis": "bases",
+    "bitsmoe_output_scales": "bases",
+    "bitsmoe_input_bias": "biases",
+    "bitsmoe_output_bias": "biases",
+    "bitsmoe_kept_input": "kept_experts",
+    "bitsmoe_kept_output": "kept_experts",
+    "bitsmoe_tile_scales": "row_scales",
+    "bitsmoe_row_gains": "row_scales",
+}
+
+_ALIKE = ("row_codes", "scale_grid", "kept_input", "kept_output")
+"""Tensors of which each projection has a third."""
+
+
+def read_config(directory: Path) -> BitsMoEConfig:
+    """The quantization config of a packed checkpoint.
+
+    Raises:
+        CheckpointError: not a packed BitsMoE checkpoint.
+    """
+    model = read_model_config(Path(directory))
+    values = model.get("quantization_config") or {}
+    method = values.get("quant_method") if isinstance(values, dict) else None
+    if not isinstance(values, dict) or method != QUANT_METHOD:
+        raise CheckpointError(
+            f"{directory} is not a packed BitsMoE checkpoint (quant_method is {str(method)[:80]!r}); "
+            "make one with `bitsmoe quantize`"
+        )
+    config = BitsMoEConfig.from_dict(values)
+    check_model_sizes(model, config)
+    return config
+
+
+def check_if_packed(directory: str | Path) -> None:
+    """Refuse what a loader would trip over, if ``directory`` is that of a packed checkpoint.
+
+    Raises:
+        CheckpointError: config.json cannot be read, or is of a model with code of its own; or it is of a
+            packed checkpoint, and sizes, files or headers are not sound.
+    """
+    if not (Path(directory) / "config.json").is_file():
+        return
+    found = read_model_config(Path(directory)).get("quantization_config")
+    if isinstance(found, dict) and found.get("quant_method") == QUANT_METHOD:
+        PackedFiles.open(safetensors_files(Path(directory)), read_config(Path(directory)))
+
+
+def inspect_checkpoint(directory: Path) -> dict[str, Any]:
+    """Sizes, widths and errors of a packed checkpoint, JSON-ready.
+
+    Returns:
+        ``bits_per_weight``, ``expert_bytes``, ``expert_weights``, ``parts`` (bits per weight by
+        part), ``projections`` (bits per weight of the projection, as ``projection_bits`` counts them),
+        ``calibration``, and ``layers``: for each ``bits_per_weight``, ``projections``, ``widths`` (projection
+        -> width -> rows), ``expert_bits`` (mean width of each expert's rows), ``kept_experts`` (ids),
+        ``tokens_per_dimension`` and what was measured while quantizing: errors (absolute, per token and
+        hidden value, token-weighted), ``output_energy``, ``bits_over_bound``, ``tokens_per_expert``,
+        ``output_peaks``, ``super_experts`` (ids of those that were found, kept or not).
+    """
+    config = read_config(directory)
+    if not config.layers:
+        raise CheckpointError(f"quantization_config of {directory} describes no layers; it is incomplete")
+    paths = safetensors_files(Path(directory))
+    files = PackedFiles.open(paths, config)
+    verify_others(
+        paths, config.other_tensors, config.other_tensors_in_model, tied_by_record(config.other_tensors)
+    )
+    specs = files.specs
+    parts: Counter[str] = Counter()
+    projections: Counter[str] = Counter()
+    layers: dict[str, Any] = {}
+    weights = 0
+    for layer, spec in specs.items():
+        weights += spec.shape.weights
+        size = 0
+        for buffer, (dtype, shape) in spec.tensors().items():
+            bits = 8 * dtype.itemsize * math.prod(shape)
+            parts[_PARTS[buffer]] += bits
+            size += bits
+        widths = layout.row_widths(files.read(layer).row_codes, config.widths)
+        rows = _projection_bits(spec, widths)
+        projections.update(rows)
+        layers[layer] = {
+            **measured(config.layers[layer]),  # first, so that it replaces nothing of what was counted
+            "bits_per_weight": size / spec.shape.weights,
+            "projections": {factor: 3 * bits / spec.shape.weights for factor, bits in rows.items()},
+            "widths": {
+                factor: {str(w): int((widths[i] == w).sum()) for w in config.widths}
+                for i, factor in enumerate(layout.FACTORS)
+            },
+            "expert_bits": widths.double().mean((0, 2)).tolist(),
+            "kept_experts": list(spec.kept),
+            "tokens_per_dimension": _tokens_per_dimension(config.layers[layer], spec.shape.hidden_size),
+        }
+    total = sum(parts.values())
+    return {
+        "bits_per_weight": total / weights,
+        "expert_bytes": total // 8,
+        "expert_weights": weights,
+        "parts": {part: bits / weights for part, bits in parts.items()},
+        "projections": {factor: 3 * bits / weights for factor, bits in projections.items()},
+        "calibration": config.calibration,
+        "layers": layers,
+    }
+
+
+def _projection_bits(spec: PackedSpec, widths: Tensor) -> dict[str, int]:
+    """What is stored for each projection alone: its rows with their codes and scales, and kept experts.
+
+    Args:
+        widths: ``[3, E, r]`` bits of the rows.
+    """
+    sizes = {name: 8 * dtype.itemsize * math.prod(shape) for name, (dtype, shape) in spec.tensors().items()}
+    alike = sum(sizes.get(f"bitsmoe_{name}", 0) for name in _ALIKE) // len(layout.FACTORS)
+    scales = sum(sizes.get(f"bitsmoe_{name}", 0) for name in ("tile_scales", "row_gains"))
+    stored = (widths > 0).sum((1, 2)).tolist()
+    payload = (layout.BLOCK * spec.shape.blocks * widths.sum((1, 2))).tolist()
+    return {
+        factor: alike + payload[i] + scales * stored[i] // max(1, sum(stored))
+        for i, factor in enumerate(layout.FACTORS)
+    }
+
+
+def _tokens_per_dimension(entry: dict[str, Any], hidden_size: int) -> float:
+    counts = number_list(measured(entry), "tokens_per_expert", entry["num_experts"])
+    return 0.0 if counts is None else statistics.median(counts.tolist()) / hidden_size
+
+
+def quantized_super_experts(layer: dict[str, Any]) -> list[int]:
+    """Ids of the super experts of a layer of ``inspect_checkpoint`` that have rows."""
+    found = id_list(layer, "super_experts", len(layer["expert_bits"]))
+    return [expert for expert in found if expert not in layer["kept_experts"]]
+
+
+def table_console(stream: TextIO) -> Console:
+    """A console for tables: as wide as the terminal, or 160 columns in a file or pipe."""
+    return Console(file=stream, width=None if stream.isatty() else 160)
+
+
+_ERRORS = {"estimated_error": "estimated", "calibration_error": "measured", "unseen_error": "unseen"}
+
+
+def layer_label(name: str, position: int) -> str:
+    """Number of the decoder layer, or the position among the MoE layers if its name has none."""
+    numbered = re.search(r"\.(\d+)\.", name)
+    return numbered[1] if numbered else str(position)
+
+
+def _layer_summary(layer: dict[str, Any]) -> list[str]:
+    """The columns that a layer has once, not per projection; "-" for what the checkpoint lacks."""
+    relative = layer.get("output_energy") or math.nan
+    errors = [layer.get(key) for key in _ERRORS]
+    over = layer.get("bits_over_bound")
+    return [
+        *("-" if error is None else f"{100 * error / relative:.2f} %" for error in errors),
+        "-" if over is None else f"{over:.3f}",
+        f"{layer['tokens_per_dimension']:.2f}",
+    ]
+
+
+def print_inspection(report: dict[str, Any], stream: TextIO) -> None:
+    """The report as tables."""
+    console = table_console(stream)
+    parts = ", ".join(f"{part} {bits:.4f}" for part, bits in report["parts"].items())
+    projections = ", ".join(f"{name} {bits:.4f}" for name, bits in report["projections"].items())
+    console.print(
+        f"{report['bits_per_weight']:.4f} bits per expert weight = {parts}\n"
+        f"bits per weight of each projection, without bases and biases: {projections}\n"
+        f"{report['expert_bytes']:,} bytes for {report['expert_weights']:,} expert weights",
+        highlight=False,
+    )
+    for name, layer in report["layers"].items():
+        kept = layer["kept_experts"]
+        if kept:
+            console.print(
+                f"kept in original precision: {name}, expert {', '.join(map(str, kept))}", highlight=False
+            )
+        for expert in quantized_super_experts(layer):
+            bits = layer["expert_bits"][expert]
+            console.print(
+                f"super expert in rows of {bits:.3g} bits: {name}, expert {expert}", highlight=False
+            )
+    widths = list(next(iter(next(iter(report["layers"].values()))["widths"].values())))
+    columns = [*(f"{w} bit" for w in widths), *_ERRORS.values(), "over bound", "tokens/dim"]
+    table = Table("layer", "projection", "bits", *columns)
+    for position, (name, layer) in enumerate(report["layers"].items()):
+        summary = _layer_summary(layer)
+        for factor, histogram in layer["widths"].items():
+            first = factor == layout.FACTORS[0]
+            total = sum(histogram.values())
+            table.add_row(
+                layer_label(name, position) if first else "",
+                factor,
+                f"{layer['bits_per_weight']:.3f}" if first else "",
+                *(f"{100 * histogram[w] / total:.1f} %" for w in widths),
+                *(summary if first else [""] * len(summary)),
+            )
+    console.print(table)
+    console.print(
+        "widths: share of rows. estimated, measured, unseen: output error of the layer, relative to the "
+        "output's energy (token-weighted), as the allocation expected it, on the calibration text and on "
+        "text held out from it, what makes up for earlier layers included. "
+        "over bound: bits per weight of the rows (without bases) beyond the "
+        "rate-distortion bound at the same first-order error. tokens/dim: calibration tokens of the median "
+        f"expert per input dimension; below {THIN_TOKENS_PER_DIMENSION:g} estimates are poor."
+    )
+
+
+def print_evaluation(result: dict[str, Any], stream: TextIO) -> None:
+    """Perplexity per domain and overall, divergence from the reference and results of tasks, as tables."""
+    console = table_console(stream)
+    if "perplexity" in result:
+        _print_text(result, console)
+    if "tasks" in result:
+        table = Table("task", "metric", "value", "standard error", "examples")
+        for task, values in result["tasks"].items():
+            for metric in [m for m in values if m != "samples" and "_stderr" not in m]:
+                name, comma, filtered = metric.partition(",")
+                error = values.get(f"{name}_stderr{comma}{filtered}")
+                samples = values.get("samples")
+                table.add_row(
+                    task,
+                    metric,
+                    f"{values[metric]:.4f}",
+                    "-" if error is None else f"{error:.4f}",
+                    "-" if samples is None else f"{samples:.0f}",
+                )
+        console.print(table)
+
+
+def _print_text(result: dict[str, Any], console: Console) -> None:
+    table = Table("text", "perplexity")
+    for domain, perplexity in result["per_domain"].items():
+        table.add_row(domain, f"{perplexity:.3f}")
+    table.add_row(f"all ({result['tokens']:,} tokens)", f"{result['perplexity']:.3f}", style="bold")
+    console.print(table)
+    if "kl_divergence" in result:
+        console.print(
+            f"KL divergence from the reference: {result['kl_divergence']:.4f} nats per token; same most "
+            f"likely token: {100 * result['top1_agreement']:.1f} %",
+            highlight=False,
+        )

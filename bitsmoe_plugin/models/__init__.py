@@ -1,0 +1,1 @@
+"""A model, or its files, in; the weights, biases and gating of its experts out."""

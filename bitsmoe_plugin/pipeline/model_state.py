@@ -1,0 +1,58 @@
+"""What a model and its config are left as while, and after, the model is quantized in place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from bitsmoe_plugin.config import BitsMoEConfig
+from bitsmoe_plugin.errors import QuantizationError
+from bitsmoe_plugin.runtime.experts import BitsMoEExperts
+
+
+@contextmanager
+def in_evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """No dropout inside; afterwards each module is in the mode that it was in."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+        for module in model.modules():  # those that took the place of others
+            if isinstance(module, BitsMoEExperts):
+                module.training = model.training
+
+
+@contextmanager
+def restored_if_it_fails(model: nn.Module, config: BitsMoEConfig) -> Iterator[None]:
+    """If an error leaves this, the config has its old manifest, and a model of which experts were replaced
+    refuses to be called and saved: their original weights are gone.
+    """
+    layers, calibration = config.layers, config.calibration
+    try:
+        yield
+    except BaseException as error:
+        config.layers, config.calibration = layers, calibration
+        if any(isinstance(module, BitsMoEExperts) for module in model.modules()):
+            _refuse_use(model, error)
+        raise
+
+
+def _refuse_use(model: nn.Module, error: BaseException) -> None:
+    text = (
+        f"quantizing this model stopped part way ({type(error).__name__}: {error}), and its unquantized "
+        "experts are gone; load it again"
+    )
+
+    def refuse(*_: Any) -> None:
+        raise QuantizationError(text)
+
+    model.register_state_dict_pre_hook(refuse)
+    for module in model.modules():  # parts of a model are called, too
+        if module is model or isinstance(module, BitsMoEExperts):
+            module.register_forward_pre_hook(refuse)

@@ -1,0 +1,169 @@
+"""Quantization of a whole model: calibrate and plan every layer, allocate, round and pack.
+
+Two passes over the layers. The first (``plan_pass``) collects costs on the unquantized model; the
+allocation (``row_widths``) spends one budget over all of them; the second (``round_pass``) rounds, each
+layer on what the quantized layers before it put out. Of the experts, only those of one layer are in memory at
+a time if their source reads them from files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from bitsmoe_plugin.allocation.row_widths import allocate_rows
+from bitsmoe_plugin.allocation.super_expert_policy import choose_kept, choose_wide, model_budget, row_groups
+from bitsmoe_plugin.base.interruption import deferred_interrupt
+from bitsmoe_plugin.base.option_checks import check_choice
+from bitsmoe_plugin.base.process_state import known_state
+from bitsmoe_plugin.base.work_directory import WorkDirectory, locked
+from bitsmoe_plugin.base.workers import Workers
+from bitsmoe_plugin.calibration.layerwise_forward import LayerwiseForward
+from bitsmoe_plugin.calibration.super_experts import detect
+from bitsmoe_plugin.calibration.text import held_out_last
+from bitsmoe_plugin.codec.row_codec import GRIDS
+from bitsmoe_plugin.config import BitsMoEConfig
+from bitsmoe_plugin.errors import QuantizationError
+from bitsmoe_plugin.models.expert_source import ExpertSource, LoadedExperts
+from bitsmoe_plugin.models.families import MoELayer
+from bitsmoe_plugin.pipeline.model_state import in_evaluation_mode, restored_if_it_fails
+from bitsmoe_plugin.pipeline.plan_pass import plan_layers
+from bitsmoe_plugin.pipeline.progress import Progress, ProgressInMemory, Widths
+from bitsmoe_plugin.pipeline.progress_on_disk import ProgressOnDisk
+from bitsmoe_plugin.pipeline.round_pass import round_layers
+from bitsmoe_plugin.pipeline.run import Run
+from bitsmoe_plugin.pipeline.run_identity import identity
+
+
+@known_state()
+def quantize_model(
+    model: nn.Module,
+    blocks: Tensor,
+    config: BitsMoEConfig,
+    source: ExpertSource | None = None,
+) -> BitsMoEConfig:
+    """Quantize the routed experts of a model in place; goes on where ``config.work_dir`` says it ended.
+
+    Where torch.distributed is initialized, its processes share the work (see ``workers``); all must call this
+    with the same arguments, and the model of each is quantized. If it fails, in any of them, model and config
+    are as they were; once experts were replaced, a call of the model says that it has to be loaded again.
+
+    Args:
+        model: transformers causal language model; all weights loaded, those of the experts too if ``source``
+            is not given.
+        blocks: ``[blocks, sequence_length]`` int64 calibration tokens.
+        config: options; its manifest is replaced.
+        source: where the experts' weights come from; default: the model.
+
+    Returns:
+        the config with the manifest of the packed layers.
+
+    Raises:
+        QuantizationError: no MoE layers, unknown family, NaN weights, budget out of reach, a work
+            directory of another run, or other arguments than another process's.
+        Interrupted: Ctrl-C, after a layer, if there is a work directory.
+    """
+    config.validate()
+    check_choice("grid", config.grid, GRIDS)  # not that of checkpoints that were imported
+    source, workers = source or LoadedExperts(model), Workers.present()
+    with workers.together(), restored_if_it_fails(model, config):
+        _check_same(workers, source, blocks, config)
+        if config.work_dir is None:
+            return _quantize(model, blocks, config, source, ProgressInMemory(), lambda: False, workers)
+        path = Path(config.work_dir)
+        if not workers.main:
+            with deferred_interrupt() as stop:
+                return _quantize(model, blocks, config, source, ProgressInMemory(), stop, workers)
+        with locked(path), deferred_interrupt() as stop:
+            bound_to = identity(model, blocks, config, source)
+            progress = ProgressOnDisk(WorkDirectory(path), bound_to, next(model.parameters()).device)
+            return _quantize(model, blocks, config, source, progress, stop, workers)
+
+
+def _check_same(workers: Workers, source: ExpertSource, blocks: Tensor, config: BitsMoEConfig) -> None:
+    """Refuse to mix what processes compute from different models, texts or options."""
+    options = {key: value for key, value in config.to_dict().items() if key != "layers"}
+    own = repr((source.shapes, source.dtypes, options, _digest(blocks), torch.get_num_threads()))
+    if workers.from_main(lambda: own) != own:
+        raise QuantizationError(
+            f"process {workers.rank} of torch.distributed was given another model, calibration text, option "
+            "or number of threads than process 0; start all with the same"
+        )
+
+
+def _digest(blocks: Tensor) -> str:
+    return hashlib.sha256(blocks.contiguous().numpy().tobytes()).hexdigest()
+
+
+def _quantize(
+    model: nn.Module,
+    blocks: Tensor,
+    config: BitsMoEConfig,
+    source: ExpertSource,
+    progress: Progress,
+    stop: Callable[[], bool],
+    workers: Workers,
+) -> BitsMoEConfig:
+    """``quantize_model`` from what ``progress`` has on."""
+    budget = model_budget(source, config)
+    modules, moe = _moe_by_index(model, source.layers)
+    with in_evaluation_mode(model), torch.no_grad():
+        blocks, seen = held_out_last(blocks, config.held_out)
+        tokens = seen * blocks.shape[1]
+        forward = LayerwiseForward(model, modules, blocks, config.batch_size)
+        at_once = workers.from_main(lambda: progress.at_once)
+        # Smaller than chosen now: before it was interrupted, the run had too little memory for more.
+        if at_once is not None and at_once < forward.at_once:
+            forward.limit(at_once)
+        run = Run(model, forward, len(modules), moe, source, progress, budget, tokens, config, stop, workers)
+        widths = workers.from_main(lambda: progress.widths)
+        if widths is None:
+            plan_layers(run)
+            widths = workers.from_main(lambda: _allocate(run))
+            if workers.main:
+                progress.finish_widths(widths)
+        config.layers = {}
+        forward.restart()
+        round_layers(run, widths)
+    config.calibration = {
+        "tokens": tokens,
+        "held_out_tokens": blocks.numel() - tokens,
+        "sha256": _digest(blocks),
+        "allocation_relative_gap": widths.relative_gap,
+    }
+    return config
+
+
+def _moe_by_index(model: nn.Module, layers: list[MoELayer]) -> tuple[nn.ModuleList, dict[int, MoELayer]]:
+    """The decoder layers of a model, and the MoE layer of each that has one."""
+    path = {layer.layer_name.rpartition(".")[0] for layer in layers}
+    names = [layer.layer_name for layer in layers]
+    if len(path) != 1 or len(set(names)) != len(names):
+        raise QuantizationError(
+            f"MoE layers at {', '.join(layer.name for layer in layers)}: only one per decoder layer, in "
+            "one list of decoder layers, is supported"
+        )
+    modules = model.get_submodule(path.pop())
+    assert isinstance(modules, nn.ModuleList)  # by decoder_layer_name
+    return modules, {int(layer.layer_name.rpartition(".")[2]): layer for layer in layers}
+
+
+def _allocate(run: Run) -> Widths:
+    """Choose the experts that are kept, and widths of the others' rows."""
+    costs, outputs = {}, []
+    for index in run.moe:  # of all layers only these are held at once
+        planned = run.progress.plan(index)
+        costs[index] = planned.plan.costs
+        outputs.append(planned.outputs)
+    found = detect(outputs)
+    kept = choose_kept(run.source, found, run.budget, run.config)
+    wide = choose_wide(run.source, found, run.budget, run.config)
+    groups = row_groups(run.source, run.config, run.budget, kept)
+    chosen = (dict(zip(run.moe, experts, strict=True)) for experts in (kept, wide))
+    widths = allocate_rows(costs, run.source.shapes, groups, run.config, *chosen)
+    return replace(widths, super_experts=dict(zip(run.moe, found, strict=True)))

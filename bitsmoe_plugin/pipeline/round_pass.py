@@ -1,0 +1,180 @@
+"""Second pass over the layers of a model: round and pack every layer, and put it in its place.
+
+Each layer is fitted to what the quantized layers before it put out (``sequential``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bitsmoe_plugin.allocation.row_widths import experts_with_rows
+from bitsmoe_plugin.allocation.super_expert_policy import with_originals
+from bitsmoe_plugin.calibration.coverage import tokens_per_expert
+from bitsmoe_plugin.calibration.layerwise_forward import capture_layer
+from bitsmoe_plugin.calibration.residual_gain import residual_gains
+from bitsmoe_plugin.calibration.statistics import LayerActivations
+from bitsmoe_plugin.checkpoint.energy_summary import spectrum
+from bitsmoe_plugin.checkpoint.manifest import layer_manifest, packed_spec
+from bitsmoe_plugin.codec.layout import PackedExperts
+from bitsmoe_plugin.config import BitsMoEConfig
+from bitsmoe_plugin.models.families import MoELayer, apply_gating, layer_shape, read_biases
+from bitsmoe_plugin.pipeline.progress import Hidden, PackedLayer, Widths
+from bitsmoe_plugin.pipeline.run import Run, finite
+from bitsmoe_plugin.rounding.layer_rounding import LayerPlan, bits_over_bound, round_layer
+from bitsmoe_plugin.rounding.round_from_plan import round_as_planned
+from bitsmoe_plugin.runtime.experts import BitsMoEExperts, replace_module
+from bitsmoe_plugin.spectral.layer_problem import build_problem
+
+
+def round_layers(run: Run, widths: Widths) -> None:
+    """Second pass: round and replace the experts of every layer, and write the manifest."""
+    workers, progress, exact = run.workers, run.progress, run.forward.hidden
+    kept, first = workers.from_main(lambda: (progress.layer_hidden(), progress.rounded))
+    for index in range(first):
+        if index in run.moe:
+            _replace(run, run.moe[index], workers.from_main(partial(progress.packed, index)))
+    if kept is not None:
+        exact, hidden = kept
+        run.forward.advance(hidden)
+    for (index,) in run.in_turns(first, 1, "Rounding layers"):
+        # exact: as the unquantized model goes on; forward.hidden is the quantized one's.
+        layer, exact, hidden = _round_layer(run, index, exact, widths)
+        run.forward.advance(hidden)
+        progress.at_once = run.forward.at_once
+        if workers.main:
+            progress.finish_layer(index, layer, exact, hidden)
+            if layer is not None:  # from now on computed from where the progress keeps it
+                _replace(run, run.moe[index], progress.packed(index))
+
+
+def _replace(run: Run, layer: MoELayer, packed: PackedLayer) -> None:
+    """Put packed experts in the place of a layer's unquantized ones, whose memory is freed."""
+    run.config.layers[layer.name] = packed.entry
+    device = next(run.model.get_submodule(layer.layer_name).parameters()).device
+    module = BitsMoEExperts(layer.module, packed_spec(layer.name, run.config))
+    module.drop_original_weights()
+    module.load_packed(packed.packed)
+    replace_module(run.model, layer.name, module.to(device))
+
+
+@dataclass(frozen=True)
+class _FittedLayer:
+    """Experts rounded and packed, and what is needed to judge them.
+
+    Attributes:
+        entry: of the layer in ``BitsMoEConfig.layers``, without the report.
+        exact: outputs of the decoder layer in the unquantized model.
+        outputs: of the same with unquantized experts after quantized layers.
+        token_weights: ``[T]``.
+        report: of the layer, but for what must be measured.
+    """
+
+    packed: PackedExperts
+    entry: dict[str, Any]
+    exact: Hidden
+    outputs: Hidden
+    token_weights: Tensor
+    report: dict[str, Any]
+
+
+def _round_layer(
+    run: Run, index: int, exact: Hidden, widths: Widths
+) -> tuple[PackedLayer | None, Hidden, Hidden]:
+    """Quantize a decoder layer's experts; those of the model are replaced.
+
+    Args:
+        exact: inputs of the layer in the unquantized model.
+
+    Returns:
+        None if it is dense; its outputs in the unquantized and in the quantized model.
+    """
+    if index not in run.moe:
+        both = run.agreed(lambda: [run.forward.run(index, given) for given in (exact, run.forward.hidden)])
+        return None, both[0], finite(index, both[1])
+    fitted = _fit_layer(run, index, exact, widths)
+    layer = PackedLayer(run.moe[index].name, fitted.packed, {**fitted.entry, "report": fitted.report})
+    _replace(run, run.moe[index], layer)
+    rounded = finite(index, run.agreed(lambda: run.forward.run(index)))
+    errors = _output_errors(fitted.outputs, rounded, fitted.token_weights)
+    fitted.report["calibration_error"] = float(errors[: run.tokens].mean())
+    unseen = errors[run.tokens :]
+    fitted.report["unseen_error"] = float(unseen.mean()) if len(unseen) else None
+    return layer, fitted.exact, rounded if run.config.sequential else fitted.outputs
+
+
+def _fit_layer(run: Run, index: int, exact: Hidden, widths: Widths) -> _FittedLayer:
+    """Round the experts of an MoE layer on what the layers before it put out."""
+    layer, config = run.moe[index], run.config
+    planned = run.workers.from_main(lambda: run.progress.plan(index))
+    plan = planned.plan
+    row_bits, kept = widths.rows[index].long(), widths.kept[index]
+    with run.loaded(layer) as weights:
+        shape, gating = layer_shape(layer.module), partial(apply_gating, layer.module)
+        exact, activations, outputs, gains = run.agreed(partial(_observe, run, index, exact))
+        seen = run.seen(activations, gains)
+        drift = _drift(exact, outputs, gains)[: run.tokens] if config.compensation else None
+        counts = tokens_per_expert(seen, shape)
+        biases = read_biases(layer.module)
+        energy, peaks = plan.output_energy, planned.outputs.peaks
+        if plan.row_weights is not None:
+            given = weights, row_bits, plan, plan.row_weights, config, run.workers
+            result = round_as_planned(*given, device=seen.hidden.device)
+        else:
+            problem = build_problem(layer.name, weights, seen, gating, config, plan.bases, drift, biases)
+            result = round_layer(problem, row_bits, run.workers)
+            energy, peaks = problem.statistics.output_energy, problem.statistics.output_peaks
+        dtype = run.source.dtypes[list(run.moe).index(index)]
+        packed = with_originals(result.packed, weights, biases, kept, dtype)
+        entry = layer_manifest(shape, packed, dtype, kept)
+    others = experts_with_rows(plan.costs, kept)
+    over = bits_over_bound(plan, result, shape, others) if config.cost == "output" else None
+    report = {
+        "estimated_error": _estimated_error(plan, row_bits, others, config),
+        "calibration_error": None,
+        "unseen_error": None,
+        "bits_over_bound": over,
+        "output_energy": energy,
+        "tokens_per_expert": counts.tolist(),
+        "output_peaks": peaks.tolist(),
+        "super_experts": list(widths.super_experts[index]),
+        "spectrum": spectrum(plan.energies, others),
+    }
+    return _FittedLayer(packed, entry, exact, outputs, activations.token_weights, report)
+
+
+def _observe(run: Run, index: int, exact: Hidden) -> tuple[Hidden, LayerActivations, Hidden, Tensor | None]:
+    """Outputs of an MoE layer in the unquantized model; what its experts see after quantized layers, the
+    layer's outputs there, and what becomes of the experts' (``residual_gains``)."""
+    experts = run.moe[index].module
+    exact = run.forward.run(index, exact)
+    activations, outputs = capture_layer(run.forward, index, experts, run.config.token_weighting)
+    return exact, activations, outputs, residual_gains(run.forward, index, experts, outputs)
+
+
+def _estimated_error(plan: LayerPlan, row_bits: Tensor, others: Tensor, config: BitsMoEConfig) -> float:
+    index = torch.searchsorted(torch.tensor(config.widths), row_bits)
+    costs = plan.costs.gather(-1, index[..., None])
+    return float(costs[:, others].double().sum())
+
+
+def _drift(exact: list[Tensor], outputs: list[Tensor], gains: Tensor | None) -> Tensor:
+    """``[T, H]``: what is missing from the residual stream ``outputs`` of the quantized model so far, as much
+    as the experts must put out to add it."""
+    drift = torch.cat([(a - b).flatten(0, -2) for a, b in zip(exact, outputs, strict=True)])
+    return drift if gains is None else drift.float() / gains[:, None].to(drift.device)
+
+
+def _output_errors(exact: list[Tensor], rounded: list[Tensor], token_weights: Tensor) -> Tensor:
+    """Weighted mean square difference of two versions of a decoder layer's outputs, ``[T]``.
+
+    Everything but the routed experts is the same in both, so this is the experts' output error.
+    """
+    squares = [
+        (a.float() - b.float()).square().mean(-1).flatten() for a, b in zip(exact, rounded, strict=True)
+    ]
+    return torch.cat(squares) * token_weights.to(squares[0].device)

@@ -1,0 +1,1 @@
+"""Factors and their widths in; rounded and packed rows of a layer out."""

@@ -1,0 +1,241 @@
+"""Quantization of one MoE layer: planning what its rows cost, and rounding them at chosen widths.
+
+The pipeline calls it twice per layer: ``plan_layer`` before the allocation, ``round_layer`` after it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bitsmoe_plugin.allocation import rate_distortion
+from bitsmoe_plugin.allocation.knapsack.solve import allocate
+from bitsmoe_plugin.allocation.row_costs import RowWeights, row_costs, row_sizes, row_weights
+from bitsmoe_plugin.base.devices import computing_on
+from bitsmoe_plugin.base.free_memory import release_free_memory
+from bitsmoe_plugin.base.workers import ALONE, Workers
+from bitsmoe_plugin.codec.layout import LayerShape
+from bitsmoe_plugin.codec.scale_grid import ScaleGrid
+from bitsmoe_plugin.config import BitsMoEConfig
+from bitsmoe_plugin.rounding import feedback_rounding, row_scales
+from bitsmoe_plugin.rounding.refit_down import refit_down, sampled_error
+from bitsmoe_plugin.rounding.rounded_layer import RoundedExperts, RoundedLayer, merged_experts, pack_layer
+from bitsmoe_plugin.spectral.bases import SharedBases
+from bitsmoe_plugin.spectral.error_feedback import Feedback, stacked_feedback
+from bitsmoe_plugin.spectral.layer_problem import LayerProblem, feedback_of, rank_feedback
+
+_TRIAL_EXPERTS = 8
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """Attributes:
+    costs: ``[3, E, r, widths]`` float32, estimated output error of each row at each width. This and all
+        else is on the CPU.
+    energies: ``[3, E, r]`` float32, first-order output error of dropping each row.
+    bases: quantized, to be reused when the layer is rounded.
+    correction: measured over estimated error of a trial rounding; already inside ``costs``.
+    output_energy: of the layer, see ``statistics.LayerStatistics``.
+    row_weights: if rounding needs no more than the plan, see ``rounds_as_planned``.
+    """
+
+    costs: Tensor
+    energies: Tensor
+    bases: SharedBases
+    correction: float
+    output_energy: float
+    row_weights: RowWeights | None = None
+
+
+def rounds_as_planned(config: BitsMoEConfig) -> bool:
+    """Whether nothing that is found out after planning changes how rows are rounded: they are taken for
+    Gaussian, so that energies tell scales, and neither follow each other nor what earlier layers put out."""
+    return config.cost == "model" and not (config.feedback or config.refit or config.sequential)
+
+
+def plan_layer(problem: LayerProblem, payload_bits: int) -> LayerPlan:
+    """Costs of a layer, corrected by a trial rounding of some of its experts.
+
+    The first-order estimate ranks rows well, but its sum is off by a factor that differs between
+    layers. The trial measures it: allocate the layer alone, round, compare.
+
+    Args:
+        payload_bits: the layer's share of the budget, for the trial.
+    """
+    cpu, energy, config = torch.device("cpu"), problem.statistics.output_energy, problem.config
+    with computing_on(problem.device):
+        weights, correction = None, 1.0
+        if config.cost == "spectral":
+            costs, energies = row_costs(problem)
+        elif config.cost == "model":
+            weights = row_weights(problem, _trial_feedback(problem))
+            costs, energies = row_costs(problem, weights)
+        else:
+            costs, energies, correction = _corrected_costs(problem, payload_bits)
+    kept = weights.to(cpu) if weights is not None and rounds_as_planned(config) else None
+    return LayerPlan(costs.to(cpu), energies.to(cpu), problem.bases.to(cpu), correction, energy, kept)
+
+
+def _trial_feedback(problem: LayerProblem) -> dict[int, Feedback]:
+    """Feedback of some experts, evenly spaced, which tell what it does to the others'."""
+    stride = max(1, problem.shape.num_experts // _TRIAL_EXPERTS)
+    return {expert: rank_feedback(problem, expert) for expert in range(0, problem.shape.num_experts, stride)}
+
+
+def _corrected_costs(problem: LayerProblem, payload_bits: int) -> tuple[Tensor, Tensor, float]:
+    """Costs times the correction, energies, and the correction of a plan."""
+    widths, feedback = problem.config.widths, _trial_feedback(problem)
+    experts = list(feedback)
+    costs, energies = row_costs(problem, row_weights(problem, feedback))
+    sizes = row_sizes(problem.shape, widths)
+    least = costs.shape[:-1].numel() * sizes[0]
+    trial = allocate([costs.view(-1, len(widths)).cpu().numpy()], [sizes], max(payload_bits, least))
+    choice = torch.from_numpy(trial.choice).to(costs.device).long().view(costs.shape[:-1])
+    bits = torch.tensor(widths)[choice[:, experts]]
+    rounded, _ = round_experts(problem, bits, experts, feedback, with_values=True)
+    assert rounded.values is not None
+    estimated = costs[:, experts].gather(-1, choice[:, experts, :, None]).sum()
+    measured = sampled_error(problem, experts, rounded.values)
+    correction = measured / float(estimated) if float(estimated) > 0 and measured > 0 else 1.0
+    return costs * correction, energies, correction
+
+
+def round_layer(problem: LayerProblem, row_bits: Tensor, workers: Workers = ALONE) -> RoundedLayer:
+    """Round all experts at the allocated widths and pack them.
+
+    Args:
+        row_bits: ``[3, E, r]`` int64.
+        workers: share the work; all must call this with the same arguments, and get the same.
+
+    Returns:
+        the layer, on the CPU.
+    """
+    everyone = list(range(problem.shape.num_experts))
+    with computing_on(problem.device):
+        row_bits = row_bits.to(problem.device)
+        rounded, grid = round_experts(problem, row_bits, everyone, workers=workers)
+        return pack_layer(rounded, grid, problem.bases, row_bits, problem.config.widths)
+
+
+def round_experts(
+    problem: LayerProblem,
+    bits: Tensor,
+    experts: list[int],
+    feedback: dict[int, Feedback] | None = None,
+    with_values: bool = False,
+    workers: Workers = ALONE,
+) -> tuple[RoundedExperts, ScaleGrid]:
+    """Round some experts at given widths, a group of bounded working set after the other.
+
+    Args:
+        bits: ``[3, e, r]`` int64.
+        experts: their ids.
+        feedback: of each, if known.
+        with_values: also return what the codes stand for.
+        workers: share the groups, and get all of them.
+
+    Returns:
+        the rows, and their scale grid ``[3, r]``.
+    """
+    config = problem.config
+    groups = {i: part for i, part in enumerate(problem.chunks(len(experts))) if workers.takes(i)}
+    own = {i: _input_scales(problem, bits[:2, part], experts[part]) for i, part in groups.items()}
+    scales = _of_all(workers, own, problem.device)
+    input_grid = ScaleGrid.covering(scales, bits[:2] > 0)
+    first, waiting = {}, {}
+    for i, part in groups.items():
+        rows = feedback_rounding.round_along_rank(
+            problem.input_factors(experts[part]),
+            bits[:2, part],
+            _stacked_feedback(problem, experts[part], feedback),
+            problem.statistics.neuron_weights[:, experts[part]],
+            input_grid,
+            scales[:, part],
+            config.grid,
+        )
+        first[i] = RoundedExperts.of(rows, bits[:2, part], config.widths, with_values)
+        waiting[i] = _refitted(problem, rows.values, bits[2, part], experts[part])
+        release_free_memory()
+    # Down is refitted to gate and up, but the grid of its scales must be known before its first row.
+    scales = _of_all(workers, {i: down.scales for i, down in waiting.items()}, problem.device)
+    grid = ScaleGrid.covering(scales, bits[2] > 0)
+    done = {}
+    for i, part in groups.items():
+        down = waiting.pop(i)
+        given = down.factors, bits[2, part], down.feedback, grid, down.scales
+        rows = feedback_rounding.stacked(feedback_rounding.round_along_neurons(*given, config.grid))
+        last = RoundedExperts.of(rows, bits[2:, part], config.widths, with_values)
+        done[i] = RoundedExperts.of_all_factors(first.pop(i), last)
+    return merged_experts(done, workers, problem.device), input_grid.stacked_with(grid)
+
+
+def _of_all(workers: Workers, scales: dict[int, Tensor], device: torch.device) -> Tensor:
+    """Scales ``[..., e, r]`` of all groups from those of this process's."""
+    if workers.size > 1:
+        scales = workers.merged({i: part.cpu() for i, part in scales.items()})
+    return torch.cat([part.to(device) for part in scales.values()], dim=-2)
+
+
+def _input_scales(problem: LayerProblem, bits: Tensor, experts: list[int]) -> Tensor:
+    """Scales ``[2, e, r]`` float32 of gate and up rows of ``bits`` alike."""
+    choose = row_scales.unbiased_scales if problem.config.widening else row_scales.best_scales
+    neuron = problem.statistics.neuron_weights[:, experts, None]
+    return choose(problem.input_factors(experts), neuron, bits, problem.config.grid)
+
+
+@dataclass(frozen=True)
+class _Down:
+    """Down factors of some experts before they are rounded.
+
+    Attributes:
+        factors: ``[e, r, I]``.
+        feedback: of their neurons, ``[e]``.
+        scales: ``[e, r]``.
+    """
+
+    factors: Tensor
+    feedback: Feedback
+    scales: Tensor
+
+
+def _refitted(problem: LayerProblem, values: Tensor, bits: Tensor, experts: list[int]) -> _Down:
+    """
+    Args:
+        values: ``[2, e, r, I]``, decoded gate and up.
+        bits: ``[e, r]``, of down.
+    """
+    factors, moments = refit_down(problem, values, experts)
+    feedback = feedback_of(moments, problem.config)
+    scales = row_scales.best_scales(factors, feedback.variance[:, None], bits, problem.config.grid)
+    return _Down(factors, feedback, scales)
+
+
+def _stacked_feedback(
+    problem: LayerProblem, experts: list[int], known: dict[int, Feedback] | None
+) -> Feedback:
+    """Feedback of gate and up of some experts, ``[1 or 2, e]``."""
+    found = [known[e] if known else rank_feedback(problem, e) for e in experts]
+    return stacked_feedback(found, dim=1)
+
+
+def bits_over_bound(
+    plan: LayerPlan, rounded: RoundedLayer, shape: LayerShape, others: Tensor | None = None
+) -> float:
+    """Stored bits per weight of the rows beyond what the rate-distortion bound asks for.
+
+    Both sides count the same first-order output error; the rows' bits are payload, row codes and
+    scale grids, without the bases.
+
+    Args:
+        others: ``[E]`` bool, experts that have rows; default: all.
+    """
+    energies, errors = plan.energies, rounded.errors
+    if others is not None:
+        energies, errors = energies[:, others], errors[:, others]
+    least = rate_distortion.water_filling_bits(energies, float(errors.sum()), shape.intermediate_size)
+    stored = 32 * rounded.packed.payload.numel()
+    for tensor in (rounded.packed.row_codes, rounded.packed.scale_grid):
+        stored += 8 * tensor.numel() * tensor.element_size()
+    return (stored - least) / shape.weights

@@ -1,0 +1,101 @@
+"""What becomes of an expert's activations when gate and up are rounded, and down factors that fit them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bitsmoe_plugin.base.linalg import product, weighted_products
+from bitsmoe_plugin.spectral.layer_problem import LayerProblem
+
+_REFIT_RIDGE = 0.003
+
+
+def _expert_hidden(problem: LayerProblem, expert: int, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Exact and rounded hidden activations ``[n, I]`` of an expert on its calibration rows.
+
+    Args:
+        values: ``[2, r, I]``, decoded gate and up.
+    """
+    tokens = problem.rows[expert].tokens
+    x, z = problem.activations.hidden[tokens].float(), problem.z[:, tokens]
+    gate, up = problem.weights.gate[expert].float(), problem.weights.up[expert].float()
+    return (
+        problem.hidden(product(x, gate), product(x, up), expert),
+        problem.hidden(product(z[0], values[0].T), product(z[-1], values[1].T), expert),
+    )
+
+
+def refit_down(problem: LayerProblem, values: Tensor, experts: list[int]) -> tuple[Tensor, Tensor]:
+    """Down factors that fit the wanted outputs from the rounded hidden activations.
+
+    Ridge regression towards the exact factor F: with h the exact and h' the rounded activations and
+    t what is wanted besides F h (see ``_missing_output``),
+    F' = (E[a (F h + t) h'^T] + l F)(E[a h' h'^T] + l I)^-1, blended with F by tokens per neuron.
+
+    Args:
+        values: ``[2, e, r, I]``, decoded gate and up.
+
+    Returns:
+        factors ``[e, r, I]`` and second moments E[a h' h'^T] ``[e, I, I]`` to round them with.
+    """
+    down = problem.down_factors(experts)
+    if not problem.config.refit:
+        return down, problem.statistics.hidden_moment[experts]
+    size, h = problem.shape.intermediate_size, problem.shape.hidden_size
+    moments = torch.empty(len(experts), size, size)
+    for i, expert in enumerate(experts):
+        exact, rounded = _expert_hidden(problem, expert, values[:, i])
+        a = problem.rows[expert].weights / h
+        own, cross = weighted_products(rounded, rounded, a), weighted_products(exact, rounded, a)
+        ridge = _REFIT_RIDGE * own.diagonal().mean().clamp_min(1e-30) * torch.eye(size)
+        wanted = product(down[i], (cross + ridge).T)
+        routed = problem.rows[expert].routed
+        if problem.drift is not None:
+            missing = _missing_output(problem, expert, problem.drift)
+            wanted += weighted_products(missing, rounded[:routed], a[:routed])
+        fitted = product(wanted, torch.cholesky_inverse(torch.linalg.cholesky(own + ridge)))
+        down[i] += routed / (routed + 2 * size) * (fitted - down[i])
+        moments[i] = own
+    return down, moments
+
+
+def _missing_output(problem: LayerProblem, expert: int, drift: Tensor) -> Tensor:
+    """An expert's part ``[routed, r]`` in making up for what earlier layers lost at its tokens, ``[T, r]``.
+
+    With p the router's weights of a token, drift * p / sum(p^2): the parts, weighted by p, add up
+    to the whole drift. (GPTAQ, arXiv 2504.02692, aims at the unquantized model's outputs likewise.)
+    """
+    rows = problem.rows[expert]
+    tokens = rows.tokens[: rows.routed]
+    weights = problem.activations.top_k_weights[tokens]
+    share = weights.gather(1, rows.slots[:, None]) / weights.square().sum(-1, keepdim=True).clamp_min(1e-12)
+    return drift[tokens] * share
+
+
+def sampled_error(problem: LayerProblem, experts: list[int], values: Tensor) -> float:
+    """Share of some experts in the layer's output error, errors of different experts included.
+
+    A token's experts err in related ways, so their errors add up to more than the sum of squares.
+    Of the pairs of experts a sample of n out of E holds n (n - 1) / (E (E - 1)), of the experts n / E;
+    the cross terms are scaled up by the ratio.
+
+    Args:
+        values: ``[3, e, r, I]``, decoded factors of ``experts``.
+    """
+    shape, acts = problem.shape, problem.activations
+    total = torch.zeros(acts.hidden.shape[0], shape.hidden_size)
+    alone = routed_alone = 0.0
+    for i, expert in enumerate(experts):
+        rows = problem.rows[expert]
+        exact, rounded = _expert_hidden(problem, expert, values[:2, i])
+        down = problem.weights.down[expert].float()
+        error = product(exact, down) - product(product(rounded, values[2, i]), problem.output_basis)
+        squares = error.square().mean(-1) * rows.weights
+        alone += float(squares.sum())
+        routed_alone += float(squares[: rows.routed].sum())
+        tokens = rows.tokens[: rows.routed]
+        total.index_add_(0, tokens, error[: rows.routed] * acts.top_k_weights[tokens, rows.slots, None])
+    together = float((total.square().mean(-1) * acts.token_weights).mean())
+    pairs = (shape.num_experts - 1) / max(len(experts) - 1, 1)
+    return alone + (together - routed_alone) * pairs

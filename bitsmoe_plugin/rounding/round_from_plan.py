@@ -1,0 +1,84 @@
+"""Rounding a layer as it was planned, without calibrating it again.
+
+For methods in which nothing that is found out after planning changes a layer:
+    ``layer_rounding.rounds_as_planned``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bitsmoe_plugin.allocation.row_costs import RowWeights
+from bitsmoe_plugin.base.devices import computing_on
+from bitsmoe_plugin.base.free_memory import release_free_memory
+from bitsmoe_plugin.base.workers import ALONE, Workers
+from bitsmoe_plugin.codec.layout import LayerShape
+from bitsmoe_plugin.codec.scale_grid import ScaleGrid
+from bitsmoe_plugin.config import BitsMoEConfig
+from bitsmoe_plugin.rounding.feedback_rounding import round_along_rank
+from bitsmoe_plugin.rounding.layer_rounding import LayerPlan
+from bitsmoe_plugin.rounding.rounded_layer import RoundedExperts, RoundedLayer, merged_experts, pack_layer
+from bitsmoe_plugin.rounding.row_scales import model_scales
+from bitsmoe_plugin.spectral.bases import BasisInverses, ExpertWeights, down_factors, input_factors
+from bitsmoe_plugin.spectral.error_feedback import Feedback
+from bitsmoe_plugin.spectral.layer_problem import expert_groups
+
+CPU = torch.device("cpu")
+
+
+def round_as_planned(
+    weights: ExpertWeights,
+    row_bits: Tensor,
+    plan: LayerPlan,
+    known: RowWeights,
+    config: BitsMoEConfig,
+    workers: Workers = ALONE,
+    device: torch.device = CPU,
+) -> RoundedLayer:
+    """``layer_rounding.round_layer`` from what the plan tells.
+
+    Args:
+        row_bits: ``[3, E, r]`` int64.
+        known: of the plan.
+        workers: share the work; all must call this with the same arguments, and get the same.
+        device: where to compute; the arguments may be elsewhere.
+
+    Returns:
+        the layer, on the CPU.
+    """
+    shape = LayerShape(weights.num_experts, weights.hidden_size, weights.intermediate_size)
+    with computing_on(device):
+        weights, row_bits, bases = weights.to(device), row_bits.to(device), plan.bases.to(device)
+        inverses, known = BasisInverses.of(bases), known.to(device)
+        inner, outer = known.of(slice(None), bases.output_basis.dequantize())
+        scales = _scales(plan.energies.to(device), inner, outer, row_bits, config)
+        grid = ScaleGrid.covering(scales, row_bits > 0)
+        # What rows of down cost besides is added for the layer as a whole.
+        own = torch.stack([*known.rank.expand(2, -1, -1), torch.ones_like(known.rank[0])])
+        done = {}
+        for i, part in enumerate(expert_groups(shape.num_experts, shape.rank**2, device)):
+            if not workers.takes(i):
+                continue
+            given = input_factors(weights, inverses, part)
+            factors = torch.cat([given, down_factors(weights, inverses, part)[None]])
+            feedback, bits = Feedback(None, own[:, part]), row_bits[:, part]
+            rows = round_along_rank(
+                factors, bits, feedback, inner[:, part], grid, scales[:, part], config.grid, in_place=True
+            )
+            done[i] = RoundedExperts.of(rows, bits, config.widths, with_values=False)
+            release_free_memory()
+        rounded = merged_experts(done, workers, device)
+        return pack_layer(rounded, grid, bases, row_bits, config.widths)
+
+
+def _scales(energies: Tensor, inner: Tensor, outer: Tensor, bits: Tensor, config: BitsMoEConfig) -> Tensor:
+    """Scales ``[3, E, r]`` of Gaussian rows of these energies ``[3, E, r]``."""
+    variances = energies / (outer * inner.sum(-1, keepdim=True)).clamp_min(1e-30)
+    size = inner.shape[-1]
+    return torch.stack(
+        [
+            model_scales(variance, widths, config.grid, size, config.widening and factor < 2)
+            for factor, (variance, widths) in enumerate(zip(variances, bits, strict=True))
+        ]
+    )

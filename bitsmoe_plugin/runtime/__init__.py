@@ -1,0 +1,1 @@
+"""Packed tensors and tokens in; outputs of the experts out."""

@@ -1,0 +1,83 @@
+"""Forward pass of packed experts: which implementation computes it is decided here alone."""
+
+from __future__ import annotations
+
+import warnings
+from importlib.util import find_spec
+from typing import Protocol
+
+from torch import Tensor
+
+from bitsmoe_plugin.base.native import library
+from bitsmoe_plugin.calibration.statistics import Gating
+from bitsmoe_plugin.codec.layout import PackedExperts
+from bitsmoe_plugin.codec.spec import PackedSpec
+from bitsmoe_plugin.models.gating import activation_of
+
+
+class Runtime(Protocol):
+    """A packed layer or shard, ready to compute.
+
+    Implementations leave out biases of down and kept experts: ``prepare`` adds them, see ``with_originals``.
+    """
+
+    @property
+    def packed(self) -> PackedExperts:
+        """The tensors that it computes from."""
+
+    def forward(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Output of these experts.
+
+        Args:
+            hidden: ``[T, H]``.
+            top_k_index: ``[T, k]`` integer; ids outside 0..E-1 are skipped.
+            top_k_weights: ``[T, k]``.
+
+        Returns:
+            ``[T, H]`` in the dtype of ``hidden``; of a shard, its part of the sum over shards.
+        """
+
+
+def prepare(spec: PackedSpec, packed: PackedExperts, gating: Gating) -> Runtime:
+    """The fastest implementation for the device that the tensors are on; says so if it is the slow one."""
+    from bitsmoe_plugin.runtime.with_originals import WithOriginals
+
+    runtime = _fastest(spec, packed, gating)
+    return WithOriginals(runtime, spec, gating) if spec.has_bias or spec.kept else runtime
+
+
+def _fastest(spec: PackedSpec, packed: PackedExperts, gating: Gating) -> Runtime:
+    from bitsmoe_plugin.runtime.reference_layer import ReferenceLayer
+
+    device = packed.payload.device.type
+    runtime, missing = _on_cpu(spec, packed, gating) if device == "cpu" else _on_gpu(spec, packed, gating)
+    if runtime is not None:
+        return runtime
+    warnings.warn(f"packed experts on {device} run in plain torch, much slower: {missing}", stacklevel=2)
+    return ReferenceLayer.prepare(spec, packed, gating)
+
+
+def _on_cpu(spec: PackedSpec, packed: PackedExperts, gating: Gating) -> tuple[Runtime | None, str]:
+    from bitsmoe_plugin.runtime import cpu_layer
+
+    if library() is None:
+        return None, (
+            "the kernels were not compiled when bitsmoe-plugin was installed. Install a C compiler (gcc or "
+            "clang) and reinstall"
+        )
+    return cpu_layer.CpuLayer.prepare(spec, packed, gating), ""
+
+
+def _on_gpu(spec: PackedSpec, packed: PackedExperts, gating: Gating) -> tuple[Runtime | None, str]:
+    if spec.has_bias:
+        return None, "the GPU kernels do not know biases of experts"
+    if spec.is_tiled:
+        return None, 'the GPU kernels do not know the grid "tiled" (of checkpoints that were converted)'
+    activation = activation_of(gating)
+    if activation is None:
+        return None, "the GPU kernels do not know their activation"
+    if find_spec("triton") is None:
+        return None, "Triton is not installed"
+    from bitsmoe_plugin.runtime.triton.layer import TritonLayer
+
+    return TritonLayer.prepare(spec, packed, activation), ""

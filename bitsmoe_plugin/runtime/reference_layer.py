@@ -1,0 +1,162 @@
+"""Reference forward pass of packed experts: pure torch, float32, one expert at a time.
+
+z = input_basis x (one basis for gate and up, or one each)
+h = gating(sum_k z_k gate_k, sum_k z_k up_k)
+c = sum over the token's experts of p * (down h)
+y = output_basis c
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from bitsmoe_plugin.calibration.statistics import Gating
+from bitsmoe_plugin.codec import layout
+from bitsmoe_plugin.codec.layout import LayerShape, PackedExperts
+from bitsmoe_plugin.codec.spec import PackedSpec
+
+RowReader = Callable[[int, int], tuple[Tensor, Tensor]]
+"""(factor, expert) -> rows ``[n, I]`` float32 and their rank indices ``[n]`` int64."""
+
+
+def moe_forward(
+    hidden: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    *,
+    experts: int,
+    rows_of: RowReader,
+    input_basis: Tensor,
+    output_basis: Tensor,
+    gating: Gating,
+    input_bias: Tensor | None = None,
+) -> Tensor:
+    """Output of the routed experts.
+
+    Args:
+        hidden: ``[T, H]``.
+        top_k_index: ``[T, k]`` int64; ids outside 0..experts-1 are skipped.
+        top_k_weights: ``[T, k]``.
+        input_basis: ``[r, H]`` float32, or ``[2 r, H]``: gate's above up's.
+        output_basis: ``[H, r]`` float32.
+        input_bias: ``[E, 2, I]`` of gate and up.
+
+    Returns:
+        ``[T, H]`` in the dtype of ``hidden``; computed in float32.
+    """
+    z = (hidden.float() @ input_basis.T).unflatten(-1, (-1, output_basis.shape[1]))
+    coordinates = torch.zeros_like(z[:, 0])
+    for expert in torch.unique(top_k_index).tolist():
+        if not 0 <= expert < experts:
+            continue
+        token, slot = torch.where(top_k_index == expert)
+        selected = z[token]
+        gate, up = (
+            selected[:, -factor, order] @ rows
+            for factor, (rows, order) in ((f, rows_of(f, expert)) for f in (0, 1))
+        )
+        if input_bias is not None:
+            gate, up = gate + input_bias[expert, 0].float(), up + input_bias[expert, 1].float()
+        rows, order = rows_of(2, expert)
+        out = gating(gate, up) @ rows.T * top_k_weights[token, slot, None].float()
+        update = torch.zeros_like(selected[:, 0])
+        update[:, order] = out
+        coordinates.index_add_(0, token, update)
+    return (coordinates @ output_basis.T).to(hidden.dtype)
+
+
+@dataclass(frozen=True)
+class ReferenceLayer:
+    """A packed layer or shard, ready to compute. Holds nothing else: the order of rows and their scales
+    are derived at each call for the experts that the call's tokens chose.
+
+    Attributes:
+        spec: sizes.
+        packed: the tensors.
+        starts: ``[3][E]`` first payload word of every (factor, expert).
+        row_starts: ``[3][E]`` stored rows before those of every (factor, expert).
+        gating: of the experts.
+    """
+
+    spec: PackedSpec
+    packed: PackedExperts
+    starts: list[list[int]]
+    row_starts: list[list[int]]
+    gating: Gating
+
+    @classmethod
+    def prepare(cls, spec: PackedSpec, packed: PackedExperts, gating: Gating) -> ReferenceLayer:
+        """Derive the offsets from the row codes."""
+        index = layout.index_rows(packed.row_codes.cpu(), spec.widths, spec.shape)
+        return cls(spec, packed, index.starts, index.row_starts, gating)
+
+    @torch.no_grad()
+    def forward(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """See ``dispatch.Runtime``."""
+        return self.compute(hidden, top_k_index, top_k_weights, *self.bases())
+
+    def compute(
+        self,
+        hidden: Tensor,
+        top_k_index: Tensor,
+        top_k_weights: Tensor,
+        input_basis: Tensor,
+        output_basis: Tensor,
+    ) -> Tensor:
+        """``forward`` with these bases, see ``moe_forward``; differentiable in all but the indices."""
+        used = [e for e in torch.unique(top_k_index).tolist() if 0 <= e < self.spec.shape.num_experts]
+        if not used:
+            return torch.zeros_like(hidden)
+        bias = self.packed.input_bias
+        return moe_forward(
+            hidden,
+            _positions(used, top_k_index),
+            top_k_weights,
+            experts=len(used),
+            rows_of=self.rows_of(used),
+            input_basis=input_basis,
+            output_basis=output_basis,
+            gating=self.gating,
+            input_bias=None if bias is None else self.spec.original(bias)[used],
+        )
+
+    def bases(self) -> tuple[Tensor, Tensor]:
+        """Input and output basis, float32, see ``moe_forward``."""
+        packed = self.packed
+        return (
+            self._basis(packed.input_basis, packed.input_scales),
+            self._basis(packed.output_basis, packed.output_scales),
+        )
+
+    def rows_of(self, used: list[int]) -> RowReader:
+        """Reads rows by the position of their expert in ``used``."""
+        spec, packed = self.spec, self.packed
+        row_codes, size = packed.row_codes[:, used], spec.shape.intermediate_size
+        shape = LayerShape(len(used), spec.shape.hidden_size, size)
+        starts, row_starts = (
+            [[places[e] for e in used] for places in factors] for factors in (self.starts, self.row_starts)
+        )
+        index = replace(
+            layout.index_rows(row_codes, spec.widths, shape), starts=starts, row_starts=row_starts
+        )
+        if spec.is_tiled:
+            return lambda factor, expert: layout.unpack_tiled_rows(packed, index, factor, expert, size)
+        scales = layout.row_scales(row_codes, packed.scale_grid)
+        return lambda factor, expert: layout.unpack_rows(
+            packed.payload, index, scales, factor, expert, size, spec.grid
+        )
+
+    def _basis(self, words: Tensor, scales: Tensor) -> Tensor:
+        spec = self.spec
+        return layout.unpack_basis(words, scales, spec.basis_bits, spec.shape.hidden_size, spec.grid)
+
+
+def _positions(used: list[int], index: Tensor) -> Tensor:
+    """``index`` with each id replaced by its position in ``used`` (rising), -1 if it is not there."""
+    ids = torch.tensor(used, device=index.device)
+    position = torch.searchsorted(ids, index.long().contiguous()).clamp_max(len(used) - 1)
+    return torch.where(ids[position] == index, position, -1)

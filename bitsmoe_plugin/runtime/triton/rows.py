@@ -1,0 +1,120 @@
+"""Decoding of packed rows in Triton; the layout is described in ``layout``.
+
+A thread decodes whole blocks of 32 values: it loads the block's words once, and every window or
+code is then a shift by a constant. Neighbouring windows overlap, so values are looked up in pairs:
+the two windows that end with codes i and i + 1 are 8 + bits consecutive bits of the ring, an index
+into a table of 2**(8 + bits) pairs. Pairs, because the four tables then take 2, 4, 8 and 16 KiB and
+stay in the L1 cache next to the streamed payload; four values at a time would take 64 KiB at 2 bits.
+An entry holds two bfloat16: a table value is an int8 times 2**-5 and so exact in its 8 bits of
+precision, and one shift or mask turns it into float32.
+
+Offsets: the first word of an (expert, factor) is 64 bits, what lies within it 32 bits, so one factor
+of one expert may have up to 2**31 words.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from bitsmoe_plugin.codec import trellis
+
+
+def pair_tables() -> Tensor:
+    """The tables of all trellis widths, ``[512 + 1024 + 2048 + 4096]`` int32, 1 to 4 bits.
+
+    Entry w of a width holds the bfloat16 values of the windows w % 2**8 (low half) and
+    w >> bits (high half): the window that ends ``bits`` later has its oldest bits dropped.
+    """
+    pieces = []
+    for bits in trellis.WIDTHS:
+        pair = torch.arange(2 ** (trellis.WINDOW + bits), device="cpu")
+        values = trellis.table(bits)
+        both = torch.stack([values[pair % 2**trellis.WINDOW], values[pair >> bits]], -1)
+        pieces.append(both.to(torch.bfloat16).view(torch.int32).flatten())
+    return torch.cat(pieces)
+
+
+@triton.jit
+def _ring_field(words, START: tl.constexpr, LENGTH: tl.constexpr, BITS: tl.constexpr):
+    """``LENGTH`` bits from bit ``START`` (may be negative) of the ring of ``BITS`` words."""
+    word: tl.constexpr = (START + 32 * BITS) % (32 * BITS) // 32
+    shift: tl.constexpr = (START + 32 * BITS) % 32
+    value = words[word] >> shift
+    if shift + LENGTH > 32:
+        value |= words[(word + 1) % BITS] << (32 - shift)
+    if LENGTH < 32:
+        value &= 2**LENGTH - 1
+    return value
+
+
+@triton.jit
+def interleaved(values):
+    """Tensors ``[R, C]``, a power of two of them, as one ``[R, C, 2, .., 2]``, the last axes counting them.
+
+    Reshaped to ``[R, n C]`` they alternate. Joining never moves a value to another thread.
+    """
+    half: tl.constexpr = len(values) // 2
+    if half == 0:
+        return values[0]
+    else:
+        joined = ()
+        for i in tl.static_range(half):
+            joined = joined + (tl.join(values[i], values[i + half]),)
+        return interleaved(joined)
+
+
+@triton.jit
+def decode_rows(start, keep, tables, BITS: tl.constexpr, TRELLIS: tl.constexpr):
+    """Values at scale 1 (trellis) or in steps (uniform grid) of the blocks at pointers ``start``.
+
+    ``start``, ``keep`` ``[ROWS, BLOCKS]`` -> ``[ROWS, 32 * BLOCKS]`` float32.
+    All are exact in bfloat16, but for 16-bit rows.
+    """
+    words = ()
+    for i in tl.static_range(BITS):
+        words = words + (tl.load(start + i, mask=keep, other=0).to(tl.uint32, bitcast=True),)
+    fields = ()
+    if TRELLIS and BITS <= 4:
+        for i in tl.static_range(0, 32, 2):
+            # Looked up one by one: of a joined index, Triton would spread the lookups over the threads anew.
+            pair = _ring_field(words, (i + 1) * BITS - 8, 8 + BITS, BITS)
+            fields = fields + (tl.load(tables + 512 * (2 ** (BITS - 1) - 1) + pair),)
+        both = tl.reshape(interleaved(fields), [start.shape[0], 16 * start.shape[1]])
+        low = (both << 16).to(tl.float32, bitcast=True)
+        high = (both & -65536).to(tl.float32, bitcast=True)
+        return tl.reshape(tl.join(low, high), [start.shape[0], 32 * start.shape[1]])
+    else:
+        for i in tl.static_range(32):
+            fields = fields + (_ring_field(words, i * BITS, BITS, BITS),)
+        code = tl.reshape(interleaved(fields), [start.shape[0], 32 * start.shape[1]])
+        return code.to(tl.float32) - (2**BITS - 1) / 2
+
+
+@triton.jit
+def order_and_scales(order, row_codes, scale_grid, position, keep, RANK: tl.constexpr):
+    """Rank indices and scales (``scale_grid.ScaleGrid``) of the rows at ``position``.
+
+    ``order``, ``row_codes`` point to the factor of the expert, ``scale_grid`` to that of the factor.
+    """
+    k = tl.load(order + position, mask=keep, other=0).to(tl.int32)
+    code = (tl.load(row_codes + k, mask=keep, other=0) & 31).to(tl.float32)
+    low = tl.load(scale_grid + k, mask=keep, other=0.0).to(tl.float32)
+    step = tl.load(scale_grid + RANK + k, mask=keep, other=0.0).to(tl.float32)
+    return k, tl.exp2(low + code * step)
+
+
+@triton.jit
+def gating(gate, up, ACTIVATION: tl.constexpr):
+    """``activation(gate) * up``, activations as ``gating.gating`` names them."""
+    if ACTIVATION == "silu":
+        return gate * tl.sigmoid(gate) * up
+    elif ACTIVATION == "gelu":
+        return 0.5 * gate * (1 + tl.erf(gate * 0.7071067811865476)) * up
+    else:
+        # (1 + tanh u) / 2 = sigmoid(2 u)
+        tl.static_assert(ACTIVATION == "gelu_tanh")
+        u = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
+        return gate * tl.sigmoid(2 * u) * up

@@ -1,0 +1,103 @@
+"""What the Triton kernels know of one layer, derived once from its packed tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bitsmoe_plugin.codec import layout, row_codec
+from bitsmoe_plugin.codec.layout import PackedExperts
+from bitsmoe_plugin.codec.spec import PackedSpec
+from bitsmoe_plugin.codec.uniform import STEP
+from bitsmoe_plugin.runtime.triton.rows import pair_tables
+
+
+@dataclass(frozen=True)
+class LayerState:
+    """Device tensors and sizes of the rows of one layer or shard.
+
+    ``order`` costs 6 E r bytes (int16; 1.5 MiB for 128 experts and rank 2048), the others next to
+    nothing; scales are computed from the stored codes where they are used.
+
+    Attributes:
+        payload: ``[words]`` int32, as stored.
+        row_codes: ``[3, E, r]`` uint8, as stored.
+        scale_grid: ``[3, 2, r]`` float16.
+        starts: ``[3, E]`` int64, first payload word.
+        counts: ``[3, E, widths]`` int32, stored rows of each width.
+        order: ``[3, E, r]`` int16 (int32 from rank 2**15 on), rank indices by falling width.
+        tables: see ``rows.pair_tables``.
+        widths: falling, without 0.
+        trellis: whether rows of up to 4 bits are trellis-coded.
+        size: intermediate_size.
+        activation: as in ``gating.gating``.
+    """
+
+    payload: Tensor
+    row_codes: Tensor
+    scale_grid: Tensor
+    starts: Tensor
+    counts: Tensor
+    order: Tensor
+    tables: Tensor
+    widths: tuple[int, ...]
+    trellis: bool
+    size: int
+    activation: str
+
+    @classmethod
+    def derive(cls, spec: PackedSpec, packed: PackedExperts, activation: str) -> LayerState:
+        """From the packed tensors, on their device."""
+        device = packed.payload.device
+        index = layout.index_rows(packed.row_codes, spec.widths, spec.shape)
+        position = torch.int16 if spec.shape.rank < 2**15 else torch.int32
+        return cls(
+            payload=packed.payload.contiguous(),
+            row_codes=packed.row_codes.contiguous(),
+            scale_grid=packed.scale_grid.contiguous().view(torch.float16),
+            starts=torch.tensor(index.starts, dtype=torch.int64, device=device),
+            counts=torch.tensor(index.counts, dtype=torch.int32, device=device),
+            order=index.order.to(position),
+            tables=pair_tables().to(device),
+            widths=index.widths,
+            trellis=spec.grid == "trellis",
+            size=spec.shape.intermediate_size,
+            activation=activation,
+        )
+
+    @property
+    def experts(self) -> int:
+        return self.row_codes.shape[1]
+
+    @property
+    def rank(self) -> int:
+        return self.row_codes.shape[2]
+
+    @property
+    def blocks(self) -> int:
+        return row_codec.padded(self.size) // row_codec.BLOCK
+
+    def bases(self, z: Tensor) -> int:
+        """Input bases that the coordinates ``[T, n * r]`` stand for."""
+        return z.shape[1] // self.rank
+
+    def pointers(self) -> dict[str, Tensor]:
+        """The tensors that every kernel over rows takes."""
+        names = ("payload", "starts", "counts", "order", "row_codes", "scale_grid", "tables")
+        return {name: getattr(self, name) for name in names}
+
+    def constants(self) -> dict[str, object]:
+        """What every kernel over rows is compiled for."""
+        grid = "trellis" if self.trellis else "uniform"
+        return {
+            "EXPERTS": self.experts,
+            "RANK": self.rank,
+            "ROW_BLOCKS": self.blocks,
+            "WIDTHS": self.widths,
+            "UNITS": tuple(
+                1.0 if row_codec.uses_trellis(width, grid) else STEP[width] for width in self.widths
+            ),
+            "TRELLIS": self.trellis,
+        }

@@ -1,0 +1,1 @@
+"""Weights and statistics of a layer in; shared bases, and how errors in its factors count, out."""

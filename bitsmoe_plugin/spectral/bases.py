@@ -1,0 +1,230 @@
+"""Shared bases of one MoE layer, and the experts' factors in them.
+
+With C the routing- and token-weighted second moment of the layer's inputs, the input basis
+consists of the principal directions of the experts' gate and up weights *in the metric of C*
+(activation whitening, as SVD-LLM, arXiv 2403.07378, does for truncation; BitsMoE, arXiv
+2606.00079, uses the plain SVD). The output basis consists of the principal directions of the
+experts' outputs. Both bases are quantized first and the factors are computed with the inverse
+of the *quantized* basis, so that the bases' rounding error does not reach the output.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from bitsmoe_plugin.base.linalg import product
+from bitsmoe_plugin.codec import uniform
+
+
+@dataclass(frozen=True)
+class ExpertWeights:
+    """The routed experts of one layer, in any float dtype.
+
+    Attributes:
+        gate: ``[num_experts, intermediate_size, hidden_size]``
+        up: ``[num_experts, intermediate_size, hidden_size]``
+        down: ``[num_experts, hidden_size, intermediate_size]``
+    """
+
+    gate: Tensor
+    up: Tensor
+    down: Tensor
+
+    @property
+    def num_experts(self) -> int:
+        return self.gate.shape[0]
+
+    @property
+    def intermediate_size(self) -> int:
+        return self.gate.shape[1]
+
+    @property
+    def hidden_size(self) -> int:
+        return self.gate.shape[2]
+
+    def numel(self) -> int:
+        """Number of expert weights, the denominator of bits_per_weight."""
+        return self.gate.numel() + self.up.numel() + self.down.numel()
+
+    def every(self, stride: int) -> ExpertWeights:
+        """Views of every ``stride``-th neuron."""
+        return ExpertWeights(self.gate[:, ::stride], self.up[:, ::stride], self.down[..., ::stride])
+
+    def to(self, device: torch.device) -> ExpertWeights:
+        """The same on a device; no copy if they are there."""
+        return ExpertWeights(self.gate.to(device), self.up.to(device), self.down.to(device))
+
+
+@dataclass(frozen=True)
+class ExpertBiases:
+    """What the experts of some families add to their products; never quantized.
+
+    Attributes:
+        gate: ``[num_experts, intermediate_size]``
+        up: ``[num_experts, intermediate_size]``
+        down: ``[num_experts, hidden_size]``
+    """
+
+    gate: Tensor
+    up: Tensor
+    down: Tensor
+
+    def add(self, gate: Tensor, up: Tensor, expert: int | Tensor) -> tuple[Tensor, Tensor]:
+        """Gate and up products ``[..., I]`` of one expert, or of one each ``[...]``, with their biases."""
+        return gate + self.gate[expert].float(), up + self.up[expert].float()
+
+    def to(self, device: torch.device) -> ExpertBiases:
+        """The same on a device."""
+        return ExpertBiases(self.gate.to(device), self.up.to(device), self.down.to(device))
+
+
+@dataclass(frozen=True)
+class QuantizedBasis:
+    """A basis as it is stored.
+
+    Attributes:
+        codes: ``[rows, columns]`` uint8, or float16 values if ``bits`` is 16.
+        scales: ``[rows, columns / group_size]`` float16 (empty if ``bits`` is 16).
+        bits: 4, 8 or 16.
+        group_size: values along a row that share a scale.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    bits: int
+    group_size: int
+
+    def dequantize(self) -> Tensor:
+        """``[rows, columns]`` float32."""
+        if self.bits == 16:
+            return self.codes.float()
+        rows, columns = self.codes.shape
+        grouped = self.codes.view(rows, -1, self.group_size).float()
+        return uniform.decode(grouped, self.scales.float().unsqueeze(-1), self.bits).view(rows, columns)
+
+
+@dataclass(frozen=True)
+class SharedBases:
+    """Attributes:
+    input_basis: ``[bases * rank, hidden_size]``, bases = 1 for gate and up together, or 2 for gate
+        above up; z = input_basis x.
+    output_basis: ``[hidden_size, rank]``; y = output_basis c.
+    """
+
+    input_basis: QuantizedBasis
+    output_basis: QuantizedBasis
+
+    def to(self, device: torch.device) -> SharedBases:
+        """The same on a device."""
+        return SharedBases(
+            *(
+                replace(basis, codes=basis.codes.to(device), scales=basis.scales.to(device))
+                for basis in (self.input_basis, self.output_basis)
+            )
+        )
+
+    def input_bases(self) -> Tensor:
+        """``[bases, rank, hidden_size]`` float32, dequantized."""
+        basis = self.input_basis.dequantize()
+        return basis.view(-1, basis.shape[1], basis.shape[1])
+
+
+def shrink(second_moment: Tensor, amount: float) -> Tensor:
+    """Blend ``[..., n, n]`` with its mean eigenvalue times the identity (Ledoit and Wolf, 2004)."""
+    n = second_moment.shape[-1]
+    mean = second_moment.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
+    eye = torch.eye(n, dtype=second_moment.dtype, device=second_moment.device)
+    return (1 - amount) * second_moment + amount * mean * eye
+
+
+def input_basis(gram: Tensor, second_moment: Tensor) -> Tensor:
+    """Principal directions of the gate and up weights in the metric of their inputs.
+
+    Args:
+        gram: ``[hidden_size, hidden_size]`` float64, the sum over experts and neurons of
+            weight * w w^T for the rows w of gate and up.
+        second_moment: ``[hidden_size, hidden_size]`` float64, C, positive definite. The identity
+            gives the plain orthogonal basis of the publication.
+
+    Returns:
+        ``[rank, hidden_size]`` float64, rank = hidden_size, rows V^T C^(-1/2) scaled to unit
+        length (V: eigenvectors of C^(1/2) gram C^(1/2)), by rising energy: rows are rounded in
+        this order, so what coarse rows lose can be made up for by the strong ones after them.
+    """
+    eigenvalues, vectors = torch.linalg.eigh(second_moment)
+    root = vectors * eigenvalues.clamp_min(eigenvalues[-1] * 1e-12).sqrt()
+    inverse_root = vectors / eigenvalues.clamp_min(eigenvalues[-1] * 1e-12).sqrt()
+    # C^(1/2) may be any root: (vectors sqrt(l)) (vectors sqrt(l))^T = C.
+    _, directions = torch.linalg.eigh(root.T @ gram @ root)
+    basis = directions.T @ inverse_root.T
+    return basis / basis.norm(dim=-1, keepdim=True)
+
+
+def output_basis(output_moment: Tensor) -> Tensor:
+    """``[hidden_size, rank]`` float64: eigenvectors of the experts' output second moment
+    ``[hidden_size, hidden_size]``, as columns by rising energy."""
+    return torch.linalg.eigh(output_moment)[1]
+
+
+def quantize_basis(basis: Tensor, bits: int, group_size: int) -> QuantizedBasis:
+    """Round a basis to groups of ``group_size`` values along its rows.
+
+    Args:
+        basis: ``[rows, columns]`` float64.
+        bits: 4, 8 or 16 (16 stores float16 values without scales).
+        group_size: divides ``columns``.
+    """
+    if bits == 16:
+        return QuantizedBasis(basis.to(torch.float16), basis.new_empty(0), bits, group_size)
+    rows = basis.shape[0]
+    grouped = basis.float().view(rows, -1, group_size)
+    scale, _ = uniform.best_scale(grouped, torch.ones_like(grouped), bits)
+    scale = scale.to(torch.float16)
+    codes = uniform.encode(grouped, scale.float(), bits).view_as(basis).to(torch.uint8)
+    return QuantizedBasis(codes, scale.squeeze(-1), bits, group_size)
+
+
+@dataclass(frozen=True)
+class BasisInverses:
+    """Inverses of the bases as they are stored, float32.
+
+    Attributes:
+        given: ``[1 or 2, hidden_size, rank]``, of the input bases; the first is of gate, the last of up.
+        output: ``[rank, hidden_size]``
+    """
+
+    given: Tensor
+    output: Tensor
+
+    @staticmethod
+    def of(bases: SharedBases) -> BasisInverses:
+        """Computed in float64, one by one: a batch of them makes MKL fail or hang with several threads
+        (torch 2.13, two matrices of 2048)."""
+        return BasisInverses(
+            torch.stack([torch.linalg.inv(basis.double()).float() for basis in bases.input_bases()]),
+            torch.linalg.inv(bases.output_basis.dequantize().double()).float(),
+        )
+
+
+Experts = slice | list[int]
+
+
+def input_factors(weights: ExpertWeights, inverses: BasisInverses, experts: Experts) -> Tensor:
+    """Factors ``[2, e, rank, I]`` float32 that reproduce gate and up exactly in the quantized bases:
+    gate = factor^T input_basis."""
+    pairs = ((inverses.given[0], weights.gate), (inverses.given[-1], weights.up))
+    return torch.stack([_times_all(inverse.T, matrix[experts]) for inverse, matrix in pairs])
+
+
+def down_factors(weights: ExpertWeights, inverses: BasisInverses, experts: Experts) -> Tensor:
+    """Factors ``[e, rank, I]`` float32 that reproduce down exactly: down = output_basis factor."""
+    return _times_all(inverses.output, weights.down[experts].transpose(1, 2)).contiguous()
+
+
+def _times_all(matrix: Tensor, rows: Tensor) -> Tensor:
+    """``matrix rows[e]^T`` for all e, ``[e, m, I]``, of ``[m, n]`` and ``[e, I, n]``, in one product."""
+    together = product(matrix, rows.float().flatten(0, 1))
+    return together.view(len(matrix), *rows.shape[:2]).transpose(0, 1)

@@ -1,0 +1,238 @@
+"""Everything that is known about one layer when its experts are quantized."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bitsmoe_plugin.base.devices import computing_on, working_set
+from bitsmoe_plugin.base.linalg import product
+from bitsmoe_plugin.calibration import statistics
+from bitsmoe_plugin.calibration.statistics import ExpertRows, Gating, LayerActivations, LayerStatistics
+from bitsmoe_plugin.codec.layout import LayerShape
+from bitsmoe_plugin.config import BitsMoEConfig
+from bitsmoe_plugin.spectral import bases as spectral_bases
+from bitsmoe_plugin.spectral.bases import BasisInverses, ExpertBiases, Experts, ExpertWeights, SharedBases
+from bitsmoe_plugin.spectral.error_feedback import Feedback
+
+_SECOND_MOMENT_SHRINKAGE = 1e-3
+
+
+@dataclass(frozen=True)
+class LayerProblem:
+    """Everything known about one layer: its weights, calibration and bases.
+
+    Factors are computed when they are needed: in float32 those of all experts take twice the memory of
+    the weights.
+
+    Attributes:
+        drift: ``[T, r]`` float32, how far the residual stream after this layer, with its experts exact, is
+            from that of the unquantized model, in coordinates of the output basis; None if the layer shall
+            not make up for it.
+        z: ``[1 or 2, T, r]`` float32, input bases (as they will be stored) times inputs; the first is
+            of gate, the last of up.
+        pooled: ``[1 or 2, r, r]`` float32, see ``statistics.pooled_covariance``.
+        output_basis: ``[H, r]`` float32, dequantized.
+        biases: of the experts, None if they have none.
+    """
+
+    name: str
+    weights: ExpertWeights
+    activations: LayerActivations
+    rows: list[ExpertRows]
+    gating: Gating
+    statistics: LayerStatistics
+    bases: SharedBases
+    inverses: BasisInverses
+    z: Tensor
+    pooled: Tensor
+    output_basis: Tensor
+    config: BitsMoEConfig
+    drift: Tensor | None = None
+    biases: ExpertBiases | None = None
+
+    @property
+    def shape(self) -> LayerShape:
+        w = self.weights
+        return LayerShape(w.num_experts, w.hidden_size, w.intermediate_size)
+
+    @property
+    def device(self) -> torch.device:
+        """Where all tensors are."""
+        return self.activations.hidden.device
+
+    @property
+    def input_bases(self) -> Tensor:
+        """``[1 or 2, r, H]`` float32, dequantized; the first is of gate, the last of up."""
+        return self.bases.input_bases()
+
+    def input_factors(self, experts: Experts) -> Tensor:
+        """``[2, e, r, I]`` float32, see ``bases.input_factors``."""
+        return spectral_bases.input_factors(self.weights, self.inverses, experts)
+
+    def down_factors(self, experts: Experts) -> Tensor:
+        """``[e, r, I]`` float32, see ``bases.down_factors``."""
+        return spectral_bases.down_factors(self.weights, self.inverses, experts)
+
+    def hidden(self, gate: Tensor, up: Tensor, expert: int) -> Tensor:
+        """Hidden activations ``[n, I]`` of an expert from its gate and up products ``[n, I]``."""
+        return self.gating(*((gate, up) if self.biases is None else self.biases.add(gate, up, expert)))
+
+    def chunks(self, experts: int) -> list[slice]:
+        """Positions 0..experts in groups of bounded working set."""
+        return expert_groups(experts, self.pooled.numel(), self.device)
+
+
+def expert_groups(experts: int, covariance: int, device: torch.device) -> list[slice]:
+    """Positions 0..experts in groups of bounded working set.
+
+    Args:
+        covariance: values that the covariances of an expert hold.
+    """
+    size = max(1, working_set(device) // covariance)
+    return [slice(start, min(start + size, experts)) for start in range(0, experts, size)]
+
+
+def shared_bases(weights: ExpertWeights, stats: LayerStatistics, config: BitsMoEConfig) -> SharedBases:
+    """Bases of a layer, quantized as the config says."""
+    moments = statistics.basis_moments(weights, stats, config.neuron_weighting)
+    if config.whitening:
+        metric = spectral_bases.shrink(stats.second_moment, _SECOND_MOMENT_SHRINKAGE)
+        outputs = moments.output
+    else:
+        metric = torch.eye(weights.hidden_size, dtype=torch.float64, device=moments.gram.device)
+        outputs = sum(down.double() @ down.double().T for down in weights.down)
+    grams = moments.gram.sum(0, keepdim=True) if config.joint_basis else moments.gram
+    given = torch.cat([spectral_bases.input_basis(gram, metric) for gram in grams])
+    out = spectral_bases.output_basis(outputs)
+    return SharedBases(
+        spectral_bases.quantize_basis(given, config.basis_bits, config.basis_group_size),
+        spectral_bases.quantize_basis(out, config.basis_bits, config.basis_group_size),
+    )
+
+
+def build_problem(
+    name: str,
+    weights: ExpertWeights,
+    activations: LayerActivations,
+    gating: Gating,
+    config: BitsMoEConfig,
+    bases: SharedBases | None = None,
+    drift: Tensor | None = None,
+    biases: ExpertBiases | None = None,
+) -> LayerProblem:
+    """Collect what is known about one layer, to plan it or, if ``bases`` are given, to round it.
+
+    All of it, and what is computed from it, is on the device of ``activations``; the other arguments may be
+    elsewhere.
+
+    Args:
+        drift: ``[T, H]``, otherwise as in ``LayerProblem``.
+        biases: see there.
+
+    Raises:
+        QuantizationError: NaN or infinity in weights, activations or statistics.
+    """
+    device = activations.hidden.device
+    with computing_on(device):
+        return _collected(
+            name,
+            weights.to(device),
+            activations,
+            gating,
+            config,
+            None if bases is None else bases.to(device),
+            None if drift is None else drift.to(device),
+            None if biases is None else biases.to(device),
+        )
+
+
+def _collected(
+    name: str,
+    weights: ExpertWeights,
+    activations: LayerActivations,
+    gating: Gating,
+    config: BitsMoEConfig,
+    bases: SharedBases | None,
+    drift: Tensor | None,
+    biases: ExpertBiases | None,
+) -> LayerProblem:
+    """``build_problem`` of tensors on one device."""
+    statistics.check_finite(name, weights, activations)
+    rows = statistics.expert_rows(activations, weights.num_experts, config.seed, config.all_experts)
+    # Rounding with refitted down computes them from the rounded gate and up.
+    moments = bases is None or not config.refit
+    stats = statistics.collect(
+        weights, activations, rows, gating, config.neuron_weighting, biases, hidden_moments=moments
+    )
+    statistics.check_finite_statistics(name, stats)
+    bases = bases or shared_bases(weights, stats, config)
+    input_bases, inverses = bases.input_bases(), BasisInverses.of(bases)
+    return LayerProblem(
+        name,
+        weights,
+        activations,
+        rows,
+        gating,
+        stats,
+        bases,
+        inverses,
+        torch.stack([product(activations.hidden.float(), basis) for basis in input_bases]),
+        statistics.pooled_covariance(input_bases, stats),
+        bases.output_basis.dequantize(),
+        config,
+        None if drift is None else product(drift.float(), inverses.output),
+        biases,
+    )
+
+
+def feedback_of(moments: Tensor, config: BitsMoEConfig) -> Feedback:
+    """Feedback of second moments ``[..., n, n]``, none if the config switches it off."""
+    if config.feedback:
+        return Feedback.of(moments, config.damping)
+    return Feedback.none(moments.diagonal(dim1=-2, dim2=-1), config.damping)
+
+
+def rank_feedback(problem: LayerProblem, expert: int) -> Feedback:
+    """Feedback of an expert's gate and up: ``[1 or 2]`` of the rank."""
+    config, seen = problem.config, _seen_by(problem, expert)
+    if config.feedback:
+        return Feedback.of(statistics.input_covariance(*seen), config.damping)
+    return Feedback.none(statistics.input_variance(*seen), config.damping)
+
+
+def rank_variances(problem: LayerProblem, known: dict[int, Feedback]) -> Tensor:
+    """``Feedback.variance`` of all experts, ``[1 or 2, E, r]``.
+
+    Feedback takes a Cholesky factor per expert. Of the others, what it explains of their inputs' variance
+    is taken from the experts whose feedback is known, and from the layer's own covariance: the less an
+    expert has seen itself, the more from that.
+    """
+    config, rank = problem.config, problem.shape.rank
+    experts = range(problem.shape.num_experts)
+    if not config.feedback:
+        return torch.stack([rank_feedback(problem, expert).variance for expert in experts], 1)
+    total = torch.stack([statistics.input_variance(*_seen_by(problem, expert)) for expert in experts], 1)
+    total += config.damping * total.mean(-1, keepdim=True).clamp_min(1e-30)
+    share = torch.tensor([statistics.own_share(rows, rank, config.covariance_prior) for rows in problem.rows])
+    exact = torch.stack([feedback.variance for feedback in known.values()], 1)
+    sample = list(known)
+    left = (exact / total[:, sample]).log().mean(1, keepdim=True)
+    diagonal = Feedback.none(problem.pooled.diagonal(dim1=-2, dim2=-1), config.damping).variance
+    left_of_layer = (feedback_of(problem.pooled, config).variance / diagonal).log()[:, None]
+    own = (share / share[sample].mean().clamp_min(1e-9)).clamp_max(1.0)[:, None]
+    total *= (own * left + (1 - own) * left_of_layer).exp()
+    total[:, sample] = exact
+    return total
+
+
+def _seen_by(problem: LayerProblem, expert: int) -> tuple[Tensor, Tensor, LayerStatistics, ExpertRows, float]:
+    return (
+        problem.z,
+        problem.pooled,
+        problem.statistics,
+        problem.rows[expert],
+        problem.config.covariance_prior,
+    )

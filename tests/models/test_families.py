@@ -1,0 +1,164 @@
+"""Which models are accepted, where their experts are found, and which are refused by name."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+
+from bitsmoe_plugin.calibration.statistics import LayerActivations
+from bitsmoe_plugin.codec.layout import LayerShape
+from bitsmoe_plugin.commands.compare.rtn import quantize_rtn, round_to_nearest
+from bitsmoe_plugin.errors import QuantizationError
+from bitsmoe_plugin.models.families import (
+    apply_gating,
+    check_computation,
+    decoder_layer_name,
+    find_moe_layers,
+    layer_shape,
+    read_biases,
+    read_experts,
+    routed_inputs,
+)
+
+# model type -> decoder layers that have routed experts (DeepSeek-V3: the first one is dense)
+SUPPORTED = {
+    "qwen3_moe": [0, 1],
+    "qwen2_moe": [0, 1],
+    "mixtral": [0, 1],
+    "olmoe": [0, 1],
+    "deepseek_v3": [1],
+}
+
+
+@pytest.mark.parametrize(("model_type", "expected"), SUPPORTED.items())
+def test_experts_are_found_in_forward_order(tiny_model, model_type: str, expected: list[int]) -> None:
+    """Guards the fused convention: names, order and the decoder layer around each experts module."""
+    model = tiny_model(model_type)
+    layers = find_moe_layers(model)
+    assert [layer.layer_name for layer in layers] == [f"model.layers.{i}" for i in expected]
+    for layer in layers:
+        assert layer.name.startswith(layer.layer_name + ".")
+        assert layer.name.endswith(".experts")
+        assert model.get_submodule(layer.name) is layer.module
+
+
+@pytest.mark.parametrize("model_type", SUPPORTED)
+def test_weights_and_gating_reproduce_the_module(tiny_model, make_layer, model_type: str) -> None:
+    """Guards against swapped gate and up rows or another activation: our own token-by-token
+    forward on what ``read_experts`` returns is what the module computes. float32: 1e-5."""
+    module = find_moe_layers(tiny_model(model_type))[-1].module
+    weights = read_experts(module)
+    assert (weights.num_experts, weights.intermediate_size, weights.hidden_size) == (4, 16, 32)
+    reference = make_layer(4, 16, 32, 20)
+    layer = type(reference)(weights, reference.activations, partial(apply_gating, module))
+    a: LayerActivations = reference.activations
+    with torch.no_grad():
+        wanted = module(a.hidden, a.top_k_index, a.top_k_weights)
+        got = layer.forward(a.hidden, a.top_k_index, a.top_k_weights)
+    assert float((got - wanted).norm() / wanted.norm()) < 1e-5
+
+
+def test_dense_model_is_refused(tiny_model) -> None:
+    """Not "nothing to do": the user asked for a method that cannot help this model."""
+    with pytest.raises(QuantizationError, match=r"'llama' has no MoE layers"):
+        find_moe_layers(tiny_model("llama"))
+
+
+def test_biases_and_interleaved_rows_reproduce_the_module(tiny_model, make_layer) -> None:
+    """Guards GPT-OSS: transposed weights, gate and up in turn, biases, clamped activation. Biases are
+    strong here, and inputs large enough for the clamp, so that leaving one out fails. float32: 1e-5."""
+    module = find_moe_layers(tiny_model("gpt_oss"))[0].module
+    for bias in (module.gate_up_proj_bias, module.down_proj_bias):
+        bias.data = torch.randn_like(bias)
+    weights, biases = read_experts(module), read_biases(module)
+    assert layer_shape(module) == LayerShape(4, 32, 16)
+    a: LayerActivations = make_layer(4, 16, 32, 20).activations
+    x = 200 * a.hidden
+    wanted = torch.zeros_like(x)
+    for t, slot in torch.cartesian_prod(torch.arange(20), torch.arange(2)).tolist():
+        e = int(a.top_k_index[t, slot])
+        products = biases.add(weights.gate[e] @ x[t], weights.up[e] @ x[t], e)
+        assert float(products[0].max()) > module.limit or t > 0
+        out = weights.down[e] @ apply_gating(module, *products) + biases.down[e]
+        wanted[t] += a.top_k_weights[t, slot] * out
+    with torch.no_grad():
+        got = module(x, a.top_k_index, a.top_k_weights)
+    assert float((got - wanted).norm() / wanted.norm()) < 1e-5
+
+
+def test_copies_of_the_inputs_are_understood(tiny_model) -> None:
+    """Guards Llama4: the router's weight is in the input, and each expert is called with all tokens."""
+    model = tiny_model("llama4_text", moe_layers=[0, 1], num_experts_per_tok=1)
+    module = find_moe_layers(model)[0].module
+    hidden, expert = torch.randn(7, 32), torch.tensor([0, 1, 3, 3, 0, 1, 1])
+    copies = torch.zeros(4, 7, 32)
+    copies[expert, torch.arange(7)] = hidden
+    x, index, share = routed_inputs(module, [copies.flatten(0, 1)])
+    assert torch.equal(x, hidden)
+    assert torch.equal(index[:, 0], expert)
+    assert torch.equal(share, torch.ones(7, 1))
+    copies[(expert + 1) % 4, torch.arange(7)] = hidden
+    with pytest.raises(QuantizationError, match="num_experts_per_tok=1"):
+        routed_inputs(module, [copies.flatten(0, 1)])
+
+
+def test_experts_without_a_gate_or_with_a_norm_are_refused_by_name(tiny_model) -> None:
+    """What deviates in more than layout computes something else: reading it as ours gives noise."""
+    for flag, value, reason in (
+        ("has_gate", False, "without a gate"),
+        ("has_post_expert_norm", True, "a norm after each expert"),
+        ("act_fn", torch.nn.PReLU(), "an activation with parameters of its own"),
+    ):
+        model = tiny_model("qwen3_moe")
+        setattr(model.model.layers[1].mlp.experts, flag, value)
+        with pytest.raises(QuantizationError) as error:
+            find_moe_layers(model)
+        for part in ("model.layers.1.mlp.experts", "Qwen3MoeExperts", "'qwen3_moe'", reason):
+            assert part in str(error.value)
+
+
+def test_undeclared_experts_are_refused_by_name(tiny_model) -> None:
+    """A module of the right shapes that does not say how it stores them could be anything."""
+    model = tiny_model("qwen3_moe")
+    del model.model.layers[0].mlp.experts.is_transposed
+    with pytest.raises(QuantizationError, match="is_transposed is not declared"):
+        find_moe_layers(model)
+
+
+def test_experts_that_compute_something_else_than_declared_are_refused(tiny_model, make_layer) -> None:
+    """Guards against a family that came after us, declares the convention and adds a twist to its forward."""
+    module = find_moe_layers(tiny_model("qwen3_moe"))[0].module
+    a = make_layer(4, 16, 32, 20).activations
+    inputs = a.hidden, a.top_k_index, a.top_k_weights
+    with torch.no_grad():
+        check_computation("experts", module, read_experts(module), inputs)
+        plain = module.forward
+        module.forward = lambda x, *routing: 1.1 * plain(x, *routing)
+        with pytest.raises(QuantizationError, match=r"Qwen3MoeExperts.* computes something else"):
+            check_computation("experts", module, read_experts(module), inputs)
+
+
+def test_experts_outside_a_list_of_layers_are_refused(tiny_model) -> None:
+    """Calibration walks decoder layers; an experts module anywhere else has none."""
+    block = tiny_model("qwen3_moe").model.layers[0].mlp
+    with pytest.raises(QuantizationError, match=r"experts is not inside a list of decoder layers"):
+        find_moe_layers(torch.nn.ModuleDict({"block": block}))
+
+
+def test_decoder_layer_is_the_outermost_list_entry() -> None:
+    """Guards against taking a list inside a decoder layer (blocks, adapters) for the decoder."""
+    inner = torch.nn.ModuleDict(
+        {"blocks": torch.nn.ModuleList([torch.nn.ModuleDict({"experts": torch.nn.Identity()})])}
+    )
+    model = torch.nn.ModuleDict({"layers": torch.nn.ModuleList([torch.nn.Identity(), inner])})
+    assert decoder_layer_name(model, "layers.1.blocks.0.experts") == "layers.1"
+
+
+def test_rounding_to_nearest_groups_inputs_of_transposed_weights(tiny_model) -> None:
+    """Guards the baseline of ``compare`` on GPT-OSS: groups lie along the inputs, however stored."""
+    model = tiny_model("gpt_oss")
+    wanted = round_to_nearest(read_experts(find_moe_layers(model)[0].module).down, 2, 16)
+    quantize_rtn(model, 2, 16)
+    assert torch.equal(read_experts(find_moe_layers(model)[0].module).down, wanted)

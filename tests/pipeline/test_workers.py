@@ -1,0 +1,140 @@
+"""Several processes that quantize one model: bitwise what one process writes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import resume_support
+import torch
+
+from bitsmoe_plugin.base.workers import ALONE, Workers, _portable
+from bitsmoe_plugin.errors import QuantizationError
+
+PROGRAM = Path(__file__).parents[1] / "support" / "workers_support.py"
+
+
+@pytest.fixture(scope="module")
+def dense(tiny_model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dense layer, then three of experts: more than are planned in one turn of two processes."""
+    directory = tmp_path_factory.mktemp("dense")
+    tiny_model("deepseek_v3", num_hidden_layers=4).bfloat16().save_pretrained(directory)
+    return directory
+
+
+def run(
+    model: Path, out: Path, processes: int, groups_of: int = 1, dies_at: int = 0
+) -> subprocess.CompletedProcess[str]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    command = [sys.executable, *launcher, str(PROGRAM), str(model), str(out)]
+    command += [str(groups_of), str(dies_at)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def files(out: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in out.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def alone(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What one process writes, in groups of one expert."""
+    out = tmp_path_factory.mktemp("alone") / "out"
+    result = run(dense, out, 1)
+    assert result.returncode == 0, result.stderr
+    return out
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_several_processes_write_the_same_bytes(
+    dense: Path, alone: Path, tmp_path: Path, processes: int
+) -> None:
+    """Three do not divide the number of layers, nor that of experts."""
+    result = run(dense, tmp_path / "out", processes)
+    assert result.returncode == 0, result.stderr
+    assert files(tmp_path / "out") == files(alone)
+    assert not (tmp_path / "out.work").exists()
+
+
+@pytest.mark.parametrize("renames", [6, 20])
+def test_several_processes_continue_what_one_began(dense: Path, tmp_path: Path, renames: int) -> None:
+    """Killed in the first and in the second pass: hidden states and packed layers reach all processes."""
+    everyone = 10**6
+    assert run(dense, tmp_path / "whole", 1, everyone).returncode == 0
+    assert resume_support.finish(dense, tmp_path / "out", dies_at=renames) < 0
+    assert bool(list((tmp_path / "out.work").glob("packed-*"))) == (renames == 20)
+    result = run(dense, tmp_path / "out", 2, everyone)
+    assert result.returncode == 0, result.stderr
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("layer", [3, 7])
+def test_a_worker_that_is_killed_loses_nothing(dense: Path, alone: Path, tmp_path: Path, layer: int) -> None:
+    """In the first and in the second pass over four layers: no output, and the same command goes on."""
+    result = run(dense, tmp_path / "out", 2, dies_at=layer)
+    assert result.returncode != 0
+    assert not (tmp_path / "out").exists()
+    assert bool(list((tmp_path / "out.work").glob("widths*"))) == (layer == 7)
+    result = run(dense, tmp_path / "out", 2)
+    assert result.returncode == 0, result.stderr
+    assert files(tmp_path / "out") == files(alone)
+    assert not (tmp_path / "out.work").exists()
+
+
+@pytest.mark.parametrize("turn", [2, 6])
+def test_an_error_in_one_process_ends_all_with_its_reason(dense: Path, tmp_path: Path, turn: int) -> None:
+    """In either pass. Guards against processes that wait for it until the time-out of the group."""
+    result = run(dense, tmp_path / "out", 2, dies_at=-turn)
+    assert result.returncode != 0
+    assert result.stderr.count(f"ValueError: the disk burns in turn {turn}") >= 2, result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_all_processes_take_fewer_blocks_when_one_has_too_little_memory(dense: Path, tmp_path: Path) -> None:
+    """Guards against processes whose statistics differ: as with one process that has too little memory."""
+    written = {}
+    for processes in (1, 2):
+        result = run(dense, tmp_path / str(processes) / "little", processes)
+        assert result.returncode == 0, result.stderr
+        assert "out of memory in decoder layer 1" in result.stderr
+        written[processes] = files(tmp_path / str(processes) / "little")
+    assert written[1] == written[2]
+
+
+def test_an_error_that_cannot_be_sent_is_told_as_text() -> None:
+    class Local(Exception):
+        def __init__(self, first: str, second: str) -> None:
+            super().__init__(f"{first} {second}")
+
+    assert str(_portable(Local("no", "room"))) == "Local: no room"
+    told = QuantizationError("layer 3")
+    assert _portable(told) is told
+
+
+def test_a_process_with_other_options_is_refused(dense: Path, tmp_path: Path) -> None:
+    """Guards against a mixture of two quantizations. Nothing is written."""
+    result = run(dense, tmp_path / "differ", 2)
+    assert result.returncode != 0
+    assert "process 1 of torch.distributed was given another model" in result.stderr
+    assert not (tmp_path / "differ").exists()
+
+
+def test_errors_of_the_first_process_reach_the_others(tmp_path: Path) -> None:
+    """A bad output directory ends all of them, with the reason."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "file").touch()
+    result = run(tmp_path, tmp_path / "out", 2)
+    assert result.returncode != 0
+    assert "exists and is not empty" in result.stderr
+
+
+def test_parts_are_taken_once() -> None:
+    takers = [sum(Workers(rank, 3).takes(number) for rank in range(3)) for number in range(10)]
+    assert takers == [1] * 10
+    assert ALONE.main
+    assert ALONE.takes(7)
+    assert ALONE.merged({1: torch.ones(1)}) == {1: torch.ones(1)}

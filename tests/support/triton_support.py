@@ -1,0 +1,95 @@
+"""Random packed layers and inputs for the tests of the Triton kernels, which run in Triton's interpreter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bitsmoe_plugin.codec import layout, row_codec
+from bitsmoe_plugin.codec.layout import LayerShape, PackedExperts
+from bitsmoe_plugin.codec.scale_grid import SCALE_LEVELS, ScaleGrid
+from bitsmoe_plugin.codec.spec import PackedSpec
+from bitsmoe_plugin.models.gating import gating
+from bitsmoe_plugin.presets import ALL_WIDTHS
+from bitsmoe_plugin.runtime.reference_layer import ReferenceLayer
+from bitsmoe_plugin.spectral.bases import quantize_basis
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """``[T, H]`` hidden states, ``[T, k]`` expert ids and router weights."""
+
+    hidden: Tensor
+    ids: Tensor
+    weights: Tensor
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.hidden, self.ids, self.weights
+
+
+def random_widths(shape: LayerShape, widths: tuple[int, ...], seed: int = 0) -> Tensor:
+    """``[3, E, r]`` int64, members of ``widths``."""
+    generator = torch.Generator().manual_seed(seed)
+    choice = torch.randint(len(widths), (3, shape.num_experts, shape.rank), generator=generator)
+    return torch.tensor(widths)[choice]
+
+
+def random_layer(
+    shape: LayerShape,
+    widths: tuple[int, ...] = ALL_WIDTHS,
+    grid: str = "trellis",
+    basis_bits: int = 4,
+    group_size: int = 16,
+    input_bases: int = 1,
+    row_bits: Tensor | None = None,
+    seed: int = 0,
+) -> tuple[PackedSpec, PackedExperts]:
+    """A layer of random codes and scales; ``row_bits`` ``[3, E, r]`` instead of random widths."""
+    generator = torch.Generator().manual_seed(seed)
+    h, size = shape.hidden_size, shape.intermediate_size
+    row_bits = random_widths(shape, widths, seed) if row_bits is None else row_bits
+    codes = torch.randint(2**16, (*row_bits.shape, row_codec.padded(size)), generator=generator)
+    codes %= 2 ** row_bits[..., None]
+    scale_codes = torch.randint(SCALE_LEVELS, row_bits.shape, generator=generator, dtype=torch.uint8)
+    low, step = torch.rand(2, 3, shape.rank, generator=generator)
+    scale_grid = ScaleGrid((low - 3).half(), (step / 16).half())
+    bases = [
+        quantize_basis(
+            torch.randn(rows, h, dtype=torch.double, generator=generator) / h**0.5, basis_bits, group_size
+        )
+        for rows in (input_bases * h, h)
+    ]
+    words = [
+        layout.pack_expert(c, b, widths)
+        for c, b in zip(codes.flatten(0, 1), row_bits.flatten(0, 1), strict=True)
+    ]
+    packed = PackedExperts(
+        layout.pack_row_codes(row_bits, scale_codes, widths),
+        layout.pack_scale_grid(scale_grid),
+        torch.cat(words),
+        *layout.pack_basis(bases[0]),
+        *layout.pack_basis(bases[1]),
+    )
+    spec = PackedSpec(shape, widths, basis_bits, group_size, input_bases, packed.payload.numel(), grid)
+    assert {name: (t.dtype, tuple(t.shape)) for name, t in packed.tensors()} == spec.tensors()
+    return spec, packed
+
+
+def random_inputs(shape: LayerShape, tokens: int, k: int = 2, seed: int = 0) -> Inputs:
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(tokens, shape.hidden_size, generator=generator)
+    score = torch.rand(tokens, shape.num_experts, generator=generator)
+    weights, ids = score.topk(k)
+    return Inputs(hidden, ids, weights / weights.sum(-1, keepdim=True))
+
+
+def reference(spec: PackedSpec, packed: PackedExperts, inputs: Inputs, activation: str = "silu") -> Tensor:
+    """The float32 reference of ``runtime.reference_layer``, for float32 inputs."""
+    return ReferenceLayer.prepare(spec, packed, gating(activation)).forward(*inputs.tensors())
+
+
+def relative_error(value: Tensor, wanted: Tensor) -> float:
+    """||value - wanted|| / ||wanted||."""
+    return float((value.double() - wanted.double()).norm() / wanted.double().norm())

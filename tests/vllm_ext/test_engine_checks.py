@@ -1,0 +1,162 @@
+"""Options of vLLM under which packed experts would be left behind: refused by name, without an engine."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from vllm_support import needs_vllm, write_random_packed
+
+from bitsmoe_plugin import CheckpointError, ConfigError
+from bitsmoe_plugin.codec.layout import LayerShape
+
+pytestmark = needs_vllm
+
+SHAPE = LayerShape(num_experts=4, hidden_size=64, intermediate_size=64)
+
+
+def _engine(**options: Any) -> Any:
+    """vLLM's own configs of what ``check_engine`` looks at; the device alone is made up."""
+    from vllm.config import LoadConfig, OffloadConfig, ParallelConfig, WeightTransferConfig
+
+    transfer = options.pop("transfer", None)
+    parallel = ParallelConfig()
+    for name, value in options.pop("parallel", {}).items():
+        setattr(parallel, name, value)
+    return SimpleNamespace(
+        load_config=LoadConfig(load_format=options.pop("load_format", "auto")),
+        offload_config=OffloadConfig(**options.pop("offload", {})),
+        weight_transfer_config=None if transfer is None else WeightTransferConfig(backend=transfer),
+        parallel_config=parallel,
+        device_config=SimpleNamespace(device=torch.device(options.pop("device", "cuda"))),
+    )
+
+
+def _check(**options: Any) -> None:
+    from vllm_ext.engine_checks import check_engine
+
+    check_engine(_engine(**options))
+
+
+def test_formats_of_vllm_are_known_or_refused() -> None:
+    """Guards against a format that a later vLLM adds, and one that another plugin does."""
+    from typing import get_args
+
+    from vllm.model_executor.model_loader import LoadFormats
+
+    for load_format in (*get_args(LoadFormats), "some_plugins_own"):
+        if load_format in ("auto", "hf", "safetensors"):
+            _check(load_format=load_format)
+        else:
+            with pytest.raises(ConfigError, match=f"load_format '{load_format}'.*use --load-format auto"):
+                _check(load_format=load_format)
+
+
+DATA = {"data_parallel_size": 2, "enable_expert_parallel": True}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"offload": {"uva": {"cpu_offload_gb": 2}}}, "--cpu-offload-gb 2 .*--cpu-offload-params"),
+        ({"offload": {"uva": {"cpu_offload_gb": 2, "cpu_offload_params": {"mlp"}}}}, "--cpu-offload-gb"),
+        (
+            {"offload": {"uva": {"cpu_offload_gb": 2, "cpu_offload_params": {"experts", "self_attn"}}}},
+            "--cpu-offload-gb",
+        ),
+        ({"offload": {"prefetch": {"offload_group_size": 4}}}, "--offload-group-size 4 .*--offload-params"),
+        ({"transfer": "sparse_nccl"}, "'sparse_nccl'.*use nccl or ipc"),
+        ({"parallel": {"enable_eplb": True}}, "--enable-eplb.*drop it"),
+        ({"parallel": {**DATA, "all2all_backend": "deepep_low_latency"}}, "'deepep_low_latency'.*--all2all"),
+        ({"parallel": {**DATA, "all2all_backend": "nixl_ep"}}, "'nixl_ep'.*allgather_reducescatter"),
+        ({"parallel": DATA, "device": "cpu"}, "data_parallel_size 2.*--tensor-parallel-size"),
+    ],
+)
+def test_options_that_leave_experts_behind_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as error:
+        _check(**options)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"offload": {"uva": {"cpu_offload_gb": 2, "cpu_offload_params": {"self_attn", "mlp.gate"}}}},
+        {"transfer": "nccl"},
+        {"transfer": "ipc"},
+        {"parallel": DATA},
+        {"parallel": {"tensor_parallel_size": 2, "all2all_backend": "deepep_low_latency"}},
+        {"device": "cpu"},
+    ],
+)
+def test_others_are_not(options: dict[str, Any]) -> None:
+    """What does not concern the experts is vLLM's to serve."""
+    _check(**options)
+
+
+def test_batch_invariance_is_refused(monkeypatch) -> None:
+    """The kernels sum otherwise for one token than for many."""
+    from vllm import envs
+
+    monkeypatch.setattr(envs, "VLLM_BATCH_INVARIANT", True, raising=False)
+    with pytest.raises(ConfigError, match=r"VLLM_BATCH_INVARIANT.*unset it"):
+        _check()
+
+
+def test_an_engine_is_checked_before_its_layers_are_made(tmp_path: Path, monkeypatch) -> None:
+    """vLLM asks for the method of every layer when it makes it, long before it reads weights."""
+    from vllm_layers import Model
+
+    from vllm_ext import config
+
+    write_random_packed(tmp_path, SHAPE, 1)
+    served = Model(tmp_path).quant_config
+    monkeypatch.setattr(config, "get_current_vllm_config", lambda: _engine(load_format="sharded_state"))
+    with pytest.raises(ConfigError, match="load_format 'sharded_state'"):
+        served.get_quant_method(torch.nn.Linear(2, 2), "model.layers.0.self_attn.o_proj")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"fused": 1}, "fused 1 shared experts.*VLLM_ROCM_USE_AITER_FUSION_SHARED_EXPERTS=0"),
+        ({"num_experts": 6}, "redundant copies of experts"),
+        ({"has_bias": True}, "expert biases"),
+    ],
+)
+def test_experts_that_compute_more_are_refused(options: dict[str, Any], message: str, tmp_path: Path) -> None:
+    """Guards against shared experts without a trace: vLLM on ROCm gives them ids after the last expert, and
+    ids that are not held are skipped."""
+    from vllm_layers import Model
+
+    write_random_packed(tmp_path, SHAPE, 1)
+    with pytest.raises(ConfigError, match=message):
+        Model(tmp_path, **options)
+
+
+def test_a_directory_without_weights_is_told_from_a_damaged_one(tmp_path: Path) -> None:
+    """vLLM brings config.json of s3:// and others into a directory of its own, and streams the rest."""
+    from transformers import AutoConfig
+
+    from vllm_ext.config import BitsMoEServingConfig
+
+    write_random_packed(tmp_path / "model", SHAPE, 1)
+    (tmp_path / "pulled").mkdir()
+    shutil.copy(tmp_path / "model" / "config.json", tmp_path / "pulled")
+    entries = json.loads((tmp_path / "pulled" / "config.json").read_text())["quantization_config"]
+    config = BitsMoEServingConfig.from_config(entries)
+    with pytest.raises(CheckpointError, match=r"pulled lacks safetensors.*s3://.*download"):
+        config.maybe_update_config(str(tmp_path / "pulled"), AutoConfig.from_pretrained(tmp_path / "pulled"))
+
+
+def test_gpus_that_lack_registers_are_refused() -> None:
+    """On 7.0 and 7.5 the kernels spill 6 to 22 KB of registers."""
+    from vllm_ext.config import BitsMoEServingConfig
+
+    assert BitsMoEServingConfig.get_min_capability() == 80
