@@ -121,7 +121,7 @@ def _quantize(args: argparse.Namespace, stdout: TextIO) -> None:
     from bitsmoe_plugin.base.devices import choose_device
     from bitsmoe_plugin.base.workers import connected
     from bitsmoe_plugin.commands.estimate_resources import KERNELS
-    from bitsmoe_plugin.integrations.transformers import quantize_to_directory
+    from bitsmoe_plugin.commands.quantize import quantize_to_directory
 
     if args.report:  # what is missing should not show after hours
         from bitsmoe_plugin.commands.report import check_report_extra
@@ -247,8 +247,8 @@ def _report(args: argparse.Namespace, stdout: TextIO) -> None:
 
 def _evaluate(args: argparse.Namespace, stdout: TextIO) -> None:
     from bitsmoe_plugin.base.devices import choose_device
-    from bitsmoe_plugin.commands.evaluate import load_for_evaluation
-    from bitsmoe_plugin.commands.inspect import check_if_packed, print_evaluation, read_config
+    from bitsmoe_plugin.checkpoint.read import check_if_packed, read_config
+    from bitsmoe_plugin.commands.evaluate import load_for_evaluation, print_evaluation
     from bitsmoe_plugin.models.tokenizer import load_tokenizer
 
     _check_evaluate(args)

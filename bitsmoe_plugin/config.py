@@ -293,6 +293,13 @@ class BitsMoEConfig(ChangeableConfig):
                 fail(part, type(getattr(self, part)).__name__, "objects written by this package")
 
     @property
+    def rounds_as_planned(self) -> bool:
+        """Whether nothing that is found out after planning changes how rows are rounded: they are taken for
+        Gaussian, so that energies tell scales, and neither follow each other nor what earlier layers put
+        out."""
+        return self.cost == "model" and not (self.feedback or self.refit or self.sequential)
+
+    @property
     def input_bases(self) -> int:
         """Number of input bases per layer."""
         return 1 if self.joint_basis else 2

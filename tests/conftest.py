@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from wheel_support import build_sdist
 
 from bitsmoe_plugin.calibration.statistics import LayerActivations
-from bitsmoe_plugin.spectral.bases import ExpertWeights
+from bitsmoe_plugin.models.expert_weights import ExpertWeights
 
 pytest_plugins = ["untrusted_cases"]
 

@@ -6,11 +6,11 @@ import hashlib
 
 from torch import Tensor
 
-from bitsmoe_plugin.calibration.statistics import Gating
 from bitsmoe_plugin.codec import packed_values
 from bitsmoe_plugin.codec.layout import PackedExperts
 from bitsmoe_plugin.codec.spec import PackedSpec
 from bitsmoe_plugin.errors import CheckpointError, ConfigError
+from bitsmoe_plugin.models.gating import Gating
 from bitsmoe_plugin.runtime import dispatch
 from vllm_ext.derived_state import derived_tensors, update_derived
 from vllm_ext.expert_parameters import PackedParameter, Receiver

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from bitsmoe_plugin.codec import layout, row_codec, uniform
-from bitsmoe_plugin.codec.layout import LayerShape
-from bitsmoe_plugin.spectral.bases import Experts, down_factors, input_factors
-from bitsmoe_plugin.spectral.error_feedback import Feedback
-from bitsmoe_plugin.spectral.layer_problem import LayerProblem, feedback_of, rank_variances
+from bitsmoe_plugin.codec import row_codec, uniform
+from bitsmoe_plugin.spectral.bases import down_factors, input_factors
+from bitsmoe_plugin.spectral.layer_problem import LayerProblem
+from bitsmoe_plugin.spectral.row_weights import RowWeights
 
 GATE_UP_WEIGHT = 2.0
 """Gate and up errors count double in the allocation. Their first-order cost is too low by 1.5 to
@@ -26,54 +23,6 @@ calibration tokens): 0.0334 at 1, 0.0303 at 1.5, 0.0287 at 2.5, 0.0288 at 4."""
 _ENERGY_NEURONS = 256
 """Neurons of an expert, evenly spaced, that energies are learnt from where rows are taken for Gaussian: their
 standard deviation is then 9 %. KL rises with its square (examples/speed.md): by 2 %."""
-
-
-@dataclass(frozen=True)
-class RowWeights:
-    """What a unit of squared error in a factor's values costs at the layer's output, to first order.
-
-    Attributes:
-        neuron: ``[2, E, I]`` float32, of gate and up: importance of each neuron.
-        hidden: ``[E, I]`` float32, variances of the hidden activations that down is multiplied with.
-        rank: ``[1 or 2, E, r]`` float32, variances of what gate and up are multiplied with.
-    """
-
-    neuron: Tensor
-    hidden: Tensor
-    rank: Tensor
-
-    def to(self, device: torch.device) -> RowWeights:
-        """The same on a device."""
-        return RowWeights(self.neuron.to(device), self.hidden.to(device), self.rank.to(device))
-
-    def of(self, chosen: Experts, output_basis: Tensor) -> tuple[Tensor, Tensor]:
-        """For gate, up and down the weights within a row, ``[3, e, I]``, and of whole rows, ``[3, e, r]``.
-
-        Args:
-            output_basis: ``[H, r]``.
-        """
-        rank = self.rank[:, chosen]
-        reach = output_basis.square().sum(0).expand(rank.shape[1], -1)
-        return (
-            torch.cat([self.neuron[:, chosen], self.hidden[None, chosen]]),
-            torch.stack([rank[0], rank[-1], reach]),
-        )
-
-
-def row_weights(problem: LayerProblem, known: dict[int, Feedback]) -> RowWeights:
-    """Those of the rows of a layer.
-
-    Args:
-        known: see ``rank_variances``.
-    """
-    statistics, config = problem.statistics, problem.config
-    hidden = torch.cat(
-        [
-            feedback_of(statistics.hidden_moment[part], config).variance
-            for part in problem.chunks(problem.shape.num_experts)
-        ]
-    )
-    return RowWeights(statistics.neuron_weights, hidden, rank_variances(problem, known))
 
 
 def _spectral_weights(problem: LayerProblem, chosen: slice) -> tuple[Tensor, Tensor]:
@@ -146,8 +95,3 @@ def _energies(rows: Tensor, weights: Tensor, stride: int) -> Tensor:
     own = weights[..., ::stride]
     energies = (rows.square() * own).sum(-1)
     return energies if stride == 1 else energies * (weights.sum(-1) / own.sum(-1).clamp_min(1e-30))
-
-
-def row_sizes(shape: LayerShape, widths: tuple[int, ...]) -> list[int]:
-    """Payload bits of one row at each width."""
-    return [shape.blocks * layout.BLOCK * width for width in widths]

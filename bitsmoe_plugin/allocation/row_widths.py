@@ -1,18 +1,18 @@
-"""Widths of all rows of a model: the budget's groups and layers, put to the allocator."""
+"""Widths of all rows of a model: one allocation, or several where budgets are apart."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from bitsmoe_plugin.allocation.knapsack.solve import allocate
-from bitsmoe_plugin.allocation.row_costs import row_sizes
 from bitsmoe_plugin.allocation.sub_budgets import RowGroup, in_scope
 from bitsmoe_plugin.allocation.super_expert_policy import wide_row
-from bitsmoe_plugin.codec.layout import LayerShape
+from bitsmoe_plugin.codec.layout import LayerShape, row_sizes
 from bitsmoe_plugin.config import BitsMoEConfig
-from bitsmoe_plugin.pipeline.progress import Widths
 
 
 def allocate_rows(
@@ -71,3 +71,20 @@ def _table(costs: Tensor, factors: tuple[int, ...], kept: tuple[int, ...]) -> np
         costs = costs[list(factors)]
     costs = costs[:, experts_with_rows(costs, kept)] if kept else costs
     return costs.reshape(-1, costs.shape[-1]).numpy()
+
+
+@dataclass(frozen=True)
+class Widths:
+    """Result of the allocation.
+
+    Attributes:
+        rows: index of the decoder layer -> ``[3, E, r]`` uint8, bits of each row.
+        kept: index of the decoder layer -> experts that keep their original weights; their rows have 0 bits.
+        relative_gap: see ``Allocation``; the largest, if there were several.
+        super_experts: index of the decoder layer -> those that were found, kept or not.
+    """
+
+    rows: dict[int, Tensor]
+    kept: dict[int, tuple[int, ...]]
+    relative_gap: float
+    super_experts: dict[int, tuple[int, ...]] = field(default_factory=dict)

@@ -9,9 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from bitsmoe_plugin.allocation.row_costs import row_sizes
 from bitsmoe_plugin.codec import layout
-from bitsmoe_plugin.codec.layout import FACTORS, LayerShape
+from bitsmoe_plugin.codec.layout import FACTORS, LayerShape, row_sizes
 from bitsmoe_plugin.config import BitsMoEConfig
 from bitsmoe_plugin.errors import QuantizationError
 

@@ -1,25 +1,19 @@
-"""Super experts: which keep their weights, which get wide rows; what a packed layer stores as it was."""
+"""Super experts: which keep their weights, which get wide rows."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
-import torch
-
 from bitsmoe_plugin.allocation.budget import Budget, plan_budget, reserve
-from bitsmoe_plugin.allocation.row_costs import row_sizes
 from bitsmoe_plugin.allocation.sub_budgets import RowGroup, StoredLayer, in_scope, sub_budgets
 from bitsmoe_plugin.codec import layout
-from bitsmoe_plugin.codec.layout import PackedExperts
+from bitsmoe_plugin.codec.layout import row_sizes
 from bitsmoe_plugin.config import BitsMoEConfig
 from bitsmoe_plugin.errors import QuantizationError
 from bitsmoe_plugin.models.expert_source import ExpertSource
 from bitsmoe_plugin.models.families import layout_of
-from bitsmoe_plugin.rounding.layer_rounding import rounds_as_planned
-from bitsmoe_plugin.spectral.bases import ExpertBiases, ExpertWeights
 
 SUPER_EXPERT_BITS = 8
 """The least that a row of a super expert gets: the allocation alone would leave it to luck, since tokens with
@@ -99,7 +93,7 @@ def choose_kept(
         QuantizationError: see ``named_kept``.
     """
     kept = named_kept(source, config)
-    if kept is not None or (config.super_experts == "auto" and not rounds_as_planned(config)):
+    if kept is not None or (config.super_experts == "auto" and not config.rounds_as_planned):
         return kept or _none(found)
     if config.super_experts == "auto":
         groups = row_groups(source, config, budget, _none(found))
@@ -117,7 +111,7 @@ def choose_wide(
     Args:
         found: super experts of every layer.
     """
-    if config.super_experts != "auto" or rounds_as_planned(config):
+    if config.super_experts != "auto" or config.rounds_as_planned:
         return _none(found)
     groups = in_scope(row_groups(source, config, budget, _none(found)), source.shapes, config)
     bits, how = wide_bits(source, found, config), f"in rows of {wide_row(config)} bits"
@@ -191,26 +185,3 @@ def bias_bits(source: ExpertSource) -> list[int]:
         else 0
         for layer, shape, dtype in zip(source.layers, source.shapes, source.dtypes, strict=True)
     ]
-
-
-def with_originals(
-    packed: PackedExperts,
-    weights: ExpertWeights,
-    biases: ExpertBiases | None,
-    kept: tuple[int, ...],
-    dtype: torch.dtype,
-) -> PackedExperts:
-    """The packed layer, on the CPU, with what is stored of it as it was: biases, and the experts ``kept``.
-
-    Args:
-        dtype: in which they are stored, see ``layout.original_dtype``.
-    """
-    found = {}
-    if biases is not None:
-        found = {"input_bias": torch.stack([biases.gate, biases.up], 1), "output_bias": biases.down}
-    if kept:
-        ids = list(kept)
-        found["kept_input"] = torch.stack([weights.gate[ids], weights.up[ids]], 1)
-        found["kept_output"] = weights.down[ids]
-    stored = {name: layout.store_bits(tensor.to(dtype)).cpu() for name, tensor in found.items()}
-    return replace(packed, **stored)

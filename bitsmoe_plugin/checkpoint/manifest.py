@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
-from dataclasses import astuple, dataclass
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import astuple
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from bitsmoe_plugin.codec import layout, packed_values, row_codec
 from bitsmoe_plugin.codec.layout import LayerShape, PackedExperts
@@ -18,12 +15,12 @@ from bitsmoe_plugin.codec.spec import PackedSpec
 from bitsmoe_plugin.config import BitsMoEConfig
 from bitsmoe_plugin.errors import CheckpointError
 from bitsmoe_plugin.models.families import layer_shape
-from bitsmoe_plugin.models.files import tensor_files
-from bitsmoe_plugin.models.layer_names import stored_key
-from bitsmoe_plugin.runtime.experts import BitsMoEExperts
 
 _SIZES = ("num_experts", "hidden_size", "intermediate_size", "payload_words")
 _LARGEST = {"num_experts": 2**16, "hidden_size": 2**18, "intermediate_size": 2**18, "payload_words": 2**38}
+
+TAGS = ("bitsmoe", "mixture-of-experts", "quantized")
+"""By which the hub finds it."""
 _LARGEST["stored_rows"] = 3 * _LARGEST["num_experts"] * _LARGEST["hidden_size"]
 
 
@@ -127,88 +124,6 @@ def check_shape(name: str, spec: PackedSpec, module: Any) -> None:
             f"{name}: the model has (experts, hidden_size, intermediate_size) = {wanted}, "
             f"the quantization_config {found}; config.json was altered"
         )
-
-
-_DTYPES = {"U8": torch.uint8, "I16": torch.int16, "I32": torch.int32}
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """A packed tensor as a file's header describes it; dtype in the notation of safetensors."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    file: Path
-
-    def read(self) -> Tensor:
-        """The tensor itself."""
-        with safe_open(self.file, framework="pt") as file:
-            return file.get_tensor(self.name)
-
-
-def stored_tensors(files: Iterable[str | Path]) -> dict[tuple[str, str], StoredTensor]:
-    """``stored_key`` -> every packed tensor of some safetensors files, read from the headers alone.
-
-    Raises:
-        CheckpointError: a file is no safetensors file, a name stands twice, or two tensors have the same
-            key.
-    """
-    found: dict[tuple[str, str], StoredTensor] = {}
-    paths = [Path(file) for file in files]
-    tensor_files(paths)
-    for path in paths:
-        try:
-            with safe_open(path, framework="pt") as file:
-                names = [name for name in list(file.keys()) if ".bitsmoe_" in name]
-                slices = {name: file.get_slice(name) for name in names}
-                tensors = [
-                    StoredTensor(name, header.get_dtype(), tuple(header.get_shape()), path)
-                    for name, header in slices.items()
-                ]
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{path} cannot be read as safetensors ({error})") from error
-        for tensor in tensors:
-            twin = found.setdefault(stored_key(tensor.name), tensor)
-            if twin is not tensor:
-                raise CheckpointError(f"{tensor.name} in {path} stands a second time in {twin.file}")
-    return found
-
-
-def verify_headers(found: dict[tuple[str, str], StoredTensor], specs: dict[str, PackedSpec]) -> None:
-    """Refuse packed tensors that are not exactly those of the config, before any is read.
-
-    Args:
-        found: from ``stored_tensors``.
-        specs: module path of each layer -> its sizes.
-
-    Raises:
-        CheckpointError: naming the tensor that is missing, surplus or of another dtype or shape.
-    """
-    surplus = dict(found)
-    for layer, spec in specs.items():
-        for buffer, (dtype, shape) in spec.tensors().items():
-            tensor = surplus.pop(stored_key(f"{layer}.{buffer}"), None)
-            if tensor is None:
-                raise CheckpointError(f"{layer}.{buffer} is missing from the checkpoint")
-            if (_DTYPES.get(tensor.dtype), tensor.shape) != (dtype, shape):
-                raise CheckpointError(
-                    f"{tensor.name} is {tensor.dtype} {tensor.shape}, but the config asks for {dtype} "
-                    f"{shape}; the checkpoint was altered or belongs to another config"
-                )
-    if surplus:
-        name = next(iter(surplus.values())).name
-        raise CheckpointError(f"{name} is in the checkpoint, but not in its quantization_config")
-
-
-def verify_experts(name: str, module: BitsMoEExperts, config: BitsMoEConfig) -> None:
-    """Check sizes, structure and hash of a loaded layer.
-
-    Raises:
-        CheckpointError: the layer is incomplete or altered.
-    """
-    module.verify(name)
-    verify_packed(name, module.spec, module.packed(), config)
 
 
 def verify_packed(name: str, spec: PackedSpec, packed: PackedExperts, config: BitsMoEConfig) -> None:

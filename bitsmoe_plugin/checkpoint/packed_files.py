@@ -8,13 +8,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from bitsmoe_plugin.checkpoint.manifest import (
-    StoredTensor,
-    packed_spec,
-    stored_tensors,
-    verify_headers,
-    verify_packed,
-)
+from bitsmoe_plugin.checkpoint.headers import StoredTensor, stored_tensors, verify_headers
+from bitsmoe_plugin.checkpoint.manifest import packed_spec, verify_packed
 from bitsmoe_plugin.codec.layout import PackedExperts
 from bitsmoe_plugin.codec.sharding import Shard, shard_kept, shard_shape, slice_packed
 from bitsmoe_plugin.codec.spec import PackedSpec

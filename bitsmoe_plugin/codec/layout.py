@@ -58,9 +58,9 @@ from torch import Tensor
 
 from bitsmoe_plugin.codec import bit_strings, row_codec, tiled, trellis, uniform
 from bitsmoe_plugin.codec.backends import gpu
+from bitsmoe_plugin.codec.basis import QuantizedBasis
 from bitsmoe_plugin.codec.scale_grid import SCALE_LEVELS, ScaleGrid
 from bitsmoe_plugin.errors import QuantizationError
-from bitsmoe_plugin.spectral.bases import QuantizedBasis
 
 FORMAT_VERSION = 2
 BLOCK = row_codec.BLOCK
@@ -343,3 +343,8 @@ def fixed_bits(shape: LayerShape, basis_bits: int, basis_group_size: int, input_
         "row_codes": 8 * 3 * shape.num_experts * r,
         "scale_grids": 16 * 3 * 2 * r,
     }
+
+
+def row_sizes(shape: LayerShape, widths: tuple[int, ...]) -> list[int]:
+    """Payload bits of one row at each width."""
+    return [shape.blocks * BLOCK * width for width in widths]

@@ -27,7 +27,7 @@ from bitsmoe_plugin.allocation.super_expert_policy import (
 )
 from bitsmoe_plugin.base.process_state import known_state
 from bitsmoe_plugin.commands.estimate_resources import Workload, peak_memory, rough_seconds
-from bitsmoe_plugin.commands.inspect import table_console
+from bitsmoe_plugin.commands.tables import table_console
 from bitsmoe_plugin.config import BitsMoEConfig
 from bitsmoe_plugin.errors import QuantizationError
 from bitsmoe_plugin.models.expert_source import LoadedExperts

@@ -83,7 +83,7 @@ def peak_memory(work: Workload, config: BitsMoEConfig) -> dict[str, int]:
 
 
 def _plan_bytes(shape: LayerShape, config: BitsMoEConfig) -> int:
-    """``layer_rounding.LayerPlan``: costs and energies in float32, codes of the bases."""
+    """``layer_plan.LayerPlan``: costs and energies in float32, codes of the bases."""
     rows = 3 * shape.num_experts * shape.rank * (len(config.widths) + 1)
     code = 2 if config.basis_bits == 16 else 1
     return 4 * rows + code * (config.input_bases + 1) * shape.rank * shape.hidden_size

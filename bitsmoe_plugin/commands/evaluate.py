@@ -6,9 +6,11 @@ import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
+from rich.console import Console
+from rich.table import Table
 from torch import Tensor, nn
 from transformers.utils import logging
 
@@ -16,6 +18,7 @@ from bitsmoe_plugin.base.error_lines import working_on
 from bitsmoe_plugin.base.option_checks import check_number
 from bitsmoe_plugin.calibration.documents import DEFAULT_TOKENS, Documents, load_documents
 from bitsmoe_plugin.calibration.text import check_vocabulary, joined_documents
+from bitsmoe_plugin.commands.tables import table_console
 from bitsmoe_plugin.errors import ConfigError, QuantizationError
 from bitsmoe_plugin.models.model_class import load_model
 from bitsmoe_plugin.models.model_source import ModelSource
@@ -308,3 +311,39 @@ def evaluate_text(
 def evaluate_path(model: str | ModelSource, dataset: Any, device: str = "cpu", **options: Any) -> Evaluation:
     """``evaluate_text`` for a saved model, packed, of GPTQ or not quantized, with its own tokenizer."""
     return evaluate_text(load_for_evaluation(model, device), load_tokenizer(model), dataset, **options)
+
+
+def print_evaluation(result: dict[str, Any], stream: TextIO) -> None:
+    """Perplexity per domain and overall, divergence from the reference and results of tasks, as tables."""
+    console = table_console(stream)
+    if "perplexity" in result:
+        _print_text(result, console)
+    if "tasks" in result:
+        table = Table("task", "metric", "value", "standard error", "examples")
+        for task, values in result["tasks"].items():
+            for metric in [m for m in values if m != "samples" and "_stderr" not in m]:
+                name, comma, filtered = metric.partition(",")
+                error = values.get(f"{name}_stderr{comma}{filtered}")
+                samples = values.get("samples")
+                table.add_row(
+                    task,
+                    metric,
+                    f"{values[metric]:.4f}",
+                    "-" if error is None else f"{error:.4f}",
+                    "-" if samples is None else f"{samples:.0f}",
+                )
+        console.print(table)
+
+
+def _print_text(result: dict[str, Any], console: Console) -> None:
+    table = Table("text", "perplexity")
+    for domain, perplexity in result["per_domain"].items():
+        table.add_row(domain, f"{perplexity:.3f}")
+    table.add_row(f"all ({result['tokens']:,} tokens)", f"{result['perplexity']:.3f}", style="bold")
+    console.print(table)
+    if "kl_divergence" in result:
+        console.print(
+            f"KL divergence from the reference: {result['kl_divergence']:.4f} nats per token; same most "
+            f"likely token: {100 * result['top1_agreement']:.1f} %",
+            highlight=False,
+        )

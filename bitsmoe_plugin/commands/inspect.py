@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import math
-import re
 import statistics
 from collections import Counter
 from pathlib import Path
 from typing import Any, TextIO
 
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 from bitsmoe_plugin.calibration.coverage import THIN_TOKENS_PER_DIMENSION
-from bitsmoe_plugin.checkpoint.model_sizes import check_model_sizes
 from bitsmoe_plugin.checkpoint.other_tensors import tied_by_record, verify_others
 from bitsmoe_plugin.checkpoint.packed_files import PackedFiles
+from bitsmoe_plugin.checkpoint.read import read_config
 from bitsmoe_plugin.checkpoint.untrusted_values import id_list, measured, number_list
 from bitsmoe_plugin.codec import layout
 from bitsmoe_plugin.codec.spec import PackedSpec
-from bitsmoe_plugin.config import QUANT_METHOD, BitsMoEConfig
+from bitsmoe_plugin.commands.tables import layer_label, table_console
 from bitsmoe_plugin.errors import CheckpointError
-from bitsmoe_plugin.models.files import read_model_config, safetensors_files
+from bitsmoe_plugin.models.files import safetensors_files
 
 _PARTS = {
     "bitsmoe_payload": "payload",
@@ -42,39 +40,6 @@ _PARTS = {
 
 _ALIKE = ("row_codes", "scale_grid", "kept_input", "kept_output")
 """Tensors of which each projection has a third."""
-
-
-def read_config(directory: Path) -> BitsMoEConfig:
-    """The quantization config of a packed checkpoint.
-
-    Raises:
-        CheckpointError: not a packed BitsMoE checkpoint.
-    """
-    model = read_model_config(Path(directory))
-    values = model.get("quantization_config") or {}
-    method = values.get("quant_method") if isinstance(values, dict) else None
-    if not isinstance(values, dict) or method != QUANT_METHOD:
-        raise CheckpointError(
-            f"{directory} is not a packed BitsMoE checkpoint (quant_method is {str(method)[:80]!r}); "
-            "make one with `bitsmoe quantize`"
-        )
-    config = BitsMoEConfig.from_dict(values)
-    check_model_sizes(model, config)
-    return config
-
-
-def check_if_packed(directory: str | Path) -> None:
-    """Refuse what a loader would trip over, if ``directory`` is that of a packed checkpoint.
-
-    Raises:
-        CheckpointError: config.json cannot be read, or is of a model with code of its own; or it is of a
-            packed checkpoint, and sizes, files or headers are not sound.
-    """
-    if not (Path(directory) / "config.json").is_file():
-        return
-    found = read_model_config(Path(directory)).get("quantization_config")
-    if isinstance(found, dict) and found.get("quant_method") == QUANT_METHOD:
-        PackedFiles.open(safetensors_files(Path(directory)), read_config(Path(directory)))
 
 
 def inspect_checkpoint(directory: Path) -> dict[str, Any]:
@@ -164,18 +129,7 @@ def quantized_super_experts(layer: dict[str, Any]) -> list[int]:
     return [expert for expert in found if expert not in layer["kept_experts"]]
 
 
-def table_console(stream: TextIO) -> Console:
-    """A console for tables: as wide as the terminal, or 160 columns in a file or pipe."""
-    return Console(file=stream, width=None if stream.isatty() else 160)
-
-
 _ERRORS = {"estimated_error": "estimated", "calibration_error": "measured", "unseen_error": "unseen"}
-
-
-def layer_label(name: str, position: int) -> str:
-    """Number of the decoder layer, or the position among the MoE layers if its name has none."""
-    numbered = re.search(r"\.(\d+)\.", name)
-    return numbered[1] if numbered else str(position)
 
 
 def _layer_summary(layer: dict[str, Any]) -> list[str]:
@@ -236,39 +190,3 @@ def print_inspection(report: dict[str, Any], stream: TextIO) -> None:
         "rate-distortion bound at the same first-order error. tokens/dim: calibration tokens of the median "
         f"expert per input dimension; below {THIN_TOKENS_PER_DIMENSION:g} estimates are poor."
     )
-
-
-def print_evaluation(result: dict[str, Any], stream: TextIO) -> None:
-    """Perplexity per domain and overall, divergence from the reference and results of tasks, as tables."""
-    console = table_console(stream)
-    if "perplexity" in result:
-        _print_text(result, console)
-    if "tasks" in result:
-        table = Table("task", "metric", "value", "standard error", "examples")
-        for task, values in result["tasks"].items():
-            for metric in [m for m in values if m != "samples" and "_stderr" not in m]:
-                name, comma, filtered = metric.partition(",")
-                error = values.get(f"{name}_stderr{comma}{filtered}")
-                samples = values.get("samples")
-                table.add_row(
-                    task,
-                    metric,
-                    f"{values[metric]:.4f}",
-                    "-" if error is None else f"{error:.4f}",
-                    "-" if samples is None else f"{samples:.0f}",
-                )
-        console.print(table)
-
-
-def _print_text(result: dict[str, Any], console: Console) -> None:
-    table = Table("text", "perplexity")
-    for domain, perplexity in result["per_domain"].items():
-        table.add_row(domain, f"{perplexity:.3f}")
-    table.add_row(f"all ({result['tokens']:,} tokens)", f"{result['perplexity']:.3f}", style="bold")
-    console.print(table)
-    if "kl_divergence" in result:
-        console.print(
-            f"KL divergence from the reference: {result['kl_divergence']:.4f} nats per token; same most "
-            f"likely token: {100 * result['top1_agreement']:.1f} %",
-            highlight=False,
-        )

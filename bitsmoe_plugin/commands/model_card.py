@@ -11,16 +11,16 @@ from huggingface_hub import ModelCard, ModelCardData
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from bitsmoe_plugin.base.atomic_output import replace_file
+from bitsmoe_plugin.checkpoint.manifest import TAGS
+from bitsmoe_plugin.checkpoint.read import read_config
 from bitsmoe_plugin.checkpoint.untrusted_values import number
-from bitsmoe_plugin.commands.inspect import inspect_checkpoint, quantized_super_experts, read_config
+from bitsmoe_plugin.commands.inspect import inspect_checkpoint, quantized_super_experts
 from bitsmoe_plugin.commands.report.checkpoint_data import PART_NAMES
 from bitsmoe_plugin.commands.report.evaluation_data import task_rows
 from bitsmoe_plugin.config import BitsMoEConfig
 from bitsmoe_plugin.models.model_class import auto_class
 from bitsmoe_plugin.version import __version__
 
-TAGS = ("bitsmoe", "mixture-of-experts", "quantized")
-"""By which the hub finds it."""
 _TEXT = """
 # {base}, experts in {bits:.2f} bits
 

@@ -10,11 +10,11 @@ from bitsmoe_plugin.base.atomic_output import check_output_directory
 from bitsmoe_plugin.base.process_state import known_state
 from bitsmoe_plugin.base.work_directory import OUTPUT, staging, writing
 from bitsmoe_plugin.calibration.text import load_documents, token_blocks
+from bitsmoe_plugin.checkpoint.read import read_config
 from bitsmoe_plugin.commands.evaluate import load_for_evaluation, load_reference
-from bitsmoe_plugin.commands.inspect import read_config
+from bitsmoe_plugin.commands.quantize import write_checkpoint
 from bitsmoe_plugin.config import BitsMoEConfig
 from bitsmoe_plugin.errors import QuantizationError
-from bitsmoe_plugin.integrations.transformers import write_checkpoint
 from bitsmoe_plugin.models.model_source import ModelSource
 from bitsmoe_plugin.models.tokenizer import load_tokenizer
 from bitsmoe_plugin.pipeline.tune_scales import Tuning, TuningSettings, tune

@@ -23,7 +23,7 @@ from bitsmoe_plugin.base.work_directory import OUTPUT, staging, writing
 from bitsmoe_plugin.checkpoint.manifest import check_shape
 from bitsmoe_plugin.checkpoint.other_tensors import tied_by_record, verify_others
 from bitsmoe_plugin.checkpoint.packed_files import PackedFiles
-from bitsmoe_plugin.commands.inspect import read_config
+from bitsmoe_plugin.checkpoint.read import read_config
 from bitsmoe_plugin.errors import CheckpointError, ConfigError
 from bitsmoe_plugin.integrations.transformers import stored_names
 from bitsmoe_plugin.models.families import MoELayer, find_moe_layers, fused_parameters

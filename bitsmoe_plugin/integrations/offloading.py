@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers.integrations.accelerate import get_device
 
-from bitsmoe_plugin.checkpoint.manifest import verify_experts, verify_packed
+from bitsmoe_plugin.checkpoint.manifest import verify_packed
 from bitsmoe_plugin.codec.layout import PackedExperts
 from bitsmoe_plugin.config import BitsMoEConfig
 from bitsmoe_plugin.errors import ConfigError
@@ -63,3 +63,13 @@ def _is_for_meta(device_map: Any, name: str) -> bool:
 
 def _device(place: Any) -> Any:
     return torch.device(place) if place != "disk" else place
+
+
+def verify_experts(name: str, module: BitsMoEExperts, config: BitsMoEConfig) -> None:
+    """Check sizes, structure and hash of a loaded layer.
+
+    Raises:
+        CheckpointError: the layer is incomplete or altered.
+    """
+    module.verify(name)
+    verify_packed(name, module.spec, module.packed(), config)

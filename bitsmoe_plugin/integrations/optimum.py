@@ -8,9 +8,9 @@ from typing import Any
 from optimum.quantization_base import OptimumQuantizer
 
 from bitsmoe_plugin.base.tested_versions import check_versions
+from bitsmoe_plugin.commands.quantize import quantize_to_directory
 from bitsmoe_plugin.config import BitsMoEConfig
 from bitsmoe_plugin.errors import ConfigError
-from bitsmoe_plugin.integrations.transformers import quantize_to_directory
 from bitsmoe_plugin.models.model_source import ModelSource
 
 check_versions("optimum")

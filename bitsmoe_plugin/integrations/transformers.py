@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import shutil
 import warnings
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +18,16 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 
 from bitsmoe_plugin.allocation.super_expert_policy import model_budget
-from bitsmoe_plugin.base.atomic_output import check_output_directory, publish
-from bitsmoe_plugin.base.error_lines import working_on
-from bitsmoe_plugin.base.interruption import Interrupted
 from bitsmoe_plugin.base.process_state import known_state
-from bitsmoe_plugin.base.work_directory import OUTPUT, has_progress, locked, remove, staging, writing
-from bitsmoe_plugin.base.workers import Workers
 from bitsmoe_plugin.checkpoint.carried_tensors import CarriedTensors
-from bitsmoe_plugin.checkpoint.manifest import check_shape, packed_spec, stored_tensors, verify_headers
+from bitsmoe_plugin.checkpoint.headers import stored_tensors, verify_headers
+from bitsmoe_plugin.checkpoint.manifest import TAGS, check_shape, packed_spec
 from bitsmoe_plugin.checkpoint.model_sizes import check_model_sizes, check_planned
 from bitsmoe_plugin.checkpoint.other_tensors import stored_shapes, verify_others
 from bitsmoe_plugin.checkpoint.packed_files import PackedFiles
-from bitsmoe_plugin.commands.model_card import TAGS, write_model_card
+from bitsmoe_plugin.commands.quantize import quantize_to_directory
 from bitsmoe_plugin.config import QUANT_METHOD, BitsMoEConfig
-from bitsmoe_plugin.errors import CheckpointError, ConfigError, QuantizationError
+from bitsmoe_plugin.errors import CheckpointError, ConfigError
 from bitsmoe_plugin.integrations.calibration_blocks import calibration_blocks
 from bitsmoe_plugin.integrations.current_manifest import describe_current
 from bitsmoe_plugin.integrations.data_parallel import leave_to_each_process
@@ -51,14 +45,13 @@ from bitsmoe_plugin.models.expert_source import ExpertSource, LoadedExperts
 from bitsmoe_plugin.models.families import find_moe_layers
 from bitsmoe_plugin.models.files import check_loaded_files
 from bitsmoe_plugin.models.layer_names import decoder_layer
-from bitsmoe_plugin.models.model_class import load_model
-from bitsmoe_plugin.models.model_source import ModelSource
 from bitsmoe_plugin.models.source_tensors import check_source, stored_dtypes
 from bitsmoe_plugin.models.stored_names import StoredNames, describe_left_out, without_module
 from bitsmoe_plugin.models.streamed_experts import StreamedExperts, can_stream
-from bitsmoe_plugin.models.tokenizer import find_tokenizer, given_tokenizer
 from bitsmoe_plugin.pipeline.quantize import quantize_model
 from bitsmoe_plugin.runtime.experts import BitsMoEExperts, replace_module
+
+__all__ = ["BitsMoEQuantizer", "quantize_to_directory", "register"]
 
 
 class BitsMoEQuantizer(HfQuantizer):
@@ -251,100 +244,3 @@ def register() -> None:
         register_quantization_config(QUANT_METHOD)(BitsMoEConfig)
     if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
         register_quantizer(QUANT_METHOD)(BitsMoEQuantizer)
-
-
-@known_state()
-def quantize_to_directory(
-    model: str | ModelSource, out: Path, config: BitsMoEConfig, device: str = "cpu"
-) -> None:
-    """Quantize a saved model and write it packed, with its tokenizer and a model card.
-
-    Finished layers are kept in a work directory (``config.work_dir``, or ``out`` with ".work" appended)
-    until all is done: the same call continues there if this one ends early. ``out`` takes its name at the
-    end, so it is either absent or complete. Of several processes (see ``workers``) the first one writes.
-
-    Args:
-        model: directory or hub name, or both with what else it takes to find it and its tokenizer.
-        device: what the model is loaded to, and quantized on; see ``devices.choose_device``.
-
-    Raises:
-        BitsMoEError: bad input. Nothing is left behind but layers that were finished.
-        Interrupted: Ctrl-C; says how to go on.
-    """
-    workers = Workers.present()
-    with workers.together():
-        config = BitsMoEConfig.checked_copy(config)
-        _quantize_to_directory(ModelSource.of(model), Path(out).resolve(), config, device, workers)
-
-
-def _quantize_to_directory(
-    origin: ModelSource, out: Path, config: BitsMoEConfig, device: str, workers: Workers
-) -> None:
-    """What each of ``workers`` does of it; ``config`` is changed."""
-    workers.from_main(lambda: check_output_directory(out))
-    workers.from_main(lambda: _check_unquantized(origin))
-    if device != "cpu" and find_spec("accelerate") is None:
-        raise ConfigError(f"to load to {device}, transformers needs accelerate; pip install accelerate")
-    tokenizer = find_tokenizer(origin)  # first of all: it may be refused
-    if config.tokenizer is not None:
-        config.tokenizer = given_tokenizer(config.tokenizer, origin)
-    else:
-        config.tokenizer = copy.deepcopy(tokenizer)  # encoding leaves traces, which should not be saved
-    options: dict[str, Any] = {"quantization_config": config}
-    if device != "cpu":
-        options["device_map"] = {"": device}
-    # Beside ``out``, so that a rename within one file system publishes it, wherever the layers are kept.
-    beside = out.with_name(f"{out.name}.work")
-    config.work_dir = work = Path(config.work_dir or beside)
-    if not workers.main:  # it takes part, the first process writes
-        load_model(origin, **options)
-        return
-    with locked(work), staging(beside):
-        try:
-            quantized = load_model(origin, **options)
-            with writing(out):
-                write_checkpoint(quantized, tokenizer, origin.name, config.dataset, beside / OUTPUT, out)
-        except BaseException as error:
-            if not has_progress(work):
-                remove(work)
-                if isinstance(error, Interrupted):  # which says that there is something to go on with
-                    raise KeyboardInterrupt from error
-            elif isinstance(error, KeyboardInterrupt) and not isinstance(error, Interrupted):
-                raise Interrupted(
-                    f"stopped; {work} holds the layers that are finished. Start the same again to go on"
-                ) from error
-            raise
-        remove(work)
-
-
-def _check_unquantized(origin: ModelSource) -> None:
-    """Refuse what transformers would load as it is, with no more than a warning, to be saved once more."""
-    with working_on(f"config.json of {origin.name}"):
-        found = getattr(origin.config(), "quantization_config", None) or {}
-    if found:
-        raise QuantizationError(
-            f"{origin.name} is quantized already (quant_method {str(found.get('quant_method'))[:80]!r}); an "
-            "unquantized model is needed"
-        )
-
-
-def write_checkpoint(
-    quantized: Any, tokenizer: Any, model: str, dataset: Any, partial: Path, out: Path
-) -> None:
-    """Save at ``partial``, which then becomes ``out``.
-
-    Args:
-        tokenizer: of what was quantized; None: it has none, and there is a warning.
-        model: directory or hub name of what was quantized.
-        dataset: what it was calibrated on.
-    """
-    if partial.exists():  # of a run that was killed
-        shutil.rmtree(partial)
-    partial.mkdir()
-    quantized.save_pretrained(partial)
-    if tokenizer is None:
-        warnings.warn(f"no tokenizer saved: none found at {model}", stacklevel=3)
-    else:
-        tokenizer.save_pretrained(partial)
-    write_model_card(partial, model, dataset)
-    publish(partial, out)

@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from bitsmoe_plugin.codec.layout import LayerShape, original_dtype
+from bitsmoe_plugin.models.expert_weights import ExpertWeights
 from bitsmoe_plugin.models.families import MoELayer, find_moe_layers, layer_shape, read_experts
-from bitsmoe_plugin.spectral.bases import ExpertWeights
 
 
 class ExpertSource(Protocol):

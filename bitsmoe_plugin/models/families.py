@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from bitsmoe_plugin.codec.layout import LayerShape
 from bitsmoe_plugin.errors import QuantizationError
-from bitsmoe_plugin.spectral.bases import ExpertBiases, ExpertWeights
+from bitsmoe_plugin.models.expert_weights import ExpertBiases, ExpertWeights
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from bitsmoe_plugin.calibration.statistics import Gating
 from bitsmoe_plugin.errors import ConfigError
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -17,6 +16,9 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": functional.gelu,
     "gelu_tanh": partial(functional.gelu, approximate="tanh"),
 }
+
+Gating = Callable[[Tensor, Tensor], Tensor]
+"""(gate ``[n, I]``, up ``[n, I]``) -> hidden ``[n, I]``, elementwise."""
 
 
 def gating(activation: str) -> Gating:

@@ -27,8 +27,8 @@ from transformers.utils import logging
 
 from bitsmoe_plugin.codec.layout import original_dtype
 from bitsmoe_plugin.errors import QuantizationError
+from bitsmoe_plugin.models.expert_weights import ExpertWeights
 from bitsmoe_plugin.models.families import MoELayer, find_moe_layers, layer_shape, read_experts
-from bitsmoe_plugin.spectral.bases import ExpertWeights
 
 
 def can_stream(files: Sequence[str] | None) -> bool:

@@ -13,9 +13,9 @@ from bitsmoe_plugin.calibration.layerwise_forward import capture_layer
 from bitsmoe_plugin.calibration.residual_gain import residual_gains
 from bitsmoe_plugin.calibration.super_experts import ExpertOutputs, forms_massive_activations
 from bitsmoe_plugin.models.families import apply_gating, check_computation, layer_shape, read_biases
+from bitsmoe_plugin.pipeline.layer_plan import plan_layer
 from bitsmoe_plugin.pipeline.progress import Hidden, PlannedLayer
 from bitsmoe_plugin.pipeline.run import Run, finite
-from bitsmoe_plugin.rounding.layer_rounding import plan_layer
 from bitsmoe_plugin.spectral.layer_problem import build_problem
 
 

@@ -6,15 +6,16 @@ same on disk, where a run that was interrupted finds it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from torch import Tensor
 
+from bitsmoe_plugin.allocation.row_widths import Widths
 from bitsmoe_plugin.calibration.super_experts import ExpertOutputs
 from bitsmoe_plugin.codec.layout import PackedExperts
 from bitsmoe_plugin.errors import QuantizationError
-from bitsmoe_plugin.rounding.layer_rounding import LayerPlan
+from bitsmoe_plugin.pipeline.layer_plan import LayerPlan
 from bitsmoe_plugin.spectral.bases import SharedBases
 
 Hidden = list[Tensor]
@@ -32,23 +33,6 @@ class PlannedLayer:
 
     plan: LayerPlan
     outputs: ExpertOutputs
-
-
-@dataclass(frozen=True)
-class Widths:
-    """Result of the allocation.
-
-    Attributes:
-        rows: index of the decoder layer -> ``[3, E, r]`` uint8, bits of each row.
-        kept: index of the decoder layer -> experts that keep their original weights; their rows have 0 bits.
-        relative_gap: see ``Allocation``; the largest, if there were several.
-        super_experts: index of the decoder layer -> those that were found, kept or not.
-    """
-
-    rows: dict[int, Tensor]
-    kept: dict[int, tuple[int, ...]]
-    relative_gap: float
-    super_experts: dict[int, tuple[int, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

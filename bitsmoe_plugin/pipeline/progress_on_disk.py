@@ -11,13 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitsmoe_plugin.allocation.row_costs import RowWeights
+from bitsmoe_plugin.allocation.row_widths import Widths
 from bitsmoe_plugin.base.work_directory import WorkDirectory
 from bitsmoe_plugin.calibration.super_experts import ExpertOutputs
+from bitsmoe_plugin.codec.basis import QuantizedBasis
 from bitsmoe_plugin.codec.layout import PackedExperts
-from bitsmoe_plugin.pipeline.progress import Hidden, PackedLayer, PlannedLayer, Widths, check_digest
-from bitsmoe_plugin.rounding.layer_rounding import LayerPlan
-from bitsmoe_plugin.spectral.bases import QuantizedBasis, SharedBases
+from bitsmoe_plugin.pipeline.layer_plan import LayerPlan
+from bitsmoe_plugin.pipeline.progress import Hidden, PackedLayer, PlannedLayer, check_digest
+from bitsmoe_plugin.spectral.bases import SharedBases
+from bitsmoe_plugin.spectral.row_weights import RowWeights
 
 _BASES = ("input_basis", "output_basis")
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from bitsmoe_plugin.allocation.row_widths import allocate_rows
+from bitsmoe_plugin.allocation.row_widths import Widths, allocate_rows
 from bitsmoe_plugin.allocation.super_expert_policy import choose_kept, choose_wide, model_budget, row_groups
 from bitsmoe_plugin.base.interruption import deferred_interrupt
 from bitsmoe_plugin.base.option_checks import check_choice
@@ -33,7 +33,7 @@ from bitsmoe_plugin.models.expert_source import ExpertSource, LoadedExperts
 from bitsmoe_plugin.models.families import MoELayer
 from bitsmoe_plugin.pipeline.model_state import in_evaluation_mode, restored_if_it_fails
 from bitsmoe_plugin.pipeline.plan_pass import plan_layers
-from bitsmoe_plugin.pipeline.progress import Progress, ProgressInMemory, Widths
+from bitsmoe_plugin.pipeline.progress import Progress, ProgressInMemory
 from bitsmoe_plugin.pipeline.progress_on_disk import ProgressOnDisk
 from bitsmoe_plugin.pipeline.round_pass import round_layers
 from bitsmoe_plugin.pipeline.run import Run

@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitsmoe_plugin.allocation.row_widths import experts_with_rows
-from bitsmoe_plugin.allocation.super_expert_policy import with_originals
+from bitsmoe_plugin.allocation.row_widths import Widths, experts_with_rows
 from bitsmoe_plugin.calibration.coverage import tokens_per_expert
 from bitsmoe_plugin.calibration.layerwise_forward import capture_layer
 from bitsmoe_plugin.calibration.residual_gain import residual_gains
@@ -23,9 +22,11 @@ from bitsmoe_plugin.checkpoint.manifest import layer_manifest, packed_spec
 from bitsmoe_plugin.codec.layout import PackedExperts
 from bitsmoe_plugin.config import BitsMoEConfig
 from bitsmoe_plugin.models.families import MoELayer, apply_gating, layer_shape, read_biases
-from bitsmoe_plugin.pipeline.progress import Hidden, PackedLayer, Widths
+from bitsmoe_plugin.pipeline.layer_plan import LayerPlan, bits_over_bound
+from bitsmoe_plugin.pipeline.progress import Hidden, PackedLayer
 from bitsmoe_plugin.pipeline.run import Run, finite
-from bitsmoe_plugin.rounding.layer_rounding import LayerPlan, bits_over_bound, round_layer
+from bitsmoe_plugin.rounding.layer_rounding import round_layer
+from bitsmoe_plugin.rounding.originals import with_originals
 from bitsmoe_plugin.rounding.round_from_plan import round_as_planned
 from bitsmoe_plugin.runtime.experts import BitsMoEExperts, replace_module
 from bitsmoe_plugin.spectral.layer_problem import build_problem
@@ -122,7 +123,7 @@ def _fit_layer(run: Run, index: int, exact: Hidden, widths: Widths) -> _FittedLa
         biases = read_biases(layer.module)
         energy, peaks = plan.output_energy, planned.outputs.peaks
         if plan.row_weights is not None:
-            given = weights, row_bits, plan, plan.row_weights, config, run.workers
+            given = weights, row_bits, plan.bases, plan.energies, plan.row_weights, config, run.workers
             result = round_as_planned(*given, device=seen.hidden.device)
         else:
             problem = build_problem(layer.name, weights, seen, gating, config, plan.bases, drift, biases)

@@ -23,9 +23,9 @@ from bitsmoe_plugin.calibration.statistics import LayerActivations
 from bitsmoe_plugin.config import BitsMoEConfig
 from bitsmoe_plugin.errors import QuantizationError
 from bitsmoe_plugin.models.expert_source import ExpertSource, weights_digest
+from bitsmoe_plugin.models.expert_weights import ExpertWeights
 from bitsmoe_plugin.models.families import MoELayer
 from bitsmoe_plugin.pipeline.progress import Hidden, Progress
-from bitsmoe_plugin.spectral.bases import ExpertWeights
 
 T = TypeVar("T")
 

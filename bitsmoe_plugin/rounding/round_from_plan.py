@@ -1,7 +1,7 @@
 """Rounding a layer as it was planned, without calibrating it again.
 
 For methods in which nothing that is found out after planning changes a layer:
-    ``layer_rounding.rounds_as_planned``.
+    ``BitsMoEConfig.rounds_as_planned``.
 """
 
 from __future__ import annotations
@@ -9,20 +9,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bitsmoe_plugin.allocation.row_costs import RowWeights
 from bitsmoe_plugin.base.devices import computing_on
 from bitsmoe_plugin.base.free_memory import release_free_memory
 from bitsmoe_plugin.base.workers import ALONE, Workers
 from bitsmoe_plugin.codec.layout import LayerShape
 from bitsmoe_plugin.codec.scale_grid import ScaleGrid
 from bitsmoe_plugin.config import BitsMoEConfig
+from bitsmoe_plugin.models.expert_weights import ExpertWeights
 from bitsmoe_plugin.rounding.feedback_rounding import round_along_rank
-from bitsmoe_plugin.rounding.layer_rounding import LayerPlan
 from bitsmoe_plugin.rounding.rounded_layer import RoundedExperts, RoundedLayer, merged_experts, pack_layer
 from bitsmoe_plugin.rounding.row_scales import model_scales
-from bitsmoe_plugin.spectral.bases import BasisInverses, ExpertWeights, down_factors, input_factors
+from bitsmoe_plugin.spectral.bases import BasisInverses, SharedBases, down_factors, input_factors
 from bitsmoe_plugin.spectral.error_feedback import Feedback
 from bitsmoe_plugin.spectral.layer_problem import expert_groups
+from bitsmoe_plugin.spectral.row_weights import RowWeights
 
 CPU = torch.device("cpu")
 
@@ -30,7 +30,8 @@ CPU = torch.device("cpu")
 def round_as_planned(
     weights: ExpertWeights,
     row_bits: Tensor,
-    plan: LayerPlan,
+    bases: SharedBases,
+    energies: Tensor,
     known: RowWeights,
     config: BitsMoEConfig,
     workers: Workers = ALONE,
@@ -40,7 +41,7 @@ def round_as_planned(
 
     Args:
         row_bits: ``[3, E, r]`` int64.
-        known: of the plan.
+        bases, energies, known: of the plan.
         workers: share the work; all must call this with the same arguments, and get the same.
         device: where to compute; the arguments may be elsewhere.
 
@@ -49,10 +50,10 @@ def round_as_planned(
     """
     shape = LayerShape(weights.num_experts, weights.hidden_size, weights.intermediate_size)
     with computing_on(device):
-        weights, row_bits, bases = weights.to(device), row_bits.to(device), plan.bases.to(device)
+        weights, row_bits, bases = weights.to(device), row_bits.to(device), bases.to(device)
         inverses, known = BasisInverses.of(bases), known.to(device)
         inner, outer = known.of(slice(None), bases.output_basis.dequantize())
-        scales = _scales(plan.energies.to(device), inner, outer, row_bits, config)
+        scales = _scales(energies.to(device), inner, outer, row_bits, config)
         grid = ScaleGrid.covering(scales, row_bits > 0)
         # What rows of down cost besides is added for the layer as a whole.
         own = torch.stack([*known.rank.expand(2, -1, -1), torch.ones_like(known.rank[0])])

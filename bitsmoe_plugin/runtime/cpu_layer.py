@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 
 from bitsmoe_plugin.base.native import library, pointer
-from bitsmoe_plugin.calibration.statistics import Gating
 from bitsmoe_plugin.codec import layout, row_codec, trellis, uniform
 from bitsmoe_plugin.codec.layout import PackedExperts
 from bitsmoe_plugin.codec.spec import PackedSpec
+from bitsmoe_plugin.models.gating import Gating
 
 MAX_WIDTHS = 8
 TOKENS = 256

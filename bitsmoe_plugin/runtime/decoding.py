@@ -10,7 +10,7 @@ from torch import Tensor
 from bitsmoe_plugin.codec import layout
 from bitsmoe_plugin.codec.layout import PackedExperts
 from bitsmoe_plugin.codec.spec import PackedSpec
-from bitsmoe_plugin.spectral.bases import ExpertBiases, ExpertWeights
+from bitsmoe_plugin.models.expert_weights import ExpertBiases, ExpertWeights
 
 
 @torch.no_grad()

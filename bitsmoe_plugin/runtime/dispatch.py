@@ -9,10 +9,9 @@ from typing import Protocol
 from torch import Tensor
 
 from bitsmoe_plugin.base.native import library
-from bitsmoe_plugin.calibration.statistics import Gating
 from bitsmoe_plugin.codec.layout import PackedExperts
 from bitsmoe_plugin.codec.spec import PackedSpec
-from bitsmoe_plugin.models.gating import activation_of
+from bitsmoe_plugin.models.gating import Gating, activation_of
 
 
 class Runtime(Protocol):

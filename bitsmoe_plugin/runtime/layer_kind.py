@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bitsmoe_plugin.calibration.statistics import Gating
 from bitsmoe_plugin.codec import layout, row_codec
 from bitsmoe_plugin.codec.layout import LayerShape, PackedExperts
 from bitsmoe_plugin.codec.spec import PackedSpec
 from bitsmoe_plugin.errors import CheckpointError, ConfigError
 from bitsmoe_plugin.models import gating as gating_functions
 from bitsmoe_plugin.models.families import apply_gating, layout_of
+from bitsmoe_plugin.models.gating import Gating
 
 _WIDTHS = (0, 1, 2, 3, 4, 6, 8, 16)
 _LARGEST = 2**18

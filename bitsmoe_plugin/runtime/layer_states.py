@@ -18,11 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bitsmoe_plugin.calibration.statistics import Gating
 from bitsmoe_plugin.codec import packed_values
 from bitsmoe_plugin.codec.layout import PackedExperts
 from bitsmoe_plugin.codec.spec import PackedSpec
 from bitsmoe_plugin.errors import CheckpointError
+from bitsmoe_plugin.models.gating import Gating
 from bitsmoe_plugin.runtime import dispatch
 from bitsmoe_plugin.runtime.layer_kind import LayerKind, gating_of
 from bitsmoe_plugin.runtime.reference_layer import ReferenceLayer

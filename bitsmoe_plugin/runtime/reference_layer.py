@@ -14,10 +14,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from bitsmoe_plugin.calibration.statistics import Gating
 from bitsmoe_plugin.codec import layout
 from bitsmoe_plugin.codec.layout import LayerShape, PackedExperts
 from bitsmoe_plugin.codec.spec import PackedSpec
+from bitsmoe_plugin.models.gating import Gating
 
 RowReader = Callable[[int, int], tuple[Tensor, Tensor]]
 """(factor, expert) -> rows ``[n, I]`` float32 and their rank indices ``[n]`` int64."""

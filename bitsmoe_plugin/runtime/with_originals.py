@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from bitsmoe_plugin.calibration.statistics import Gating
 from bitsmoe_plugin.codec.layout import PackedExperts
 from bitsmoe_plugin.codec.spec import PackedSpec
+from bitsmoe_plugin.models.gating import Gating
 
 if TYPE_CHECKING:
     from bitsmoe_plugin.runtime.dispatch import Runtime

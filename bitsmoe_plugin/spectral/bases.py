@@ -16,94 +16,8 @@ import torch
 from torch import Tensor
 
 from bitsmoe_plugin.base.linalg import product
-from bitsmoe_plugin.codec import uniform
-
-
-@dataclass(frozen=True)
-class ExpertWeights:
-    """The routed experts of one layer, in any float dtype.
-
-    Attributes:
-        gate: ``[num_experts, intermediate_size, hidden_size]``
-        up: ``[num_experts, intermediate_size, hidden_size]``
-        down: ``[num_experts, hidden_size, intermediate_size]``
-    """
-
-    gate: Tensor
-    up: Tensor
-    down: Tensor
-
-    @property
-    def num_experts(self) -> int:
-        return self.gate.shape[0]
-
-    @property
-    def intermediate_size(self) -> int:
-        return self.gate.shape[1]
-
-    @property
-    def hidden_size(self) -> int:
-        return self.gate.shape[2]
-
-    def numel(self) -> int:
-        """Number of expert weights, the denominator of bits_per_weight."""
-        return self.gate.numel() + self.up.numel() + self.down.numel()
-
-    def every(self, stride: int) -> ExpertWeights:
-        """Views of every ``stride``-th neuron."""
-        return ExpertWeights(self.gate[:, ::stride], self.up[:, ::stride], self.down[..., ::stride])
-
-    def to(self, device: torch.device) -> ExpertWeights:
-        """The same on a device; no copy if they are there."""
-        return ExpertWeights(self.gate.to(device), self.up.to(device), self.down.to(device))
-
-
-@dataclass(frozen=True)
-class ExpertBiases:
-    """What the experts of some families add to their products; never quantized.
-
-    Attributes:
-        gate: ``[num_experts, intermediate_size]``
-        up: ``[num_experts, intermediate_size]``
-        down: ``[num_experts, hidden_size]``
-    """
-
-    gate: Tensor
-    up: Tensor
-    down: Tensor
-
-    def add(self, gate: Tensor, up: Tensor, expert: int | Tensor) -> tuple[Tensor, Tensor]:
-        """Gate and up products ``[..., I]`` of one expert, or of one each ``[...]``, with their biases."""
-        return gate + self.gate[expert].float(), up + self.up[expert].float()
-
-    def to(self, device: torch.device) -> ExpertBiases:
-        """The same on a device."""
-        return ExpertBiases(self.gate.to(device), self.up.to(device), self.down.to(device))
-
-
-@dataclass(frozen=True)
-class QuantizedBasis:
-    """A basis as it is stored.
-
-    Attributes:
-        codes: ``[rows, columns]`` uint8, or float16 values if ``bits`` is 16.
-        scales: ``[rows, columns / group_size]`` float16 (empty if ``bits`` is 16).
-        bits: 4, 8 or 16.
-        group_size: values along a row that share a scale.
-    """
-
-    codes: Tensor
-    scales: Tensor
-    bits: int
-    group_size: int
-
-    def dequantize(self) -> Tensor:
-        """``[rows, columns]`` float32."""
-        if self.bits == 16:
-            return self.codes.float()
-        rows, columns = self.codes.shape
-        grouped = self.codes.view(rows, -1, self.group_size).float()
-        return uniform.decode(grouped, self.scales.float().unsqueeze(-1), self.bits).view(rows, columns)
+from bitsmoe_plugin.codec.basis import QuantizedBasis
+from bitsmoe_plugin.models.expert_weights import ExpertWeights
 
 
 @dataclass(frozen=True)
@@ -167,24 +81,6 @@ def output_basis(output_moment: Tensor) -> Tensor:
     """``[hidden_size, rank]`` float64: eigenvectors of the experts' output second moment
     ``[hidden_size, hidden_size]``, as columns by rising energy."""
     return torch.linalg.eigh(output_moment)[1]
-
-
-def quantize_basis(basis: Tensor, bits: int, group_size: int) -> QuantizedBasis:
-    """Round a basis to groups of ``group_size`` values along its rows.
-
-    Args:
-        basis: ``[rows, columns]`` float64.
-        bits: 4, 8 or 16 (16 stores float16 values without scales).
-        group_size: divides ``columns``.
-    """
-    if bits == 16:
-        return QuantizedBasis(basis.to(torch.float16), basis.new_empty(0), bits, group_size)
-    rows = basis.shape[0]
-    grouped = basis.float().view(rows, -1, group_size)
-    scale, _ = uniform.best_scale(grouped, torch.ones_like(grouped), bits)
-    scale = scale.to(torch.float16)
-    codes = uniform.encode(grouped, scale.float(), bits).view_as(basis).to(torch.uint8)
-    return QuantizedBasis(codes, scale.squeeze(-1), bits, group_size)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitsmoe_plugin.base.cholesky import upper_root
+from bitsmoe_plugin.base.linalg import upper_root
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,22 @@ from torch import Tensor
 from bitsmoe_plugin.base.devices import computing_on, working_set
 from bitsmoe_plugin.base.linalg import product
 from bitsmoe_plugin.calibration import statistics
-from bitsmoe_plugin.calibration.statistics import ExpertRows, Gating, LayerActivations, LayerStatistics
+from bitsmoe_plugin.calibration.statistics import ExpertRows, LayerActivations, LayerStatistics
+from bitsmoe_plugin.codec.basis import quantize_basis
 from bitsmoe_plugin.codec.layout import LayerShape
 from bitsmoe_plugin.config import BitsMoEConfig
+from bitsmoe_plugin.models.expert_weights import ExpertBiases, ExpertWeights
+from bitsmoe_plugin.models.gating import Gating
 from bitsmoe_plugin.spectral import bases as spectral_bases
-from bitsmoe_plugin.spectral.bases import BasisInverses, ExpertBiases, Experts, ExpertWeights, SharedBases
+from bitsmoe_plugin.spectral.bases import BasisInverses, Experts, SharedBases
 from bitsmoe_plugin.spectral.error_feedback import Feedback
+from bitsmoe_plugin.spectral.moments import (
+    basis_moments,
+    input_covariance,
+    input_variance,
+    own_share,
+    pooled_covariance,
+)
 
 _SECOND_MOMENT_SHRINKAGE = 1e-3
 
@@ -33,7 +43,7 @@ class LayerProblem:
             not make up for it.
         z: ``[1 or 2, T, r]`` float32, input bases (as they will be stored) times inputs; the first is
             of gate, the last of up.
-        pooled: ``[1 or 2, r, r]`` float32, see ``statistics.pooled_covariance``.
+        pooled: ``[1 or 2, r, r]`` float32, see ``moments.pooled_covariance``.
         output_basis: ``[H, r]`` float32, dequantized.
         biases: of the experts, None if they have none.
     """
@@ -97,7 +107,7 @@ def expert_groups(experts: int, covariance: int, device: torch.device) -> list[s
 
 def shared_bases(weights: ExpertWeights, stats: LayerStatistics, config: BitsMoEConfig) -> SharedBases:
     """Bases of a layer, quantized as the config says."""
-    moments = statistics.basis_moments(weights, stats, config.neuron_weighting)
+    moments = basis_moments(weights, stats, config.neuron_weighting)
     if config.whitening:
         metric = spectral_bases.shrink(stats.second_moment, _SECOND_MOMENT_SHRINKAGE)
         outputs = moments.output
@@ -108,8 +118,8 @@ def shared_bases(weights: ExpertWeights, stats: LayerStatistics, config: BitsMoE
     given = torch.cat([spectral_bases.input_basis(gram, metric) for gram in grams])
     out = spectral_bases.output_basis(outputs)
     return SharedBases(
-        spectral_bases.quantize_basis(given, config.basis_bits, config.basis_group_size),
-        spectral_bases.quantize_basis(out, config.basis_bits, config.basis_group_size),
+        quantize_basis(given, config.basis_bits, config.basis_group_size),
+        quantize_basis(out, config.basis_bits, config.basis_group_size),
     )
 
 
@@ -180,7 +190,7 @@ def _collected(
         bases,
         inverses,
         torch.stack([product(activations.hidden.float(), basis) for basis in input_bases]),
-        statistics.pooled_covariance(input_bases, stats),
+        pooled_covariance(input_bases, stats),
         bases.output_basis.dequantize(),
         config,
         None if drift is None else product(drift.float(), inverses.output),
@@ -199,8 +209,8 @@ def rank_feedback(problem: LayerProblem, expert: int) -> Feedback:
     """Feedback of an expert's gate and up: ``[1 or 2]`` of the rank."""
     config, seen = problem.config, _seen_by(problem, expert)
     if config.feedback:
-        return Feedback.of(statistics.input_covariance(*seen), config.damping)
-    return Feedback.none(statistics.input_variance(*seen), config.damping)
+        return Feedback.of(input_covariance(*seen), config.damping)
+    return Feedback.none(input_variance(*seen), config.damping)
 
 
 def rank_variances(problem: LayerProblem, known: dict[int, Feedback]) -> Tensor:
@@ -214,9 +224,9 @@ def rank_variances(problem: LayerProblem, known: dict[int, Feedback]) -> Tensor:
     experts = range(problem.shape.num_experts)
     if not config.feedback:
         return torch.stack([rank_feedback(problem, expert).variance for expert in experts], 1)
-    total = torch.stack([statistics.input_variance(*_seen_by(problem, expert)) for expert in experts], 1)
+    total = torch.stack([input_variance(*_seen_by(problem, expert)) for expert in experts], 1)
     total += config.damping * total.mean(-1, keepdim=True).clamp_min(1e-30)
-    share = torch.tensor([statistics.own_share(rows, rank, config.covariance_prior) for rows in problem.rows])
+    share = torch.tensor([own_share(rows, rank, config.covariance_prior) for rows in problem.rows])
     exact = torch.stack([feedback.variance for feedback in known.values()], 1)
     sample = list(known)
     left = (exact / total[:, sample]).log().mean(1, keepdim=True)

@@ -13,13 +13,13 @@ from transformers import AutoModelForCausalLM
 
 from bitsmoe_plugin import BitsMoEConfig, QuantizationError
 from bitsmoe_plugin.allocation.budget import plan_budget
-from bitsmoe_plugin.allocation.row_costs import row_sizes
 from bitsmoe_plugin.allocation.row_widths import allocate_rows
 from bitsmoe_plugin.allocation.sub_budgets import StoredLayer, each_layer, layer_share, sub_budgets
+from bitsmoe_plugin.checkpoint.read import read_config
 from bitsmoe_plugin.cli import main
-from bitsmoe_plugin.codec.layout import FACTORS, LayerShape, fixed_bits
+from bitsmoe_plugin.codec.layout import FACTORS, LayerShape, fixed_bits, row_sizes
 from bitsmoe_plugin.commands.estimate import estimate
-from bitsmoe_plugin.commands.inspect import inspect_checkpoint, read_config
+from bitsmoe_plugin.commands.inspect import inspect_checkpoint
 
 SHAPE = LayerShape(num_experts=6, hidden_size=64, intermediate_size=64)
 LAYERS = [StoredLayer(name, SHAPE) for name in "abc"]

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from bitsmoe_plugin.base import cholesky
-from bitsmoe_plugin.base.cholesky import upper_root
+from bitsmoe_plugin.base import linalg
+from bitsmoe_plugin.base.linalg import upper_root
 
 BLOCKS = (1, 3, 256, 257, 600)
 
@@ -41,9 +41,9 @@ def test_fewer_tokens_than_coordinates() -> None:
 def test_float64_takes_over(monkeypatch) -> None:
     """What is not positive definite in float32 is tried in float64, and refused if it is not there either."""
     matrix = moment(300, 400)
-    assert cholesky._blocked(-matrix) is None
+    assert linalg._blocked(-matrix) is None
     with pytest.raises(torch.linalg.LinAlgError):
         upper_root(-matrix)
     wanted = upper_root(matrix)
-    monkeypatch.setattr(cholesky, "_blocked", lambda _: None)
+    monkeypatch.setattr(linalg, "_blocked", lambda _: None)
     torch.testing.assert_close(upper_root(matrix), wanted)

@@ -10,11 +10,18 @@ import torch
 from torch import Tensor
 
 from bitsmoe_plugin.calibration import statistics
-from bitsmoe_plugin.calibration.statistics import PRIOR_TOKENS, BasisMoments, LayerStatistics
+from bitsmoe_plugin.calibration.statistics import PRIOR_TOKENS, LayerStatistics
 from bitsmoe_plugin.config import BitsMoEConfig
 from bitsmoe_plugin.errors import QuantizationError
-from bitsmoe_plugin.spectral.bases import ExpertWeights
+from bitsmoe_plugin.models.expert_weights import ExpertWeights
 from bitsmoe_plugin.spectral.layer_problem import build_problem
+from bitsmoe_plugin.spectral.moments import (
+    BasisMoments,
+    basis_moments,
+    input_covariance,
+    input_variance,
+    pooled_covariance,
+)
 
 E, SIZE, H, T, K = 4, 8, 16, 50, 2
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-7}
@@ -78,7 +85,7 @@ def test_every_sum_agrees_with_a_slow_implementation(layer) -> None:
     """Guards against a transposed product, a lost weight or a wrong slope in any statistic."""
     rows = statistics.expert_rows(layer.activations, E, seed=0)
     fast, (slow, slow_moments) = collect(layer, rows), slow_statistics(layer, rows)
-    moments = statistics.basis_moments(layer.weights, fast)
+    moments = basis_moments(layer.weights, fast)
     for name, value in {**vars(slow), **vars(slow_moments)}.items():
         got = torch.as_tensor((vars(fast) | vars(moments))[name], dtype=torch.double)
         torch.testing.assert_close(got, torch.as_tensor(value, dtype=torch.double), **TOLERANCE, msg=name)
@@ -110,9 +117,9 @@ def test_thin_experts_are_topped_up_to_the_median_expert(layer, make_layer) -> N
 
 
 def covariance_of(bases: Tensor, stats, activations, rows, prior: float) -> Tensor:
-    pooled = statistics.pooled_covariance(bases, stats)
+    pooled = pooled_covariance(bases, stats)
     z = activations.hidden.float() @ bases.transpose(1, 2)
-    return statistics.input_covariance(z, pooled, stats, rows, prior)
+    return input_covariance(z, pooled, stats, rows, prior)
 
 
 def test_unrouted_expert_gets_the_statistics_of_a_typical_one(make_layer) -> None:
@@ -218,8 +225,8 @@ def test_variances_are_the_diagonal_of_the_covariance(layer, bases: int) -> None
     rows = statistics.expert_rows(layer.activations, E, seed=0)
     stats, basis = collect(layer, rows), torch.randn(bases, H, H)
     z = layer.activations.hidden.float() @ basis.transpose(1, 2)
-    given = z, statistics.pooled_covariance(basis, stats), stats, rows[1], 0.5
-    covariance, variance = statistics.input_covariance(*given), statistics.input_variance(*given)
+    given = z, pooled_covariance(basis, stats), stats, rows[1], 0.5
+    covariance, variance = input_covariance(*given), input_variance(*given)
     torch.testing.assert_close(variance, covariance.diagonal(dim1=1, dim2=2), **TOLERANCE)
 
 
@@ -232,7 +239,7 @@ def test_neurons_weigh_alike_without_neuron_weighting(layer) -> None:
     mean = weighted.neuron_weights.mean(-1, keepdim=True).expand(2, E, SIZE)
     torch.testing.assert_close(plain.neuron_weights, mean)
     assert float((weighted.neuron_weights / mean).std()) > 0.1, "the example has nothing to switch off"
-    gram = statistics.basis_moments(layer.weights, plain, neuron_weighting=False).gram
+    gram = basis_moments(layer.weights, plain, neuron_weighting=False).gram
     for part, weights in enumerate((layer.weights.gate, layer.weights.up)):
         stacked = weights.double().flatten(0, 1)
         torch.testing.assert_close(gram[part], stacked.T @ stacked, **TOLERANCE)

@@ -11,15 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bitsmoe_plugin.allocation.row_costs import row_sizes
 from bitsmoe_plugin.codec import bit_strings, layout, row_codec, trellis
-from bitsmoe_plugin.codec.layout import LayerShape, PackedExperts
+from bitsmoe_plugin.codec.basis import quantize_basis
+from bitsmoe_plugin.codec.layout import LayerShape, PackedExperts, row_sizes
 from bitsmoe_plugin.codec.row_codec import GRIDS
 from bitsmoe_plugin.codec.scale_grid import SCALE_LEVELS, ScaleGrid
 from bitsmoe_plugin.codec.spec import PackedSpec
 from bitsmoe_plugin.codec.trellis.tables import TABLES
 from bitsmoe_plugin.presets import ALL_WIDTHS
-from bitsmoe_plugin.spectral.bases import quantize_basis
 
 STEP = {1: 1.5958, 2: 0.9957, 3: 0.5860, 4: 0.3352, 6: 0.1041, 8: 0.0308, 16: 12.6 / 65536}
 """Part of the format: other steps would decode existing checkpoints to other weights."""

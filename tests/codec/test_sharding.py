@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bitsmoe_plugin.codec import layout, row_codec
+from bitsmoe_plugin.codec.basis import quantize_basis
 from bitsmoe_plugin.codec.layout import LayerShape, PackedExperts
 from bitsmoe_plugin.codec.scale_grid import SCALE_LEVELS
 from bitsmoe_plugin.codec.sharding import Shard, local_experts, shard_shape, slice_packed, split_blocks, whole
@@ -17,7 +18,6 @@ from bitsmoe_plugin.errors import ConfigError
 from bitsmoe_plugin.models.gating import gating
 from bitsmoe_plugin.presets import ALL_WIDTHS
 from bitsmoe_plugin.runtime.reference_layer import ReferenceLayer
-from bitsmoe_plugin.spectral.bases import quantize_basis
 
 SHAPE = LayerShape(num_experts=4, hidden_size=32, intermediate_size=192)
 

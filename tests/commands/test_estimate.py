@@ -22,11 +22,12 @@ from transformers import (
 )
 
 from bitsmoe_plugin import BitsMoEConfig, QuantizationError
+from bitsmoe_plugin.checkpoint.read import read_config
 from bitsmoe_plugin.codec.layout import LayerShape
 from bitsmoe_plugin.commands.estimate import Estimate, estimate
 from bitsmoe_plugin.commands.estimate_resources import KERNELS, Workload, peak_memory, rough_seconds
-from bitsmoe_plugin.commands.inspect import inspect_checkpoint, read_config
-from bitsmoe_plugin.rounding.layer_rounding import plan_layer
+from bitsmoe_plugin.commands.inspect import inspect_checkpoint
+from bitsmoe_plugin.pipeline.layer_plan import plan_layer
 from bitsmoe_plugin.spectral.layer_problem import build_problem
 
 CONFIG = BitsMoEConfig(bits=2.0)

@@ -372,7 +372,7 @@ def test_quantize_writes_a_report_into_the_checkpoint(
     def quantize(model: str, out: Path, config: Any, device: str) -> None:
         shutil.copytree(packed_moe_tiny, out)
 
-    monkeypatch.setattr("bitsmoe_plugin.integrations.transformers.quantize_to_directory", quantize)
+    monkeypatch.setattr("bitsmoe_plugin.commands.quantize.quantize_to_directory", quantize)
     without_pictures(monkeypatch)
     out = tmp_path / "out"
     assert main(["quantize", str(moe_tiny_path), str(out), "--dataset", "text.txt", "--report"]) == 0

@@ -15,9 +15,9 @@ from huggingface_hub import constants
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bitsmoe_plugin import BitsMoEConfig
+from bitsmoe_plugin.checkpoint.read import read_config
 from bitsmoe_plugin.commands.compare.compare import ComparisonTask, run_method
 from bitsmoe_plugin.commands.evaluate import evaluate_path
-from bitsmoe_plugin.commands.inspect import read_config
 from bitsmoe_plugin.errors import ConfigError
 from bitsmoe_plugin.integrations.transformers import quantize_to_directory
 from bitsmoe_plugin.models.model_source import ModelSource

@@ -22,7 +22,8 @@ from bitsmoe_plugin.calibration.statistics import LayerActivations
 from bitsmoe_plugin.commands.inspect import inspect_checkpoint
 from bitsmoe_plugin.integrations.transformers import quantize_to_directory
 from bitsmoe_plugin.pipeline import quantize
-from bitsmoe_plugin.rounding.layer_rounding import plan_layer, round_layer
+from bitsmoe_plugin.pipeline.layer_plan import plan_layer
+from bitsmoe_plugin.rounding.layer_rounding import round_layer
 from bitsmoe_plugin.spectral.layer_problem import build_problem, rank_feedback
 
 pytestmark = [

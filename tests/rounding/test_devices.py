@@ -17,8 +17,9 @@ from bitsmoe_plugin.calibration.statistics import LayerActivations
 from bitsmoe_plugin.calibration.super_experts import forms_massive_activations
 from bitsmoe_plugin.config import BitsMoEConfig
 from bitsmoe_plugin.errors import ConfigError
+from bitsmoe_plugin.pipeline.layer_plan import LayerPlan, plan_layer
 from bitsmoe_plugin.presets import ALL_WIDTHS
-from bitsmoe_plugin.rounding.layer_rounding import LayerPlan, plan_layer, round_layer
+from bitsmoe_plugin.rounding.layer_rounding import round_layer
 from bitsmoe_plugin.rounding.round_from_plan import round_as_planned
 from bitsmoe_plugin.rounding.rounded_layer import RoundedLayer
 from bitsmoe_plugin.spectral.layer_problem import build_problem
@@ -37,7 +38,9 @@ def quantize(
     bits = torch.tensor(ALL_WIDTHS, device="cpu")[choice]
     if plan.row_weights is not None:
         known, device = plan.row_weights, activations.hidden.device
-        return plan, round_as_planned(layer.weights, bits, plan, known, config, device=device)
+        return plan, round_as_planned(
+            layer.weights, bits, plan.bases, plan.energies, known, config, device=device
+        )
     drift = torch.randn(TOKENS, HIDDEN, generator=generator, device="cpu") if config.compensation else None
     second = build_problem("layer", layer.weights, activations, layer.gating, config, plan.bases, drift)
     return plan, round_layer(second, bits)

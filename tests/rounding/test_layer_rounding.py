@@ -11,22 +11,24 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bitsmoe_plugin.allocation.row_costs import row_costs, row_weights
+from bitsmoe_plugin.allocation.row_costs import row_costs
 from bitsmoe_plugin.calibration.statistics import PRIOR_TOKENS
 from bitsmoe_plugin.checkpoint.manifest import tensor_digest
 from bitsmoe_plugin.codec import layout
 from bitsmoe_plugin.codec.layout import PackedExperts
 from bitsmoe_plugin.codec.spec import PackedSpec
 from bitsmoe_plugin.config import BitsMoEConfig
+from bitsmoe_plugin.models.expert_weights import ExpertWeights
 from bitsmoe_plugin.models.gating import gating
+from bitsmoe_plugin.pipeline.layer_plan import bits_over_bound, plan_layer
 from bitsmoe_plugin.presets import ALL_WIDTHS
-from bitsmoe_plugin.rounding.layer_rounding import bits_over_bound, plan_layer, round_experts, round_layer
+from bitsmoe_plugin.rounding.layer_rounding import round_experts, round_layer
 from bitsmoe_plugin.rounding.refit_down import sampled_error
 from bitsmoe_plugin.rounding.round_from_plan import round_as_planned
 from bitsmoe_plugin.runtime.experts import BitsMoEExperts
 from bitsmoe_plugin.runtime.reference_layer import ReferenceLayer
-from bitsmoe_plugin.spectral.bases import ExpertWeights
 from bitsmoe_plugin.spectral.layer_problem import LayerProblem, build_problem, rank_feedback, rank_variances
+from bitsmoe_plugin.spectral.row_weights import row_weights
 
 E, SIZE, H, T = 6, 40, 64, 500
 
@@ -419,7 +421,9 @@ def test_rounding_as_planned_is_as_good(layer) -> None:
     problem, row_bits = problem_of(layer, method="fast"), mixed_widths()
     plan = plan_layer(problem, 10**6)
     assert plan.row_weights is not None
-    planned = round_as_planned(layer.weights, row_bits, plan, plan.row_weights, problem.config)
+    planned = round_as_planned(
+        layer.weights, row_bits, plan.bases, plan.energies, plan.row_weights, problem.config
+    )
     wanted = round_layer(problem, row_bits)
     torch.testing.assert_close(planned.errors.sum(1), wanted.errors.sum(1), rtol=0.05, atol=0)
     torch.testing.assert_close(planned.errors[:, 1], wanted.errors[:, 1])  # nothing is left of it

@@ -28,11 +28,12 @@ pytest.importorskip("triton", reason="Triton is published for Linux only")
 
 from triton_support import Inputs, random_inputs, random_layer, random_widths, reference, relative_error
 
+from bitsmoe_plugin.base.triton_launch import Launch
 from bitsmoe_plugin.runtime.triton import layer as triton_layer
 from bitsmoe_plugin.runtime.triton import prefill, rows
 from bitsmoe_plugin.runtime.triton.basis import PackedBasis, multiply
 from bitsmoe_plugin.runtime.triton.layer import DECODE_TOKENS, TritonLayer
-from bitsmoe_plugin.runtime.triton.target import INTERPRETER, BlockSizes, Launch, Target
+from bitsmoe_plugin.runtime.triton.target import INTERPRETER, BlockSizes, Target
 
 pytestmark = pytest.mark.skipif(
     os.environ["TRITON_INTERPRET"] != "1", reason="compiled kernels do not take tensors on the CPU"

@@ -6,16 +6,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from bitsmoe_plugin.codec.basis import QuantizedBasis, quantize_basis
+from bitsmoe_plugin.models.expert_weights import ExpertWeights
 from bitsmoe_plugin.spectral.bases import (
     BasisInverses,
-    ExpertWeights,
-    QuantizedBasis,
     SharedBases,
     down_factors,
     input_basis,
     input_factors,
     output_basis,
-    quantize_basis,
     shrink,
 )
 

@@ -42,11 +42,12 @@ import bitsmoe_plugin
 import vllm_ext
 from bitsmoe_plugin.checkpoint.manifest import tensor_digest
 from bitsmoe_plugin.checkpoint.packed_files import PackedFiles
+from bitsmoe_plugin.checkpoint.read import read_config
 from bitsmoe_plugin.codec import layout
 from bitsmoe_plugin.codec.layout import PackedExperts
 from bitsmoe_plugin.codec.sharding import whole
 from bitsmoe_plugin.codec.spec import PackedSpec
-from bitsmoe_plugin.commands.inspect import inspect_checkpoint, read_config
+from bitsmoe_plugin.commands.inspect import inspect_checkpoint
 from bitsmoe_plugin.errors import BitsMoEError
 from bitsmoe_plugin.models.files import safetensors_files
 from bitsmoe_plugin.runtime import dispatch

@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
-from bitsmoe_plugin.base import devices
+from bitsmoe_plugin.base import devices, triton_launch
+from bitsmoe_plugin.base.triton_launch import Launch
 from bitsmoe_plugin.codec import uniform
 from bitsmoe_plugin.codec.backends import gpu
-from bitsmoe_plugin.runtime.triton import target as triton_target
 
 DEVICE = torch.device("meta")
 """The one that needs no initialization; torch asks nobody else about tensors of a subclass."""
@@ -102,7 +102,7 @@ class _Mode(TorchDispatchMode):
         return _compute(func, args, kwargs or {})
 
 
-def _run(launch: triton_target.Launch) -> None:
+def _run(launch: Launch) -> None:
     """A kernel in Triton's interpreter."""
     tensors = {name: t for name, t in launch.arguments.items() if isinstance(t, Tensor)}
     strangers = [name for name, t in tensors.items() if not isinstance(t, Elsewhere)]
@@ -135,8 +135,8 @@ def pretended_device(monkeypatch: pytest.MonkeyPatch, triton: bool) -> Iterator[
         with device:
             yield
 
-    for module in ("bitsmoe_plugin.rounding.layer_rounding", "bitsmoe_plugin.spectral.layer_problem"):
-        monkeypatch.setattr(f"{module}.computing_on", computing_on)
+    for module in ("rounding.layer_rounding", "pipeline.layer_plan", "spectral.layer_problem"):
+        monkeypatch.setattr(f"bitsmoe_plugin.{module}.computing_on", computing_on)
     monkeypatch.setattr(
         "bitsmoe_plugin.spectral.layer_problem.working_set", lambda _: devices.CPU_WORKING_SET
     )
@@ -144,7 +144,7 @@ def pretended_device(monkeypatch: pytest.MonkeyPatch, triton: bool) -> Iterator[
     monkeypatch.setattr(
         gpu, "available", lambda *ts: triton and all(t.device.type == DEVICE.type for t in ts)
     )
-    monkeypatch.setattr(triton_target, "run", _run)
+    monkeypatch.setattr(triton_launch, "run", _run)
     monkeypatch.setattr(torch, "tensor", _with_values(torch.tensor))
     monkeypatch.setattr(torch, "as_tensor", _with_values(torch.as_tensor))
     for cached in _TABLES:

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from bitsmoe_plugin.codec import layout, row_codec
+from bitsmoe_plugin.codec.basis import quantize_basis
 from bitsmoe_plugin.codec.layout import LayerShape, PackedExperts
 from bitsmoe_plugin.codec.scale_grid import SCALE_LEVELS, ScaleGrid
 from bitsmoe_plugin.codec.spec import PackedSpec
 from bitsmoe_plugin.models.gating import gating
 from bitsmoe_plugin.presets import ALL_WIDTHS
 from bitsmoe_plugin.runtime.reference_layer import ReferenceLayer
-from bitsmoe_plugin.spectral.bases import quantize_basis
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from bitsmoe_plugin import BitsMoEConfig
 from bitsmoe_plugin.checkpoint.manifest import layer_manifest
+from bitsmoe_plugin.codec.basis import quantize_basis
 from bitsmoe_plugin.codec.layout import LayerShape, PackedExperts, index_rows, pack_basis
 from bitsmoe_plugin.codec.scale_grid import SCALE_LEVELS
-from bitsmoe_plugin.spectral.bases import quantize_basis
 
 needs_vllm = pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None, reason="vLLM is not installed; run make install-vllm test-vllm"

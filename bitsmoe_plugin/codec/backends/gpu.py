@@ -18,7 +18,7 @@ from bitsmoe_plugin.codec.backends import native
 from bitsmoe_plugin.codec.scale_grid import NEARBY, SCALE_LEVELS
 
 if TYPE_CHECKING:
-    from bitsmoe_plugin.runtime.triton.target import Launcher
+    from bitsmoe_plugin.base.triton_launch import Launcher
 
 BLOCK = trellis.BLOCK
 _BLOCKS, _COLUMNS = 1, 1024
@@ -46,11 +46,11 @@ def _launch(
     launch: Launcher | None,
 ) -> None:
     """Launch a kernel, by default on the current stream. Triton is imported only here."""
+    from bitsmoe_plugin.base.triton_launch import Launch, run
     from bitsmoe_plugin.codec.backends import triton_kernels
-    from bitsmoe_plugin.runtime.triton import target as triton_target
 
-    entry = triton_target.Launch(getattr(triton_kernels, kernel), grid, arguments, constants, warps)
-    (launch or triton_target.run)(entry)
+    entry = Launch(getattr(triton_kernels, kernel), grid, arguments, constants, warps)
+    (launch or run)(entry)
 
 
 @cache

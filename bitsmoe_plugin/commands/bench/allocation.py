@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 
 from bitsmoe_plugin.allocation.budget import plan_budget
 from bitsmoe_plugin.allocation.knapsack.solve import allocate
-from bitsmoe_plugin.allocation.row_costs import DROP_WEIGHT, GATE_UP_WEIGHT, row_sizes
+from bitsmoe_plugin.allocation.row_costs import DROP_WEIGHT, GATE_UP_WEIGHT
 from bitsmoe_plugin.codec import row_codec, uniform
-from bitsmoe_plugin.codec.layout import LayerShape
+from bitsmoe_plugin.codec.layout import LayerShape, row_sizes
 from bitsmoe_plugin.commands.bench.output import Row, add_benchmark
 from bitsmoe_plugin.config import BitsMoEConfig
 

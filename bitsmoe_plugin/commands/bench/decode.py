@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from bitsmoe_plugin.base.stdout import stdout_to_stderr
+from bitsmoe_plugin.checkpoint.read import check_if_packed
 from bitsmoe_plugin.commands.bench.output import Row, add_benchmark
-from bitsmoe_plugin.commands.inspect import check_if_packed
 from bitsmoe_plugin.errors import BitsMoEError, ConfigError
 
 PROMPT_TOKENS = 16

@@ -9,7 +9,7 @@ from typing import Any, TextIO
 
 from rich.table import Table
 
-from bitsmoe_plugin.commands.inspect import table_console
+from bitsmoe_plugin.commands.tables import table_console
 
 Row = dict[str, Any]
 

@@ -8,11 +8,13 @@ does not depend on how many there are, so it is scaled up to all.
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib.util import find_spec
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -26,22 +28,21 @@ from bitsmoe_plugin.base.devices import choose_device
 from bitsmoe_plugin.calibration import statistics
 from bitsmoe_plugin.calibration.statistics import LayerActivations
 from bitsmoe_plugin.codec import layout
-from bitsmoe_plugin.codec.layout import LayerShape
+from bitsmoe_plugin.codec.layout import LayerShape, row_sizes
 from bitsmoe_plugin.commands.bench.layer import SHAPES
 from bitsmoe_plugin.commands.bench.output import Row, add_benchmark
 from bitsmoe_plugin.config import BitsMoEConfig
+from bitsmoe_plugin.models.expert_weights import ExpertWeights
+from bitsmoe_plugin.pipeline.layer_plan import plan_layer
 from bitsmoe_plugin.presets import METHODS
 from bitsmoe_plugin.rounding import (
-    feedback_rounding,
     layer_rounding,
     refit_down,
     round_from_plan,
-    rounded_layer,
 )
 from bitsmoe_plugin.rounding.feedback_rounding import round_along_neurons, round_along_rank
 from bitsmoe_plugin.spectral import bases as spectral_bases
 from bitsmoe_plugin.spectral import layer_problem
-from bitsmoe_plugin.spectral.bases import ExpertWeights
 
 PARTS: dict[str, Callable[..., Any]] = {
     "statistics": statistics.collect,
@@ -57,18 +58,6 @@ PARTS: dict[str, Callable[..., Any]] = {
     "packing": layout.pack_experts,
 }
 """What is timed; feedback is computed twice, once for the costs."""
-_MODULES = (
-    layer_rounding,
-    layout,
-    round_from_plan,
-    layer_problem,
-    refit_down,
-    rounded_layer,
-    feedback_rounding,
-    row_costs,
-    spectral_bases,
-    statistics,
-)
 
 
 def add(commands: Any) -> None:
@@ -121,17 +110,24 @@ def _quantize(weights: ExpertWeights, activations: LayerActivations, config: Bit
     shape = LayerShape(weights.num_experts, weights.hidden_size, weights.intermediate_size)
     budget = plan_budget([shape], config).payload_bits
     first = layer_problem.build_problem("layer", weights, activations, _gating, config)
-    plan = layer_rounding.plan_layer(first, budget)
+    plan = plan_layer(first, budget)
     del first
     costs = plan.costs.view(-1, len(config.widths)).numpy()
-    result = layer_rounding.allocate([costs], [row_costs.row_sizes(shape, config.widths)], budget)
+    result = allocate([costs], [row_sizes(shape, config.widths)], budget)
     bits = torch.tensor(config.widths)[torch.from_numpy(result.choice).long()].view(plan.costs.shape[:-1])
     if plan.row_weights is not None:
         known, device = plan.row_weights, activations.hidden.device
-        round_from_plan.round_as_planned(weights, bits, plan, known, config, device=device)
+        round_from_plan.round_as_planned(
+            weights, bits, plan.bases, plan.energies, known, config, device=device
+        )
     else:
         second = layer_problem.build_problem("layer", weights, activations, _gating, config, plan.bases)
         layer_rounding.round_layer(second, bits)
+
+
+def _loaded_modules() -> list[ModuleType]:
+    """Those of this package, to find all that call a part, by whatever name."""
+    return [module for name, module in sorted(sys.modules.items()) if name.startswith("bitsmoe_plugin.")]
 
 
 @contextmanager
@@ -153,7 +149,7 @@ def _timed(device: torch.device) -> Iterator[dict[str, float]]:
     places = [
         (module, name, part)
         for part, function in PARTS.items()
-        for module in _MODULES
+        for module in _loaded_modules()
         for name, value in vars(module).items()
         if value is function
     ]

@@ -26,8 +26,9 @@ from bitsmoe_plugin.base.error_lines import ToldError, told, working_on
 from bitsmoe_plugin.base.option_checks import check_number
 from bitsmoe_plugin.base.stdout import stdout_to_stderr
 from bitsmoe_plugin.calibration.text import load_documents, token_blocks, token_stream
+from bitsmoe_plugin.checkpoint.read import check_if_packed
 from bitsmoe_plugin.commands.evaluate import check_evaluation, evaluate_model, evaluation_text
-from bitsmoe_plugin.commands.inspect import check_if_packed, table_console
+from bitsmoe_plugin.commands.tables import table_console
 from bitsmoe_plugin.config import BitsMoEConfig
 from bitsmoe_plugin.errors import BitsMoEError, ConfigError, QuantizationError
 from bitsmoe_plugin.models.families import find_moe_layers
@@ -166,7 +167,7 @@ def _dtype(task: ComparisonTask) -> torch.dtype:
 
 def _bitsmoe(task: ComparisonTask, scratch: Path) -> Quantized:
     from bitsmoe_plugin.commands.inspect import inspect_checkpoint
-    from bitsmoe_plugin.integrations.transformers import quantize_to_directory
+    from bitsmoe_plugin.commands.quantize import quantize_to_directory
 
     start = time.perf_counter()
     quantize_to_directory(task.source, scratch / "bitsmoe", task.config())

@@ -12,11 +12,14 @@ import numpy as np
 import torch
 
 from bitsmoe_plugin.checkpoint.energy_summary import BINS, rank_bins
-from bitsmoe_plugin.checkpoint.manifest import packed_spec, stored_tensors
+from bitsmoe_plugin.checkpoint.headers import stored_tensors
+from bitsmoe_plugin.checkpoint.manifest import packed_spec
+from bitsmoe_plugin.checkpoint.read import read_config
 from bitsmoe_plugin.checkpoint.untrusted_values import id_list, number, number_list, number_table
 from bitsmoe_plugin.codec import layout
 from bitsmoe_plugin.codec.spec import PackedSpec
-from bitsmoe_plugin.commands.inspect import inspect_checkpoint, layer_label, read_config
+from bitsmoe_plugin.commands.inspect import inspect_checkpoint
+from bitsmoe_plugin.commands.tables import layer_label
 from bitsmoe_plugin.models.files import safetensors_files
 from bitsmoe_plugin.models.layer_names import stored_key
 

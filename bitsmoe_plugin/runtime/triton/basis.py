@@ -9,9 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bitsmoe_plugin.base.triton_launch import Launch, Launcher
 from bitsmoe_plugin.codec.uniform import STEP
 from bitsmoe_plugin.runtime.triton.rows import interleaved
-from bitsmoe_plugin.runtime.triton.target import Launch, Launcher, Target
+from bitsmoe_plugin.runtime.triton.target import Target
 
 
 @dataclass(frozen=True)

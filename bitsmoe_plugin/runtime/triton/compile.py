@@ -26,6 +26,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from bitsmoe_plugin.base.triton_launch import Launch
 from bitsmoe_plugin.codec import row_codec
 from bitsmoe_plugin.codec.backends import gpu
 from bitsmoe_plugin.codec.layout import LayerShape, PackedExperts
@@ -33,7 +34,7 @@ from bitsmoe_plugin.codec.spec import PackedSpec
 from bitsmoe_plugin.errors import ConfigError
 from bitsmoe_plugin.presets import ALL_WIDTHS
 from bitsmoe_plugin.runtime.triton.layer import DECODE_TOKENS, TritonLayer
-from bitsmoe_plugin.runtime.triton.target import Launch, Target, block_sizes
+from bitsmoe_plugin.runtime.triton.target import Target, block_sizes
 
 CAPABILITIES = (80, 90, 100)
 DTYPES = ("float16", "bfloat16", "float32")

@@ -15,9 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bitsmoe_plugin.base.triton_launch import Launch, Launcher
 from bitsmoe_plugin.runtime.triton.rows import decode_rows, gating, order_and_scales
 from bitsmoe_plugin.runtime.triton.state import LayerState
-from bitsmoe_plugin.runtime.triton.target import BlockSizes, Launch, Launcher, Target
+from bitsmoe_plugin.runtime.triton.target import BlockSizes, Target
 
 
 def coordinates(

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bitsmoe_plugin.base.triton_launch import Launcher, run
 from bitsmoe_plugin.codec.layout import PackedExperts
 from bitsmoe_plugin.codec.spec import PackedSpec
 from bitsmoe_plugin.errors import ConfigError
@@ -18,7 +19,7 @@ from bitsmoe_plugin.models.gating import gating
 from bitsmoe_plugin.runtime.triton import decode, prefill
 from bitsmoe_plugin.runtime.triton.basis import PackedBasis, multiply
 from bitsmoe_plugin.runtime.triton.state import LayerState
-from bitsmoe_plugin.runtime.triton.target import Launcher, Target, run, target_of
+from bitsmoe_plugin.runtime.triton.target import Target, target_of
 
 DECODE_TOKENS = 16
 PREFILL_BYTES = 2**27

@@ -16,10 +16,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bitsmoe_plugin.base.triton_launch import Launch, Launcher
 from bitsmoe_plugin.runtime.triton.decode import combine
 from bitsmoe_plugin.runtime.triton.rows import decode_rows, gating, order_and_scales
 from bitsmoe_plugin.runtime.triton.state import LayerState
-from bitsmoe_plugin.runtime.triton.target import Launch, Launcher, Target
+from bitsmoe_plugin.runtime.triton.target import Target
 
 
 @dataclass(frozen=True)
