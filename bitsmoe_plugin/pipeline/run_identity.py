@@ -19,6 +19,7 @@ from bitsmoe_plugin.config import BitsMoEConfig
 from bitsmoe_plugin.models.expert_source import ExpertSource
 from bitsmoe_plugin.version import __version__
 
+_ROOT = Path(__file__).parents[1]  # the package
 _SOURCES = (".py", ".c", ".h", ".so")
 _LIBRARIES = ("torch", "transformers", "numpy", "highspy")
 _NOT_OF_THE_MODEL = ("quantization_config", "_name_or_path", "transformers_version")
@@ -51,12 +52,15 @@ def _digest(*parts: bytes) -> str:
     return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
 
 
+def source_files() -> list[Path]:
+    """Everything of this package that computes: all rooms, the compiled library, and what it was made of."""
+    return sorted(path for path in _ROOT.rglob("*") if path.suffix in _SOURCES)
+
+
 @cache
 def _sources() -> str:
     """Digest of the files of this package, compiled ones included."""
-    root = Path(__file__).parents[1]
-    files = sorted(path for path in root.rglob("*") if path.suffix in _SOURCES)
-    return _digest(*(f"{path.relative_to(root)} ".encode() + path.read_bytes() for path in files))
+    return _digest(*(f"{path.relative_to(_ROOT)} ".encode() + path.read_bytes() for path in source_files()))
 
 
 def _libraries() -> dict[str, str]:

@@ -132,8 +132,6 @@ def measure(args: argparse.Namespace) -> list[Row]:
 
 
 def main() -> None:
-    """Worker."""
-    import bitsmoe_plugin  # noqa: F401  (registers with transformers)
-
+    """Worker. Importing it has registered the method with transformers."""
     with stdout_to_stderr() as stdout:
         print(json.dumps(run(json.load(sys.stdin))), file=stdout)
