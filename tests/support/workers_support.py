@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +15,12 @@ from bitsmoe_plugin.base import devices
 from bitsmoe_plugin.base.workers import connected
 from bitsmoe_plugin.calibration.layerwise_forward import LayerwiseForward
 from bitsmoe_plugin.integrations.transformers import quantize_to_directory
-from bitsmoe_plugin.pipeline.run import release_free_memory
+from bitsmoe_plugin.pipeline import run as pipeline_run
 
 
 def die_at(number: int) -> None:
     """Kill this process when it begins so-many-th of its turns, over both passes; if negative: an error."""
-    calls, take = [0], release_free_memory
+    calls, take = [0], pipeline_run.release_free_memory
 
     def count() -> None:
         calls[0] += 1
@@ -31,7 +30,7 @@ def die_at(number: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         take()
 
-    release_free_memory: Callable[[], None] = count
+    pipeline_run.release_free_memory = count
 
 
 def run_out_of_memory() -> None:
