@@ -4,15 +4,19 @@ The rooms in the order of the flow: models and calibration -> spectral -> alloca
     codec ->
 checkpoint -> runtime; pipeline runs them, commands and integrations are the doors, base helps all.
 
-Importing this package registers the quantization method ``bitsmoe`` with transformers.
+Importing this package registers the quantization method ``bitsmoe`` with transformers, and loads no room that
+this does not need.
 """
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 from bitsmoe_plugin.base.tested_versions import check_companions, check_versions
 
 check_versions("torch", "transformers")  # before what an older release would break is imported
 
 try:
-    from bitsmoe_plugin.commands.model_card import write_model_card
     from bitsmoe_plugin.config import BitsMoEConfig
     from bitsmoe_plugin.errors import (
         BitsMoEError,
@@ -27,6 +31,9 @@ except Exception as error:
     check_companions(error)
     raise
 
+if TYPE_CHECKING:
+    from bitsmoe_plugin.commands.model_card import write_model_card
+
 __all__ = [
     "BitsMoEConfig",
     "BitsMoEError",
@@ -38,5 +45,14 @@ __all__ = [
     "__version__",
     "write_model_card",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "write_model_card":  # with all that reading a packed model needs
+        from bitsmoe_plugin.commands.model_card import write_model_card
+
+        return write_model_card
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 register()

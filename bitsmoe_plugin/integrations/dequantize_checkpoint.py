@@ -25,7 +25,7 @@ from bitsmoe_plugin.checkpoint.other_tensors import tied_by_record, verify_other
 from bitsmoe_plugin.checkpoint.packed_files import PackedFiles
 from bitsmoe_plugin.checkpoint.read import read_config
 from bitsmoe_plugin.errors import CheckpointError, ConfigError
-from bitsmoe_plugin.integrations.transformers import stored_names
+from bitsmoe_plugin.integrations.packed_loading import stored_names
 from bitsmoe_plugin.models.families import MoELayer, find_moe_layers, fused_parameters
 from bitsmoe_plugin.models.files import INDEX, SINGLE, read_object, safetensors_files
 from bitsmoe_plugin.models.model_class import auto_class

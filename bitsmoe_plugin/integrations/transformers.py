@@ -1,11 +1,12 @@
-"""BitsMoE as a quantizer of transformers: quantize on load, load packed, save packed."""
+"""BitsMoE as a quantizer of transformers: quantize on load, load packed, save packed.
+
+Registering imports this module, in programs that may never load a packed model; so each hook imports what it
+calls.
+"""
 
 from __future__ import annotations
 
-import copy
-import warnings
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -17,41 +18,26 @@ from transformers.quantizers.auto import (
 )
 from transformers.quantizers.base import HfQuantizer
 
-from bitsmoe_plugin.allocation.super_expert_policy import model_budget
 from bitsmoe_plugin.base.process_state import known_state
 from bitsmoe_plugin.checkpoint.carried_tensors import CarriedTensors
-from bitsmoe_plugin.checkpoint.headers import stored_tensors, verify_headers
-from bitsmoe_plugin.checkpoint.manifest import TAGS, check_shape, packed_spec
-from bitsmoe_plugin.checkpoint.model_sizes import check_model_sizes, check_planned
-from bitsmoe_plugin.checkpoint.other_tensors import stored_shapes, verify_others
-from bitsmoe_plugin.checkpoint.packed_files import PackedFiles
-from bitsmoe_plugin.commands.quantize import quantize_to_directory
 from bitsmoe_plugin.config import QUANT_METHOD, BitsMoEConfig
-from bitsmoe_plugin.errors import CheckpointError, ConfigError
-from bitsmoe_plugin.integrations.calibration_blocks import calibration_blocks
-from bitsmoe_plugin.integrations.current_manifest import describe_current
-from bitsmoe_plugin.integrations.data_parallel import leave_to_each_process
-from bitsmoe_plugin.integrations.dequantize import dequantize_model
-from bitsmoe_plugin.integrations.offloading import check_for_quantization, verify_layers
-from bitsmoe_plugin.integrations.parallel import (
-    SplitLayers,
-    distributed_config,
-    empty_split_layers,
-)
-from bitsmoe_plugin.integrations.parameter_count import count_original_parameters, train_others_only
-from bitsmoe_plugin.integrations.saving import carry, check_save, records
-from bitsmoe_plugin.integrations.spread_state import check_saving, whole_state
-from bitsmoe_plugin.models.expert_source import ExpertSource, LoadedExperts
-from bitsmoe_plugin.models.families import find_moe_layers
-from bitsmoe_plugin.models.files import check_loaded_files
-from bitsmoe_plugin.models.layer_names import decoder_layer
-from bitsmoe_plugin.models.source_tensors import check_source, stored_dtypes
-from bitsmoe_plugin.models.stored_names import StoredNames, describe_left_out, without_module
-from bitsmoe_plugin.models.streamed_experts import StreamedExperts, can_stream
-from bitsmoe_plugin.pipeline.quantize import quantize_model
-from bitsmoe_plugin.runtime.experts import BitsMoEExperts, replace_module
+from bitsmoe_plugin.errors import ConfigError
+
+if TYPE_CHECKING:
+    from bitsmoe_plugin.commands.quantize import quantize_to_directory
+    from bitsmoe_plugin.integrations.parallel import SplitLayers
+    from bitsmoe_plugin.models.expert_source import ExpertSource
+    from bitsmoe_plugin.models.stored_names import StoredNames
 
 __all__ = ["BitsMoEQuantizer", "quantize_to_directory", "register"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "quantize_to_directory":  # with all that quantizing needs
+        from bitsmoe_plugin.commands.quantize import quantize_to_directory
+
+        return quantize_to_directory
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 class BitsMoEQuantizer(HfQuantizer):
@@ -76,6 +62,8 @@ class BitsMoEQuantizer(HfQuantizer):
 
         Called a second time with the device map that "auto" and the like became.
         """
+        from bitsmoe_plugin.integrations.offloading import check_for_quantization
+
         if not self.pre_quantized:
             check_for_quantization(kwargs.get("device_map"), None)
         if not self.pre_quantized and self.quantization_config.dataset is None:
@@ -87,6 +75,8 @@ class BitsMoEQuantizer(HfQuantizer):
 
     def update_attn_implementation(self, config: Any) -> Any:
         """Refuse absurd sizes: no other hook sees config.json before a model is built from it."""
+        from bitsmoe_plugin.checkpoint.model_sizes import check_model_sizes
+
         if self.pre_quantized:
             check_model_sizes(config.to_dict(), self.quantization_config)
         return config
@@ -94,61 +84,49 @@ class BitsMoEQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
-        config, self._device_map = self.quantization_config, kwargs.get("device_map")
-        files = checkpoint_files or []
-        if not self.pre_quantized:
-            check_for_quantization(self._device_map, distributed_config(model))
-        if self.pre_quantized and files:
-            check_loaded_files(files, Path(getattr(model.config, "_name_or_path", "")))
-            tied = getattr(model, "all_tied_weights_keys", {})
-            verify_others(files, config.other_tensors, config.other_tensors_in_model, tied)
-        # Before experts are taken out: what the model has no name for is found by what it has.
-        names = StoredNames(model)
-        if not self.pre_quantized:
-            check_source(names, stored_dtypes(files))
-        predicting, _ = without_module(names, files)
-        self._carried = CarriedTensors(predicting)
-        if not self.pre_quantized:
-            self._stored = names, files
-            self._source = _expert_source(model, files)
-            model_budget(self._source, config)
-            # Before weights are read: what is wrong with the text should show now.
-            self._blocks = calibration_blocks(model, config, checkpoint_files)
-            return
-        self._replace_experts(model, files)
-        if files:
-            shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-            check_planned(shapes, stored_shapes(files))
+        self._device_map = kwargs.get("device_map")
+        if self.pre_quantized:
+            from bitsmoe_plugin.integrations.packed_loading import check_files, replace_experts
+            from bitsmoe_plugin.models.stored_names import StoredNames
 
-    def _replace_experts(self, model: nn.Module, files: list[str]) -> None:
-        """Put empty packed experts where the originals are, once manifest and files are seen to fit."""
-        config, spread = self.quantization_config, distributed_config(model)
-        layers = find_moe_layers(model)
-        stored = stored_names([layer.name for layer in layers], config)
-        surplus = set(config.layers) - set(stored.values())
-        if surplus:
-            raise CheckpointError(
-                f"quantization_config describes {', '.join(sorted(surplus))}, which the model lacks"
-            )
-        manifest = copy.copy(config)
-        config.layers = {name: config.layers[old] for name, old in stored.items()}
-        specs = {layer.name: packed_spec(layer.name, config) for layer in layers}
-        tensors = stored_tensors(files)
-        if files:
-            verify_headers(tensors, {stored[name]: spec for name, spec in specs.items()})
-        for layer in layers:
-            check_shape(layer.name, specs[layer.name], layer.module)
-            module = BitsMoEExperts(layer.module, specs[layer.name])
-            module.drop_original_weights()
-            replace_module(model, layer.name, module)
-        if spread is not None:
-            packed_files = PackedFiles(
-                manifest, {stored[name]: spec for name, spec in specs.items()}, tensors
-            )
-            self._split = empty_split_layers(model, spread, packed_files, stored)
+            files, config = checkpoint_files or [], self.quantization_config
+            check_files(model, files, config)
+            # Before experts are taken out: what the model has no name for is found by what it has.
+            self._carry(StoredNames(model), files)
+            self._split = replace_experts(model, files, config)
+        else:
+            self._plan(model, checkpoint_files)
+
+    def _plan(self, model: nn.Module, files: list[str] | None) -> None:
+        """Refuse what cannot be quantized before weights are read."""
+        from bitsmoe_plugin.integrations.calibration_blocks import calibration_blocks
+        from bitsmoe_plugin.integrations.offloading import check_for_quantization
+        from bitsmoe_plugin.integrations.parallel import distributed_config
+        from bitsmoe_plugin.integrations.quantize_on_load import planned_source
+        from bitsmoe_plugin.models.source_tensors import check_source, stored_dtypes
+        from bitsmoe_plugin.models.stored_names import StoredNames
+
+        check_for_quantization(self._device_map, distributed_config(model))
+        names = StoredNames(model)
+        check_source(names, stored_dtypes(files or []))
+        self._carry(names, files or [])
+        self._stored = names, files or []
+        self._source = planned_source(model, files or [], self.quantization_config)
+        self._blocks = calibration_blocks(model, self.quantization_config, files)
+
+    def _carry(self, names: StoredNames, files: list[str]) -> None:
+        """Keep what predicts and the model does not load, to save it with the model."""
+        from bitsmoe_plugin.models.stored_names import without_module
+
+        self._carried = CarriedTensors(without_module(names, files)[0])
 
     @known_state()
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        from bitsmoe_plugin.checkpoint.manifest import TAGS
+        from bitsmoe_plugin.integrations.data_parallel import leave_to_each_process
+        from bitsmoe_plugin.integrations.offloading import verify_layers
+        from bitsmoe_plugin.integrations.parameter_count import count_original_parameters, train_others_only
+
         model.add_model_tags(list(TAGS))  # of the card that transformers writes on push_to_hub
         count_original_parameters(model)
         train_others_only(model)
@@ -161,27 +139,25 @@ class BitsMoEQuantizer(HfQuantizer):
         leave_to_each_process(model)
 
     def _quantize(self, model: Any) -> None:
-        config, source = self.quantization_config, self._source or LoadedExperts(model)
-        if isinstance(source, StreamedExperts):
-            source.model_is_loaded()
-        self._tell_left_out(model)
+        from bitsmoe_plugin.integrations.quantize_on_load import loaded_source, tell_left_out
+        from bitsmoe_plugin.integrations.saving import check_save
+        from bitsmoe_plugin.pipeline.quantize import quantize_model
+
+        source = loaded_source(model, self._source)
+        if self._stored is not None:
+            tell_left_out(model, *self._stored)
+            self._stored = None
         check_save(model, source.layers, self._carried.empty())
         assert self._blocks is not None
-        quantize_model(model, self._blocks, config, source)
+        quantize_model(model, self._blocks, self.quantization_config, source)
         self._source = self._blocks = None  # they hold the model, and the text
-
-    def _tell_left_out(self, model: Any) -> None:
-        """Once all rules are known that names were read by."""
-        if self._stored is not None:
-            names, files = self._stored
-            names.use_rules_of(model)
-            _, left_out = without_module(names, files)
-            if left_out:
-                warnings.warn(describe_left_out(type(model).__name__, left_out), stacklevel=2)
-            self._stored = None
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Called before config and weights are saved: record what will be in the files."""
+        from bitsmoe_plugin.integrations.current_manifest import describe_current
+        from bitsmoe_plugin.integrations.saving import carry, records
+        from bitsmoe_plugin.integrations.spread_state import check_saving, whole_state
+
         if getattr(model, "_hf_peft_config_loaded", False):  # adapters are saved, of which we record nothing
             return model.state_dict(), {}
         check_saving(model)
@@ -193,6 +169,8 @@ class BitsMoEQuantizer(HfQuantizer):
         return state, {}
 
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:
+        from bitsmoe_plugin.integrations.dequantize import dequantize_model
+
         # The config of a model that was saved holds a name.
         dequantize_model(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype or model.dtype)
         return model
@@ -213,26 +191,6 @@ class BitsMoEQuantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
-
-
-def stored_names(layers: list[str], config: BitsMoEConfig) -> dict[str, str]:
-    """Name of each layer in the model -> its name in the manifest, for those that are there.
-
-    They differ by what stands before the decoder layers where another class loads what was saved.
-    """
-    by_layer = {decoder_layer(name): name for name in config.layers}
-    return {layer: by_layer[decoder_layer(layer)] for layer in layers if decoder_layer(layer) in by_layer}
-
-
-def _expert_source(model: nn.Module, files: list[str] | None) -> ExpertSource:
-    """Where the experts' weights will come from, for a model that is not loaded yet."""
-    if files and can_stream(files):
-        return StreamedExperts(model, files)
-    warnings.warn(
-        "the model is not loaded from safetensors files, so all of it is in memory while it is quantized",
-        stacklevel=2,
-    )
-    return LoadedExperts(model)
 
 
 def register() -> None:

@@ -1,0 +1,49 @@
+"""Where ``from_pretrained`` with a ``BitsMoEConfig`` takes experts from, and what it leaves out."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from torch import nn
+
+from bitsmoe_plugin.allocation.super_expert_policy import model_budget
+from bitsmoe_plugin.config import BitsMoEConfig
+from bitsmoe_plugin.models.expert_source import ExpertSource, LoadedExperts
+from bitsmoe_plugin.models.stored_names import StoredNames, describe_left_out, without_module
+from bitsmoe_plugin.models.streamed_experts import StreamedExperts, can_stream
+
+
+def planned_source(model: nn.Module, files: list[str], config: BitsMoEConfig) -> ExpertSource:
+    """Where the experts' weights will come from, for a model that is not loaded yet.
+
+    Raises:
+        QuantizationError: the budget is too small.
+    """
+    if files and can_stream(files):
+        source: ExpertSource = StreamedExperts(model, files)
+    else:
+        source = LoadedExperts(model)
+        warnings.warn(
+            "the model is not loaded from safetensors files, so all of it is in memory while it is quantized",
+            stacklevel=2,
+        )
+    model_budget(source, config)
+    return source
+
+
+def tell_left_out(model: Any, names: StoredNames, files: list[str]) -> None:
+    """Warn of what the files hold and the model does not load, once all rules are known that names were
+    read by."""
+    names.use_rules_of(model)
+    _, left_out = without_module(names, files)
+    if left_out:
+        warnings.warn(describe_left_out(type(model).__name__, left_out), stacklevel=2)
+
+
+def loaded_source(model: nn.Module, planned: ExpertSource | None) -> ExpertSource:
+    """Where they come from once it is loaded; without a plan, from the model itself."""
+    source = planned or LoadedExperts(model)
+    if isinstance(source, StreamedExperts):
+        source.model_is_loaded()
+    return source
