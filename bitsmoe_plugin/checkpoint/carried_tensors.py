@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from bitsmoe_plugin.errors import CheckpointError
+from bitsmoe_plugin.models.files import open_tensors
 
 
 class CarriedTensors:
@@ -28,11 +28,8 @@ class CarriedTensors:
         self._files: dict[str, Any] = {}
         self._seen: dict[str, tuple[int, int, int]] = {}
         for path in {path for path, _ in self.places.values()}:
-            try:
-                self._seen[path] = _identity(path)
-                self._files[path] = safe_open(path, framework="pt")
-            except (OSError, SafetensorError) as error:
-                raise CheckpointError(f"{path} cannot be read as safetensors ({error})") from error
+            self._files[path] = open_tensors(path)
+            self._seen[path] = _identity(path)
 
     def empty(self) -> dict[str, Tensor]:
         """Name -> tensor of this shape, without data."""

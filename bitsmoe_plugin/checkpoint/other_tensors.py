@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from bitsmoe_plugin.errors import CheckpointError
-from bitsmoe_plugin.models.files import read_header
+from bitsmoe_plugin.models.files import open_tensors, read_header
 from bitsmoe_plugin.models.stand_ins import is_stand_in
 
 _DIGITS = 16
@@ -83,14 +82,11 @@ def _compare(paths: list[Path], form: dict[str, Any], twins: dict[str, str]) -> 
     expected = {**{twins[name]: value for name, value in form.items() if name in twins}, **form}
     found: set[str] = set()
     for path in paths:
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 (it is no dict)
-                    if not _packed(name):
-                        _check(name, file.get_tensor(name), expected.get(name))
-                        found.update((name, twins.get(name, name)))
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{path} cannot be read as safetensors ({error})") from error
+        with open_tensors(path) as file:
+            for name in file.keys():  # noqa: SIM118 (it is no dict)
+                if not _packed(name):
+                    _check(name, file.get_tensor(name), expected.get(name))
+                    found.update((name, twins.get(name, name)))
     missing = form.keys() - found
     if missing:
         raise CheckpointError(f"{', '.join(sorted(missing))} is missing from the checkpoint{_REMEDY}")

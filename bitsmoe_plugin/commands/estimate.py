@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -29,17 +27,17 @@ from bitsmoe_plugin.base.process_state import known_state
 from bitsmoe_plugin.commands.estimate_resources import Workload, peak_memory, rough_seconds
 from bitsmoe_plugin.commands.tables import table_console
 from bitsmoe_plugin.config import BitsMoEConfig
-from bitsmoe_plugin.errors import QuantizationError
+from bitsmoe_plugin.errors import CheckpointError, QuantizationError
 from bitsmoe_plugin.models.expert_source import LoadedExperts
 from bitsmoe_plugin.models.families import layout_of
-from bitsmoe_plugin.models.files import read_model_config
+from bitsmoe_plugin.models.files import read_header, read_model_config
+from bitsmoe_plugin.models.json_objects import read_object
 from bitsmoe_plugin.models.model_class import auto_class
 from bitsmoe_plugin.models.source_tensors import check_source, folder_dtypes
 from bitsmoe_plugin.models.stored_names import StoredNames
 
 _HEADER_BYTES = 128
 """Per tensor in the header of a safetensors file; 110 to 120 measured, more with longer names."""
-_LARGEST_HEADER = 100 * 2**20
 _PACKED_TENSORS = 7
 _DTYPES = {2: torch.bfloat16, 4: torch.float32}
 
@@ -86,29 +84,21 @@ def stored_bytes(directory: Path) -> int:
     """Bytes of all tensors of a checkpoint, from its index, or else the header of its only file.
 
     Raises:
-        QuantizationError: neither is there, or it cannot be read.
+        CheckpointError: it cannot be read.
+        QuantizationError: neither is there.
     """
     index, single = directory / SAFE_WEIGHTS_INDEX_NAME, directory / SAFE_WEIGHTS_NAME
-    try:
-        if index.is_file():
-            return int(json.loads(index.read_text(encoding="utf-8"))["metadata"]["total_size"])
-        if single.is_file():
-            return _header_bytes(single)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error, RecursionError) as error:
-        raise QuantizationError(
-            f"the size of the weights in {directory} cannot be read: {type(error).__name__} {error}"
-        ) from error
+    if index.is_file():
+        metadata = read_object(index).get("metadata")
+        size = metadata.get("total_size") if isinstance(metadata, dict) else None
+        # Some programs write 1e9 for whole numbers.
+        if not isinstance(size, (int, float)) or isinstance(size, bool) or not 0 <= size < 2**63:
+            raise CheckpointError(f"{index} is damaged (its metadata has no total_size)")
+        return int(size)
+    if single.is_file():
+        ends = [entry["data_offsets"][1] for entry in read_header(single).values()]
+        return max(ends, default=0)
     raise QuantizationError(f"{directory} has neither {SAFE_WEIGHTS_INDEX_NAME} nor {SAFE_WEIGHTS_NAME}")
-
-
-def _header_bytes(path: Path) -> int:
-    """Bytes of all tensors of one safetensors file: where the last one ends."""
-    with path.open("rb") as file:
-        length = struct.unpack("<Q", file.read(8))[0]
-        if length > _LARGEST_HEADER:
-            raise ValueError(f"{path.name} has a header of {length} bytes; is it a safetensors file?")
-        header = json.loads(file.read(length))
-    return max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
 
 
 def _model_config(directory: Path) -> Any:

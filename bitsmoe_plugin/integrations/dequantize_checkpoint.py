@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
@@ -27,7 +26,8 @@ from bitsmoe_plugin.checkpoint.read import read_config
 from bitsmoe_plugin.errors import CheckpointError, ConfigError
 from bitsmoe_plugin.integrations.packed_loading import stored_names
 from bitsmoe_plugin.models.families import MoELayer, find_moe_layers, fused_parameters
-from bitsmoe_plugin.models.files import INDEX, SINGLE, read_object, safetensors_files
+from bitsmoe_plugin.models.files import INDEX, SINGLE, open_tensors, safetensors_files
+from bitsmoe_plugin.models.json_objects import read_object
 from bitsmoe_plugin.models.model_class import auto_class
 from bitsmoe_plugin.runtime.decoding import decode_biases, decode_weights
 
@@ -125,7 +125,7 @@ class _Conversion:
     def tensors(self, files: list[Path]) -> Iterator[dict[str, Tensor]]:
         """By the names that they are saved by: those that are not packed, one by one, then layer by layer."""
         for path in files:
-            with safe_open(path, framework="pt") as file:
+            with open_tensors(path) as file:
                 for name in sorted(file.keys()):
                     if ".bitsmoe_" not in name:
                         yield {name: self._converted(file.get_tensor(name))}

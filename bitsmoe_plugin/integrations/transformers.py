@@ -19,7 +19,6 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 
 from bitsmoe_plugin.base.process_state import known_state
-from bitsmoe_plugin.checkpoint.carried_tensors import CarriedTensors
 from bitsmoe_plugin.config import QUANT_METHOD, BitsMoEConfig
 from bitsmoe_plugin.errors import ConfigError
 
@@ -47,6 +46,8 @@ class BitsMoEQuantizer(HfQuantizer):
     quantization_config: BitsMoEConfig
 
     def __init__(self, quantization_config: BitsMoEConfig, **kwargs: Any) -> None:
+        from bitsmoe_plugin.checkpoint.carried_tensors import CarriedTensors
+
         # A copy, because the manifest of this model is written into it: one config object given to
         # two models must not end up describing the second in both.
         super().__init__(BitsMoEConfig.checked_copy(quantization_config), **kwargs)
@@ -116,6 +117,7 @@ class BitsMoEQuantizer(HfQuantizer):
 
     def _carry(self, names: StoredNames, files: list[str]) -> None:
         """Keep what predicts and the model does not load, to save it with the model."""
+        from bitsmoe_plugin.checkpoint.carried_tensors import CarriedTensors
         from bitsmoe_plugin.models.stored_names import without_module
 
         self._carried = CarriedTensors(without_module(names, files)[0])

@@ -8,65 +8,21 @@ header or in two files, it knows nothing of the index, and it opens any path tha
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from bitsmoe_plugin.errors import CheckpointError
+from bitsmoe_plugin.models.json_objects import parse_object, read_object
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 """Loaders look at no index where there is one."""
-_LARGEST_JSON = 2**28
 _LARGEST_HEADER = 10**8
 """As in safetensors."""
 _LONGEST_NAME = 512
-
-
-def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise ValueError(f"{twice[:_LONGEST_NAME]!r} stands in it twice")
-    return found
-
-
-def parse_object(text: bytes, what: str) -> dict[str, Any]:
-    """The JSON object in ``text``.
-
-    Args:
-        what: it is, for errors.
-
-    Raises:
-        CheckpointError: no JSON object, nested too deep, or with a key that stands twice.
-    """
-    try:
-        values = json.loads(text.decode("utf-8"), object_pairs_hook=_distinct)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{what} cannot be read ({error}); download or make it again") from error
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{what} cannot be read (it holds a {type(values).__name__}, not an object)")
-    return values
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file.
-
-    Raises:
-        CheckpointError: there is no such file, it is of absurd size, or see ``parse_object``.
-    """
-    try:
-        if not path.is_file():
-            raise CheckpointError(f"{path} cannot be read (no such file); is {path.parent} a checkpoint?")
-        size = path.stat().st_size
-        if size > _LARGEST_JSON:
-            raise CheckpointError(f"{path} has {size} bytes; more than {_LARGEST_JSON} are not read")
-        text = path.read_bytes()
-    except (OSError, ValueError) as error:
-        raise error if isinstance(error, CheckpointError) else _unreadable(path, error) from error
-    return parse_object(text, str(path))
 
 
 def read_model_config(folder: Path) -> dict[str, Any]:
@@ -85,10 +41,6 @@ def read_model_config(folder: Path) -> dict[str, Any]:
             "know; the code that it brings along is not run"
         )
     return values
-
-
-def _unreadable(path: Path, error: Exception) -> CheckpointError:
-    return CheckpointError(f"{path} cannot be read ({error}); is {path.parent} a checkpoint?")
 
 
 def check_file_name(name: Any, index: Path) -> None:
@@ -127,14 +79,28 @@ def check_place(path: Path, folder: Path) -> None:
         raise CheckpointError(f"{path} is no file")
 
 
-def safetensors_files(folder: Path) -> list[Path]:
+def weight_map(index: Path) -> dict[str, str]:
+    """Tensor name -> file name, as an index says.
+
+    Raises:
+        CheckpointError: it cannot be read, has no map, or see ``check_file_name``.
+    """
+    places = read_object(index).get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise CheckpointError(f"{index} is damaged (it has no weight_map)")
+    for name in places.values():
+        check_file_name(name, index)
+    return places
+
+
+def safetensors_files(folder: Path, index_name: str = INDEX) -> list[Path]:
     """The safetensors files of a checkpoint: those of its index if it has one, else all.
 
     Raises:
         CheckpointError: there are none, one of the index is missing or elsewhere, or the index does not
             say of every tensor, and of no other, where it is.
     """
-    index = folder / INDEX
+    index = folder / index_name
     if not index.is_file():
         files = sorted(folder.glob("*.safetensors"))
         if not files:
@@ -142,11 +108,7 @@ def safetensors_files(folder: Path) -> list[Path]:
         for file in files:
             check_place(file, folder)
         return files
-    places = read_object(index).get("weight_map")
-    if not isinstance(places, dict) or not places:
-        raise CheckpointError(f"{index} is damaged (it has no weight_map)")
-    for name in places.values():
-        check_file_name(name, index)
+    places = weight_map(index)
     files = [folder / name for name in sorted(set(places.values()))]
     missing = [file.name for file in files if not file.is_file()]
     if missing:
@@ -190,32 +152,63 @@ def check_loaded_files(files: Iterable[str | Path], folder: Path) -> None:
             safetensors_files(parent)
 
 
-def read_header(path: Path) -> dict[str, Any]:
-    """Tensor name -> dtype, shape and data_offsets of one file, as its header says.
+def _damaged(path: Path | str) -> str:
+    return f"{path} cannot be read as safetensors"
+
+
+def open_tensors(path: Path | str) -> Any:
+    """A safetensors file, whose tensors are read when they are asked for; to be closed, or used in ``with``.
 
     Raises:
-        CheckpointError: the header is no object, longer than the file, or holds a name twice, a name that
-            cannot be one, or a shape that is no list of sizes.
+        CheckpointError: it is damaged, or cannot be read.
     """
-    damaged = f"{path} cannot be read as safetensors"
+    try:
+        return safe_open(path, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{_damaged(path)} ({error})") from error
+
+
+def header_text(path: Path) -> bytes:
+    """The header of a safetensors file as it stands there.
+
+    Raises:
+        CheckpointError: the file cannot be read, or is shorter than its header or than any.
+    """
+    damaged = _damaged(path)
     try:
         with path.open("rb") as file:
             size = path.stat().st_size
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > min(size - 8, _LARGEST_HEADER):
                 raise CheckpointError(f"{damaged} (its header would have {length} of {size} bytes)")
-            text = file.read(length)
+            return file.read(length)
     except OSError as error:
         raise CheckpointError(f"{damaged} ({error})") from error
-    header = parse_object(text, f"{damaged}: its header")
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """Tensor name -> dtype, shape and data_offsets of one file, as its header says.
+
+    Raises:
+        CheckpointError: see ``header_text``; the header is no object, or holds a name twice, a name that
+            cannot be one, or a shape or offsets that are no sizes.
+    """
+    damaged = _damaged(path)
+    header = parse_object(header_text(path), f"{damaged}: its header")
     header.pop("__metadata__", None)
     for name, entry in header.items():
         if not name.isprintable() or not 0 < len(name) <= _LONGEST_NAME:
             raise CheckpointError(f"{damaged} ({name[:80]!r} is no name of a tensor)")
-        shape = entry.get("shape") if isinstance(entry, dict) else None
-        if not isinstance(shape, list) or not all(type(n) is int and 0 <= n < 2**48 for n in shape):
+        parts = entry if isinstance(entry, dict) else {}
+        if not _are_sizes(parts.get("shape")):
             raise CheckpointError(f"{damaged} ({name} has no shape)")
+        if not _are_sizes(parts.get("data_offsets")) or len(parts["data_offsets"]) != 2:
+            raise CheckpointError(f"{damaged} ({name} has no data_offsets)")
     return header
+
+
+def _are_sizes(value: Any) -> bool:
+    return isinstance(value, list) and all(type(n) is int and 0 <= n < 2**48 for n in value)
 
 
 def tensor_files(files: Iterable[Path]) -> dict[str, Path]:

@@ -16,7 +16,8 @@ from transformers.modeling_utils import load_state_dict
 from transformers.utils import SAFE_WEIGHTS_NAME, WEIGHTS_NAME
 
 from bitsmoe_plugin.errors import QuantizationError
-from bitsmoe_plugin.models.files import read_header, read_object
+from bitsmoe_plugin.models.files import read_header
+from bitsmoe_plugin.models.json_objects import read_object
 from bitsmoe_plugin.models.stored_names import StoredNames
 
 _UNKNOWN = ""

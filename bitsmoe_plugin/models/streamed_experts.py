@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import nn
 from transformers.core_model_loading import (
     WeightConverter,
@@ -29,6 +28,7 @@ from bitsmoe_plugin.codec.layout import original_dtype
 from bitsmoe_plugin.errors import QuantizationError
 from bitsmoe_plugin.models.expert_weights import ExpertWeights
 from bitsmoe_plugin.models.families import MoELayer, find_moe_layers, layer_shape, read_experts
+from bitsmoe_plugin.models.files import open_tensors, read_header
 
 
 def can_stream(files: Sequence[str] | None) -> bool:
@@ -97,9 +97,7 @@ class StreamedExperts:
         converters = [rule for rule in self._conversions() if isinstance(rule, WeightConverter)]
         found: dict[str, dict[str, dict[str, Path]]] = {name: {} for name in self._empty}
         for path in self.files:
-            with safe_open(path, framework="pt") as file:
-                stored = list(file.keys())
-            for key in stored:
+            for key in read_header(path):
                 target, _ = rename_source_key(key, renamings, converters, prefix, known)
                 if target not in known and key in known:  # as in transformers: better not renamed
                     target, _ = rename_source_key(key, [], [], prefix, known)
@@ -158,10 +156,7 @@ class StreamedExperts:
         """Load what some stored tensors are parts of; returns what went wrong."""
         with ExitStack() as stack:
             stack.enter_context(_without_progress_bars())
-            files = {
-                path: stack.enter_context(safe_open(path, framework="pt"))
-                for path in sorted(set(keys.values()))
-            }
+            files = {path: stack.enter_context(open_tensors(path)) for path in sorted(set(keys.values()))}
             slices = {key: files[path].get_slice(key) for key, path in keys.items()}
             info, _ = convert_and_load_state_dict_in_model(self._model, slices, self._load_config(layer))
         wrong = [f"{name.rpartition('.')[2]}: {a} for {b}" for name, a, b in info.mismatched_keys]

@@ -17,6 +17,7 @@ from bitsmoe_plugin.base import native
 from bitsmoe_plugin.checkpoint.other_tensors import fingerprint
 from bitsmoe_plugin.config import BitsMoEConfig
 from bitsmoe_plugin.models.expert_source import ExpertSource
+from bitsmoe_plugin.models.files import header_text
 from bitsmoe_plugin.version import __version__
 
 _ROOT = Path(__file__).parents[1]  # the package
@@ -102,7 +103,4 @@ def _other_weights(model: nn.Module, source: ExpertSource) -> str:
 
 def _header(path: Path) -> str:
     """Size of a safetensors file and digest of its header."""
-    with path.open("rb") as file:
-        length = file.read(8)
-        header = file.read(min(int.from_bytes(length, "little"), 2**27))
-    return f"{path.stat().st_size} bytes, header {_digest(length, header)}"
+    return f"{path.stat().st_size} bytes, header {_digest(header_text(path))}"

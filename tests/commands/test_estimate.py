@@ -21,7 +21,7 @@ from transformers import (
     NemotronHForCausalLM,
 )
 
-from bitsmoe_plugin import BitsMoEConfig, QuantizationError
+from bitsmoe_plugin import BitsMoEConfig, BitsMoEError, CheckpointError, QuantizationError
 from bitsmoe_plugin.checkpoint.read import read_config
 from bitsmoe_plugin.codec.layout import LayerShape
 from bitsmoe_plugin.commands.estimate import Estimate, estimate
@@ -209,8 +209,11 @@ def _write_index(path: Path, text: str) -> None:
     [
         (lambda path: (path / "config.json").unlink(), r"config\.json does not exist"),
         (lambda path: (path / "model.safetensors.index.json").unlink(), "has neither"),
-        (lambda path: _write_index(path, "{}"), "cannot be read: KeyError"),
-        (lambda path: _write_index(path, "not JSON"), "cannot be read: JSONDecodeError"),
+        (lambda path: _write_index(path, "{}"), "has no total_size"),
+        (lambda path: _write_index(path, "not JSON"), "index.json cannot be read"),
+        (lambda path: _write_index(path, '{"metadata": {"total_size": "many"}}'), "has no total_size"),
+        (lambda path: _write_index(path, '{"metadata": {"total_size": -1}}'), "has no total_size"),
+        (lambda path: _write_index(path, '{"metadata": {}, "metadata": {"total_size": 1}}'), "twice"),
         (lambda path: _write_index(path, '{"metadata": {"total_size": 1000000}}'), "do not belong together"),
         (lambda path: _edit_config(path, model_type="no_such_model"), "no_such_model"),
         (lambda path: _edit_config(path, hidden_size="wide"), r"config\.json cannot be used.*hidden_size"),
@@ -224,16 +227,25 @@ def test_bad_input_is_refused(damage: Callable[[Path], None], message: str, desc
     damage(description)
     if (description / "model.safetensors").exists():
         (description / "model.safetensors.index.json").unlink()
-    with pytest.raises(QuantizationError, match=message):
+    with pytest.raises(BitsMoEError, match=message):
         estimate(description, CONFIG)
 
 
 def test_file_that_is_no_safetensors_is_refused(description: Path) -> None:
     """Guards against allocating what the first eight bytes of any file happen to say."""
     (description / "model.safetensors.index.json").unlink()
-    for content in (b"", b"PK\x03\x04" + bytes(range(100)), struct.pack("<Q", 10) + b"[1, 2, 3] "):
+    headers = (
+        b"[1, 2, 3] ",
+        b"[" * 100_000,
+        b'{"a": {}, "a": {}}',
+        b'{"a": {"shape": [2]}}',
+        b'{"a": {"shape": [2], "data_offsets": [0]}}',
+        b'{"a": {"shape": [2], "data_offsets": [0, -1]}}',
+    )
+    files = [b"", b"PK\x03\x04" + bytes(range(100))]
+    for content in files + [struct.pack("<Q", len(header)) + header for header in headers]:
         (description / "model.safetensors").write_bytes(content)
-        with pytest.raises(QuantizationError, match="cannot be read"):
+        with pytest.raises(CheckpointError, match="cannot be read"):
             estimate(description, CONFIG)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 from vllm.model_executor.models.utils import AutoWeightsLoader
 
-from bitsmoe_plugin.models.files import read_object
+from bitsmoe_plugin.models.json_objects import read_object
 from vllm_ext.config import BitsMoEServingConfig
 from vllm_ext.moe_method import BitsMoEMethod
 

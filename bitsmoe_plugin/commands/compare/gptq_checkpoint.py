@@ -13,16 +13,16 @@ every width: only 3-bit values ever straddle two words. In ``checkpoint_format``
 zero points are stored less one; in "gptq_v2" they are stored as they are.
 """
 
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
 from bitsmoe_plugin.errors import CheckpointError
+from bitsmoe_plugin.models.files import open_tensors, safetensors_files, tensor_files
+from bitsmoe_plugin.models.json_objects import read_object
 
 SUPPORTED_BITS = (2, 3, 4, 8)
 CHECKPOINT_FORMATS = ("gptq", "gptq_v2")
@@ -137,12 +137,10 @@ def dequantize_gptq_linear(
 def _settings(directory: Path) -> dict[str, Any]:
     """The quantization settings: in config.json, or in AutoGPTQ's file of its own."""
     path = directory / "config.json"
-    found = (
-        json.loads(path.read_text(encoding="utf-8")).get("quantization_config") if path.is_file() else None
-    )
+    found = read_object(path).get("quantization_config") if path.is_file() else None
     own = directory / "quantize_config.json"
     if found is None and own.is_file():
-        return {"quant_method": "gptq", **json.loads(own.read_text(encoding="utf-8"))}
+        return {"quant_method": "gptq", **read_object(own)}
     return {"quant_method": None} if found is None else found
 
 
@@ -166,15 +164,11 @@ def checkpoint_format_of(directory: Path) -> str:
 def _tensors(directory: Path) -> Iterator[tuple[str, Any]]:
     """Yield every (name, lazily read safetensors file) of a checkpoint, shard by shard."""
     # AutoGPTQ names its files after the settings (gptq_model-4bit-128g.safetensors).
-    indices = sorted(directory.glob("*.safetensors.index.json"))
-    files = sorted(directory.glob("*.safetensors")) or [directory / "model.safetensors"]
-    if indices:
-        weight_map = json.loads(indices[0].read_text(encoding="utf-8"))["weight_map"]
-        files = [directory / name for name in sorted(set(weight_map.values()))]
+    indices = sorted(path.name for path in directory.glob("*.safetensors.index.json"))
+    files = safetensors_files(directory, *indices[:1])
+    tensor_files(files)  # it refuses what safetensors does not notice
     for file in files:
-        if not file.exists():
-            raise CheckpointError(f"{directory}: {file.name} is missing")
-        with safe_open(file, framework="pt") as handle:
+        with open_tensors(file) as handle:
             yield from ((name, handle) for name in list(handle.keys()))
 
 

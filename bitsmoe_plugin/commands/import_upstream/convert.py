@@ -30,7 +30,7 @@ from bitsmoe_plugin.commands.import_upstream.rows import GROUP
 from bitsmoe_plugin.config import BitsMoEConfig
 from bitsmoe_plugin.errors import CheckpointError, QuantizationError
 from bitsmoe_plugin.models.families import find_moe_layers, layer_shape
-from bitsmoe_plugin.models.files import read_object
+from bitsmoe_plugin.models.json_objects import read_object
 from bitsmoe_plugin.presets import ALL_WIDTHS
 
 FILE_BYTES = 2**30

@@ -9,15 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from bitsmoe_plugin.codec.layout import FACTORS
 from bitsmoe_plugin.commands.import_upstream import bases, rows
 from bitsmoe_plugin.errors import CheckpointError
-from bitsmoe_plugin.models.files import check_file_name, check_place, read_object, tensor_files
+from bitsmoe_plugin.models.files import INDEX, SINGLE, check_place, open_tensors, tensor_files, weight_map
 
-INDEX = "model.safetensors.index.json"
 _PACKED = {f"{factor}_{buffer}" for factor in FACTORS for buffer in (*rows.REQUIRED, *rows.IMPLIED)}
 _NEEDED = [f"{factor}_{buffer}" for factor in FACTORS for buffer in rows.REQUIRED]
 _DENSE = [f"{factor}_proj.weight" for factor in FACTORS]
@@ -50,10 +48,7 @@ class UpstreamFiles:
             paths = _paths(directory)
             tensor_files(paths)  # it refuses names that stand twice
             for path in paths:
-                try:
-                    file = stack.enter_context(safe_open(path, framework="pt"))
-                except (OSError, SafetensorError) as error:
-                    raise CheckpointError(f"{path} cannot be read as safetensors ({error})") from error
+                file = stack.enter_context(open_tensors(path))
                 found |= dict.fromkeys(file.keys(), file)
             yield cls(directory, found)
 
@@ -68,15 +63,7 @@ class UpstreamFiles:
 
 def _paths(directory: Path) -> list[Path]:
     index = directory / INDEX
-    if not index.is_file():
-        names = {"model.safetensors"}
-    else:
-        places = read_object(index).get("weight_map")
-        if not isinstance(places, dict):
-            raise CheckpointError(f"{index} is damaged (it has no weight_map)")
-        for name in places.values():
-            check_file_name(name, index)
-        names = set(places.values())
+    names = set(weight_map(index).values()) if index.is_file() else {SINGLE}
     for name in names:
         check_place(directory / name, directory)
         if not (directory / name).is_file():
