@@ -21,18 +21,9 @@ from bitsmoe_plugin.commands.source_options import OWN, source_of
 from bitsmoe_plugin.config import BitsMoEConfig
 from bitsmoe_plugin.errors import BitsMoEError, ConfigError
 from bitsmoe_plugin.models.model_source import ModelSource
+from bitsmoe_plugin.options import OPTIONS
 
-_FLAGS = (
-    "bits",
-    "factor_bits",
-    "dataset",
-    "chat_template_kwargs",
-    "calibration_tokens",
-    "sequence_length",
-    "batch_size",
-    "seed",
-    "method",
-)
+_FLAGS = tuple(name for name, option in OPTIONS.items() if option.flag)
 """Options of BitsMoEConfig that have a flag of their own; ``--option`` leaves them to it."""
 _SESSION = """\
 a first session:

@@ -11,9 +11,8 @@ from bitsmoe_plugin.commands.bench import BENCHMARKS
 from bitsmoe_plugin.commands.compare import METHODS as COMPARED
 from bitsmoe_plugin.commands.evaluate import BLOCK
 from bitsmoe_plugin.commands.source_options import add_chat_template, add_source
-from bitsmoe_plugin.config import BitsMoEConfig
+from bitsmoe_plugin.options import OPTIONS
 from bitsmoe_plugin.pipeline.tune_scales import TuningSettings
-from bitsmoe_plugin.presets import METHODS
 
 Run = Callable[..., None]
 _DESCRIPTIONS = {
@@ -103,37 +102,35 @@ def _add_json(parser: Any) -> None:
     parser.add_argument("--json", action="store_true", help=_JSON)
 
 
-def _add_budget(parser: Any) -> None:
-    text = "bits per expert weight to spend, everything that is stored for the experts counted"
-    _add_number(parser, "--bits", text, BitsMoEConfig().bits, float)
-    text = "instead of --bits: the same without the shared bases, which weigh much where experts are few"
-    _add_number(parser, "--factor-bits", text, kind=float)
+def _add_options(parser: Any, *names: str, **defaults: Any) -> None:
+    """Flags of options of BitsMoEConfig, by its table; ``defaults`` replace those of it."""
+    for name in names:
+        row = OPTIONS[name]
+        default = defaults.get(name, row.default)
+        text = row.help if default is None else f"{row.help} (default: %(default)s)"
+        flag = f"--{name.replace('_', '-')}"
+        parser.add_argument(flag, type=_kind(row.annotation), default=default, metavar=row.flag, help=text)
 
 
-def _add_calibration(parser: Any, batch_size: int = BitsMoEConfig().batch_size) -> None:
-    defaults = BitsMoEConfig()
-    text = (
-        "calibration text, like what the model will read and write: .txt, or .jsonl with a field text (or "
-        "messages, or input_ids)"
+def _kind(annotation: str) -> type:
+    """What the text of a flag is converted to."""
+    return {"int": int, "float": float}.get(annotation.removesuffix(" | None"), str)
+
+
+def _add_calibration(parser: Any, **defaults: Any) -> None:
+    parser.add_argument(
+        "--dataset", required=True, metavar=OPTIONS["dataset"].flag, help=OPTIONS["dataset"].help
     )
-    parser.add_argument("--dataset", required=True, metavar="FILE", help=text)
     add_chat_template(parser)
-    text = "tokens of it to use, at most, sampled from all documents"
-    _add_number(parser, "--calibration-tokens", text, defaults.calibration_tokens)
-    _add_number(parser, "--sequence-length", "tokens per sequence", defaults.sequence_length)
-    _add_number(parser, "--batch-size", "sequences at once; fewer take less memory", batch_size)
-    _add_number(parser, "--seed", "of the few random choices", defaults.seed)
+    _add_options(parser, "calibration_tokens", "sequence_length", "batch_size", "seed", **defaults)
 
 
 def _add_method(parser: Any) -> None:
-    text = (
-        f"one of {', '.join(METHODS)} (default: %(default)s); the others do what the two versions of the "
-        "publication (arXiv 2606.00079) describe, with worse results, to compare with"
-    )
-    parser.add_argument("--method", default="default", metavar="NAME", help=text)
+    _add_options(parser, "method")
+    others = ", ".join(name for name, row in OPTIONS.items() if not (row.flag or row.manifest))
     text = (
         "another option of BitsMoEConfig; may be repeated: --option basis_bits=8 --option widths=[0,2,3,4]. "
-        "`python -m pydoc bitsmoe_plugin.BitsMoEConfig` explains them all"
+        f"There are {others}; `python -m pydoc bitsmoe_plugin.BitsMoEConfig` explains them all"
     )
     parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help=text)
 
@@ -148,9 +145,7 @@ def add_estimate(commands: Any, run: Run) -> None:
     )
     text = "directory of the model; without its weights, their .index.json is enough"
     parser.add_argument("model", type=Path, help=text)
-    _add_budget(parser)
-    text = "tokens of calibration text"
-    _add_number(parser, "--calibration-tokens", text, BitsMoEConfig().calibration_tokens)
+    _add_options(parser, "bits", "factor_bits", "calibration_tokens")
     _add_method(parser)
     _add_json(parser)
 
@@ -165,7 +160,7 @@ def add_quantize(commands: Any, run: Run) -> None:
     )
     parser.add_argument("model", help=_MODEL)
     parser.add_argument("out", type=Path, help=_OUT)
-    _add_budget(parser)
+    _add_options(parser, "bits", "factor_bits")
     _add_calibration(parser)
     _add_method(parser)
     _add_device(parser, "; with several processes each takes its own GPU")
@@ -184,7 +179,7 @@ def add_tune(commands: Any, run: Run) -> None:
     parser.add_argument("model", help=_PACKED)
     parser.add_argument("out", type=Path, help=_OUT)
     parser.add_argument("--reference", required=True, metavar="MODEL", help="what it was quantized from")
-    _add_calibration(parser, defaults.batch_size)
+    _add_calibration(parser, batch_size=defaults.batch_size)
     _add_number(parser, "--epochs", "how often all of the text is seen", defaults.epochs)
     text = "largest relative change of a scale per step, about"
     _add_number(parser, "--learning-rate", text, defaults.learning_rate, float)
@@ -263,7 +258,7 @@ def add_compare(commands: Any, run: Run) -> None:
         "Qwen3-30B-A3B --dataset calibration.jsonl --eval eval.jsonl --methods full,rtn,bitsmoe",
     )
     parser.add_argument("model", help=_MODEL)
-    _add_budget(parser)
+    _add_options(parser, "bits", "factor_bits")
     _add_calibration(parser)
     _add_evaluation_text(parser, "--eval")
     text = f"of {', '.join(COMPARED)} (default: %(default)s); full: not quantized, rtn: rounded to nearest"

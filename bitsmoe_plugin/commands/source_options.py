@@ -7,6 +7,7 @@ import json
 from typing import Any
 
 from bitsmoe_plugin.models.model_source import ModelSource
+from bitsmoe_plugin.options import OPTIONS
 
 OWN: dict[str, Any] = {"revision": None, "subfolder": ""}
 """Options of ``ModelSource`` that a model and its reference have each for itself."""
@@ -30,11 +31,9 @@ def add_source(parser: Any, reference: bool = False, model: bool = True) -> None
 
 def add_chat_template(parser: Any) -> None:
     """Arguments for the template of conversations."""
-    text = (
-        "for text with a field messages: arguments of the tokenizer's chat template, like "
-        "'{\"enable_thinking\": false}'"
-    )
-    parser.add_argument("--chat-template-kwargs", type=_json_object, metavar="JSON", help=text)
+    row = OPTIONS["chat_template_kwargs"]
+    text = f"{row.help}, like '{{\"enable_thinking\": false}}'"
+    parser.add_argument("--chat-template-kwargs", type=_json_object, metavar=row.flag, help=text)
 
 
 def _json_object(text: str) -> dict[str, Any]:

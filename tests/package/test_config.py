@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
 import json
 import math
+import pickle
 from typing import Any
 
 import pytest
 
 from bitsmoe_plugin import BitsMoEConfig, CheckpointError, ConfigError
+from bitsmoe_plugin.cli import build_parser, parse_options
 from bitsmoe_plugin.codec.layout import FORMAT_VERSION
+from bitsmoe_plugin.options import OPTIONS
 from bitsmoe_plugin.presets import ALL_WIDTHS, METHODS
 
 # option -> (values that must be refused, what the error must say is allowed)
@@ -208,3 +213,53 @@ def test_newer_format_version_asks_for_an_upgrade() -> None:
         CheckpointError, match=rf"version {FORMAT_VERSION + 1}.*reads version {FORMAT_VERSION}.*Upgrade"
     ):
         BitsMoEConfig.from_dict(stored)
+
+
+def test_the_constructor_is_the_table() -> None:
+    """Guards against an option that can be seen and not given, or given in another order than is shown."""
+    shown = inspect.signature(BitsMoEConfig).parameters
+    assert [*shown] == [*OPTIONS, "unknown"]
+    assert {name: shown[name].default for name in OPTIONS} == {n: row.default for n, row in OPTIONS.items()}
+    config = BitsMoEConfig(3.0, 2.5, ["text"])
+    assert (config.bits, config.factor_bits, config.dataset) == (3.0, 2.5, ["text"])
+    with pytest.raises(TypeError, match="bits"):
+        BitsMoEConfig(3.0, bits=2.0)  # type: ignore[misc]
+
+
+def test_each_option_is_explained_with_what_is_allowed() -> None:
+    """`python -m pydoc` is what the command line refers to."""
+    text = " ".join(str(BitsMoEConfig.__doc__).split())
+    for name, row in OPTIONS.items():
+        assert f" {name}: {row.help}." in text
+    assert "Allowed: a number from 0 to 0.5. Default: 0.0625." in text
+    assert "Default: 4. By method: paper-v1 16, paper-v2 8." in text
+
+
+def test_flags_are_those_of_the_table(capsys: pytest.CaptureFixture[str]) -> None:
+    """Or help would tell a default that is not the library's; what has no flag is found under --option."""
+    with pytest.raises(SystemExit):
+        build_parser().parse_args(["quantize", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    args = build_parser().parse_args(["quantize", "model", "out", "--dataset", "file"])
+    for name, row in OPTIONS.items():
+        if row.flag:
+            assert f"--{name.replace('_', '-')} {row.flag} {row.help}" in text
+            assert getattr(args, name) == ("file" if name == "dataset" else row.default)
+        else:
+            assert (f" {name}," in text or f" {name};" in text) != row.manifest
+            assert parse_options([f"{name}=1"]) == {name: 1}
+
+
+def test_pickled_and_given_options_are_the_users_no_more() -> None:
+    """Workers get configs pickled; what is given may be changed afterwards, and so may what is stored."""
+    manifest: dict[str, Any] = {"a": {"widths": {"up": [1]}}}
+    template = {"documents": [1]}
+    config = BitsMoEConfig(layers=manifest, chat_template_kwargs=template, work_dir="somewhere")
+    manifest["a"]["widths"]["up"].append(2)
+    template["documents"].append(2)
+    for other in (pickle.loads(pickle.dumps(config)), copy.copy(config), copy.deepcopy(config)):
+        assert vars(other) == vars(config)
+        other.layers["a"]["widths"]["up"].append(3)
+        other.chat_template_kwargs["documents"].append(3)
+    assert config.layers == {"a": {"widths": {"up": [1]}}}
+    assert config.chat_template_kwargs == {"documents": [1]}
