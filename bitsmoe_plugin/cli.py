@@ -11,17 +11,18 @@ import traceback
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from bitsmoe_plugin.base.error_lines import told
 from bitsmoe_plugin.base.stdout import stdout_to_stderr
 from bitsmoe_plugin.base.tested_versions import describe_versions
 from bitsmoe_plugin.commands import parsers
 from bitsmoe_plugin.commands.source_options import OWN, source_of
-from bitsmoe_plugin.config import BitsMoEConfig
 from bitsmoe_plugin.errors import BitsMoEError, ConfigError
-from bitsmoe_plugin.models.model_source import ModelSource
 from bitsmoe_plugin.options import OPTIONS
+
+if TYPE_CHECKING:
+    from bitsmoe_plugin.config import BitsMoEConfig
 
 _FLAGS = tuple(name for name, option in OPTIONS.items() if option.flag)
 """Options of BitsMoEConfig that have a flag of their own; ``--option`` leaves them to it."""
@@ -92,6 +93,8 @@ def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
 
 def _config(args: argparse.Namespace) -> BitsMoEConfig:
     """The options that a command's flags and ``--option`` give."""
+    from bitsmoe_plugin.config import BitsMoEConfig
+
     given = {name: getattr(args, name) for name in _FLAGS if hasattr(args, name)}
     return BitsMoEConfig(**given, **parse_options(args.option))
 
@@ -148,6 +151,7 @@ def _evaluate_packed(args: argparse.Namespace, device: str) -> dict[str, Any]:
     """Measure a model that was just written, and tell its card."""
     from bitsmoe_plugin.commands.evaluate import as_record, evaluate_path
     from bitsmoe_plugin.commands.model_card import record_evaluation
+    from bitsmoe_plugin.models.model_source import ModelSource
 
     packed = ModelSource.of(args.out, trust_remote_code=args.trust_remote_code)
     options = {"chat_template_kwargs": args.chat_template_kwargs}
@@ -171,7 +175,8 @@ def _write_report(directory: Path, evaluation: dict[str, Any] | None) -> None:
 def _tune(args: argparse.Namespace, stdout: TextIO) -> None:
     from bitsmoe_plugin.base.devices import choose_device
     from bitsmoe_plugin.commands.tune import tune_to_directory
-    from bitsmoe_plugin.pipeline.tune_scales import TuningSettings
+    from bitsmoe_plugin.models.model_source import ModelSource
+    from bitsmoe_plugin.pipeline.tuning_settings import TuningSettings
 
     names = ("epochs", "learning_rate", "batch_size", "held_out", "seed")
     result = tune_to_directory(
@@ -361,7 +366,11 @@ def main(argv: Sequence[str] | None = None, program: str = "bitsmoe") -> int:
         argv: arguments after the program's name; those of the process if None.
         program: what users typed before them.
     """
-    args = build_parser(program).parse_args(argv)
+    return run(build_parser(program).parse_args(argv), program)
+
+
+def run(args: argparse.Namespace, program: str = "bitsmoe") -> int:
+    """Run a command whose arguments ``build_parser`` has parsed; returns what ``main`` does."""
     try:
         _check_paths(args)
         with stdout_to_stderr() as stdout:

@@ -15,8 +15,7 @@ from bitsmoe_plugin.base.option_checks import (
     one_of,
 )
 from bitsmoe_plugin.base.option_table import option, rows_of
-from bitsmoe_plugin.codec import row_codec
-from bitsmoe_plugin.codec.layout import FACTORS, FORMAT_VERSION
+from bitsmoe_plugin.codec.names import FACTORS, FORMAT_VERSION, GRIDS
 
 ALL_WIDTHS = (0, 1, 2, 3, 4, 6, 8, 16)
 METHOD_NAMES = ("default", "fast", "paper-v1", "paper-v2")
@@ -135,7 +134,7 @@ class Options:
     grid: str = option(
         "trellis codes rows of up to 4 bits by trellis, uniform rounds all to uniform grids",
         '"tiled" stands in checkpoints that ``import-upstream`` converted.',
-        check=one_of(*row_codec.GRIDS),
+        check=one_of(*GRIDS),
         by_method=_by_method("trellis", paper="uniform"),
     )
     basis_bits: int = option(

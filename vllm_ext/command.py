@@ -1,13 +1,16 @@
 """The program ``bitsmoe``, also where what it is made of cannot be imported.
 
 Here and not in bitsmoe_plugin, which imports transformers: where that fails, users should be told why in one
-line, and ``bitsmoe doctor`` what to do.
+line, and ``bitsmoe doctor`` what to do. Help, version and wrong arguments are answered before it is imported.
 """
 
 from __future__ import annotations
 
 import sys
 import traceback
+from collections.abc import Callable
+from functools import partial
+from importlib.util import find_spec, module_from_spec
 
 
 def main() -> int:
@@ -17,7 +20,11 @@ def main() -> int:
 
         return doctor(sys.argv[2:])
     try:
-        from bitsmoe_plugin.cli import main as run
+        import_package = _package()
+        from bitsmoe_plugin.cli import build_parser, run
+
+        args = build_parser().parse_args()
+        import_package()
     except Exception as error:
         if "--debug" in sys.argv:
             traceback.print_exc()
@@ -27,4 +34,14 @@ def main() -> int:
             file=sys.stderr,
         )
         return 2
-    return run()
+    return run(args)
+
+
+def _package() -> Callable[[], object]:
+    """Make bitsmoe_plugin's modules importable without the package's own code, which imports transformers;
+    returns what runs that."""
+    spec = find_spec("bitsmoe_plugin")
+    if "bitsmoe_plugin" in sys.modules or spec is None or spec.loader is None:
+        return lambda: None
+    package = sys.modules["bitsmoe_plugin"] = module_from_spec(spec)
+    return partial(spec.loader.exec_module, package)

@@ -59,12 +59,12 @@ from torch import Tensor
 from bitsmoe_plugin.codec import bit_strings, row_codec, tiled, trellis, uniform
 from bitsmoe_plugin.codec.backends import gpu
 from bitsmoe_plugin.codec.basis import QuantizedBasis
+from bitsmoe_plugin.codec.names import FACTORS as FACTORS
+from bitsmoe_plugin.codec.names import FORMAT_VERSION as FORMAT_VERSION
 from bitsmoe_plugin.codec.scale_grid import SCALE_LEVELS, ScaleGrid
 from bitsmoe_plugin.errors import QuantizationError
 
-FORMAT_VERSION = 2
 BLOCK = row_codec.BLOCK
-FACTORS = ("gate", "up", "down")
 
 
 @dataclass(frozen=True)

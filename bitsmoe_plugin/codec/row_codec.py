@@ -13,11 +13,10 @@ from torch import Tensor
 
 from bitsmoe_plugin.codec import trellis, uniform
 from bitsmoe_plugin.codec.backends import gpu
+from bitsmoe_plugin.codec.names import GRIDS as GRIDS
+from bitsmoe_plugin.codec.names import TILED as TILED
 
 BLOCK = trellis.BLOCK
-GRIDS = ("trellis", "uniform")
-TILED = "tiled"
-"""Grid of converted checkpoints (``tiled``), which nothing is quantized to."""
 _SAMPLE = 2**15
 
 

@@ -18,14 +18,12 @@ from bitsmoe_plugin.base.error_lines import working_on
 from bitsmoe_plugin.base.option_checks import check_number
 from bitsmoe_plugin.calibration.documents import DEFAULT_TOKENS, Documents, load_documents
 from bitsmoe_plugin.calibration.text import check_vocabulary, joined_documents
+from bitsmoe_plugin.commands.defaults import BLOCK
 from bitsmoe_plugin.commands.tables import table_console
 from bitsmoe_plugin.errors import ConfigError, QuantizationError
 from bitsmoe_plugin.models.model_class import load_model
 from bitsmoe_plugin.models.model_source import ModelSource
 from bitsmoe_plugin.models.tokenizer import load_tokenizer
-
-BLOCK = 512
-"""Tokens per block of text, unless another number is asked for."""
 
 
 @dataclass(frozen=True)

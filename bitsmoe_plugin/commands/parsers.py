@@ -7,12 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bitsmoe_plugin.commands.bench import BENCHMARKS
+from bitsmoe_plugin.commands.bench.parsers import BENCHMARKS
 from bitsmoe_plugin.commands.compare import METHODS as COMPARED
-from bitsmoe_plugin.commands.evaluate import BLOCK
+from bitsmoe_plugin.commands.defaults import BLOCK
 from bitsmoe_plugin.commands.source_options import add_chat_template, add_source
 from bitsmoe_plugin.options import OPTIONS
-from bitsmoe_plugin.pipeline.tune_scales import TuningSettings
+from bitsmoe_plugin.pipeline.tuning_settings import TuningSettings
 
 Run = Callable[..., None]
 _DESCRIPTIONS = {

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from bitsmoe_plugin.models.model_source import ModelSource
+if TYPE_CHECKING:
+    from bitsmoe_plugin.models.model_source import ModelSource
 from bitsmoe_plugin.options import OPTIONS
 
 OWN: dict[str, Any] = {"revision": None, "subfolder": ""}
@@ -48,6 +49,8 @@ def _json_object(text: str) -> dict[str, Any]:
 
 def source_of(args: argparse.Namespace, of: str = "model") -> ModelSource:
     """Where the model, or with ``of="reference"`` that one, is found."""
+    from bitsmoe_plugin.models.model_source import ModelSource
+
     prefix = "" if of == "model" else f"{of}_"
     own = {name: getattr(args, prefix + name, default) for name, default in OWN.items()}
     return ModelSource.of(

@@ -13,7 +13,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -21,12 +20,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.utils import logging
 
-from bitsmoe_plugin.base.option_checks import check_number
 from bitsmoe_plugin.base.process_state import known_state
 from bitsmoe_plugin.calibration.text import held_out_last
 from bitsmoe_plugin.checkpoint.manifest import tensor_digest
 from bitsmoe_plugin.codec.layout import PackedExperts
 from bitsmoe_plugin.errors import QuantizationError
+from bitsmoe_plugin.pipeline.tuning_settings import TuningSettings
 from bitsmoe_plugin.runtime.experts import BitsMoEExperts
 from bitsmoe_plugin.runtime.reference_layer import ReferenceLayer
 from bitsmoe_plugin.runtime.with_originals import WithOriginals
@@ -34,35 +33,6 @@ from bitsmoe_plugin.runtime.with_originals import WithOriginals
 _WARM_UP = 5
 """Steps in which the learning rate rises."""
 _LARGEST = torch.finfo(torch.float16).max
-
-
-@dataclass(frozen=True)
-class TuningSettings:
-    """Attributes:
-    epochs: how often all blocks are seen, 1 to 1000.
-    learning_rate: largest change of the logarithm of a scale per step, about; falls to 0. 1e-6 to 1.
-    batch_size: blocks per step.
-    held_out: share of the blocks that are only measured on: the scales of the epoch that is best there are
-        taken. Above 0, at most 0.5.
-    seed: of the order of the blocks.
-
-    Raises:
-        ConfigError: naming the setting, its value and what is allowed.
-    """
-
-    epochs: int = 2
-    learning_rate: float = 2e-3
-    batch_size: int = 2
-    held_out: float = 0.0625
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        check = partial(check_number, owner="TuningSettings")
-        check("epochs", self.epochs, 1, 1000, whole=True)
-        check("learning_rate", self.learning_rate, 1e-6, 1)
-        check("batch_size", self.batch_size, 1, 10**6, whole=True)
-        check("held_out", self.held_out, 1e-6, 0.5)
-        check("seed", self.seed, 0, 2**63 - 1, whole=True)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
+
+from bitsmoe_plugin.integrations.optimum_commands.register_bitsmoe import COMMANDS
 
 HEAVY = (
     *("highspy", "rich", "matplotlib", "jinja2", "datasets", "triton", "optimum", "vllm", "lm_eval"),
@@ -36,3 +39,47 @@ from bitsmoe_plugin.integrations.transformers import quantize_to_directory
 print(missing, callable(write_model_card), callable(quantize_to_directory))
 """
     assert run(code).splitlines() == ["[]", "0", "[] True True"]
+
+
+ANSWERED_AT_ONCE = (
+    ["--version"],
+    ["--help"],
+    *([command, "--help"] for command in COMMANDS),
+    *(["bench", name, "--help"] for name in ("layer", "decode", "quantize", "allocation", "checkpoint")),
+)
+
+
+def test_help_and_version_need_no_library() -> None:
+    """Guards the time that they take, and help where transformers or torch cannot be imported."""
+    code = f"""
+import contextlib, io, sys
+for name in ("torch", "transformers", "numpy", "safetensors", "rich", "highspy"):
+    sys.modules[name] = None
+from vllm_ext.command import main
+for arguments in {ANSWERED_AT_ONCE}:
+    sys.argv = ["bitsmoe", *arguments]
+    try:
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            main()
+    except SystemExit as end:
+        print(end.code, "bitsmoe" in out.getvalue())
+    for name in [name for name in sys.modules if name.startswith("bitsmoe_plugin")]:
+        del sys.modules[name]
+sys.argv = ["bitsmoe", "inspect", "nowhere"]
+print(main())
+"""
+    assert run(code).splitlines() == ["0 True"] * len(ANSWERED_AT_ONCE) + ["2"]
+
+
+def test_the_program_registers_before_a_command_runs(packed_moe_tiny: Path) -> None:
+    """Guards commands that find the package half imported: it is, while arguments are parsed."""
+    code = f"""
+import sys
+from vllm_ext.command import main
+sys.argv = ["bitsmoe", "inspect", {str(packed_moe_tiny)!r}, "--json"]
+status = main()
+import bitsmoe_plugin
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as known
+print(status, known["bitsmoe"] is bitsmoe_plugin.BitsMoEQuantizer, bitsmoe_plugin.cli.run.__module__)
+"""
+    assert run(code).splitlines()[-1] == "0 True bitsmoe_plugin.cli"

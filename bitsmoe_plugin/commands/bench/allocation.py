@@ -13,7 +13,6 @@ import argparse
 import resource
 import sys
 import time
-from typing import Any
 
 import numpy as np
 import torch
@@ -24,23 +23,12 @@ from bitsmoe_plugin.allocation.knapsack.solve import allocate
 from bitsmoe_plugin.allocation.row_costs import DROP_WEIGHT, GATE_UP_WEIGHT
 from bitsmoe_plugin.codec import row_codec, uniform
 from bitsmoe_plugin.codec.layout import LayerShape, row_sizes
-from bitsmoe_plugin.commands.bench.output import Row, add_benchmark
+from bitsmoe_plugin.commands.bench.output import Row
 from bitsmoe_plugin.config import BitsMoEConfig
 
 _SHAPES = 1024
 
 Table = NDArray[np.float32]
-
-
-def add(commands: Any) -> None:
-    """``bench allocation``."""
-    parser = add_benchmark(commands, "allocation", "global allocation of a model of full size", measure)
-    parser.add_argument("--layers", type=int, default=48, help="MoE layers")
-    parser.add_argument("--experts", type=int, default=128, help="per layer")
-    parser.add_argument("--rank", type=int, default=2048, help="rows per factor, the model's hidden_size")
-    parser.add_argument("--intermediate-size", type=int, default=768, help="values per row")
-    parser.add_argument("--bits", type=float, default=2.0, help="counted bits per expert weight")
-    parser.add_argument("--seed", type=int, default=0, help="of the random costs")
 
 
 def relative_distortions(config: BitsMoEConfig, size: int, seed: int) -> Table:

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3MoeConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
-from bitsmoe_plugin.commands.bench.output import Row, add_benchmark
+from bitsmoe_plugin.commands.bench.output import Row
 from bitsmoe_plugin.errors import ConfigError
 
 _DECAY = 1.5
@@ -112,7 +112,8 @@ def write_checkpoint(directory: Path, config: Qwen3MoeConfig, seed: int = 0) -> 
     return size
 
 
-def _measure(args: argparse.Namespace) -> list[Row]:
+def measure(args: argparse.Namespace) -> list[Row]:
+    """One row: what was written."""
     sizes = {
         "hidden_size": args.hidden_size,
         "moe_intermediate_size": args.intermediate_size,
@@ -124,17 +125,3 @@ def _measure(args: argparse.Namespace) -> list[Row]:
     if args.tokenizer:
         AutoTokenizer.from_pretrained(args.tokenizer).save_pretrained(args.directory)
     return [{"directory": str(args.directory), "layers": args.layers, "bytes": size}]
-
-
-def add(commands: Any) -> None:
-    """Add ``bitsmoe bench checkpoint``."""
-    text = "write a random Qwen3-MoE checkpoint (Qwen3-30B-A3B's sizes unless given) to measure with"
-    parser = add_benchmark(commands, "checkpoint", text, _measure)
-    parser.add_argument("directory", type=Path, help="directory to write; must not exist or be empty")
-    parser.add_argument("--layers", type=int, default=48, help="decoder layers, all with experts")
-    parser.add_argument("--hidden-size", type=int, help="of the model")
-    parser.add_argument("--intermediate-size", type=int, help="of an expert")
-    parser.add_argument("--experts", type=int, help="per layer")
-    parser.add_argument("--vocab-size", type=int, help="tokens of the vocabulary")
-    parser.add_argument("--tokenizer", help="model directory whose tokenizer is copied")
-    parser.add_argument("--seed", type=int, default=0, help="of the random weights")

@@ -17,20 +17,10 @@ from typing import Any
 
 from bitsmoe_plugin.base.stdout import stdout_to_stderr
 from bitsmoe_plugin.checkpoint.read import check_if_packed
-from bitsmoe_plugin.commands.bench.output import Row, add_benchmark
+from bitsmoe_plugin.commands.bench.output import Row
 from bitsmoe_plugin.errors import BitsMoEError, ConfigError
 
 PROMPT_TOKENS = 16
-
-
-def add(commands: Any) -> None:
-    """``bench decode``."""
-    parser = add_benchmark(commands, "decode", "generated tokens per second of whole models", measure)
-    parser.add_argument("models", nargs="+", help="directories, packed or not; the first is compared with")
-    parser.add_argument("--engines", default=None, help="comma list of transformers, vllm; default: both")
-    parser.add_argument("--batch", default="1,16", help="comma list: sequences at once")
-    parser.add_argument("--new-tokens", type=int, default=64, help="generated per sequence")
-    parser.add_argument("--dtype", default="bfloat16", help="of activations and of what is not packed")
 
 
 def _transformers(task: dict[str, Any]) -> Callable[[int, int], None]:

@@ -6,36 +6,18 @@ import argparse
 import statistics
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from bitsmoe_plugin.codec.layout import LayerShape
 from bitsmoe_plugin.commands.bench.contenders import Contender, contenders
-from bitsmoe_plugin.commands.bench.output import Row, add_benchmark
+from bitsmoe_plugin.commands.bench.output import Row
 from bitsmoe_plugin.commands.bench.timing import Stopwatch, capture
+from bitsmoe_plugin.commands.defaults import SHAPES
 
 GRAPH = ", CUDA graph"
-SHAPES = {
-    "qwen3-30b-a3b": (LayerShape(128, 2048, 768), 8),
-    "deepseek-v2-lite": (LayerShape(64, 2048, 1408), 6),
-    "moe-tiny": (LayerShape(48, 128, 64), 4),
-}
-"""name -> sizes, experts per token"""
 COPY_BYTES = 2**28
-
-
-def add(commands: Any) -> None:
-    """``bench layer``."""
-    parser = add_benchmark(commands, "layer", "one MoE layer, ours against dense and GPTQ", measure)
-    parser.add_argument("--shape", default="qwen3-30b-a3b", choices=sorted(SHAPES), help="whose layer")
-    parser.add_argument("--tokens", default="1,4,16,64,256", help="comma list: tokens at once")
-    parser.add_argument("--bits", default="2.0,3.0", help="comma list of counted bits per weight of ours")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", default=device, help="cpu or cuda; default: what is there")
-    parser.add_argument("--threads", type=int, default=None, help="on a CPU; default: torch's")
-    parser.add_argument("--repeats", type=int, default=15, help="timed calls of each, each with new experts")
 
 
 def copy_bandwidth(device: str) -> float:
@@ -80,14 +62,15 @@ def measure(args: argparse.Namespace) -> list[Row]:
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    shape, k = SHAPES[args.shape]
-    bandwidth = copy_bandwidth(args.device)
-    entries = list(contenders(shape, [float(b) for b in args.bits.split(",")], args.device))
+    sizes, k = SHAPES[args.shape]
+    shape, device = LayerShape(*sizes), args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    bandwidth = copy_bandwidth(device)
+    entries = list(contenders(shape, [float(b) for b in args.bits.split(",")], device))
     rows = []
     for tokens in (int(n) for n in args.tokens.split(",")):
-        batches = [_inputs(shape, k, tokens, args.device) for _ in range(args.repeats + 1)]
+        batches = [_inputs(shape, k, tokens, device) for _ in range(args.repeats + 1)]
         with torch.no_grad():
-            taken = _seconds(entries, batches, args.device)
+            taken = _seconds(entries, batches, device)
         for entry in entries:
             moved = statistics.mean(entry.moved(ids.cpu()) for _, ids, _ in batches[1:])
             for seconds, suffix in zip(taken[entry.name], ("", GRAPH), strict=False):

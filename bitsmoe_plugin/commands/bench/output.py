@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, TextIO
 
 from rich.table import Table
@@ -12,18 +11,6 @@ from rich.table import Table
 from bitsmoe_plugin.commands.tables import table_console
 
 Row = dict[str, Any]
-
-
-def add_benchmark(commands: Any, name: str, text: str, measure: Callable[..., list[Row]]) -> Any:
-    """A parser for ``bench NAME`` that prints the rows which ``measure(args)`` returns."""
-    parser: argparse.ArgumentParser = commands.add_parser(name, help=text)
-    parser.add_argument("--json", action="store_true", help="print JSON")
-
-    def run(args: argparse.Namespace, stdout: TextIO) -> None:
-        print_rows(measure(args), args.json, stdout)
-
-    parser.set_defaults(run=run)
-    return parser
 
 
 def _text(value: Any) -> str:

@@ -29,12 +29,11 @@ from bitsmoe_plugin.calibration import statistics
 from bitsmoe_plugin.calibration.statistics import LayerActivations
 from bitsmoe_plugin.codec import layout
 from bitsmoe_plugin.codec.layout import LayerShape, row_sizes
-from bitsmoe_plugin.commands.bench.layer import SHAPES
-from bitsmoe_plugin.commands.bench.output import Row, add_benchmark
+from bitsmoe_plugin.commands.bench.output import Row
+from bitsmoe_plugin.commands.defaults import SHAPES
 from bitsmoe_plugin.config import BitsMoEConfig
 from bitsmoe_plugin.models.expert_weights import ExpertWeights
 from bitsmoe_plugin.pipeline.layer_plan import plan_layer
-from bitsmoe_plugin.presets import METHODS
 from bitsmoe_plugin.rounding import (
     layer_rounding,
     refit_down,
@@ -58,20 +57,6 @@ PARTS: dict[str, Callable[..., Any]] = {
     "packing": layout.pack_experts,
 }
 """What is timed; feedback is computed twice, once for the costs."""
-
-
-def add(commands: Any) -> None:
-    """``bench quantize``."""
-    parser = add_benchmark(commands, "quantize", "quantizing one MoE layer, ours against GPTQ", measure)
-    parser.add_argument("--shape", default="qwen3-30b-a3b", choices=sorted(SHAPES))
-    parser.add_argument("--experts", type=int, help="so many instead of the model's")
-    parser.add_argument("--tokens", type=int, default=8192, help="of calibration")
-    parser.add_argument("--bits", type=float, default=2.0)
-    parser.add_argument("--method", default="default", choices=sorted(METHODS))
-    parser.add_argument("--gptq-experts", type=int, default=2, help="experts that GPTQ quantizes; 0: no GPTQ")
-    parser.add_argument("--threads", type=int, default=None, help="default: torch's")
-    text = "auto (a GPU if there is one), cpu or cuda, of both quantizers (default: %(default)s)"
-    parser.add_argument("--device", default="auto", help=text)
 
 
 def random_experts(shape: LayerShape, generator: torch.Generator) -> ExpertWeights:
@@ -215,7 +200,8 @@ def measure(args: argparse.Namespace) -> list[Row]:
     """A row for each part, for the whole, and for GPTQ."""
     if args.threads:
         torch.set_num_threads(args.threads)
-    shape, k = SHAPES[args.shape]
+    sizes, k = SHAPES[args.shape]
+    shape = LayerShape(*sizes)
     if args.experts:
         shape = LayerShape(args.experts, shape.hidden_size, shape.intermediate_size)
     generator = torch.Generator().manual_seed(0)

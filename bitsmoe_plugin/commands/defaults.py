@@ -1,0 +1,10 @@
+"""Values that commands and their help share; needs no library, so that help comes at once."""
+
+BLOCK = 512
+"""Tokens per block of text on which perplexity is measured, unless another number is asked for."""
+SHAPES = {
+    "qwen3-30b-a3b": ((128, 2048, 768), 8),
+    "deepseek-v2-lite": ((64, 2048, 1408), 6),
+    "moe-tiny": ((48, 128, 64), 4),
+}
+"""Name of a model -> (experts, hidden size, intermediate size) of a layer, experts per token."""

@@ -1,0 +1,37 @@
+"""Options of tuning."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+from bitsmoe_plugin.base.option_checks import check_number
+
+
+@dataclass(frozen=True)
+class TuningSettings:
+    """Attributes:
+    epochs: how often all blocks are seen, 1 to 1000.
+    learning_rate: largest change of the logarithm of a scale per step, about; falls to 0. 1e-6 to 1.
+    batch_size: blocks per step.
+    held_out: share of the blocks that are only measured on: the scales of the epoch that is best there are
+        taken. Above 0, at most 0.5.
+    seed: of the order of the blocks.
+
+    Raises:
+        ConfigError: naming the setting, its value and what is allowed.
+    """
+
+    epochs: int = 2
+    learning_rate: float = 2e-3
+    batch_size: int = 2
+    held_out: float = 0.0625
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check = partial(check_number, owner="TuningSettings")
+        check("epochs", self.epochs, 1, 1000, whole=True)
+        check("learning_rate", self.learning_rate, 1e-6, 1)
+        check("batch_size", self.batch_size, 1, 10**6, whole=True)
+        check("held_out", self.held_out, 1e-6, 0.5)
+        check("seed", self.seed, 0, 2**63 - 1, whole=True)
