@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bitsmoe_plugin.codec import trellis, uniform
-from bitsmoe_plugin.codec.backends import gpu
+from bitsmoe_plugin.codec.backends import backend_for
 
 BLOCK = trellis.BLOCK
 GRIDS = ("trellis", "uniform")
@@ -76,32 +76,12 @@ def encode(rows: Tensor, scales: Tensor, weights: Tensor, bits: Tensor, grid: st
     Returns:
         ``[..., padded(n)]`` int32.
     """
-    if gpu.available(rows):
-        return gpu.rounded(rows, scales, weights, bits, grid)[0]
-    n = rows.shape[-1]
-    codes = torch.zeros(*rows.shape[:-1], padded(n), dtype=torch.int32, device=rows.device)
-    weights = weights.expand_as(rows)
-    for width in torch.unique(bits).tolist():
-        if width == 0:
-            continue
-        pick = bits == width
-        chosen, scale = rows[pick], scales[pick][:, None]
-        if uses_trellis(width, grid):
-            fill = (0, codes.shape[-1] - n)
-            scaled = torch.nn.functional.pad(chosen / scale, fill)
-            coded = trellis.encode(scaled, torch.nn.functional.pad(weights[pick], fill), width)
-            codes[pick] = coded
-        else:
-            codes[..., :n][pick] = uniform.encode(chosen, scale, width).to(torch.int32)
-    return codes
+    return rounded(rows, scales, weights, bits, grid)[0]
 
 
 def rounded(rows: Tensor, scales: Tensor, weights: Tensor, bits: Tensor, grid: str) -> tuple[Tensor, Tensor]:
     """Codes of rows as ``encode`` gives them, and their values as ``decode`` does."""
-    if gpu.available(rows):
-        return gpu.rounded(rows, scales, weights, bits, grid)
-    codes = encode(rows, scales, weights, bits, grid)
-    return codes, decode(codes, scales, bits, rows.shape[-1], grid)
+    return backend_for(rows, scales, weights).rounded(rows, scales, weights, bits, grid)
 
 
 def round_rows(rows: Tensor, scales: Tensor, weights: Tensor, bits: Tensor, grid: str) -> Tensor:

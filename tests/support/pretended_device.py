@@ -128,7 +128,7 @@ def _with_values(make: Any) -> Any:
 
 @contextmanager
 def pretended_device(monkeypatch: pytest.MonkeyPatch, triton: bool) -> Iterator[torch.device]:
-    """The device, while this is entered; with or without the kernels of ``backends.gpu``."""
+    """The device, while this is entered; with or without its Triton kernels."""
 
     @contextmanager
     def computing_on(device: torch.device) -> Iterator[None]:
