@@ -227,8 +227,9 @@ def pack_experts(codes: Tensor, row_bits: Tensor) -> list[Tensor]:
 
 def pack_row_codes(row_bits: Tensor, scale_codes: Tensor, widths: tuple[int, ...]) -> Tensor:
     """``[3, E, r]`` uint8 of widths (int64) and scale codes (uint8, below 32)."""
-    lookup = torch.zeros(17, dtype=torch.int64)
-    lookup[torch.tensor(widths)] = torch.arange(len(widths))
+    device = row_bits.device
+    lookup = torch.zeros(17, dtype=torch.int64, device=device)
+    lookup[torch.tensor(widths, device=device)] = torch.arange(len(widths), device=device)
     return (lookup[row_bits] * SCALE_LEVELS + scale_codes).to(torch.uint8)
 
 

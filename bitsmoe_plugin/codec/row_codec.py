@@ -41,10 +41,9 @@ def expected_gain(width: int, grid: str, size: int) -> float:
     if not uses_trellis(width, grid):
         return 1.0
     rows = gaussian_rows(size)
-    with torch.device(rows.device):
-        weights, bits = torch.ones_like(rows), torch.full((len(rows),), width)
-        scales, distortion = uniform.best_scale(rows, weights, width)
-        values = round_rows(rows, scales.squeeze(-1), weights, bits, grid)
+    weights, bits = torch.ones_like(rows), torch.full((len(rows),), width, device=rows.device)
+    scales, distortion = uniform.best_scale(rows, weights, width)
+    values = round_rows(rows, scales.squeeze(-1), weights, bits, grid)
     ratio = (rows * values).sum(-1, keepdim=True) / values.square().sum(-1, keepdim=True)
     return float((rows - ratio * values).square().sum() / distortion.sum())
 
@@ -53,8 +52,7 @@ def expected_gain(width: int, grid: str, size: int) -> float:
 def gaussian_distortion(width: int, grid: str, size: int) -> float:
     """Squared error of Gaussian rows of ``size`` values at their best scales, relative to their energy."""
     rows = gaussian_rows(size)
-    with torch.device(rows.device):
-        distortion = uniform.best_scale(rows, torch.ones_like(rows), width)[1]
+    distortion = uniform.best_scale(rows, torch.ones_like(rows), width)[1]
     return float(distortion.sum() / rows.square().sum()) * expected_gain(width, grid, size)
 
 

@@ -119,7 +119,7 @@ def _round_columns(target: Tensor, scale: Tensor, bits: Tensor, unit: Tensor) ->
     A trellis chooses the codes of a block together, so it cannot pass errors on inside.
     """
     work = target.clone()
-    codes = torch.zeros(*bits.shape, row_codec.BLOCK, dtype=torch.int32)
+    codes = torch.zeros(*bits.shape, row_codec.BLOCK, dtype=torch.int32, device=bits.device)
     scale, bits = scale[..., None], bits[..., None]
     for i in range(work.shape[-1]):
         code = uniform.encode(work[:, :, i : i + 1], scale, bits)
@@ -138,7 +138,7 @@ def round_along_neurons(
     there are no ``neuron_weights``.
     """
     if feedback.unit is None:  # then it is all the same which way one goes
-        rank = Feedback(None, torch.ones(1, *factor.shape[:-1]))
+        rank = Feedback(None, torch.ones(1, *factor.shape[:-1], device=factor.device))
         grid_of_one = ScaleGrid(scale_grid.low[None], scale_grid.step[None])
         one = factor[None], bits[None], rank, feedback.variance[None], grid_of_one, scales[None]
         rows = round_along_rank(*one, grid)
@@ -149,9 +149,9 @@ def round_along_neurons(
     start = scale_grid.encode(scales)
     scale_codes, _ = backend_for(factor).choose_scales(factor, weights, bits, start, low, step)
     scale = torch.exp2(low + scale_codes * step)  # as readers compute it, to the last bit
-    codes = torch.empty(*bits.shape, row_codec.padded(size), dtype=torch.int32)
+    codes = torch.empty(*bits.shape, row_codec.padded(size), dtype=torch.int32, device=factor.device)
     values, errors = torch.empty_like(factor), torch.empty_like(factor)  # errors: factor minus value
-    remaining = torch.zeros(bits.shape)
+    remaining = torch.zeros(bits.shape, device=factor.device)
     for first in range(0, size, row_codec.BLOCK):
         last = min(first + row_codec.BLOCK, size)
         own = feedback.unit[:, first:last, first:last]

@@ -112,12 +112,11 @@ def test_rounding_along_the_rank_agrees_with_plain_torch(
     bits = torch.tensor([0, 2, 3, 6, 4]).expand(2, 2, 5)
     grid = ScaleGrid(torch.full((2, 5), -2.0).half(), torch.full((2, 5), 0.1).half())
     weights, scales = normal(2, 2, 40, seed=2).abs(), torch.full((2, 2, 5), 0.9)
-    with torch.device(DEVICE):
-        there = Feedback(*(None if t is None else t.to(DEVICE) for t in vars(feedback).values()))
-        found = feedback_rounding.round_along_rank(
-            *moved(factors, bits), there, weights.to(DEVICE), ScaleGrid(*moved(grid.low, grid.step)),
-            scales.to(DEVICE), "uniform", backend=TRITON,
-        )  # fmt: skip
+    there = Feedback(*(None if t is None else t.to(DEVICE) for t in vars(feedback).values()))
+    found = feedback_rounding.round_along_rank(
+        *moved(factors, bits), there, weights.to(DEVICE), ScaleGrid(*moved(grid.low, grid.step)),
+        scales.to(DEVICE), "uniform", backend=TRITON,
+    )  # fmt: skip
     wanted = feedback_rounding.round_along_rank(
         factors, bits, feedback, weights, grid, scales, "uniform", backend=REFERENCE
     )

@@ -87,7 +87,7 @@ class CompiledBackend(ReferenceBackend):
 
     def trellis_codes(self, values: Tensor, rows: Tensor, weights: Tensor, bits: int) -> Tensor:
         blocks, weights = rows.contiguous(), weights.contiguous()
-        codes = torch.empty(rows.shape, dtype=torch.int32)
+        codes = torch.empty(rows.shape, dtype=torch.int32, device="cpu")
         count = rows.numel() // 32
         threads = torch.get_num_threads()
         if _library().bitsmoe_trellis_codes(
@@ -97,7 +97,7 @@ class CompiledBackend(ReferenceBackend):
         return codes
 
     def best_scales(self, rows: Tensor, weights: Tensor, bits: int | Tensor) -> tuple[Tensor, Tensor]:
-        widths = torch.as_tensor(bits, dtype=torch.uint8).expand(rows.shape[:-1]).contiguous()
+        widths = torch.as_tensor(bits, dtype=torch.uint8, device="cpu").expand(rows.shape[:-1]).contiguous()
         weights, per = per_row(weights, rows)
         rows = rows.contiguous()
         scales, distortions = rows.new_empty(rows.shape[:-1]), rows.new_empty(rows.shape[:-1])
@@ -141,7 +141,7 @@ class CompiledBackend(ReferenceBackend):
             raise MemoryError("no memory for rounding")
 
     def pack_codes(self, codes: Tensor, bits: int) -> Tensor:
-        words = torch.empty(codes.shape[0], codes.shape[1] // 32 * bits, dtype=torch.int32)
+        words = torch.empty(codes.shape[0], codes.shape[1] // 32 * bits, dtype=torch.int32, device="cpu")
         codes, threads = codes.to(torch.int32).contiguous(), torch.get_num_threads()
         _library().bitsmoe_pack(pointer(codes), codes.numel() // 32, bits, pointer(words), threads)
         return words

@@ -42,7 +42,9 @@ def search_reference(values: Tensor, rows: Tensor, weights: Tensor, bits: int) -
     # Only ratios of weights within a block matter; unit size keeps sums in float32's best range.
     scaled = scaled / scaled.amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
     codes = [_search_blocks(values, x, w, bits) for x, w in zip(blocks, scaled.split(_BATCH), strict=True)]
-    return torch.cat(codes).view(rows.shape) if codes else torch.empty(rows.shape, dtype=torch.int32)
+    if not codes:
+        return torch.empty(rows.shape, dtype=torch.int32, device=rows.device)
+    return torch.cat(codes).view(rows.shape)
 
 
 def _advance(
