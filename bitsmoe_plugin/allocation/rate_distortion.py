@@ -24,7 +24,7 @@ def water_filling_bits(energies: Tensor, error: float, size: int) -> float:
         return 0.0
     # At water level w the error is sum(min(v, w)): find the rows below the level, then the level.
     below = torch.cat([v.new_zeros(1), v.cumsum(0)])[:-1]
-    above = torch.arange(len(v), 0, -1, dtype=torch.float64)
-    first = int(torch.searchsorted(below + above * v, torch.tensor(error, dtype=torch.float64)))
+    above = torch.arange(len(v), 0, -1, dtype=torch.float64, device=v.device)
+    first = int(torch.searchsorted(below + above * v, v.new_tensor(error)))
     level = (error - float(below[first])) / float(above[first])
     return float(0.5 * size * (v[first:] / level).log2().sum())

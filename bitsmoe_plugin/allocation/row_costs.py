@@ -37,7 +37,7 @@ def _spectral_weights(problem: LayerProblem, chosen: slice) -> tuple[Tensor, Ten
     z_energy = torch.stack(energies, 1)
     moments = problem.statistics.hidden_moment[chosen]
     hidden = moments.diagonal(dim1=1, dim2=2).mean(-1, keepdim=True).expand(-1, problem.shape.rank)
-    ones = torch.ones(3, len(moments), problem.shape.intermediate_size)
+    ones = torch.ones(3, len(moments), problem.shape.intermediate_size, device=problem.device)
     return ones, torch.stack([z_energy[0], z_energy[-1], hidden])
 
 
@@ -52,8 +52,8 @@ def row_costs(problem: LayerProblem, own: RowWeights | None = None) -> tuple[Ten
         each row, and the first-order error of dropping it.
     """
     config, shape, size = problem.config, problem.shape, problem.shape.intermediate_size
-    costs = torch.empty(3, shape.num_experts, shape.rank, len(config.widths))
-    energies = torch.empty(3, shape.num_experts, shape.rank)
+    costs = torch.empty(3, shape.num_experts, shape.rank, len(config.widths), device=problem.device)
+    energies = torch.empty(3, shape.num_experts, shape.rank, device=problem.device)
     stride = max(1, size // _ENERGY_NEURONS) if config.cost == "model" else 1
     seen = problem.weights.every(stride)
     for chosen in problem.chunks(shape.num_experts):

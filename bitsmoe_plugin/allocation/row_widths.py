@@ -32,7 +32,9 @@ def allocate_rows(
         wide: experts of each layer whose rows get at least ``wide_row`` bits.
     """
     indices, bits = list(costs), np.array(config.widths, dtype=np.uint8)
-    rows = {index: torch.zeros(cost.shape[:-1], dtype=torch.uint8) for index, cost in costs.items()}
+    rows = {
+        index: torch.zeros(cost.shape[:-1], dtype=torch.uint8, device="cpu") for index, cost in costs.items()
+    }
     narrow = config.widths.index(wide_row(config))
     costs = {index: _without_narrow(cost, wide[index], narrow) for index, cost in costs.items()}
     gap = 0.0
@@ -46,7 +48,7 @@ def allocate_rows(
         for index, piece in zip(own, pieces, strict=True):
             experts = torch.nonzero(experts_with_rows(costs[index], kept[index])).flatten()
             widths = torch.from_numpy(bits[piece]).view(len(group.factors), len(experts), -1)
-            rows[index][torch.tensor(group.factors)[:, None], experts] = widths
+            rows[index][torch.tensor(group.factors, device="cpu")[:, None], experts] = widths
     return Widths(rows, kept, gap)
 
 
@@ -60,7 +62,7 @@ def _without_narrow(costs: Tensor, wide: tuple[int, ...], narrow: int) -> Tensor
 
 def experts_with_rows(costs: Tensor, kept: tuple[int, ...]) -> Tensor:
     """``[E]`` bool: the experts that have rows."""
-    others = torch.ones(costs.shape[1], dtype=torch.bool)
+    others = torch.ones(costs.shape[1], dtype=torch.bool, device=costs.device)
     others[list(kept)] = False
     return others
 

@@ -20,14 +20,14 @@ _GPU_BYTES_PER_VALUE = 64
 
 @contextmanager
 def computing_on(device: torch.device) -> Iterator[None]:
-    """Tensors are made on ``device`` unless told otherwise, and products of float32 are not rounded to TF32.
+    """Kernels are launched on ``device``, and products of float32 are not rounded to TF32.
 
-    On the CPU nothing is changed. Random numbers are still drawn on the CPU, so that they are the same.
+    On the CPU nothing is changed. Where tensors are made is said where they are made.
     """
-    if device.type == "cpu":
+    if device.type != "cuda":
         yield
         return
-    with exact_products(), torch.cuda.device(device), device:
+    with exact_products(), torch.cuda.device(device):
         yield
 
 

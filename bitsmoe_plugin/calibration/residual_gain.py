@@ -46,7 +46,7 @@ def residual_gains(
 
 def _measure(forward: LayerwiseForward, index: int, experts: nn.Module, outputs: list[Tensor]) -> Tensor:
     hidden_size = outputs[0].shape[-1]
-    direction = torch.randn(hidden_size, generator=torch.Generator().manual_seed(0))
+    direction = torch.randn(hidden_size, generator=torch.Generator().manual_seed(0), device="cpu")
     direction = direction * (hidden_size**0.5 / direction.norm())
     sizes: list[Tensor] = []
 
@@ -67,7 +67,7 @@ def _measure(forward: LayerwiseForward, index: int, experts: nn.Module, outputs:
     size = torch.cat(sizes)
     gains = torch.cat(answers) / size
     # Tokens to which the experts add nothing tell nothing, and an error there has no other gain.
-    typical = gains[size > 0].median() if bool((size > 0).any()) else torch.tensor(1.0)
+    typical = gains[size > 0].median() if bool((size > 0).any()) else gains.new_ones(())
     return gains.where(size > 0, typical).clamp_min(1e-3 * float(typical.abs()))
 
 

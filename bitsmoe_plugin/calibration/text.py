@@ -181,6 +181,6 @@ def _warn_of_padding(tokens: Tensor) -> None:
 def held_out_last(blocks: Tensor, share: float) -> tuple[Tensor, int]:
     """Move a share of the calibration blocks, evenly spaced, to the end; returns how many are before."""
     count = int(len(blocks) * share)
-    apart = torch.zeros(len(blocks), dtype=torch.bool)
-    apart[((torch.arange(count) + 0.5) * len(blocks) / max(count, 1)).long()] = True
+    apart = torch.zeros(len(blocks), dtype=torch.bool, device=blocks.device)
+    apart[((torch.arange(count, device=blocks.device) + 0.5) * len(blocks) / max(count, 1)).long()] = True
     return torch.cat([blocks[~apart], blocks[apart]]), len(blocks) - count

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from bitsmoe_plugin.codec import row_codec, trellis
-from bitsmoe_plugin.codec.backends import native
+from bitsmoe_plugin.codec.backends import backend_for
 
 BLOCK = row_codec.BLOCK
 
@@ -21,10 +21,13 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
     Returns:
         ``[rows, ceil(n / 32) * bits]`` int32.
     """
-    padded = torch.nn.functional.pad(codes, (0, -codes.shape[1] % BLOCK))
-    if native.available() and codes.device.type == "cpu":
-        return native.pack(padded.to(torch.int32), bits)
-    return pack_codes_reference(padded.to(torch.int64), bits)
+    return backend_for(codes).pack_codes(whole_blocks(codes), bits)
+
+
+def whole_blocks(codes: Tensor) -> Tensor:
+    """Codes ``[..., n]`` with zeros up to whole blocks; no copy if there are none to add."""
+    missing = -codes.shape[-1] % BLOCK
+    return torch.nn.functional.pad(codes, (0, missing)) if missing else codes
 
 
 def pack_codes_reference(padded: Tensor, bits: int) -> Tensor:

@@ -57,7 +57,7 @@ import torch
 from torch import Tensor
 
 from bitsmoe_plugin.codec import bit_strings, row_codec, tiled, trellis, uniform
-from bitsmoe_plugin.codec.backends import gpu
+from bitsmoe_plugin.codec.backends import backend_for
 from bitsmoe_plugin.codec.basis import QuantizedBasis
 from bitsmoe_plugin.codec.names import FACTORS as FACTORS
 from bitsmoe_plugin.codec.names import FORMAT_VERSION as FORMAT_VERSION
@@ -210,37 +210,26 @@ def _starts(sizes: Tensor) -> tuple[list[list[int]], int]:
     return (ends - sizes.flatten()).view_as(sizes).tolist(), int(ends[-1])
 
 
-def pack_expert(codes: Tensor, row_bits: Tensor, widths: tuple[int, ...]) -> Tensor:
-    """Payload words ``[words]`` int32 of one factor of one expert.
+def pack_expert(codes: Tensor, row_bits: Tensor) -> Tensor:
+    """Payload words ``[words]`` int32 of one factor of one expert, on the CPU.
 
     Args:
         codes: ``[r, I]`` int32, or padded to whole blocks.
-        row_bits: ``[r]`` int64, members of ``widths``.
+        row_bits: ``[r]`` int64.
     """
-    pieces = [
-        bit_strings.pack_codes(codes[row_bits == width], width).flatten()
-        for width in sorted(widths, reverse=True)
-        if width and bool((row_bits == width).any())
-    ]
-    return torch.cat(pieces) if pieces else torch.zeros(0, dtype=torch.int32)
+    return pack_experts(codes[None], row_bits[None])[0]
 
 
-def pack_experts(codes: Tensor, row_bits: Tensor, widths: tuple[int, ...]) -> list[Tensor]:
-    """``pack_expert`` of one factor of several experts, on the CPU.
-
-    Args:
-        codes: ``[e, r, padded(I)]`` int32.
-        row_bits: ``[e, r]`` int64.
-    """
-    if gpu.available(codes):
-        return gpu.pack(codes, row_bits)
-    return [pack_expert(*expert, widths).cpu() for expert in zip(codes, row_bits, strict=True)]
+def pack_experts(codes: Tensor, row_bits: Tensor) -> list[Tensor]:
+    """``pack_expert`` of one factor of several experts: codes ``[e, r, I]``, widths ``[e, r]``."""
+    return backend_for(codes).pack(bit_strings.whole_blocks(codes), row_bits)
 
 
 def pack_row_codes(row_bits: Tensor, scale_codes: Tensor, widths: tuple[int, ...]) -> Tensor:
     """``[3, E, r]`` uint8 of widths (int64) and scale codes (uint8, below 32)."""
-    lookup = torch.zeros(17, dtype=torch.int64)
-    lookup[torch.tensor(widths)] = torch.arange(len(widths))
+    device = row_bits.device
+    lookup = torch.zeros(17, dtype=torch.int64, device=device)
+    lookup[torch.tensor(widths, device=device)] = torch.arange(len(widths), device=device)
     return (lookup[row_bits] * SCALE_LEVELS + scale_codes).to(torch.uint8)
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bitsmoe_plugin.codec import trellis, uniform
-from bitsmoe_plugin.codec.backends import gpu
+from bitsmoe_plugin.codec.backends import backend_for
 from bitsmoe_plugin.codec.names import GRIDS as GRIDS
 from bitsmoe_plugin.codec.names import TILED as TILED
 
@@ -40,10 +40,9 @@ def expected_gain(width: int, grid: str, size: int) -> float:
     if not uses_trellis(width, grid):
         return 1.0
     rows = gaussian_rows(size)
-    with torch.device(rows.device):
-        weights, bits = torch.ones_like(rows), torch.full((len(rows),), width)
-        scales, distortion = uniform.best_scale(rows, weights, width)
-        values = round_rows(rows, scales.squeeze(-1), weights, bits, grid)
+    weights, bits = torch.ones_like(rows), torch.full((len(rows),), width, device=rows.device)
+    scales, distortion = uniform.best_scale(rows, weights, width)
+    values = round_rows(rows, scales.squeeze(-1), weights, bits, grid)
     ratio = (rows * values).sum(-1, keepdim=True) / values.square().sum(-1, keepdim=True)
     return float((rows - ratio * values).square().sum() / distortion.sum())
 
@@ -52,8 +51,7 @@ def expected_gain(width: int, grid: str, size: int) -> float:
 def gaussian_distortion(width: int, grid: str, size: int) -> float:
     """Squared error of Gaussian rows of ``size`` values at their best scales, relative to their energy."""
     rows = gaussian_rows(size)
-    with torch.device(rows.device):
-        distortion = uniform.best_scale(rows, torch.ones_like(rows), width)[1]
+    distortion = uniform.best_scale(rows, torch.ones_like(rows), width)[1]
     return float(distortion.sum() / rows.square().sum()) * expected_gain(width, grid, size)
 
 
@@ -75,32 +73,12 @@ def encode(rows: Tensor, scales: Tensor, weights: Tensor, bits: Tensor, grid: st
     Returns:
         ``[..., padded(n)]`` int32.
     """
-    if gpu.available(rows):
-        return gpu.rounded(rows, scales, weights, bits, grid)[0]
-    n = rows.shape[-1]
-    codes = torch.zeros(*rows.shape[:-1], padded(n), dtype=torch.int32, device=rows.device)
-    weights = weights.expand_as(rows)
-    for width in torch.unique(bits).tolist():
-        if width == 0:
-            continue
-        pick = bits == width
-        chosen, scale = rows[pick], scales[pick][:, None]
-        if uses_trellis(width, grid):
-            fill = (0, codes.shape[-1] - n)
-            scaled = torch.nn.functional.pad(chosen / scale, fill)
-            coded = trellis.encode(scaled, torch.nn.functional.pad(weights[pick], fill), width)
-            codes[pick] = coded
-        else:
-            codes[..., :n][pick] = uniform.encode(chosen, scale, width).to(torch.int32)
-    return codes
+    return rounded(rows, scales, weights, bits, grid)[0]
 
 
 def rounded(rows: Tensor, scales: Tensor, weights: Tensor, bits: Tensor, grid: str) -> tuple[Tensor, Tensor]:
     """Codes of rows as ``encode`` gives them, and their values as ``decode`` does."""
-    if gpu.available(rows):
-        return gpu.rounded(rows, scales, weights, bits, grid)
-    codes = encode(rows, scales, weights, bits, grid)
-    return codes, decode(codes, scales, bits, rows.shape[-1], grid)
+    return backend_for(rows, scales, weights).rounded(rows, scales, weights, bits, grid)
 
 
 def round_rows(rows: Tensor, scales: Tensor, weights: Tensor, bits: Tensor, grid: str) -> Tensor:

@@ -65,7 +65,7 @@ def nearby_codes(
     Args:
         low, step: broadcast against ``start``, see ``ScaleGrid``.
     """
-    offsets = torch.arange(-NEARBY, NEARBY + 1).view(-1, *[1] * start.dim())
+    offsets = torch.arange(-NEARBY, NEARBY + 1, device=start.device).view(-1, *[1] * start.dim())
     codes = (start + offsets).clamp(0, SCALE_LEVELS - 1)
     scales = torch.exp2(low + codes * step)
     width = bits[..., None]

@@ -126,8 +126,9 @@ def _slice_tiles(packed: PackedExperts, index: RowIndex, shard: Shard) -> dict[s
         return {}
     first, last = shard.blocks[0] * BLOCK, shard.blocks[1] * BLOCK
     assert first % TILE == 0, "split_blocks keeps tiles together"
+    device = packed.row_gains.device
     rows = [
-        index.row_starts[factor][expert] + torch.arange(sum(index.counts[factor][expert]))
+        index.row_starts[factor][expert] + torch.arange(sum(index.counts[factor][expert]), device=device)
         for factor in range(3)
         for expert in shard.experts
     ]

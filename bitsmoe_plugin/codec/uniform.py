@@ -16,7 +16,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from bitsmoe_plugin.codec.backends import native
+from bitsmoe_plugin.codec.backends import backend_for
 
 # Steps of the optimal uniform quantizer of a unit Gaussian with 2**bits levels. 16 bits: the
 # step that spans +-6.3 standard deviations, beyond which a larger scale takes over anyway.
@@ -111,10 +111,8 @@ def best_scale(rows: Tensor, weights: Tensor, bits: int) -> tuple[Tensor, Tensor
     Returns:
         scale ``[..., 1]`` and distortion ``[...]`` = sum of weights * error**2, both float32.
     """
-    if native.available(rows, weights):
-        scales, distortions = native.best_scales(rows, weights, bits, STEP)
-        return scales[..., None], distortions
-    return best_scale_reference(rows, weights, bits)
+    scales, distortions = backend_for(rows, weights).best_scales(rows, weights, bits)
+    return scales[..., None], distortions
 
 
 def best_scale_reference(rows: Tensor, weights: Tensor, bits: int) -> tuple[Tensor, Tensor]:
@@ -133,10 +131,4 @@ def best_scale_reference(rows: Tensor, weights: Tensor, bits: int) -> tuple[Tens
 
 def best_scales(rows: Tensor, weights: Tensor, bits: Tensor) -> Tensor:
     """Scales ``[...]`` of ``best_scale`` with a width per row, ``[...]`` int64; 0 at width 0."""
-    if native.available(rows, weights):
-        return native.best_scales(rows, weights, bits, STEP)[0]
-    scales, weights = torch.zeros_like(rows[..., 0]), weights.expand_as(rows)
-    for width in torch.unique(bits).tolist():
-        pick = bits == width
-        scales[pick] = best_scale(rows[pick], weights[pick], width)[0].squeeze(-1)
-    return scales
+    return backend_for(rows, weights).best_scales(rows, weights, bits)[0]

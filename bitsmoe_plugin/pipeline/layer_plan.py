@@ -81,7 +81,7 @@ def _corrected_costs(problem: LayerProblem, payload_bits: int) -> tuple[Tensor, 
     least = costs.shape[:-1].numel() * sizes[0]
     trial = allocate([costs.view(-1, len(widths)).cpu().numpy()], [sizes], max(payload_bits, least))
     choice = torch.from_numpy(trial.choice).to(costs.device).long().view(costs.shape[:-1])
-    bits = torch.tensor(widths)[choice[:, experts]]
+    bits = torch.tensor(widths, device=choice.device)[choice[:, experts]]
     rounded, _ = round_experts(problem, bits, experts, feedback, with_values=True)
     assert rounded.values is not None
     estimated = costs[:, experts].gather(-1, choice[:, experts, :, None]).sum()

@@ -71,7 +71,7 @@ def round_experts(
             scales[:, part],
             config.grid,
         )
-        first[i] = RoundedExperts.of(rows, bits[:2, part], config.widths, with_values)
+        first[i] = RoundedExperts.of(rows, bits[:2, part], with_values)
         waiting[i] = _refitted(problem, rows.values, bits[2, part], experts[part])
         release_free_memory()
     # Down is refitted to gate and up, but the grid of its scales must be known before its first row.
@@ -82,7 +82,7 @@ def round_experts(
         down = waiting.pop(i)
         given = down.factors, bits[2, part], down.feedback, grid, down.scales
         rows = feedback_rounding.stacked(feedback_rounding.round_along_neurons(*given, config.grid))
-        last = RoundedExperts.of(rows, bits[2:, part], config.widths, with_values)
+        last = RoundedExperts.of(rows, bits[2:, part], with_values)
         done[i] = RoundedExperts.of_all_factors(first.pop(i), last)
     return merged_experts(done, workers, problem.device), input_grid.stacked_with(grid)
 

@@ -43,12 +43,13 @@ def refit_down(problem: LayerProblem, values: Tensor, experts: list[int]) -> tup
     if not problem.config.refit:
         return down, problem.statistics.hidden_moment[experts]
     size, h = problem.shape.intermediate_size, problem.shape.hidden_size
-    moments = torch.empty(len(experts), size, size)
+    moments = torch.empty(len(experts), size, size, device=problem.device)
+    eye = torch.eye(size, device=problem.device)
     for i, expert in enumerate(experts):
         exact, rounded = _expert_hidden(problem, expert, values[:, i])
         a = problem.rows[expert].weights / h
         own, cross = weighted_products(rounded, rounded, a), weighted_products(exact, rounded, a)
-        ridge = _REFIT_RIDGE * own.diagonal().mean().clamp_min(1e-30) * torch.eye(size)
+        ridge = _REFIT_RIDGE * own.diagonal().mean().clamp_min(1e-30) * eye
         wanted = product(down[i], (cross + ridge).T)
         routed = problem.rows[expert].routed
         if problem.drift is not None:
@@ -84,7 +85,7 @@ def sampled_error(problem: LayerProblem, experts: list[int], values: Tensor) -> 
         values: ``[3, e, r, I]``, decoded factors of ``experts``.
     """
     shape, acts = problem.shape, problem.activations
-    total = torch.zeros(acts.hidden.shape[0], shape.hidden_size)
+    total = torch.zeros(acts.hidden.shape[0], shape.hidden_size, device=problem.device)
     alone = routed_alone = 0.0
     for i, expert in enumerate(experts):
         rows = problem.rows[expert]

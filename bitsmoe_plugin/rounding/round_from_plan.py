@@ -67,7 +67,7 @@ def round_as_planned(
             rows = round_along_rank(
                 factors, bits, feedback, inner[:, part], grid, scales[:, part], config.grid, in_place=True
             )
-            done[i] = RoundedExperts.of(rows, bits, config.widths, with_values=False)
+            done[i] = RoundedExperts.of(rows, bits, with_values=False)
             release_free_memory()
         rounded = merged_experts(done, workers, device)
         return pack_layer(rounded, grid, bases, row_bits, config.widths)

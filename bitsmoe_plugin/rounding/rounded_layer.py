@@ -32,13 +32,9 @@ class RoundedExperts:
     values: Tensor | None
 
     @staticmethod
-    def of(
-        rows: feedback_rounding.RoundedRows, bits: Tensor, widths: tuple[int, ...], with_values: bool
-    ) -> RoundedExperts:
+    def of(rows: feedback_rounding.RoundedRows, bits: Tensor, with_values: bool) -> RoundedExperts:
         """Packed rows of some factors ``[factors, e, r, ...]`` at ``bits`` alike."""
-        words = [
-            layout.pack_experts(codes, width, widths) for codes, width in zip(rows.codes, bits, strict=True)
-        ]
+        words = [layout.pack_experts(codes, width) for codes, width in zip(rows.codes, bits, strict=True)]
         return RoundedExperts(words, rows.scale_codes, rows.errors, rows.values if with_values else None)
 
     def to(self, device: torch.device | str) -> RoundedExperts:

@@ -63,8 +63,8 @@ def gaussian_scale(bits: int, grid: str, size: int, widened: bool) -> float:
         return 0.0
     rows = row_codec.gaussian_rows(size)
     choose = unbiased_scales if widened else best_scales
-    with torch.device(rows.device):
-        scales = choose(rows, torch.ones_like(rows), torch.full((len(rows),), bits), grid)
+    widths = torch.full((len(rows),), bits, device=rows.device)
+    scales = choose(rows, torch.ones_like(rows), widths, grid)
     return float((scales / rows.square().mean(-1).sqrt()).mean())
 
 
@@ -76,7 +76,7 @@ def model_scales(variance: Tensor, bits: Tensor, grid: str, size: int, widened: 
         size: values of a row.
         widened: see ``unbiased_scales``.
     """
-    table = torch.zeros(17)
+    table = torch.zeros(17, device=variance.device)
     for width in torch.unique(bits).tolist():
         table[width] = gaussian_scale(width, grid, size, widened)
     return variance.clamp_min(0).sqrt() * table[bits]

@@ -226,7 +226,8 @@ def rank_variances(problem: LayerProblem, known: dict[int, Feedback]) -> Tensor:
         return torch.stack([rank_feedback(problem, expert).variance for expert in experts], 1)
     total = torch.stack([input_variance(*_seen_by(problem, expert)) for expert in experts], 1)
     total += config.damping * total.mean(-1, keepdim=True).clamp_min(1e-30)
-    share = torch.tensor([own_share(rows, rank, config.covariance_prior) for rows in problem.rows])
+    shares = [own_share(rows, rank, config.covariance_prior) for rows in problem.rows]
+    share = torch.tensor(shares, device=problem.device)
     exact = torch.stack([feedback.variance for feedback in known.values()], 1)
     sample = list(known)
     left = (exact / total[:, sample]).log().mean(1, keepdim=True)

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from bitsmoe_plugin.codec import layout, row_codec, scale_grid
-from bitsmoe_plugin.codec.backends import gpu
+from bitsmoe_plugin.codec.backends.gpu import TRITON
+from bitsmoe_plugin.codec.backends.reference import REFERENCE
 from bitsmoe_plugin.codec.scale_grid import ScaleGrid
 from bitsmoe_plugin.presets import ALL_WIDTHS
 from bitsmoe_plugin.rounding import feedback_rounding
@@ -38,9 +39,8 @@ def moved(*tensors: Tensor) -> list[Tensor]:
 
 def check_rows(rows: Tensor, scales: Tensor, weights: Tensor, bits: Tensor, grid: str) -> None:
     """Codes cost what those of plain torch do and are mostly the same; values are what they stand for."""
-    found, values = (t.cpu() for t in gpu.rounded(*moved(rows, scales, weights, bits), grid))
-    wanted = row_codec.encode(rows, scales, weights, bits, grid)
-    decoded = row_codec.decode(wanted, scales, bits, rows.shape[-1], grid)
+    found, values = (t.cpu() for t in TRITON.rounded(*moved(rows, scales, weights, bits), grid))
+    wanted, decoded = REFERENCE.rounded(rows, scales, weights, bits, grid)
     assert found.shape == wanted.shape
     assert (found == wanted).float().mean() > SAME
     assert torch.allclose(
@@ -81,7 +81,7 @@ def test_scales_are_those_of_plain_torch() -> None:
     start[0, :3], start[1, :3] = 0, 31
     low, step = torch.full((bits.shape[1],), -3.0), torch.full((bits.shape[1],), 0.2)
     arguments = rows, weights, bits, start, low, step
-    code, scale = (t.cpu() for t in gpu.choose_scales(*moved(*arguments)))
+    code, scale = (t.cpu() for t in TRITON.choose_scales(*moved(*arguments)))
     wanted = scale_grid.nearby_codes(*arguments)
     assert torch.equal(code[bits > 0], wanted[bits > 0])
     assert torch.allclose(scale, torch.exp2(low + code * step), rtol=1e-6)
@@ -92,10 +92,10 @@ def test_packed_words_are_those_of_the_cpu() -> None:
     bits = torch.tensor([ALL_WIDTHS, ALL_WIDTHS[::-1], [0] * len(ALL_WIDTHS)])
     codes = torch.randint(2**16, (*bits.shape, 64), generator=torch.Generator().manual_seed(0))
     codes = (codes % 2 ** bits[..., None]).to(torch.int32)
-    found = gpu.pack(*moved(codes, bits))
+    found = TRITON.pack(*moved(codes, bits))
     for words, own, width in zip(found, codes, bits, strict=True):
         assert words.device.type == "cpu"
-        assert torch.equal(words, layout.pack_expert(own, width, ALL_WIDTHS))
+        assert torch.equal(words, layout.pack_expert(own, width))
 
 
 @pytest.mark.parametrize("passed_on", [True, False])
@@ -103,8 +103,7 @@ def test_rounding_along_the_rank_agrees_with_plain_torch(
     passed_on: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Errors reach the rows after; without feedback rows are rounded in groups."""
-    monkeypatch.setattr(gpu, "available", lambda *_: True)
-    monkeypatch.setattr(feedback_rounding, "_GPU_VALUES", 200)
+    monkeypatch.setattr(TRITON, "values_together", 200)
     factors, moments = normal(2, 2, 5, 40), normal(1, 2, 5, 8, seed=1)
     moments = moments @ moments.transpose(-1, -2)
     feedback = Feedback.of(moments, 0.01)
@@ -113,14 +112,13 @@ def test_rounding_along_the_rank_agrees_with_plain_torch(
     bits = torch.tensor([0, 2, 3, 6, 4]).expand(2, 2, 5)
     grid = ScaleGrid(torch.full((2, 5), -2.0).half(), torch.full((2, 5), 0.1).half())
     weights, scales = normal(2, 2, 40, seed=2).abs(), torch.full((2, 2, 5), 0.9)
-    with torch.device(DEVICE):
-        there = Feedback(*(None if t is None else t.to(DEVICE) for t in vars(feedback).values()))
-        found = feedback_rounding.round_along_rank(
-            *moved(factors, bits), there, weights.to(DEVICE), ScaleGrid(*moved(grid.low, grid.step)),
-            scales.to(DEVICE), "uniform",
-        )  # fmt: skip
+    there = Feedback(*(None if t is None else t.to(DEVICE) for t in vars(feedback).values()))
+    found = feedback_rounding.round_along_rank(
+        *moved(factors, bits), there, weights.to(DEVICE), ScaleGrid(*moved(grid.low, grid.step)),
+        scales.to(DEVICE), "uniform", backend=TRITON,
+    )  # fmt: skip
     wanted = feedback_rounding.round_along_rank(
-        factors, bits, feedback, weights, grid, scales, "uniform", fast=False
+        factors, bits, feedback, weights, grid, scales, "uniform", backend=REFERENCE
     )
     assert (found.codes.cpu() == wanted.codes).float().mean() > SAME
     assert torch.allclose(found.errors.sum().cpu(), wanted.errors.sum(), rtol=1e-3)

@@ -91,7 +91,7 @@ def random_layer(seed: int, widths: tuple[int, ...] = ALL_WIDTHS) -> tuple[Packe
     scale_codes = torch.randint(SCALE_LEVELS, (3, e, r), generator=g, dtype=torch.uint8)
     low, step = torch.randn(2, 3, r, generator=g).half()
     scale_grid = ScaleGrid(low, step.abs() / 4)
-    words = [layout.pack_expert(codes[f, i], row_bits[f, i], widths) for f in range(3) for i in range(e)]
+    words = [layout.pack_expert(codes[f, i], row_bits[f, i]) for f in range(3) for i in range(e)]
     basis, scales = layout.pack_basis(quantize_basis(torch.randn(7, 16, dtype=torch.double), 4, 16))
     packed = PackedExperts(
         layout.pack_row_codes(row_bits, scale_codes, widths),
@@ -184,7 +184,7 @@ def test_dropped_rows_are_absent() -> None:
     row_bits = torch.zeros(3, 3, 7, dtype=torch.int64)
     row_bits[:, 2, 4] = 3
     codes = random_codes(7, 64, 3, 0)
-    words = [layout.pack_expert(codes, row_bits[f, e], (0, 3)) for f in range(3) for e in range(3)]
+    words = [layout.pack_expert(codes, row_bits[f, e]) for f in range(3) for e in range(3)]
     assert [len(w) for w in words] == [0, 0, 2 * 3] * 3
     row_codes = layout.pack_row_codes(row_bits, torch.zeros(3, 3, 7, dtype=torch.uint8), (0, 3))
     index = layout.index_rows(row_codes, (0, 3), SHAPE)
@@ -248,7 +248,7 @@ def test_counted_bits_are_stored_bits(bits: int, hidden: int, group_size: int, i
     packed = PackedExperts(
         layout.pack_row_codes(row_bits, zeros.to(torch.uint8), ALL_WIDTHS),
         layout.pack_scale_grid(grid),
-        torch.cat([layout.pack_expert(codes, bits_, ALL_WIDTHS) for bits_ in row_bits.flatten(0, 1)]),
+        torch.cat([layout.pack_expert(codes, bits_) for bits_ in row_bits.flatten(0, 1)]),
         *(*read, *write),
     )
     words = int(row_bits.sum()) * shape.blocks

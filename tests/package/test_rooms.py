@@ -19,6 +19,10 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "bitsmoe_plugin"
 CORE = {"spectral": set(), "allocation": {"highspy"}, "rounding": set(), "codec": {"triton"}}
 """Rooms of the numerical core -> what they import besides torch, numpy and the standard library."""
+FACTORIES = {
+    *("arange", "empty", "eye", "full", "linspace", "ones", "rand", "randint", "randn", "randperm"),
+    *("scalar_tensor", "tensor", "tril_indices", "triu_indices", "zeros"),
+}
 NOT_FOR_THE_CORE = {"argparse", "subprocess", "socket", "urllib", "http"}
 
 
@@ -38,6 +42,22 @@ def test_the_core_imports_numbers_alone(room: str) -> None:
     assert len(files) > 4
     surplus = {f"{path.relative_to(ROOT)}: {name}" for path in files for name in imported(path) - allowed}
     assert not surplus
+
+
+@pytest.mark.parametrize("room", [*CORE, "calibration"])
+def test_tensors_are_made_on_a_device_that_is_named(room: str) -> None:
+    """Guards tensors that are right only where an ambient device is set, or none is."""
+    made, unnamed = 0, set()
+    for path in (PACKAGE / room).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in {
+                f"torch.{name}" for name in FACTORIES
+            }:
+                made += 1
+                if "device" not in {keyword.arg for keyword in node.keywords}:
+                    unnamed.add(f"{path.relative_to(ROOT)}:{node.lineno}: {ast.unparse(node)}")
+    assert made > 1
+    assert not unnamed
 
 
 def test_each_room_says_what_goes_in_and_what_comes_out() -> None:

@@ -9,6 +9,9 @@ from torch import Tensor
 
 from bitsmoe_plugin.base import native
 from bitsmoe_plugin.codec import row_codec, uniform
+from bitsmoe_plugin.codec.backends import RoundingBackend
+from bitsmoe_plugin.codec.backends.native import COMPILED
+from bitsmoe_plugin.codec.backends.reference import REFERENCE
 from bitsmoe_plugin.codec.row_codec import GRIDS
 from bitsmoe_plugin.codec.scale_grid import SCALE_LEVELS, ScaleGrid
 from bitsmoe_plugin.rounding import feedback_rounding, row_scales
@@ -117,8 +120,8 @@ def test_feedback_factors_the_damped_moments() -> None:
 
 
 @pytest.mark.parametrize("grid", GRIDS)
-@pytest.mark.parametrize("fast", [True, False])
-def test_no_feedback_is_feedback_of_a_diagonal(grid: str, fast: bool) -> None:
+@pytest.mark.parametrize("backend", [None, REFERENCE])
+def test_no_feedback_is_feedback_of_a_diagonal(grid: str, backend: RoundingBackend | None) -> None:
     """Guards the short way through both roundings: nothing is passed on where nothing is correlated. The
     root weights of a block are the same up to their last bit, so a near tie may differ."""
     factor, bits = normal(2, EXPERTS, RANK, SIZE), mixed_widths(4)[None].repeat(2, 1, 1)
@@ -129,7 +132,7 @@ def test_no_feedback_is_feedback_of_a_diagonal(grid: str, fast: bool) -> None:
     scale_grid = ScaleGrid.covering(scales, bits > 0)
     along_rank = [
         feedback_rounding.round_along_rank(
-            factor, bits, Feedback(units, variance[None]), ones, scale_grid, scales, grid, fast=fast
+            factor, bits, Feedback(units, variance[None]), ones, scale_grid, scales, grid, backend=backend
         )
         for units in (None, unit)
     ]
@@ -162,9 +165,9 @@ def test_compiled_rounding_is_as_good_as_the_reference(name: str, grid: str) -> 
         scale_grid = ScaleGrid.covering(scales, bits > 0)
         fast, slow = (
             feedback_rounding.round_along_rank(
-                factor, bits, feedback, weights, scale_grid, scales, grid, fast=fast
+                factor, bits, feedback, weights, scale_grid, scales, grid, backend=backend
             )
-            for fast in (True, False)
+            for backend in (COMPILED, REFERENCE)
         )
     finally:
         native.select(None)

@@ -128,15 +128,7 @@ def _with_values(make: Any) -> Any:
 
 @contextmanager
 def pretended_device(monkeypatch: pytest.MonkeyPatch, triton: bool) -> Iterator[torch.device]:
-    """The device, while this is entered; with or without the kernels of ``backends.gpu``."""
-
-    @contextmanager
-    def computing_on(device: torch.device) -> Iterator[None]:
-        with device:
-            yield
-
-    for module in ("rounding.layer_rounding", "pipeline.layer_plan", "spectral.layer_problem"):
-        monkeypatch.setattr(f"bitsmoe_plugin.{module}.computing_on", computing_on)
+    """The device, while this is entered; with or without its Triton kernels."""
     monkeypatch.setattr(
         "bitsmoe_plugin.spectral.layer_problem.working_set", lambda _: devices.CPU_WORKING_SET
     )

@@ -62,8 +62,7 @@ def random_layer(
         for rows in (input_bases * h, h)
     ]
     words = [
-        layout.pack_expert(c, b, widths)
-        for c, b in zip(codes.flatten(0, 1), row_bits.flatten(0, 1), strict=True)
+        layout.pack_expert(c, b) for c, b in zip(codes.flatten(0, 1), row_bits.flatten(0, 1), strict=True)
     ]
     packed = PackedExperts(
         layout.pack_row_codes(row_bits, scale_codes, widths),

@@ -1,8 +1,4 @@
-"""Rounding and packing on a GPU (``triton_kernels``): the fast paths of four modules there.
-
-Each function does what the function that calls it defines (in ``row_codec``, ``feedback_rounding`` or
-``layout``). Nothing here waits for the device, but ``pack``, once. Triton's interpreter takes tensors on the
-CPU."""
+"""Rounding and packing on a GPU (``triton_kernels``). Triton's interpreter takes tensors on the CPU."""
 
 from __future__ import annotations
 
@@ -14,7 +10,8 @@ import torch
 from torch import Tensor
 
 from bitsmoe_plugin.codec import trellis, uniform
-from bitsmoe_plugin.codec.backends import native
+from bitsmoe_plugin.codec.backends.native import per_row
+from bitsmoe_plugin.codec.backends.reference import ReferenceBackend
 from bitsmoe_plugin.codec.scale_grid import NEARBY, SCALE_LEVELS
 
 if TYPE_CHECKING:
@@ -116,73 +113,80 @@ def round_into(
     _launch("round_kernel", (count, programs), {**tensors, **sizes}, constants, 1, launch)
 
 
-def rounded(rows: Tensor, scales: Tensor, weights: Tensor, bits: Tensor, grid: str) -> tuple[Tensor, Tensor]:
-    """``row_codec.encode`` and ``row_codec.decode`` in one: codes ``[..., padded(n)]`` int32 and values."""
-    size = rows.shape[-1]
-    shared, per = native.per_row(weights, rows)
-    flat = rows.reshape(-1, size)
-    codes = torch.empty(*rows.shape[:-1], -(-size // BLOCK) * BLOCK, dtype=torch.int32, device=rows.device)
-    values = torch.empty(rows.shape, dtype=torch.float32, device=rows.device)
-    out = codes.view(len(flat), -1), values.view(flat.shape)
-    round_into(flat, scales.reshape(-1), shared, per, bits.reshape(-1), *out, grid)
-    return codes, values
+class TritonBackend(ReferenceBackend):
+    """See ``RoundingBackend``. Nothing waits for the device, but ``pack``, once."""
+
+    values_together = 2**26
+    """A few launches serve them all."""
+
+    def rounded(
+        self, rows: Tensor, scales: Tensor, weights: Tensor, bits: Tensor, grid: str
+    ) -> tuple[Tensor, Tensor]:
+        size = rows.shape[-1]
+        shared, per = per_row(weights, rows)
+        flat = rows.reshape(-1, size)
+        codes = torch.empty(
+            *rows.shape[:-1], -(-size // BLOCK) * BLOCK, dtype=torch.int32, device=rows.device
+        )
+        values = torch.empty(rows.shape, dtype=torch.float32, device=rows.device)
+        out = codes.view(len(flat), -1), values.view(flat.shape)
+        round_into(flat, scales.reshape(-1), shared, per, bits.reshape(-1), *out, grid)
+        return codes, values
+
+    def choose_scales(
+        self,
+        rows: Tensor,
+        weights: Tensor,
+        bits: Tensor,
+        start: Tensor,
+        low: Tensor,
+        step: Tensor,
+        launch: Launcher | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """``launch``: instead of a launch on the current stream."""
+        size = rows.shape[-1]
+        shared, per = per_row(weights, rows)
+        flat = rows.reshape(-1, size)
+        codes = torch.empty(start.shape, dtype=torch.uint8, device=rows.device)
+        scales = torch.empty(start.shape, dtype=torch.float32, device=rows.device)
+        tensors: dict[str, Any] = {"rows": flat, "weights": shared, "widths": _bytes(bits)}
+        tensors |= {"start": start.contiguous(), "low": low.expand_as(start).contiguous()}
+        tensors |= {"step": step.expand_as(start).contiguous(), "steps": uniform.steps(rows.device)}
+        tensors |= {"scale_codes": codes, "scales": scales}
+        sizes = {"size": size, "row_stride": flat.stride(0), "rows_per_weights": per}
+        columns = min(_COLUMNS, max(32, 1 << (size - 1).bit_length()))
+        constants = {"NEARBY": NEARBY, "LEVELS": SCALE_LEVELS, "COLUMNS": columns}
+        _launch("choose_kernel", (len(flat),), {**tensors, **sizes}, constants, 4, launch)
+        return codes, scales
+
+    def _add_product(self, total: Tensor, share: Tensor, row: Tensor) -> None:
+        total.addcmul_(share, row)
+
+    def pack(
+        self, codes: Tensor, bits: Tensor, launch: Launcher | None = None, on_gpu: bool | None = None
+    ) -> list[Tensor]:
+        """``launch``: instead of a launch on the current stream; ``on_gpu``: see ``round_into``."""
+        experts, _, size = codes.shape
+        order = torch.argsort(-bits, dim=-1, stable=True)
+        words = bits * (size // BLOCK)
+        ends = words.gather(1, order).flatten().cumsum(0)
+        starts = torch.empty_like(words)
+        starts.scatter_(1, order, (ends - words.gather(1, order).flatten()).view_as(words))
+        own = words.sum(1).tolist()
+        payload = torch.empty(sum(own), dtype=torch.int32, device=codes.device)
+        if sum(own):
+            compiled = codes.device.type == "cuda" if on_gpu is None else on_gpu
+            blocks, programs = _programs(size // BLOCK, compiled)
+            flat = codes.reshape(-1, size)
+            arguments = {
+                "codes": flat,
+                "widths": _bytes(bits),
+                "starts": starts.flatten(),
+                "payload": payload,
+            }
+            grid = (experts * bits.shape[1], programs)
+            _launch("pack_kernel", grid, {**arguments, "size": size}, {"BLOCKS": blocks}, 1, launch)
+        return list(payload.cpu().split(own))
 
 
-def choose_scales(
-    rows: Tensor,
-    weights: Tensor,
-    bits: Tensor,
-    start: Tensor,
-    low: Tensor,
-    step: Tensor,
-    launch: Launcher | None = None,
-) -> tuple[Tensor, Tensor]:
-    """``scale_grid.nearby_codes``: codes uint8 and scales float32, both ``[...]``, of rows ``[..., n]``.
-
-    Args:
-        weights: broadcast against ``rows``.
-        start: planned codes ``[...]``, float32.
-        low, step: broadcast against ``start``.
-    """
-    size = rows.shape[-1]
-    shared, per = native.per_row(weights, rows)
-    flat = rows.reshape(-1, size)
-    codes = torch.empty(start.shape, dtype=torch.uint8, device=rows.device)
-    scales = torch.empty(start.shape, dtype=torch.float32, device=rows.device)
-    tensors: dict[str, Any] = {"rows": flat, "weights": shared, "widths": _bytes(bits)}
-    tensors |= {"start": start.contiguous(), "low": low.expand_as(start).contiguous()}
-    tensors |= {"step": step.expand_as(start).contiguous(), "steps": uniform.steps(rows.device)}
-    tensors |= {"scale_codes": codes, "scales": scales}
-    sizes = {"size": size, "row_stride": flat.stride(0), "rows_per_weights": per}
-    columns = min(_COLUMNS, max(32, 1 << (size - 1).bit_length()))
-    constants = {"NEARBY": NEARBY, "LEVELS": SCALE_LEVELS, "COLUMNS": columns}
-    _launch("choose_kernel", (len(flat),), {**tensors, **sizes}, constants, 4, launch)
-    return codes, scales
-
-
-def pack(
-    codes: Tensor, bits: Tensor, launch: Launcher | None = None, on_gpu: bool | None = None
-) -> list[Tensor]:
-    """Payload words of the rows of every expert's factor, int32 on the CPU; see ``layout.pack_expert``.
-
-    Args:
-        codes: ``[pairs, r, n]`` int32, whole blocks.
-        bits: ``[pairs, r]`` int64.
-        on_gpu: see ``round_into``.
-    """
-    pairs, _, size = codes.shape
-    order = torch.argsort(-bits, dim=-1, stable=True)
-    words = bits * (size // BLOCK)
-    ends = words.gather(1, order).flatten().cumsum(0)
-    starts = torch.empty_like(words)
-    starts.scatter_(1, order, (ends - words.gather(1, order).flatten()).view_as(words))
-    own = words.sum(1).tolist()
-    payload = torch.empty(sum(own), dtype=torch.int32, device=codes.device)
-    if sum(own):
-        compiled = codes.device.type == "cuda" if on_gpu is None else on_gpu
-        blocks, programs = _programs(size // BLOCK, compiled)
-        flat = codes.reshape(-1, size)
-        arguments = {"codes": flat, "widths": _bytes(bits), "starts": starts.flatten(), "payload": payload}
-        grid = (pairs * bits.shape[1], programs)
-        _launch("pack_kernel", grid, {**arguments, "size": size}, {"BLOCKS": blocks}, 1, launch)
-    return list(payload.cpu().split(own))
+TRITON = TritonBackend()

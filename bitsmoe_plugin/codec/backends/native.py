@@ -1,8 +1,6 @@
-"""Rounding and packing in compiled C (``base/native/csrc/rounding*``): the fast paths of four modules.
+"""Rounding and packing in compiled C (``base/native/csrc/rounding*``), on the CPU.
 
-Each function does what the function that calls it defines (in ``uniform``, ``trellis.search``,
-``feedback_rounding`` or ``layout``), which stays as the reference and is used without the compiled library.
-Sums are taken in another order, so that a choice between nearly equal codes may differ.
+Sums are taken in another order than by the reference, so that a choice between nearly equal codes may differ.
 """
 
 from __future__ import annotations
@@ -15,6 +13,9 @@ import torch
 from torch import Tensor
 
 from bitsmoe_plugin.base.native import library, pointer
+from bitsmoe_plugin.codec import row_codec, trellis, uniform
+from bitsmoe_plugin.codec.backends.interface import RankRows
+from bitsmoe_plugin.codec.backends.reference import ReferenceBackend
 
 _MOST_BITS = 16
 _MOST_TRELLIS_BITS = 4
@@ -52,21 +53,25 @@ def _library() -> ctypes.CDLL:
     lib.bitsmoe_round_rank.argtypes = [grids, POINTER(_RankRows), c_int]
     lib.bitsmoe_rank_rows_bytes.restype = c_int64
     built_from = lib.bitsmoe_rank_rows_bytes()  # other sources, if the package was not installed since
-    assert built_from == ctypes.sizeof(_RankRows), "fast_rounding.py and csrc/rounding.c disagree"
+    assert built_from == ctypes.sizeof(_RankRows), "codec/backends/native.py and csrc/rounding.c disagree"
     return lib
 
 
 def available(*tensors: Tensor) -> bool:
-    """Whether there is a compiled library, and the tensors are what it reads."""
-    return library() is not None and all(t.device.type == "cpu" and t.dtype == torch.float32 for t in tensors)
+    """Whether there is a compiled library, and the tensors are what it reads: real ones in float32."""
+    return library() is not None and all(
+        t.device.type == "cpu" and (t.dtype == torch.float32 or not t.is_floating_point()) for t in tensors
+    )
 
 
-def _grids(steps: dict[int, float], tables: dict[int, Tensor]) -> _Grids:
+def _grids(grid: str) -> _Grids:
+    """Steps and, for rows that are trellis-coded, tables; of a grid of ``row_codec.GRIDS``."""
     grids = _Grids()
-    for bits, step in steps.items():
+    for bits, step in uniform.STEP.items():
         grids.step[bits] = step
-    for bits, table in tables.items():
-        grids.table[bits] = pointer(table)
+    for bits in trellis.WIDTHS:
+        if row_codec.uses_trellis(bits, grid):
+            grids.table[bits] = pointer(trellis.table(bits))
     return grids
 
 
@@ -77,106 +82,69 @@ def per_row(weights: Tensor, rows: Tensor) -> tuple[Tensor, int]:
     return weights.expand_as(rows).reshape(-1, rows.shape[-1]).contiguous(), 1
 
 
-def trellis_codes(table: Tensor, rows: Tensor, weights: Tensor, bits: int) -> Tensor:
-    """See ``trellis.search.search``."""
-    blocks, weights = rows.contiguous(), weights.contiguous()
-    codes = torch.empty(rows.shape, dtype=torch.int32)
-    count = rows.numel() // 32
-    threads = torch.get_num_threads()
-    if _library().bitsmoe_trellis_codes(
-        pointer(blocks), pointer(weights), count, pointer(table), bits, pointer(codes), threads
-    ):
-        raise MemoryError("no memory for the trellis search")
-    return codes
+class CompiledBackend(ReferenceBackend):
+    """See ``RoundingBackend``."""
+
+    def trellis_codes(self, values: Tensor, rows: Tensor, weights: Tensor, bits: int) -> Tensor:
+        blocks, weights = rows.contiguous(), weights.contiguous()
+        codes = torch.empty(rows.shape, dtype=torch.int32, device="cpu")
+        count = rows.numel() // 32
+        threads = torch.get_num_threads()
+        if _library().bitsmoe_trellis_codes(
+            pointer(blocks), pointer(weights), count, pointer(values), bits, pointer(codes), threads
+        ):
+            raise MemoryError("no memory for the trellis search")
+        return codes
+
+    def best_scales(self, rows: Tensor, weights: Tensor, bits: int | Tensor) -> tuple[Tensor, Tensor]:
+        widths = torch.as_tensor(bits, dtype=torch.uint8, device="cpu").expand(rows.shape[:-1]).contiguous()
+        weights, per = per_row(weights, rows)
+        rows = rows.contiguous()
+        scales, distortions = rows.new_empty(rows.shape[:-1]), rows.new_empty(rows.shape[:-1])
+        _library().bitsmoe_best_scales(
+            *(_grids("uniform"), pointer(rows), pointer(weights), per, widths.numel(), rows.shape[-1]),
+            *(pointer(widths), pointer(scales), pointer(distortions), torch.get_num_threads()),
+        )
+        return scales, distortions
+
+    def choose_scales(
+        self, rows: Tensor, weights: Tensor, bits: Tensor, start: Tensor, low: Tensor, step: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        widths = bits.to(torch.uint8).contiguous()
+        weights, per = per_row(weights, rows)
+        rows, start = rows.contiguous(), start.contiguous()
+        lows, steps = low.expand_as(start).contiguous(), step.expand_as(start).contiguous()
+        codes = torch.empty_like(widths)
+        _library().bitsmoe_choose_scales(
+            *(_grids("uniform"), pointer(rows), pointer(weights), per, widths.numel(), rows.shape[-1]),
+            *(pointer(widths), pointer(start), pointer(lows), pointer(steps), widths.numel()),
+            *(pointer(codes), torch.get_num_threads()),
+        )
+        return codes, torch.exp2(low + codes * step)
+
+    def round_rank(self, rows: RankRows, first: int, last: int, target: Tensor, grid: str) -> None:
+        rank, size = rows.work.shape[-2:]
+        floats = (rows.work, target, rows.weights, rows.low, rows.step, rows.values, rows.errors)
+        # What was computed before could be of another dtype, in autocast: memory would be read past its end.
+        assert all(tensor.dtype == torch.float32 for tensor in floats)
+        units = 1 if rows.unit is None else rows.unit.numel() // rank**2
+        given = _RankRows(
+            *(rows.bits.numel() // rank, units, rank, first, last),
+            *(size, rows.codes.shape[-1], rows.bits.shape[1]),
+            *(pointer(rows.weights), None if rows.unit is None else pointer(rows.unit)),
+            *(pointer(tensor) for tensor in (rows.bits, rows.start, rows.low, rows.step)),
+            *(pointer(tensor) for tensor in (rows.work, target, rows.scale_codes)),
+            *(pointer(tensor) for tensor in (rows.codes, rows.values, rows.errors)),
+        )
+        grids, threads = _grids(grid), torch.get_num_threads()
+        if _library().bitsmoe_round_rank(ctypes.byref(grids), ctypes.byref(given), threads):
+            raise MemoryError("no memory for rounding")
+
+    def pack_codes(self, codes: Tensor, bits: int) -> Tensor:
+        words = torch.empty(codes.shape[0], codes.shape[1] // 32 * bits, dtype=torch.int32, device="cpu")
+        codes, threads = codes.to(torch.int32).contiguous(), torch.get_num_threads()
+        _library().bitsmoe_pack(pointer(codes), codes.numel() // 32, bits, pointer(words), threads)
+        return words
 
 
-def pack(codes: Tensor, bits: int) -> Tensor:
-    """See ``bit_strings.pack_codes``; codes ``[rows, n]`` int32, whole blocks."""
-    words = torch.empty(codes.shape[0], codes.shape[1] // 32 * bits, dtype=torch.int32)
-    codes, threads = codes.contiguous(), torch.get_num_threads()
-    _library().bitsmoe_pack(pointer(codes), codes.numel() // 32, bits, pointer(words), threads)
-    return words
-
-
-def best_scales(
-    rows: Tensor, weights: Tensor, bits: Tensor | int, steps: dict[int, float]
-) -> tuple[Tensor, Tensor]:
-    """See ``uniform.best_scale``, here with a width per row.
-
-    Args:
-        bits: ``[...]``, or one for all.
-
-    Returns:
-        scales and distortions, both ``[...]`` float32.
-    """
-    widths = torch.as_tensor(bits, dtype=torch.uint8).expand(rows.shape[:-1]).contiguous()
-    weights, per = per_row(weights, rows)
-    rows = rows.contiguous()
-    scales, distortions = rows.new_empty(rows.shape[:-1]), rows.new_empty(rows.shape[:-1])
-    _library().bitsmoe_best_scales(
-        *(_grids(steps, {}), pointer(rows), pointer(weights), per, widths.numel(), rows.shape[-1]),
-        *(pointer(widths), pointer(scales), pointer(distortions), torch.get_num_threads()),
-    )
-    return scales, distortions
-
-
-def choose_scales(
-    rows: Tensor,
-    weights: Tensor,
-    bits: Tensor,
-    start: Tensor,
-    low: Tensor,
-    step: Tensor,
-    steps: dict[int, float],
-) -> Tensor:
-    """Scale codes ``[..., r]`` uint8 of rows ``[..., r, n]``, see ``feedback_rounding``.
-
-    Args:
-        low, step: ``[r]``.
-    """
-    widths = bits.to(torch.uint8).contiguous()
-    weights, per = per_row(weights, rows)
-    rows, start, low, step = (tensor.contiguous() for tensor in (rows, start, low, step))
-    codes = torch.empty_like(widths)
-    _library().bitsmoe_choose_scales(
-        *(_grids(steps, {}), pointer(rows), pointer(weights), per, widths.numel(), rows.shape[-1]),
-        *(pointer(widths), pointer(start), pointer(low), pointer(step), len(low)),
-        *(pointer(codes), torch.get_num_threads()),
-    )
-    return codes
-
-
-def round_rank(
-    first: int,
-    last: int,
-    *,
-    work: Tensor,
-    target: Tensor,
-    bits: Tensor,
-    unit: Tensor | None,
-    weights: Tensor,
-    start: Tensor,
-    low: Tensor,
-    step: Tensor,
-    scale_codes: Tensor,
-    codes: Tensor,
-    values: Tensor,
-    errors: Tensor,
-    steps: dict[int, float],
-    tables: dict[int, Tensor],
-) -> None:
-    """Rows ``first`` to ``last`` of ``feedback_rounding.round_along_rank``; the tensors are those of its
-    loop."""
-    rank, size = work.shape[-2:]
-    # What was computed before could be of another dtype, in autocast: memory would be read past its end.
-    assert all(tensor.dtype == torch.float32 for tensor in (work, target, weights, low, step, values, errors))
-    rows = _RankRows(
-        *(bits.numel() // rank, 1 if unit is None else unit.numel() // rank**2, rank, first, last),
-        *(size, codes.shape[-1], bits.shape[1]),
-        *(pointer(weights), None if unit is None else pointer(unit)),
-        *(pointer(tensor) for tensor in (bits, start, low, step)),
-        *(pointer(tensor) for tensor in (work, target, scale_codes, codes, values, errors)),
-    )
-    grids = _grids(steps, tables)
-    if _library().bitsmoe_round_rank(ctypes.byref(grids), ctypes.byref(rows), torch.get_num_threads()):
-        raise MemoryError("no memory for rounding")
+COMPILED = CompiledBackend()

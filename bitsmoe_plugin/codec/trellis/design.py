@@ -26,7 +26,8 @@ def gaussian_error(values: np.ndarray, bits: int, seed: int, blocks: int = 20_00
 
 
 def _encoded(values: np.ndarray, bits: int, seed: int, blocks: int) -> tuple[np.ndarray, np.ndarray]:
-    samples = torch.randn(blocks, trellis.BLOCK, generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    samples = torch.randn(blocks, trellis.BLOCK, generator=generator, device="cpu")
     codes = search.search(torch.from_numpy(values), samples, torch.ones_like(samples), bits)
     return samples.numpy(), trellis.windows(codes, bits).numpy()
 

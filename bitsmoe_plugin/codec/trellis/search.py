@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bitsmoe_plugin.codec.backends import native
+from bitsmoe_plugin.codec.backends import backend_for
 
 BLOCK, WINDOW = 32, 8
 _WARM = 24
@@ -32,9 +32,7 @@ def search(values: Tensor, rows: Tensor, weights: Tensor, bits: int) -> Tensor:
     Returns:
         ``[n, columns]`` int32, each below 2**bits.
     """
-    if native.available(rows, weights):
-        return native.trellis_codes(values, rows, weights, bits)
-    return search_reference(values, rows, weights, bits)
+    return backend_for(rows, weights).trellis_codes(values, rows, weights, bits)
 
 
 def search_reference(values: Tensor, rows: Tensor, weights: Tensor, bits: int) -> Tensor:
@@ -44,7 +42,9 @@ def search_reference(values: Tensor, rows: Tensor, weights: Tensor, bits: int) -
     # Only ratios of weights within a block matter; unit size keeps sums in float32's best range.
     scaled = scaled / scaled.amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
     codes = [_search_blocks(values, x, w, bits) for x, w in zip(blocks, scaled.split(_BATCH), strict=True)]
-    return torch.cat(codes).view(rows.shape) if codes else torch.empty(rows.shape, dtype=torch.int32)
+    if not codes:
+        return torch.empty(rows.shape, dtype=torch.int32, device=rows.device)
+    return torch.cat(codes).view(rows.shape)
 
 
 def _advance(

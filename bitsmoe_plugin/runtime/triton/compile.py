@@ -106,8 +106,8 @@ def rounding_launches(size: int, grid: str) -> list[Launch]:
     bits = torch.full((4,), 2)
     into = codes, torch.zeros(4, size), grid
     gpu.round_into(rows, scales, torch.ones(2, size), 2, bits, *into, recorded.append, on_gpu=True)
-    gpu.choose_scales(rows, rows, bits, scales, scales, scales, recorded.append)
-    gpu.pack(codes[None], bits[None], recorded.append, on_gpu=True)
+    gpu.TRITON.choose_scales(rows, rows, bits, scales, scales, scales, recorded.append)
+    gpu.TRITON.pack(codes[None], bits[None], recorded.append, on_gpu=True)
     return recorded
 
 
