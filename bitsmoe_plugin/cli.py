@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from bitsmoe_plugin.base.error_lines import told
 from bitsmoe_plugin.base.stdout import stdout_to_stderr
-from bitsmoe_plugin.base.tested_versions import describe_versions
+from bitsmoe_plugin.base.tested_versions import check_companions, describe_versions
 from bitsmoe_plugin.commands import parsers
 from bitsmoe_plugin.commands.source_options import OWN, source_of
-from bitsmoe_plugin.errors import BitsMoEError, ConfigError
+from bitsmoe_plugin.errors import BitsMoEError, ConfigError, VersionError
 from bitsmoe_plugin.options import OPTIONS
 
 if TYPE_CHECKING:
@@ -250,6 +250,7 @@ def _evaluate(args: argparse.Namespace, stdout: TextIO) -> None:
     _check_evaluate(args)
     source = source_of(args)
     check_if_packed(source.name)
+    source.config()
     if args.card:
         read_config(Path(source.name))  # only a packed model has a card of ours
     if args.tasks:
@@ -380,13 +381,24 @@ def run(args: argparse.Namespace, program: str = "bitsmoe") -> int:
     except KeyboardInterrupt as error:
         print(f"{program}: {error or 'interrupted; nothing was written'}", file=sys.stderr)
         return 130
-    except BaseException as error:  # panics of libraries in Rust are no Exception
+    except BaseException as raised:  # panics of libraries in Rust are no Exception
         if args.debug:
             traceback.print_exc()
+        error = _behind(raised)
         missing = _not_here(args, error)
         print(f"{program}: error: {missing}{told(error, _subject(args))}", file=sys.stderr)
         return 2 if missing or isinstance(error, BitsMoEError) else 1
     return 0
+
+
+def _behind(error: BaseException) -> BaseException:
+    """The error, or what is wrong with the installation, where that shows in errors like it."""
+    if isinstance(error, Exception) and not isinstance(error, BitsMoEError):
+        try:
+            check_companions(error)
+        except VersionError as cause:
+            return cause
+    return error
 
 
 def _subject(args: argparse.Namespace) -> str:

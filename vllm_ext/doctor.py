@@ -113,7 +113,7 @@ def name_cpu_build() -> Path:
 def _kernels() -> Iterator[Finding]:
     spec = find_spec("bitsmoe_plugin")
     folders = [] if spec is None else list(spec.submodule_search_locations or ())
-    if any(True for folder in folders for _ in Path(folder).glob("kernels/_cpu.*")):
+    if any(True for folder in folders for _ in Path(folder).glob("base/native/_cpu.*")):
         yield Finding("compiled code for CPUs")
     else:
         remedy = "install a C compiler, then this package again (until then experts are computed slowly)"

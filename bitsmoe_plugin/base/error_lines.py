@@ -11,7 +11,7 @@ from bitsmoe_plugin.errors import BitsMoEError
 
 _SUBJECT = "bitsmoe_subject"
 _LONGEST = 600
-_OURS = Path(__file__).parent
+_OURS = Path(__file__).parents[1]  # of all rooms
 _OF_PROGRAMS = (
     AssertionError,
     AttributeError,

@@ -12,7 +12,6 @@ Before anything is exchanged, all tell each other whether they have failed: an e
 from __future__ import annotations
 
 import os
-import pickle
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,6 +19,9 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch.distributed as dist
+
+from bitsmoe_plugin.base.interruption import Interrupted
+from bitsmoe_plugin.errors import BitsMoEError
 
 T = TypeVar("T")
 _TOLD = "_known_to_all_workers"
@@ -124,13 +126,11 @@ class Workers:
 
 
 def _portable(error: BaseException) -> BaseException:
-    """The error, or its text where it cannot be sent to another process."""
-    try:
-        copy = pickle.loads(pickle.dumps(error))
-    except Exception:
-        copy = None
-    same = isinstance(copy, BaseException) and str(copy) == str(error)
-    return error if same else RuntimeError(f"{type(error).__name__}: {error}")
+    """The error, or its text where other processes could not make the same from what it was made of."""
+    known = isinstance(error, (BitsMoEError, Interrupted)) or type(error).__module__ == "builtins"
+    if known and all(isinstance(part, (str, int, float, type(None))) for part in error.args):
+        return error
+    return RuntimeError(f"{type(error).__name__}: {error}")
 
 
 ALONE = Workers()

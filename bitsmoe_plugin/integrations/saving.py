@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -119,7 +120,7 @@ def check_save(model: Any, layers: Sequence[MoELayer], carried: Mapping[str, Ten
         others = carry(model, {name: _empty(tensor) for name, tensor in carried.items()})
         saved = revert_weight_conversion(model, {**planned, **packed, **others})
         _try_configs(model)
-    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, OSError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
         raise QuantizationError(
             f"transformers cannot save this model, so it is not quantized: {' '.join(str(error).split())}"
         ) from error
@@ -150,7 +151,10 @@ def _check_packed_name(name: str, saved: str) -> None:
 
 def _try_configs(model: Any) -> None:
     """Save all that is small."""
-    with tempfile.TemporaryDirectory() as folder:
+    with (
+        suppress(OSError),
+        tempfile.TemporaryDirectory() as folder,
+    ):  # of that folder's disk, not of the model
         model.config.save_pretrained(folder)
         if model.can_generate():
             model.generation_config.save_pretrained(folder)

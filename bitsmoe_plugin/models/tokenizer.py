@@ -62,8 +62,8 @@ def _refuse_code(source: ModelSource) -> None:
         return
     raise UntrustedCodeError(
         f"the tokenizer at {source.name} brings code of its own along ({', '.join(sorted(names))}), which is "
-        "run only if you say so: --trust-remote-code, or in Python "
-        "tokenizer=AutoTokenizer.from_pretrained(..., trust_remote_code=True)"
+        "run only if you say so: --trust-remote-code, or in Python tokenizer= with the tokenizer, loaded "
+        "with trust_remote_code"
     )
 
 

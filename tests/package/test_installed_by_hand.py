@@ -9,6 +9,8 @@ from wheel_support import fresh_environment, run_program, run_python
 
 from vllm_ext import doctor
 
+MODEL = Path(__file__).parents[2] / "examples" / "moe-tiny"
+TEXT = MODEL.parent / "data" / "eval.jsonl"
 NMS = "raise RuntimeError('operator torchvision::nms does not exist')\n"
 
 
@@ -31,17 +33,18 @@ def environment(installed_wheel: Path, tmp_path_factory: pytest.TempPathFactory)
 
 
 def test_a_torchvision_that_does_not_fit_is_named_with_the_remedy(environment: Path) -> None:
-    """`bitsmoe --help` was a traceback of 60 lines that ended in torchvision::nms."""
+    """Even `bitsmoe --help` was a traceback of 60 lines that ended in torchvision::nms."""
     done = run_program(environment.parents[2], "--help")
+    assert (done.returncode, done.stdout.startswith("usage: bitsmoe")) == (0, True)
+    command = ["evaluate", str(MODEL), "--dataset", str(TEXT)]
+    done = run_program(environment.parents[2], *command)
     assert (done.returncode, done.stdout) == (2, "")
     (line,) = done.stderr.splitlines()
-    assert line.startswith("bitsmoe: error: VersionError: torchvision 0.28.0 does not fit torch")
+    assert line.startswith("bitsmoe: error: torchvision 0.28.0 does not fit torch")
     assert "pip uninstall torchvision torchaudio torchcodec" in line
-    assert "`bitsmoe doctor`" in line
-    assert "Traceback" in run_program(environment.parents[2], "--help", "--debug").stderr
+    assert "Traceback" in run_program(environment.parents[2], *command, "--debug").stderr
     done = run_python(environment, "-c", "import bitsmoe_plugin", cwd=environment)
-    assert done.returncode == 1
-    assert "VersionError: torchvision 0.28.0 does not fit torch" in done.stderr.splitlines()[-1]
+    assert done.returncode == 0, done.stderr  # registering needs nothing of it
 
 
 def test_doctor_says_what_to_do_and_does_what_it_can(environment: Path, tmp_path: Path) -> None:
@@ -62,7 +65,7 @@ def test_doctor_says_what_to_do_and_does_what_it_can(environment: Path, tmp_path
     ]
     assert "pip uninstall -y torchvision" in lines[0]
     assert "bitsmoe doctor --fix" in lines[1]
-    assert "bitsmoe_plugin cannot be imported: VersionError" in lines[2]
+    assert len(lines) == 2
     shutil.rmtree(site / "torchvision")
     shutil.rmtree(site / "torchvision-0.28.0.dist-info")
     status, lines = examine("--fix")

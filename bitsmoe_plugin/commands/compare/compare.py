@@ -81,8 +81,8 @@ class ComparisonTask:
         """Raises ConfigError: an option has a value that is not allowed."""
         self.config()
         check_evaluation(self.sequence_length, self.max_tokens, None, self.batch_size)
-        for name in ("group_size", "new_tokens"):
-            check_number(name, getattr(self, name), 1, 10**9, whole=True, owner="compare")
+        for name, least in (("group_size", 1), ("new_tokens", 0)):
+            check_number(name, getattr(self, name), least, 10**9, whole=True, owner="compare")
 
     @property
     def baseline_bits(self) -> int:
@@ -267,14 +267,15 @@ def compare(task: ComparisonTask, methods: tuple[str, ...], debug: bool = False)
             )
     source = task.source
     # What is missing or damaged should not show after another method's hours.
-    tokenizer, options = load_tokenizer(source), {"chat_template_kwargs": task.chat_template_kwargs}
-    for text in (task.dataset, task.eval):
-        token_stream(load_documents(text), tokenizer, limit=1, **options)
     for path in (source.name, task.checkpoint):
         if path is not None:
             check_if_packed(path)
+    source.config()
     if Path(source.name).is_dir():
         check_folder(Path(source.name))
+    tokenizer, options = load_tokenizer(source), {"chat_template_kwargs": task.chat_template_kwargs}
+    for text in (task.dataset, task.eval):
+        token_stream(load_documents(text), tokenizer, limit=1, **options)
     rows = []
     for number, method in enumerate(methods, 1):
         print(f"[{number}/{len(methods)}] {method}", file=sys.stderr, flush=True)
