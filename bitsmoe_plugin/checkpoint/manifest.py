@@ -73,6 +73,15 @@ def packed_spec(name: str, config: BitsMoEConfig) -> PackedSpec:
             f"the model has routed experts at {name}, but the checkpoint's quantization_config describes "
             f"{', '.join(sorted(config.layers)) or 'no layers'}; its config.json is incomplete"
         )
+    return entry_spec(name, entry, config)
+
+
+def entry_spec(name: str, entry: dict[str, Any], config: BitsMoEConfig) -> PackedSpec:
+    """Sizes of a layer from its entry in ``BitsMoEConfig.layers`` and the options.
+
+    Raises:
+        CheckpointError: they are not sensible.
+    """
     is_tiled = config.grid == row_codec.TILED
     for key in (*_SIZES, "stored_rows") if is_tiled else _SIZES:
         value = entry.get(key)

@@ -1,4 +1,4 @@
-"""What a model and its config are left as while, and after, the model is quantized in place."""
+"""What a model is left as while, and after, it is quantized in place."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import nn
 
-from bitsmoe_plugin.config import BitsMoEConfig
 from bitsmoe_plugin.errors import QuantizationError
 from bitsmoe_plugin.runtime.experts import BitsMoEExperts
 
@@ -29,15 +28,13 @@ def in_evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def restored_if_it_fails(model: nn.Module, config: BitsMoEConfig) -> Iterator[None]:
-    """If an error leaves this, the config has its old manifest, and a model of which experts were replaced
-    refuses to be called and saved: their original weights are gone.
+def refused_if_it_fails(model: nn.Module) -> Iterator[None]:
+    """If an error leaves this, a model of which experts were replaced refuses to be called and saved: their
+    original weights are gone.
     """
-    layers, calibration = config.layers, config.calibration
     try:
         yield
     except BaseException as error:
-        config.layers, config.calibration = layers, calibration
         if any(isinstance(module, BitsMoEExperts) for module in model.modules()):
             _refuse_use(model, error)
         raise

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +32,7 @@ from bitsmoe_plugin.config import BitsMoEConfig
 from bitsmoe_plugin.errors import QuantizationError
 from bitsmoe_plugin.models.expert_source import ExpertSource, LoadedExperts
 from bitsmoe_plugin.models.families import MoELayer
-from bitsmoe_plugin.pipeline.model_state import in_evaluation_mode, restored_if_it_fails
+from bitsmoe_plugin.pipeline.model_state import in_evaluation_mode, refused_if_it_fails
 from bitsmoe_plugin.pipeline.plan_pass import plan_layers
 from bitsmoe_plugin.pipeline.progress import Progress, ProgressInMemory
 from bitsmoe_plugin.pipeline.progress_on_disk import ProgressOnDisk
@@ -71,18 +72,35 @@ def quantize_model(
     config.validate()
     check_choice("grid", config.grid, GRIDS)  # not that of checkpoints that were imported
     source, workers = source or LoadedExperts(model), Workers.present()
-    with workers.together(), restored_if_it_fails(model, config):
+    with workers.together(), refused_if_it_fails(model):
         _check_same(workers, source, blocks, config)
-        if config.work_dir is None:
-            return _quantize(model, blocks, config, source, ProgressInMemory(), lambda: False, workers)
-        path = Path(config.work_dir)
-        if not workers.main:
-            with deferred_interrupt() as stop:
-                return _quantize(model, blocks, config, source, ProgressInMemory(), stop, workers)
-        with locked(path), deferred_interrupt() as stop:
-            bound_to = identity(model, blocks, config, source)
-            progress = ProgressOnDisk(WorkDirectory(path), bound_to, next(model.parameters()).device)
-            return _quantize(model, blocks, config, source, progress, stop, workers)
+        manifest = _start(model, blocks, config, source, workers)
+    config.layers, config.calibration = manifest.layers, manifest.calibration
+    return config
+
+
+@dataclass(frozen=True)
+class _Manifest:
+    """What is recorded of packed layers, as ``BitsMoEConfig`` has it."""
+
+    layers: dict[str, dict[str, Any]]
+    calibration: dict[str, Any]
+
+
+def _start(
+    model: nn.Module, blocks: Tensor, config: BitsMoEConfig, source: ExpertSource, workers: Workers
+) -> _Manifest:
+    """Quantize, with progress where the options say that it is kept."""
+    if config.work_dir is None:
+        return _quantize(model, blocks, config, source, ProgressInMemory(), lambda: False, workers)
+    path = Path(config.work_dir)
+    if not workers.main:
+        with deferred_interrupt() as stop:
+            return _quantize(model, blocks, config, source, ProgressInMemory(), stop, workers)
+    with locked(path), deferred_interrupt() as stop:
+        bound_to = identity(model, blocks, config, source)
+        progress = ProgressOnDisk(WorkDirectory(path), bound_to, next(model.parameters()).device)
+        return _quantize(model, blocks, config, source, progress, stop, workers)
 
 
 def _check_same(workers: Workers, source: ExpertSource, blocks: Tensor, config: BitsMoEConfig) -> None:
@@ -108,7 +126,7 @@ def _quantize(
     progress: Progress,
     stop: Callable[[], bool],
     workers: Workers,
-) -> BitsMoEConfig:
+) -> _Manifest:
     """``quantize_model`` from what ``progress`` has on."""
     budget = model_budget(source, config)
     modules, moe = _moe_by_index(model, source.layers)
@@ -127,16 +145,15 @@ def _quantize(
             widths = workers.from_main(lambda: _allocate(run))
             if workers.main:
                 progress.finish_widths(widths)
-        config.layers = {}
         forward.restart()
-        round_layers(run, widths)
-    config.calibration = {
+        layers = round_layers(run, widths)
+    calibration = {
         "tokens": tokens,
         "held_out_tokens": blocks.numel() - tokens,
         "sha256": _digest(blocks),
         "allocation_relative_gap": widths.relative_gap,
     }
-    return config
+    return _Manifest(layers, calibration)
 
 
 def _moe_by_index(model: nn.Module, layers: list[MoELayer]) -> tuple[nn.ModuleList, dict[int, MoELayer]]:

@@ -18,7 +18,7 @@ from bitsmoe_plugin.calibration.layerwise_forward import capture_layer
 from bitsmoe_plugin.calibration.residual_gain import residual_gains
 from bitsmoe_plugin.calibration.statistics import LayerActivations
 from bitsmoe_plugin.checkpoint.energy_summary import spectrum
-from bitsmoe_plugin.checkpoint.manifest import layer_manifest, packed_spec
+from bitsmoe_plugin.checkpoint.manifest import entry_spec, layer_manifest
 from bitsmoe_plugin.codec.layout import PackedExperts
 from bitsmoe_plugin.config import BitsMoEConfig
 from bitsmoe_plugin.models.families import MoELayer, apply_gating, layer_shape, read_biases
@@ -32,13 +32,20 @@ from bitsmoe_plugin.runtime.experts import BitsMoEExperts, replace_module
 from bitsmoe_plugin.spectral.layer_problem import build_problem
 
 
-def round_layers(run: Run, widths: Widths) -> None:
-    """Second pass: round and replace the experts of every layer, and write the manifest."""
+def round_layers(run: Run, widths: Widths) -> dict[str, dict[str, Any]]:
+    """Second pass: round and replace the experts of every layer.
+
+    Returns:
+        the entry of each MoE layer in ``BitsMoEConfig.layers``, by its name.
+    """
     workers, progress, exact = run.workers, run.progress, run.forward.hidden
     kept, first = workers.from_main(lambda: (progress.layer_hidden(), progress.rounded))
+    entries = {}
     for index in range(first):
         if index in run.moe:
-            _replace(run, run.moe[index], workers.from_main(partial(progress.packed, index)))
+            packed = workers.from_main(partial(progress.packed, index))
+            _replace(run, run.moe[index], packed)
+            entries[packed.name] = packed.entry
     if kept is not None:
         exact, hidden = kept
         run.forward.advance(hidden)
@@ -47,17 +54,19 @@ def round_layers(run: Run, widths: Widths) -> None:
         layer, exact, hidden = _round_layer(run, index, exact, widths)
         run.forward.advance(hidden)
         progress.at_once = run.forward.at_once
+        if layer is not None:
+            entries[layer.name] = layer.entry
         if workers.main:
             progress.finish_layer(index, layer, exact, hidden)
             if layer is not None:  # from now on computed from where the progress keeps it
                 _replace(run, run.moe[index], progress.packed(index))
+    return entries
 
 
 def _replace(run: Run, layer: MoELayer, packed: PackedLayer) -> None:
     """Put packed experts in the place of a layer's unquantized ones, whose memory is freed."""
-    run.config.layers[layer.name] = packed.entry
     device = next(run.model.get_submodule(layer.layer_name).parameters()).device
-    module = BitsMoEExperts(layer.module, packed_spec(layer.name, run.config))
+    module = BitsMoEExperts(layer.module, entry_spec(layer.name, packed.entry, run.config))
     module.drop_original_weights()
     module.load_packed(packed.packed)
     replace_module(run.model, layer.name, module.to(device))

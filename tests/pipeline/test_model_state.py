@@ -102,3 +102,23 @@ def test_float64_originals_are_stored_in_float32(tiny_model: Callable[..., Any])
     assert packed.kept_input.dtype == packed.output_bias.dtype == torch.int32
     logits = model(BLOCKS[:1]).logits
     assert float(((logits - reference).norm() / reference.norm()).detach()) < 0.01
+
+
+def test_the_manifest_is_set_when_all_is_done(
+    tiny_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards against passes that write into the options while others read them."""
+    config, seen, fit = options(), [], round_pass._fit_layer
+    manifest = {"model.layers.7.mlp.experts": {"num_experts": 4}}
+    config.layers = dict(manifest)
+
+    def watched(*args: Any) -> Any:
+        seen.append(config.layers == manifest and config.calibration == {})
+        return fit(*args)
+
+    monkeypatch.setattr(round_pass, "_fit_layer", watched)
+    assert quantize_model(tiny_model("qwen3_moe"), BLOCKS, config) is config
+    assert seen == [True, True]
+    assert list(config.layers) == ["model.layers.0.mlp.experts", "model.layers.1.mlp.experts"]
+    assert all(entry["report"]["calibration_error"] > 0 for entry in config.layers.values())
+    assert config.calibration["tokens"] > 0
