@@ -8,7 +8,6 @@ of AutoGPTQ and is read by ``gptq_checkpoint``. Logs go to stderr; stdout gets o
 
 import argparse
 import dataclasses
-import json
 import os
 import shutil
 import sys
@@ -17,8 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bitsmoe_plugin.base.error_lines import told
-from bitsmoe_plugin.base.stdout import stdout_to_stderr
+from bitsmoe_plugin.commands.compare.answer import answer
 from bitsmoe_plugin.commands.compare.gptq_checkpoint import ROUTED_EXPERT, count_quantized_experts
 from bitsmoe_plugin.commands.compare.gptq_quantize import read_calibration, scratch_directory
 from bitsmoe_plugin.errors import BitsMoEError
@@ -150,19 +148,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     names = [field.name for field in dataclasses.fields(AutoRoundSettings)]
     settings = AutoRoundSettings(**{name: getattr(arguments, name) for name in names})
-    try:
+
+    def quantize() -> dict[str, Any]:
         calibration = read_calibration(arguments.calibration)
-        with stdout_to_stderr() as stdout:
-            seconds = quantize_experts(
-                arguments.model, arguments.out, calibration, settings, arguments.trust_remote_code
-            )
-            record = {"quantize_seconds": round(seconds, 3), "settings": dataclasses.asdict(settings)}
-            print(json.dumps(record), file=stdout)
-    except Exception as error:
-        print(f"autoround_quantize: {error}", file=sys.stderr)
-        print(json.dumps({"error": told(error, arguments.model)}))  # for `bitsmoe compare`
-        return 1
-    return 0
+        seconds = quantize_experts(
+            arguments.model, arguments.out, calibration, settings, arguments.trust_remote_code
+        )
+        return {"quantize_seconds": round(seconds, 3), "settings": dataclasses.asdict(settings)}
+
+    return answer("autoround_quantize", arguments.model, quantize)
 
 
 if __name__ == "__main__":

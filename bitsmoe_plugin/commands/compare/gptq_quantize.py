@@ -18,8 +18,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from bitsmoe_plugin.base.error_lines import told
-from bitsmoe_plugin.base.stdout import stdout_to_stderr
+from bitsmoe_plugin.commands.compare.answer import answer
 from bitsmoe_plugin.commands.compare.gptq_checkpoint import count_quantized_experts
 from bitsmoe_plugin.errors import BitsMoEError
 
@@ -200,31 +199,26 @@ def settings_from_arguments(arguments: argparse.Namespace) -> GptqSettings:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command-line entry point."""
-    parser = build_parser()
-    arguments = parser.parse_args(argv)
+    arguments = build_parser().parse_args(argv)
     settings = settings_from_arguments(arguments)
-    try:
+
+    def quantize() -> dict[str, Any]:
         calibration = read_calibration(arguments.calibration)
-        with stdout_to_stderr() as stdout:
-            seconds, rounded = quantize_experts(
-                arguments.model,
-                arguments.out,
-                calibration,
-                settings,
-                arguments.batch_size,
-                arguments.trust_remote_code,
-            )
-            record = {
-                "quantize_seconds": round(seconds, 3),
-                "rounded_layers": rounded,
-                "settings": dataclasses.asdict(settings),
-            }
-            print(json.dumps(record), file=stdout)
-    except Exception as error:
-        print(f"gptq_quantize: {error}", file=sys.stderr)
-        print(json.dumps({"error": told(error, arguments.model)}))  # for `bitsmoe compare`
-        return 1
-    return 0
+        seconds, rounded = quantize_experts(
+            arguments.model,
+            arguments.out,
+            calibration,
+            settings,
+            arguments.batch_size,
+            arguments.trust_remote_code,
+        )
+        return {
+            "quantize_seconds": round(seconds, 3),
+            "rounded_layers": rounded,
+            "settings": dataclasses.asdict(settings),
+        }
+
+    return answer("gptq_quantize", arguments.model, quantize)
 
 
 if __name__ == "__main__":
