@@ -13,8 +13,8 @@ from torch import Tensor
 
 from bitsmoe_plugin.codec import trellis, uniform
 from bitsmoe_plugin.codec.backends import backend_for
+from bitsmoe_plugin.codec.block import BLOCK
 
-BLOCK = trellis.BLOCK
 GRIDS = ("trellis", "uniform")
 TILED = "tiled"
 """Grid of converted checkpoints (``tiled``), which nothing is quantized to."""
