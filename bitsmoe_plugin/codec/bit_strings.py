@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bitsmoe_plugin.codec import row_codec, trellis
+from bitsmoe_plugin.codec import trellis
 from bitsmoe_plugin.codec.backends import backend_for
-
-BLOCK = row_codec.BLOCK
+from bitsmoe_plugin.codec.block import BLOCK
 
 
 def pack_codes(codes: Tensor, bits: int) -> Tensor:

@@ -59,12 +59,11 @@ from torch import Tensor
 from bitsmoe_plugin.codec import bit_strings, row_codec, tiled, trellis, uniform
 from bitsmoe_plugin.codec.backends import backend_for
 from bitsmoe_plugin.codec.basis import QuantizedBasis
+from bitsmoe_plugin.codec.block import BLOCK
 from bitsmoe_plugin.codec.names import FACTORS as FACTORS
 from bitsmoe_plugin.codec.names import FORMAT_VERSION as FORMAT_VERSION
 from bitsmoe_plugin.codec.scale_grid import SCALE_LEVELS, ScaleGrid
 from bitsmoe_plugin.errors import QuantizationError
-
-BLOCK = row_codec.BLOCK
 
 
 @dataclass(frozen=True)
@@ -325,7 +324,7 @@ def _decode_words(words: Tensor, scales: Tensor, width: int, size: int, grid: st
 def fixed_bits(shape: LayerShape, basis_bits: int, basis_group_size: int, input_bases: int) -> dict[str, int]:
     """Stored bits of one layer that no allocation changes, by part."""
     h, r = shape.hidden_size, shape.rank
-    columns = h if basis_bits == 16 else -(-h // BLOCK) * BLOCK
+    columns = h if basis_bits == 16 else row_codec.padded(h)
     scales = 0 if basis_bits == 16 else 16 * r * (h // basis_group_size)
     return {
         "bases": (input_bases + 1) * (r * columns * basis_bits + scales),

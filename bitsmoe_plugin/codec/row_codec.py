@@ -13,10 +13,10 @@ from torch import Tensor
 
 from bitsmoe_plugin.codec import trellis, uniform
 from bitsmoe_plugin.codec.backends import backend_for
+from bitsmoe_plugin.codec.block import BLOCK
 from bitsmoe_plugin.codec.names import GRIDS as GRIDS
 from bitsmoe_plugin.codec.names import TILED as TILED
 
-BLOCK = trellis.BLOCK
 _SAMPLE = 2**15
 
 

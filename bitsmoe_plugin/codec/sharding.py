@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from bitsmoe_plugin.codec import layout
-from bitsmoe_plugin.codec.layout import BLOCK, LayerShape, PackedExperts, RowIndex
+from bitsmoe_plugin.codec.block import BLOCK
+from bitsmoe_plugin.codec.layout import LayerShape, PackedExperts, RowIndex
 from bitsmoe_plugin.codec.tiled import TILE, tiles
 from bitsmoe_plugin.errors import ConfigError
 

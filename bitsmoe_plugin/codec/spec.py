@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from bitsmoe_plugin.codec import layout, row_codec, tiled
+from bitsmoe_plugin.codec.block import BLOCK
 from bitsmoe_plugin.codec.layout import LayerShape
 from bitsmoe_plugin.codec.scale_grid import SCALE_LEVELS
 from bitsmoe_plugin.errors import CheckpointError
@@ -51,7 +52,7 @@ class PackedSpec:
     @property
     def split_unit(self) -> int:
         """Values of a row that tensor parallelism keeps together."""
-        return tiled.TILE if self.is_tiled else layout.BLOCK
+        return tiled.TILE if self.is_tiled else BLOCK
 
     def tensors(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Name -> (dtype, shape) of every stored tensor, see ``layout``."""
@@ -60,7 +61,7 @@ class PackedSpec:
         basis = torch.int16 if dense else torch.int32
 
         def width(columns: int) -> int:
-            return columns if dense else -(-columns // layout.BLOCK) * self.basis_bits
+            return columns if dense else -(-columns // BLOCK) * self.basis_bits
 
         def groups(columns: int) -> int:
             return columns // self.basis_group_size

@@ -17,6 +17,7 @@ from bitsmoe_plugin.checkpoint.packed_files import PackedFiles
 from bitsmoe_plugin.checkpoint.read import read_config
 from bitsmoe_plugin.checkpoint.untrusted_values import id_list, measured, number_list
 from bitsmoe_plugin.codec import layout
+from bitsmoe_plugin.codec.block import BLOCK
 from bitsmoe_plugin.codec.spec import PackedSpec
 from bitsmoe_plugin.commands.tables import layer_label, table_console
 from bitsmoe_plugin.errors import CheckpointError
@@ -111,7 +112,7 @@ def _projection_bits(spec: PackedSpec, widths: Tensor) -> dict[str, int]:
     alike = sum(sizes.get(f"bitsmoe_{name}", 0) for name in _ALIKE) // len(layout.FACTORS)
     scales = sum(sizes.get(f"bitsmoe_{name}", 0) for name in ("tile_scales", "row_gains"))
     stored = (widths > 0).sum((1, 2)).tolist()
-    payload = (layout.BLOCK * spec.shape.blocks * widths.sum((1, 2))).tolist()
+    payload = (BLOCK * spec.shape.blocks * widths.sum((1, 2))).tolist()
     return {
         factor: alike + payload[i] + scales * stored[i] // max(1, sum(stored))
         for i, factor in enumerate(layout.FACTORS)

@@ -150,11 +150,8 @@ def _check_packed_name(name: str, saved: str) -> None:
 
 
 def _try_configs(model: Any) -> None:
-    """Save all that is small."""
-    with (
-        suppress(OSError),
-        tempfile.TemporaryDirectory() as folder,
-    ):  # of that folder's disk, not of the model
+    """Save all that is small. A full disk says nothing about the model."""
+    with suppress(OSError), tempfile.TemporaryDirectory() as folder:
         model.config.save_pretrained(folder)
         if model.can_generate():
             model.generation_config.save_pretrained(folder)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from bitsmoe_plugin.codec import row_codec, uniform
 from bitsmoe_plugin.codec.backends import RankRows, RoundingBackend, backend_for
+from bitsmoe_plugin.codec.block import BLOCK
 from bitsmoe_plugin.codec.scale_grid import ScaleGrid
 from bitsmoe_plugin.spectral.error_feedback import Feedback
 
@@ -119,7 +120,7 @@ def _round_columns(target: Tensor, scale: Tensor, bits: Tensor, unit: Tensor) ->
     A trellis chooses the codes of a block together, so it cannot pass errors on inside.
     """
     work = target.clone()
-    codes = torch.zeros(*bits.shape, row_codec.BLOCK, dtype=torch.int32, device=bits.device)
+    codes = torch.zeros(*bits.shape, BLOCK, dtype=torch.int32, device=bits.device)
     scale, bits = scale[..., None], bits[..., None]
     for i in range(work.shape[-1]):
         code = uniform.encode(work[:, :, i : i + 1], scale, bits)
@@ -152,8 +153,8 @@ def round_along_neurons(
     codes = torch.empty(*bits.shape, row_codec.padded(size), dtype=torch.int32, device=factor.device)
     values, errors = torch.empty_like(factor), torch.empty_like(factor)  # errors: factor minus value
     remaining = torch.zeros(bits.shape, device=factor.device)
-    for first in range(0, size, row_codec.BLOCK):
-        last = min(first + row_codec.BLOCK, size)
+    for first in range(0, size, BLOCK):
+        last = min(first + BLOCK, size)
         own = feedback.unit[:, first:last, first:last]
         # |(target - value) root|^2 is what the block costs once later blocks have made up for it.
         root = own * feedback.variance[:, None, first:last].sqrt()
@@ -164,7 +165,7 @@ def round_along_neurons(
             value = row_codec.decode(code, scale, bits, last - first, grid)
         else:
             code, value = row_codec.rounded(target, scale, root.square().sum(-1)[:, None], bits, grid)
-        codes[:, :, first : first + row_codec.BLOCK], values[:, :, first:last] = code, value
+        codes[:, :, first : first + BLOCK], values[:, :, first:last] = code, value
         errors[:, :, first:last] = factor[:, :, first:last] - value
         remaining += ((target - value) @ root).square().sum(-1)
     return RoundedRows(codes, scale_codes, values, remaining)

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from bitsmoe_plugin.codec import row_codec, trellis
 from bitsmoe_plugin.codec import uniform as uniform_grid
-from bitsmoe_plugin.codec.row_codec import BLOCK, GRIDS
+from bitsmoe_plugin.codec.block import BLOCK
+from bitsmoe_plugin.codec.row_codec import GRIDS
 from bitsmoe_plugin.presets import ALL_WIDTHS
 
 both_grids = pytest.mark.parametrize("grid", GRIDS)

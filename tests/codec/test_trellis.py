@@ -9,7 +9,8 @@ from torch import Tensor
 
 from bitsmoe_plugin.base import native
 from bitsmoe_plugin.codec import trellis
-from bitsmoe_plugin.codec.trellis import BLOCK, WIDTHS, WINDOW
+from bitsmoe_plugin.codec.block import BLOCK
+from bitsmoe_plugin.codec.trellis import WIDTHS, WINDOW
 from bitsmoe_plugin.codec.trellis import search as trellis_search
 
 MEAN_SQUARE_ERROR = {1: 0.305, 2: 0.078, 3: 0.0201, 4: 0.0054}

@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from bitsmoe_plugin.codec import trellis, uniform
+from bitsmoe_plugin.codec import row_codec, trellis, uniform
 from bitsmoe_plugin.codec.backends.native import per_row
 from bitsmoe_plugin.codec.backends.reference import ReferenceBackend
+from bitsmoe_plugin.codec.block import BLOCK
 from bitsmoe_plugin.codec.scale_grid import NEARBY, SCALE_LEVELS
 
 if TYPE_CHECKING:
     from bitsmoe_plugin.base.triton_launch import Launcher
 
-BLOCK = trellis.BLOCK
 _BLOCKS, _COLUMNS = 1, 1024
 """Blocks per program, and values of a row that are priced at once. A search has 256 windows per block to look
 at, which is enough for a warp; a program of one warp has no other to wait for."""
@@ -125,9 +125,7 @@ class TritonBackend(ReferenceBackend):
         size = rows.shape[-1]
         shared, per = per_row(weights, rows)
         flat = rows.reshape(-1, size)
-        codes = torch.empty(
-            *rows.shape[:-1], -(-size // BLOCK) * BLOCK, dtype=torch.int32, device=rows.device
-        )
+        codes = torch.empty(*rows.shape[:-1], row_codec.padded(size), dtype=torch.int32, device=rows.device)
         values = torch.empty(rows.shape, dtype=torch.float32, device=rows.device)
         out = codes.view(len(flat), -1), values.view(flat.shape)
         round_into(flat, scales.reshape(-1), shared, per, bits.reshape(-1), *out, grid)

@@ -16,6 +16,7 @@ from bitsmoe_plugin.base.native import library, pointer
 from bitsmoe_plugin.codec import row_codec, trellis, uniform
 from bitsmoe_plugin.codec.backends.interface import RankRows
 from bitsmoe_plugin.codec.backends.reference import ReferenceBackend
+from bitsmoe_plugin.codec.block import BLOCK
 
 _MOST_BITS = 16
 _MOST_TRELLIS_BITS = 4
@@ -88,7 +89,7 @@ class CompiledBackend(ReferenceBackend):
     def trellis_codes(self, values: Tensor, rows: Tensor, weights: Tensor, bits: int) -> Tensor:
         blocks, weights = rows.contiguous(), weights.contiguous()
         codes = torch.empty(rows.shape, dtype=torch.int32, device="cpu")
-        count = rows.numel() // 32
+        count = rows.numel() // BLOCK
         threads = torch.get_num_threads()
         if _library().bitsmoe_trellis_codes(
             pointer(blocks), pointer(weights), count, pointer(values), bits, pointer(codes), threads
@@ -141,9 +142,9 @@ class CompiledBackend(ReferenceBackend):
             raise MemoryError("no memory for rounding")
 
     def pack_codes(self, codes: Tensor, bits: int) -> Tensor:
-        words = torch.empty(codes.shape[0], codes.shape[1] // 32 * bits, dtype=torch.int32, device="cpu")
+        words = torch.empty(codes.shape[0], codes.shape[1] // BLOCK * bits, dtype=torch.int32, device="cpu")
         codes, threads = codes.to(torch.int32).contiguous(), torch.get_num_threads()
-        _library().bitsmoe_pack(pointer(codes), codes.numel() // 32, bits, pointer(words), threads)
+        _library().bitsmoe_pack(pointer(codes), codes.numel() // BLOCK, bits, pointer(words), threads)
         return words
 
 

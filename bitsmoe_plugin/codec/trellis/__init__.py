@@ -23,11 +23,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bitsmoe_plugin.codec.block import BLOCK
 from bitsmoe_plugin.codec.trellis import search
 from bitsmoe_plugin.codec.trellis.tables import TABLES
 
 WINDOW = search.WINDOW
-BLOCK = search.BLOCK
 WIDTHS = (1, 2, 3, 4)
 """Wider rows use the uniform grid: at 6 bits the window would hold hardly more than one code."""
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from bitsmoe_plugin.codec import trellis
+from bitsmoe_plugin.codec.block import BLOCK
 from bitsmoe_plugin.codec.trellis import search
 
 _SIZE = 2**trellis.WINDOW
@@ -27,7 +28,7 @@ def gaussian_error(values: np.ndarray, bits: int, seed: int, blocks: int = 20_00
 
 def _encoded(values: np.ndarray, bits: int, seed: int, blocks: int) -> tuple[np.ndarray, np.ndarray]:
     generator = torch.Generator().manual_seed(seed)
-    samples = torch.randn(blocks, trellis.BLOCK, generator=generator, device="cpu")
+    samples = torch.randn(blocks, BLOCK, generator=generator, device="cpu")
     codes = search.search(torch.from_numpy(values), samples, torch.ones_like(samples), bits)
     return samples.numpy(), trellis.windows(codes, bits).numpy()
 

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from bitsmoe_plugin.codec.backends import backend_for
+from bitsmoe_plugin.codec.block import BLOCK
 
-BLOCK, WINDOW = 32, 8
+WINDOW = 8
 _WARM = 24
 """Values before a block's seam that settle its state there. Error of a 2-bit Gaussian at 12, 16, 24 and 32:
 0.0829, 0.0816, 0.0801, 0.0795."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from bitsmoe_plugin.codec import layout, row_codec
+from bitsmoe_plugin.codec.block import BLOCK
 from bitsmoe_plugin.codec.layout import PackedExperts
 from bitsmoe_plugin.codec.spec import PackedSpec
 from bitsmoe_plugin.codec.uniform import STEP
@@ -77,7 +78,7 @@ class LayerState:
 
     @property
     def blocks(self) -> int:
-        return row_codec.padded(self.size) // row_codec.BLOCK
+        return row_codec.padded(self.size) // BLOCK
 
     def bases(self, z: Tensor) -> int:
         """Input bases that the coordinates ``[T, n * r]`` stand for."""

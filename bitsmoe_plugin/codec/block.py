@@ -1,0 +1,3 @@
+"""Rows are coded, packed and split in blocks of 32 values."""
+
+BLOCK = 32
