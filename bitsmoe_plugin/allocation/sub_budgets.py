@@ -103,7 +103,14 @@ def _rows(
     # Experts that are kept have no rows, but then rows may have width 0.
     rows = [shape.num_experts * shape.rank * min(row_sizes(shape, config.widths)) for shape in shapes]
     weights = sum(shape.weights // len(FACTORS) for shape in shapes)
-    return RowGroup(chosen, factors, payload_bits, len(factors) * sum(rows), len(factors) * weights, given)
+    return RowGroup(
+        layers=chosen,
+        factors=factors,
+        payload_bits=payload_bits,
+        narrowest=len(factors) * sum(rows),
+        weights=len(factors) * weights,
+        given=given,
+    )
 
 
 def _named_layer(layers: Sequence[StoredLayer], position: int, config: BitsMoEConfig) -> RowGroup:

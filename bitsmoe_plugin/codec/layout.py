@@ -200,7 +200,15 @@ def index_rows(row_codes: Tensor, widths: tuple[int, ...], shape: LayerShape) ->
     words = (counts * torch.tensor(falling, device=counts.device)).sum(-1) * shape.blocks
     starts, total = _starts(words)
     row_starts, rows = _starts(counts.sum(-1))
-    return RowIndex(order, counts.tolist(), starts, falling, total, row_starts, rows)
+    return RowIndex(
+        order=order,
+        counts=counts.tolist(),
+        starts=starts,
+        widths=falling,
+        words=total,
+        row_starts=row_starts,
+        rows=rows,
+    )
 
 
 def _starts(sizes: Tensor) -> tuple[list[list[int]], int]:

@@ -159,7 +159,7 @@ def _workload(
     model: Any, source: LoadedExperts, others: list[torch.Tensor], config: BitsMoEConfig
 ) -> Workload:
     return Workload(
-        source.shapes,
+        shapes=source.shapes,
         tokens=config.calibration_tokens,
         experts_per_token=getattr(model.config.get_text_config(), "num_experts_per_tok", None),
         other_bytes=sum(map(_bytes, others)),

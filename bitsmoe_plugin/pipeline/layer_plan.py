@@ -63,7 +63,14 @@ def plan_layer(problem: LayerProblem, payload_bits: int) -> LayerPlan:
         else:
             costs, energies, correction = _corrected_costs(problem, payload_bits)
     kept = weights.to(cpu) if weights is not None and config.rounds_as_planned else None
-    return LayerPlan(costs.to(cpu), energies.to(cpu), problem.bases.to(cpu), correction, energy, kept)
+    return LayerPlan(
+        costs=costs.to(cpu),
+        energies=energies.to(cpu),
+        bases=problem.bases.to(cpu),
+        correction=correction,
+        output_energy=energy,
+        row_weights=kept,
+    )
 
 
 def _trial_feedback(problem: LayerProblem) -> dict[int, Feedback]:

@@ -138,7 +138,19 @@ def _quantize(
         # Smaller than chosen now: before it was interrupted, the run had too little memory for more.
         if at_once is not None and at_once < forward.at_once:
             forward.limit(at_once)
-        run = Run(model, forward, len(modules), moe, source, progress, budget, tokens, config, stop, workers)
+        run = Run(
+            model=model,
+            forward=forward,
+            layers=len(modules),
+            moe=moe,
+            source=source,
+            progress=progress,
+            budget=budget,
+            tokens=tokens,
+            config=config,
+            stop=stop,
+            workers=workers,
+        )
         widths = workers.from_main(lambda: progress.widths)
         if widths is None:
             plan_layers(run)

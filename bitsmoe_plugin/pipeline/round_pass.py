@@ -154,7 +154,14 @@ def _fit_layer(run: Run, index: int, exact: Hidden, widths: Widths) -> _FittedLa
         "super_experts": list(widths.super_experts[index]),
         "spectrum": spectrum(plan.energies, others),
     }
-    return _FittedLayer(packed, entry, exact, outputs, activations.token_weights, report)
+    return _FittedLayer(
+        packed=packed,
+        entry=entry,
+        exact=exact,
+        outputs=outputs,
+        token_weights=activations.token_weights,
+        report=report,
+    )
 
 
 def _observe(run: Run, index: int, exact: Hidden) -> tuple[Hidden, LayerActivations, Hidden, Tensor | None]:

@@ -181,20 +181,20 @@ def _collected(
     bases = bases or shared_bases(weights, stats, config)
     input_bases, inverses = bases.input_bases(), BasisInverses.of(bases)
     return LayerProblem(
-        name,
-        weights,
-        activations,
-        rows,
-        gating,
-        stats,
-        bases,
-        inverses,
-        torch.stack([product(activations.hidden.float(), basis) for basis in input_bases]),
-        pooled_covariance(input_bases, stats),
-        bases.output_basis.dequantize(),
-        config,
-        None if drift is None else product(drift.float(), inverses.output),
-        biases,
+        name=name,
+        weights=weights,
+        activations=activations,
+        rows=rows,
+        gating=gating,
+        statistics=stats,
+        bases=bases,
+        inverses=inverses,
+        z=torch.stack([product(activations.hidden.float(), basis) for basis in input_bases]),
+        pooled=pooled_covariance(input_bases, stats),
+        output_basis=bases.output_basis.dequantize(),
+        config=config,
+        drift=None if drift is None else product(drift.float(), inverses.output),
+        biases=biases,
     )
 
 

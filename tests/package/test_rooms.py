@@ -60,6 +60,29 @@ def test_tensors_are_made_on_a_device_that_is_named(room: str) -> None:
     assert not unnamed
 
 
+def test_large_dataclasses_are_built_by_keyword() -> None:
+    """Guards fields of one type that are given in the wrong order: of a class of more than five, by name."""
+    trees = {
+        path: ast.parse(path.read_text(encoding="utf-8"))
+        for package in ("bitsmoe_plugin", "vllm_ext")
+        for path in (ROOT / package).rglob("*.py")
+    }
+    fields: dict[str, int] = {}
+    for node in (node for tree in trees.values() for node in ast.walk(tree)):
+        if isinstance(node, ast.ClassDef) and any("dataclass" in ast.unparse(d) for d in node.decorator_list):
+            own = sum(isinstance(part, ast.AnnAssign) for part in node.body)
+            fields[node.name] = min(own, fields.get(node.name, own))  # of two of one name, the smaller
+    large = {name for name, count in fields.items() if count > 5}
+    assert len(large) > 20
+    positional = {
+        f"{path.relative_to(ROOT)}:{node.lineno}: {ast.unparse(node.func)}"
+        for path, tree in trees.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] in large and node.args
+    }
+    assert not positional
+
+
 def test_each_room_says_what_goes_in_and_what_comes_out() -> None:
     """Guards rooms without a purpose, and more of them than a reader keeps in mind."""
     rooms = [path.parent for path in PACKAGE.glob("*/__init__.py")]

@@ -104,13 +104,25 @@ def contest(tables: CostTables, budget: int, highest: float) -> Contest:
         positions = np.arange(tables.units)
         units = tables.gather(positions)
         return Contest(
-            positions, units, 0.0, highest, _bisect(units, budget, 0.0, highest, highest), math.inf
+            positions=positions,
+            units=units,
+            low=0.0,
+            high=highest,
+            price=_bisect(units, budget, 0.0, highest, highest),
+            step=math.inf,
         )
     low, high, taken, positions = _bracket(tables, budget, highest)
     units = tables.gather(positions)
     others = taken - units.size(units.choose(high)[0])
     price = _bisect(units, budget - others, low, high, highest)
-    return Contest(positions, units, low, high, price, float(np.diff(tables.sizes, axis=1).min()))
+    return Contest(
+        positions=positions,
+        units=units,
+        low=low,
+        high=high,
+        price=price,
+        step=float(np.diff(tables.sizes, axis=1).min()),
+    )
 
 
 def _compare(tables: CostTables, low: float, high: float) -> tuple[int, int, Ints]:
@@ -217,7 +229,14 @@ def solve(tables: CostTables, price: float) -> DualSolution:
         return float(costs.sum()), int(sizes.sum()), float(slack.sum()), float(least.sum())
 
     cost, size, slack, least = zip(*tables.map(look), strict=True)
-    return DualSolution(price, choice, math.fsum(cost), sum(size), math.fsum(slack), math.fsum(least))
+    return DualSolution(
+        price=price,
+        choice=choice,
+        cost=math.fsum(cost),
+        size=sum(size),
+        slack=math.fsum(slack),
+        least=math.fsum(least),
+    )
 
 
 def solve_within(tables: CostTables, price: float, budget: int) -> DualSolution:

@@ -163,7 +163,16 @@ def allocate(costs: Sequence[Costs], sizes: Sizes, budget: int) -> Allocation:
     if known.unpriced <= spendable:
         free = dual.solve(tables, 0.0)
         least = free.cost - free.slack
-        return Allocation(free.choice, free.cost, least, free.bound(free.size), free.size, budget, 0, 0.0)
+        return Allocation(
+            choice=free.choice,
+            objective=free.cost,
+            lower_bound=least,
+            dual_bound=free.bound(free.size),
+            size=free.size,
+            budget=budget,
+            core_units=0,
+            price=0.0,
+        )
     contest = dual.contest(tables, spendable, known.highest)
     solution = dual.solve_within(tables, contest.price, spendable)
     proven = solution.bound(spendable)
@@ -180,4 +189,13 @@ def allocate(costs: Sequence[Costs], sizes: Sizes, budget: int) -> Allocation:
             choice, objective, size = candidate, cost, taken
         if bound is not None:
             lower = max(lower, min(objective, bound))
-    return Allocation(choice, objective, lower, proven, size, budget, len(core.chosen), solution.price)
+    return Allocation(
+        choice=choice,
+        objective=objective,
+        lower_bound=lower,
+        dual_bound=proven,
+        size=size,
+        budget=budget,
+        core_units=len(core.chosen),
+        price=solution.price,
+    )

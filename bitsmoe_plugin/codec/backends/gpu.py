@@ -46,7 +46,13 @@ def _launch(
     from bitsmoe_plugin.base.triton_launch import Launch, run
     from bitsmoe_plugin.codec.backends import triton_kernels
 
-    entry = Launch(getattr(triton_kernels, kernel), grid, arguments, constants, warps)
+    entry = Launch(
+        kernel=getattr(triton_kernels, kernel),
+        grid=grid,
+        arguments=arguments,
+        constants=constants,
+        num_warps=warps,
+    )
     (launch or run)(entry)
 
 

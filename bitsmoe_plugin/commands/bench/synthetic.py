@@ -46,7 +46,15 @@ def random_layer(
     codes = torch.randint(SCALE_LEVELS, (3 * e * r,), generator=generator)
     row_codes = (rows * SCALE_LEVELS + codes).to(torch.uint8).view(3, e, r)
     words = layout.index_rows(row_codes, widths, shape).words
-    spec = PackedSpec(shape, widths, basis_bits, basis_group_size, input_bases, words, grid)
+    spec = PackedSpec(
+        shape=shape,
+        widths=widths,
+        basis_bits=basis_bits,
+        basis_group_size=basis_group_size,
+        input_bases=input_bases,
+        payload_words=words,
+        grid=grid,
+    )
     low = -2 - 4 * torch.rand((3, r), generator=generator)
     step = torch.rand((3, r), generator=generator) * 0.1
     tensors = {

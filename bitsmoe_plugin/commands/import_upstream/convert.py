@@ -149,7 +149,7 @@ class _Manifest:
 def _convert(source: Path, config: dict[str, Any], partial: Path) -> None:
     """Write everything; the config last, because it is what makes a checkpoint of the rest."""
     shapes = expert_shapes(config)
-    manifest = _Manifest(partial)
+    manifest = _Manifest(directory=partial)
     with UpstreamFiles.open(source) as files:
         layers, others = assign(files, {name: shape.num_experts for name, shape in shapes.items()})
         for layer in logging.tqdm(layers, desc="Converting layers"):

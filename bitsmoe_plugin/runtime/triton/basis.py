@@ -74,7 +74,13 @@ def _matvec(x: Tensor, basis: PackedBasis, out: Tensor, target: Target) -> Launc
     constants = {**basis.constants(), "ROWS": rows, "WORDS": words}
     grid = (triton.cdiv(basis.codes.shape[0], rows), x.shape[0])
     arguments = {"x": x, "codes": basis.codes, "scales": basis.scales, "out": out}
-    return Launch(matvec_kernel, grid, arguments, constants, target.blocks.matvec_warps)
+    return Launch(
+        kernel=matvec_kernel,
+        grid=grid,
+        arguments=arguments,
+        constants=constants,
+        num_warps=target.blocks.matvec_warps,
+    )
 
 
 def _matmul(x: Tensor, basis: PackedBasis, out: Tensor, target: Target) -> Launch:
@@ -88,7 +94,13 @@ def _matmul(x: Tensor, basis: PackedBasis, out: Tensor, target: Target) -> Launc
     constants |= {"OPERAND": getattr(tl, operand), "TOKENS": tokens, "ROWS": rows, "STEP_COLUMNS": step}
     grid = (triton.cdiv(x.shape[0], tokens), triton.cdiv(basis.codes.shape[0], rows))
     arguments = {"x": x, "codes": basis.codes, "scales": basis.scales, "out": out, "tokens": x.shape[0]}
-    return Launch(matmul_kernel, grid, arguments, constants, target.blocks.matmul_warps)
+    return Launch(
+        kernel=matmul_kernel,
+        grid=grid,
+        arguments=arguments,
+        constants=constants,
+        num_warps=target.blocks.matmul_warps,
+    )
 
 
 @triton.jit

@@ -146,7 +146,17 @@ def compile_launch(launch: Launch, capability: int, dtypes: str) -> Resources:
     bits = launch.constants.get("BITS")
     name = launch.kernel.__name__.removesuffix("_kernel") + (f" {bits} bits" if bits else "")
     shared, warps = compiled.metadata.shared, launch.num_warps
-    return Resources(name, capability, dtypes, registers, stack, stores, loads, shared, warps)
+    return Resources(
+        kernel=name,
+        capability=capability,
+        dtypes=dtypes,
+        registers=registers,
+        stack=stack,
+        spill_stores=stores,
+        spill_loads=loads,
+        shared=shared,
+        warps=warps,
+    )
 
 
 def _is_one(value: Any) -> bool:
@@ -201,7 +211,15 @@ def main(arguments: list[str] | None = None) -> None:
     chosen = parser.parse_args(arguments)
     shape = LayerShape(chosen.experts, chosen.hidden, chosen.intermediate)
     specs = [
-        PackedSpec(shape, ALL_WIDTHS, bits, chosen.group_size, chosen.input_bases, 0, chosen.grid)
+        PackedSpec(
+            shape=shape,
+            widths=ALL_WIDTHS,
+            basis_bits=bits,
+            basis_group_size=chosen.group_size,
+            input_bases=chosen.input_bases,
+            payload_words=0,
+            grid=chosen.grid,
+        )
         for bits in chosen.basis_bits
     ]
     columns = list(Resources.__dataclass_fields__)

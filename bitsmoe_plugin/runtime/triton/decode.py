@@ -49,18 +49,42 @@ def coordinates(
     partial = z.new_empty((splits, pairs, 2, columns))
     arguments = {"z": z, "ids": ids, "partial": partial, **state.pointers()}
     constants = {**shared, "TOP_K": ids.shape[1], "BASES": state.bases(z)}
-    launch(Launch(gate_up_kernel, (pairs, 2 * tiles, splits), arguments, constants, sizes.decode_warps))
+    launch(
+        Launch(
+            kernel=gate_up_kernel,
+            grid=(pairs, 2 * tiles, splits),
+            arguments=arguments,
+            constants=constants,
+            num_warps=sizes.decode_warps,
+        )
+    )
 
     hidden = z.new_empty((pairs, columns))
     arguments = {"partial": partial, "ids": ids, "hidden": hidden, "splits": splits}
     constants = {"SIZE": state.size, "COLUMNS": columns, "EXPERTS": state.experts}
     constants |= {"ACTIVATION": state.activation, "TILE": 1024}
-    launch(Launch(activate_kernel, (pairs, triton.cdiv(columns, 1024)), arguments, constants, 4))
+    launch(
+        Launch(
+            kernel=activate_kernel,
+            grid=(pairs, triton.cdiv(columns, 1024)),
+            arguments=arguments,
+            constants=constants,
+            num_warps=4,
+        )
+    )
 
     splits = _splits(wanted, pairs * tiles, most)
     parts = z.new_empty((pairs, tiles, state.rank))
     arguments = {"hidden": hidden, "ids": ids, "weights": weights, "parts": parts, **state.pointers()}
-    launch(Launch(down_kernel, (pairs, tiles, splits), arguments, shared, sizes.decode_warps))
+    launch(
+        Launch(
+            kernel=down_kernel,
+            grid=(pairs, tiles, splits),
+            arguments=arguments,
+            constants=shared,
+            num_warps=sizes.decode_warps,
+        )
+    )
     return combine(parts, ids, state.experts, launch)
 
 
@@ -71,7 +95,15 @@ def combine(parts: Tensor, ids: Tensor, experts: int, launch: Launcher) -> Tenso
     total = parts.new_empty((tokens, rank))
     arguments = {"parts": parts, "ids": ids, "total": total}
     constants = {"EXPERTS": experts, "RANK": rank, "SLOTS": slots, "TILES": tiles, "TILE": 1024}
-    launch(Launch(combine_kernel, (tokens, triton.cdiv(rank, 1024)), arguments, constants, 4))
+    launch(
+        Launch(
+            kernel=combine_kernel,
+            grid=(tokens, triton.cdiv(rank, 1024)),
+            arguments=arguments,
+            constants=constants,
+            num_warps=4,
+        )
+    )
     return total
 
 

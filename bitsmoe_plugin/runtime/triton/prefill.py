@@ -85,7 +85,15 @@ def coordinates(
     own |= {"SIZE": state.size, "ACTIVATION": state.activation}
     grid = (len(tiles.expert), triton.cdiv(state.blocks, blocks))
     arguments = {"z": z, "hidden": hidden, **grouped, **state.pointers()}
-    launch(Launch(grouped_gate_up_kernel, grid, arguments, constants | own, sizes.gate_up_warps))
+    launch(
+        Launch(
+            kernel=grouped_gate_up_kernel,
+            grid=grid,
+            arguments=arguments,
+            constants=constants | own,
+            num_warps=sizes.gate_up_warps,
+        )
+    )
 
     rows, blocks = sizes.down
     parts = z.new_empty((ids.numel(), 1, state.rank))
@@ -93,7 +101,15 @@ def coordinates(
     grid = (len(tiles.expert), state.rank // rows + len(state.widths) + 1)
     own = {"ROWS": rows, "BLOCKS": min(blocks, triton.next_power_of_2(state.blocks))}
     arguments = {"hidden": hidden, "weights": weights, "parts": parts, **grouped, **state.pointers()}
-    launch(Launch(grouped_down_kernel, grid, arguments, constants | own, sizes.down_warps))
+    launch(
+        Launch(
+            kernel=grouped_down_kernel,
+            grid=grid,
+            arguments=arguments,
+            constants=constants | own,
+            num_warps=sizes.down_warps,
+        )
+    )
     return combine(parts, ids, state.experts, launch)
 
 
