@@ -1,7 +1,6 @@
 """BitsMoE: 2-bit Mixture-of-Experts models for transformers and vLLM.
 
-The rooms in the order of the flow: models and calibration -> spectral -> allocation -> rounding, which uses
-    codec ->
+The rooms in the order of the flow: models, calibration -> spectral -> allocation -> rounding (with codec) ->
 checkpoint -> runtime; pipeline runs them, commands and integrations are the doors, base helps all.
 
 Importing this package registers the quantization method ``bitsmoe`` with transformers, and loads no room that

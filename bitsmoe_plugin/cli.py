@@ -384,10 +384,10 @@ def run(args: argparse.Namespace, program: str = "bitsmoe") -> int:
     except BaseException as raised:  # panics of libraries in Rust are no Exception
         if args.debug:
             traceback.print_exc()
-        error = _behind(raised)
-        missing = _not_here(args, error)
-        print(f"{program}: error: {missing}{told(error, _subject(args))}", file=sys.stderr)
-        return 2 if missing or isinstance(error, BitsMoEError) else 1
+        cause = _behind(raised)
+        missing = _not_here(args, cause)
+        print(f"{program}: error: {missing}{told(cause, _subject(args))}", file=sys.stderr)
+        return 2 if missing or isinstance(cause, BitsMoEError) else 1
     return 0
 
 
