@@ -386,6 +386,6 @@ def test_not_a_packed_checkpoint(moe_tiny_path: Path, capsys: pytest.CaptureFixt
 
 def test_the_wheel_has_the_page(installed_wheel: Path) -> None:
     """Templates are no Python files: they are only packaged if that is asked for."""
-    templates = installed_wheel / "bitsmoe_plugin" / "report" / "templates"
+    templates = installed_wheel / "bitsmoe_plugin" / "commands" / "report" / "templates"
     assert {path.name for path in templates.iterdir()} == {"report.html", "report.css"}
     assert re.search(r"prefers-color-scheme: dark", (templates / "report.css").read_text())

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 from command_line import run_here
+from families_support import build, quantize
 from safetensors.torch import load_file, save_file
-from test_families_end_to_end import build, quantize
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bitsmoe_plugin.errors import ConfigError

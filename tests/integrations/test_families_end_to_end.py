@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
 import pytest
 import torch
+from families_support import build, calibration, quantize
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
@@ -14,23 +12,10 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
-from bitsmoe_plugin import BitsMoEConfig
 from bitsmoe_plugin.integrations.dequantize_checkpoint import dequantize_checkpoint
 from bitsmoe_plugin.models.families import find_moe_layers
 from bitsmoe_plugin.runtime.experts import BitsMoEExperts
 
-# Both kinds of layer of the hybrids; other families ignore what they do not know.
-CHANGES: dict[str, dict[str, Any]] = {
-    "qwen3_next": {"layer_types": ["linear_attention", "full_attention"]},
-    "granitemoehybrid": {
-        "layer_types": ["linear_attention", "full_attention"],
-        "mamba_n_heads": 4,
-        "mamba_d_head": 16,
-        "mamba_d_state": 8,
-        "mamba_n_groups": 1,
-    },
-    "llama4_text": {"interleave_moe_layer_step": 2, "moe_layers": [1], "num_experts_per_tok": 1},
-}
 # 8 counted bits, of which biases take a part; a norm that enlarges the experts' errors.
 COARSE = ("gpt_oss", "flex_olmo")
 FAMILIES = [
@@ -51,27 +36,6 @@ FAMILIES = [
     "llama4_text",
     "flex_olmo",  # norms what the experts put out
 ]
-
-
-def build(tiny_model: Any, family: str, **changes: Any) -> Any:
-    changes = {"layer_types": ["full_attention"] * 2, **CHANGES.get(family, {}), **changes}
-    model = tiny_model(family, **changes)
-    for name, parameter in model.named_parameters():
-        if "experts" in name and name.endswith("_bias"):
-            parameter.data.normal_(generator=torch.Generator().manual_seed(2))
-    return model
-
-
-def calibration() -> Tensor:
-    return torch.randint(1, 64, (16, 32), generator=torch.Generator().manual_seed(1))
-
-
-def quantize(directory: Path, **options: Any) -> Any:
-    config = BitsMoEConfig(
-        **{"bits": 8, "dataset": calibration().tolist(), "sequence_length": 32, **options},
-        basis_group_size=16,
-    )
-    return AutoModelForCausalLM.from_pretrained(directory, quantization_config=config)
 
 
 def is_expert(name: str) -> bool:

@@ -122,7 +122,7 @@ def test_offloaded_models_are_not_made_dense(packed_moe_tiny: Path, tmp_path: Pa
 def test_quantizing_refuses_before_weights_are_loaded(
     moe_tiny_path: Path, places: dict[str, Any], tmp_path: Path
 ) -> None:
-    config = BitsMoEConfig(dataset=[[1, 2, 3]])
+    config = BitsMoEConfig(dataset=[[1, 2, 3] * 200])
     with pytest.raises(ConfigError, match="a model is not quantized while device_map"):
         AutoModelForCausalLM.from_pretrained(
             moe_tiny_path, quantization_config=config, offload_folder=tmp_path / "off", **places

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from families_support import build, quantize
 from safetensors.torch import load_file
-from test_families_end_to_end import build, quantize
 
 PROGRAM = Path(__file__).parents[1] / "support" / "parallel_support.py"
 ROUNDING = 1e-4

@@ -19,8 +19,8 @@ def test_all_code_of_the_package_counts() -> None:
     files = set(run_identity.source_files())
     assert cli.__name__ in sys.modules
     ours = [module for name, module in sys.modules.items() if name.partition(".")[0] == "bitsmoe_plugin"]
-    loaded = {Path(str(module.__file__)) for module in ours}
-    assert len(loaded) > 60
+    loaded = {Path(module.__file__) for module in ours if module.__file__}
+    assert len(loaded) > 20
     assert loaded <= files
     sources = set((ROOT / "base" / "native" / "csrc").iterdir())
     assert len(sources) > 10
