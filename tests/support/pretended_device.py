@@ -137,6 +137,8 @@ def pretended_device(monkeypatch: pytest.MonkeyPatch, triton: bool) -> Iterator[
         gpu, "available", lambda *ts: triton and all(t.device.type == DEVICE.type for t in ts)
     )
     monkeypatch.setattr(triton_launch, "run", _run)
+    with torch.device("cpu"):  # torch remembers, once, which of its functions make tensors; not ours
+        torch.empty(0)
     monkeypatch.setattr(torch, "tensor", _with_values(torch.tensor))
     monkeypatch.setattr(torch, "as_tensor", _with_values(torch.as_tensor))
     for cached in _TABLES:
