@@ -13,7 +13,7 @@ class Launch:
 
     Attributes:
         kernel: a ``triton.jit`` function.
-        grid: programs along up to three axes.
+        launch_grid: programs along up to three axes.
         arguments: tensors and integers by parameter name.
         constants: ``tl.constexpr`` parameters.
         num_warps: per program.
@@ -21,7 +21,7 @@ class Launch:
     """
 
     kernel: Any
-    grid: tuple[int, ...]
+    launch_grid: tuple[int, ...]
     arguments: dict[str, Any]
     constants: dict[str, Any]
     num_warps: int
@@ -35,4 +35,4 @@ Launcher = Callable[[Launch], None]
 def run(launch: Launch) -> None:
     """Launch on the current stream."""
     options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-    launch.kernel[launch.grid](**launch.arguments, **launch.constants, **options)
+    launch.kernel[launch.launch_grid](**launch.arguments, **launch.constants, **options)

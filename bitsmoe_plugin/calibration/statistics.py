@@ -90,7 +90,7 @@ def _gating_with_slopes(gating: Gating, gate: Tensor, up: Tensor) -> tuple[Tenso
 
 
 @dataclass(frozen=True)
-class ExpertRows:
+class ExpertTokens:
     """Calibration rows of one expert.
 
     Attributes:
@@ -108,9 +108,9 @@ class ExpertRows:
         return len(self.slots)
 
 
-def expert_rows(
+def expert_tokens(
     activations: LayerActivations, num_experts: int, seed: int, all_tokens: bool = False
-) -> list[ExpertRows]:
+) -> list[ExpertTokens]:
     """Routed tokens of every expert; thin experts are topped up with tokens of the whole layer.
 
     The added tokens weigh together as much as the layer's median expert, less what the expert has
@@ -140,7 +140,7 @@ def expert_rows(
             extra = torch.randint(total, (PRIOR_TOKENS,), generator=generator, device="cpu").to(token.device)
             share = (1 - len(token) / PRIOR_TOKENS) * typical / PRIOR_TOKENS
             token, a = torch.cat([token, extra]), torch.cat([a, share.expand(PRIOR_TOKENS)])
-        rows.append(ExpertRows(token, slot, a))
+        rows.append(ExpertTokens(token, slot, a))
     return rows
 
 
@@ -181,7 +181,7 @@ def check_finite_statistics(name: str, statistics: LayerStatistics) -> None:
 def collect(
     weights: ExpertWeights,
     activations: LayerActivations,
-    rows: list[ExpertRows],
+    rows: list[ExpertTokens],
     gating: Gating,
     neuron_weighting: bool = True,
     biases: ExpertBiases | None = None,

@@ -62,14 +62,14 @@ def plan_layer(problem: LayerProblem, payload_bits: int) -> LayerPlan:
             costs, energies = row_costs(problem, weights)
         else:
             costs, energies, correction = _corrected_costs(problem, payload_bits)
-    kept = weights.to(cpu) if weights is not None and config.rounds_as_planned else None
+    stored = weights.to(cpu) if weights is not None and config.rounds_as_planned else None
     return LayerPlan(
         costs=costs.to(cpu),
         energies=energies.to(cpu),
         bases=problem.bases.to(cpu),
         correction=correction,
         output_energy=energy,
-        row_weights=kept,
+        row_weights=stored,
     )
 
 

@@ -22,9 +22,9 @@ from bitsmoe_plugin.spectral.layer_problem import build_problem
 def plan_layers(run: Run) -> None:
     """First pass: costs of all rows of all layers, on the unquantized model."""
     workers, progress = run.workers, run.progress
-    kept, first = workers.from_main(lambda: (progress.plan_hidden(), progress.planned))
-    if kept is not None:
-        run.forward.advance(kept)
+    carried, first = workers.from_main(lambda: (progress.plan_hidden(), progress.planned))
+    if carried is not None:
+        run.forward.advance(carried)
     for turn in run.in_turns(first, workers.size, "Calibrating layers"):
         # Not after each layer: none waits for another while it plans.
         planned, passed = run.agreed(partial(_plan_turn, run, turn, run.forward.hidden))

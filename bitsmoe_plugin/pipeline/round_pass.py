@@ -39,15 +39,15 @@ def round_layers(run: Run, widths: Widths) -> dict[str, dict[str, Any]]:
         the entry of each MoE layer in ``BitsMoEConfig.layers``, by its name.
     """
     workers, progress, exact = run.workers, run.progress, run.forward.hidden
-    kept, first = workers.from_main(lambda: (progress.layer_hidden(), progress.rounded))
+    carried, first = workers.from_main(lambda: (progress.layer_hidden(), progress.rounded))
     entries = {}
     for index in range(first):
         if index in run.moe:
             packed = workers.from_main(partial(progress.packed, index))
             _replace(run, run.moe[index], packed)
             entries[packed.name] = packed.entry
-    if kept is not None:
-        exact, hidden = kept
+    if carried is not None:
+        exact, hidden = carried
         run.forward.advance(hidden)
     for (index,) in run.in_turns(first, 1, "Rounding layers"):
         # exact: as the unquantized model goes on; forward.hidden is the quantized one's.

@@ -185,7 +185,7 @@ def _learn(
     order = torch.Generator().manual_seed(settings.seed)
     divergence = _held_out(model, reference, held, settings.batch_size)
     best = Tuning(learnt.numel(), 0, divergence, divergence)
-    kept = [gain.detach().clone() for gain in gains]
+    best_gains = [gain.detach().clone() for gain in gains]
     try:
         with logging.tqdm(total=steps, desc="Tuning") as bar:
             for epoch in range(1, settings.epochs + 1):
@@ -197,13 +197,13 @@ def _learn(
                 divergence = _held_out(model, reference, held, settings.batch_size)
                 if divergence < best.after:
                     best = replace(best, epoch=epoch, after=divergence)
-                    kept = [gain.detach().clone() for gain in gains]
+                    best_gains = [gain.detach().clone() for gain in gains]
     except KeyboardInterrupt:
         if not best.epoch:
             raise
         warnings.warn(f"stopped; the scales are those after epoch {best.epoch}", stacklevel=2)
     with torch.no_grad():
-        for gain, value in zip(gains, kept, strict=True):
+        for gain, value in zip(gains, best_gains, strict=True):
             gain.copy_(value)
     return best
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from bitsmoe_plugin.base.devices import computing_on, working_set
 from bitsmoe_plugin.base.linalg import product
 from bitsmoe_plugin.calibration import statistics
-from bitsmoe_plugin.calibration.statistics import ExpertRows, LayerActivations, LayerStatistics
+from bitsmoe_plugin.calibration.statistics import ExpertTokens, LayerActivations, LayerStatistics
 from bitsmoe_plugin.codec.basis import quantize_basis
 from bitsmoe_plugin.codec.layout import LayerShape
 from bitsmoe_plugin.config import BitsMoEConfig
@@ -51,7 +51,7 @@ class LayerProblem:
     name: str
     weights: ExpertWeights
     activations: LayerActivations
-    rows: list[ExpertRows]
+    rows: list[ExpertTokens]
     gating: Gating
     statistics: LayerStatistics
     bases: SharedBases
@@ -171,7 +171,7 @@ def _collected(
 ) -> LayerProblem:
     """``build_problem`` of tensors on one device."""
     statistics.check_finite(name, weights, activations)
-    rows = statistics.expert_rows(activations, weights.num_experts, config.seed, config.all_experts)
+    rows = statistics.expert_tokens(activations, weights.num_experts, config.seed, config.all_experts)
     # Rounding with refitted down computes them from the rounded gate and up.
     moments = bases is None or not config.refit
     stats = statistics.collect(
@@ -239,7 +239,9 @@ def rank_variances(problem: LayerProblem, known: dict[int, Feedback]) -> Tensor:
     return total
 
 
-def _seen_by(problem: LayerProblem, expert: int) -> tuple[Tensor, Tensor, LayerStatistics, ExpertRows, float]:
+def _seen_by(
+    problem: LayerProblem, expert: int
+) -> tuple[Tensor, Tensor, LayerStatistics, ExpertTokens, float]:
     return (
         problem.z,
         problem.pooled,

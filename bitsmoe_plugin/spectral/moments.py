@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bitsmoe_plugin.base.linalg import product, weighted_products
-from bitsmoe_plugin.calibration.statistics import ExpertRows, LayerStatistics
+from bitsmoe_plugin.calibration.statistics import ExpertTokens, LayerStatistics
 from bitsmoe_plugin.models.expert_weights import ExpertWeights
 
 _TOGETHER = 8
@@ -62,7 +62,7 @@ def pooled_covariance(bases: Tensor, statistics: LayerStatistics) -> Tensor:
     return (exact @ statistics.second_moment @ exact.transpose(1, 2)).float()
 
 
-def _covariance_weights(statistics: LayerStatistics, rows: ExpertRows, parts: int) -> Tensor:
+def _covariance_weights(statistics: LayerStatistics, rows: ExpertTokens, parts: int) -> Tensor:
     """Weights ``[parts, routed]`` of an expert's tokens in its inputs' covariances, each adding up to 1.
 
     Of gate and up; where both are in one basis, the mean of the two: a covariance for each would double
@@ -73,14 +73,14 @@ def _covariance_weights(statistics: LayerStatistics, rows: ExpertRows, parts: in
     return both if parts == 2 else both.mean(0, keepdim=True)
 
 
-def own_share(rows: ExpertRows, rank: int, prior_strength: float) -> float:
+def own_share(rows: ExpertTokens, rank: int, prior_strength: float) -> float:
     """Weight of an expert's own tokens in ``input_covariance``, 0 to 1; the rest is the layer's."""
     prior = prior_strength * rank
     return rows.routed / max(rows.routed + prior, 1e-9)
 
 
 def input_covariance(
-    z: Tensor, pooled: Tensor, statistics: LayerStatistics, rows: ExpertRows, prior_strength: float
+    z: Tensor, pooled: Tensor, statistics: LayerStatistics, rows: ExpertTokens, prior_strength: float
 ) -> Tensor:
     """Second moments of z = input basis times x as one expert's gate and up see it.
 
@@ -102,7 +102,7 @@ def input_covariance(
 
 
 def input_variance(
-    z: Tensor, pooled: Tensor, statistics: LayerStatistics, rows: ExpertRows, prior_strength: float
+    z: Tensor, pooled: Tensor, statistics: LayerStatistics, rows: ExpertTokens, prior_strength: float
 ) -> Tensor:
     """The diagonals ``[1 or 2, rank]`` of ``input_covariance`` alone."""
     share = own_share(rows, z.shape[-1], prior_strength)

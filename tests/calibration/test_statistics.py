@@ -83,7 +83,7 @@ def collect(layer, rows) -> LayerStatistics:
 
 def test_every_sum_agrees_with_a_slow_implementation(layer) -> None:
     """Guards against a transposed product, a lost weight or a wrong slope in any statistic."""
-    rows = statistics.expert_rows(layer.activations, E, seed=0)
+    rows = statistics.expert_tokens(layer.activations, E, seed=0)
     fast, (slow, slow_moments) = collect(layer, rows), slow_statistics(layer, rows)
     moments = basis_moments(layer.weights, fast)
     for name, value in {**vars(slow), **vars(slow_moments)}.items():
@@ -95,7 +95,7 @@ def test_rows_are_the_routed_tokens_and_their_weights(layer) -> None:
     """Each (token, slot) belongs to exactly one expert, with weight omega p^2 / T, routed ones first."""
     a = layer.activations
     seen = torch.zeros(T, K)
-    for e, rows in enumerate(statistics.expert_rows(a, E, seed=0)):
+    for e, rows in enumerate(statistics.expert_tokens(a, E, seed=0)):
         tokens = rows.tokens[: rows.routed]
         seen[tokens, rows.slots] += 1
         assert bool((a.top_k_index[tokens, rows.slots] == e).all())
@@ -106,13 +106,13 @@ def test_rows_are_the_routed_tokens_and_their_weights(layer) -> None:
 
 def test_thin_experts_are_topped_up_to_the_median_expert(layer, make_layer) -> None:
     """Added tokens weigh (1 - n / 64) of the layer's median expert; experts with 64 tokens get none."""
-    rows = statistics.expert_rows(layer.activations, E, seed=0)
+    rows = statistics.expert_tokens(layer.activations, E, seed=0)
     typical = torch.stack([r.weights[: r.routed].sum() for r in rows]).median()
     for r in rows:
         assert len(r.tokens) == r.routed + PRIOR_TOKENS
         wanted = (1 - r.routed / PRIOR_TOKENS) * typical
         torch.testing.assert_close(r.weights[r.routed :].sum(), wanted)
-    plenty = statistics.expert_rows(make_layer(E, SIZE, H, 600, K).activations, E, seed=0)
+    plenty = statistics.expert_tokens(make_layer(E, SIZE, H, 600, K).activations, E, seed=0)
     assert all(len(r.tokens) == r.routed >= PRIOR_TOKENS for r in plenty)
 
 
@@ -127,7 +127,7 @@ def test_unrouted_expert_gets_the_statistics_of_a_typical_one(make_layer) -> Non
     layer = make_layer(E, SIZE, H, 600, K)
     index = layer.activations.top_k_index
     activations = replace(layer.activations, top_k_index=torch.where(index == 2, 3, index))
-    rows = statistics.expert_rows(activations, E, seed=0)
+    rows = statistics.expert_tokens(activations, E, seed=0)
     assert rows[2].routed == 0
     stats = statistics.collect(layer.weights, activations, rows, layer.gating)
     for value in (stats.hidden_moment, stats.neuron_weights, stats.second_moment):
@@ -148,7 +148,7 @@ def test_slots_that_point_nowhere_are_ignored(layer) -> None:
 
 def routed_only(layer, experts: int):
     """Rows without stand-in tokens, so that predictions speak of the routed tokens alone."""
-    rows = statistics.expert_rows(layer.activations, experts, seed=0)
+    rows = statistics.expert_tokens(layer.activations, experts, seed=0)
     return [replace(r, tokens=r.tokens[: r.routed], weights=r.weights[: r.routed]) for r in rows]
 
 
@@ -201,7 +201,7 @@ def test_covariance_blends_by_token_count(layer, bases: int) -> None:
 
 def test_gate_and_up_have_the_covariance_of_their_own_basis(layer) -> None:
     """Guards the order of two bases, gate's first: each part as if its basis were the only one."""
-    rows = statistics.expert_rows(layer.activations, E, seed=0)
+    rows = statistics.expert_tokens(layer.activations, E, seed=0)
     stats = collect(layer, rows)
     bases = torch.randn(2, H, H)
     both = covariance_of(bases, stats, layer.activations, rows[1], 0.5)
@@ -212,7 +212,7 @@ def test_gate_and_up_have_the_covariance_of_their_own_basis(layer) -> None:
 
 def test_one_basis_has_the_mean_covariance_of_gate_and_up(layer) -> None:
     """Guards that neither of them is left out."""
-    rows = statistics.expert_rows(layer.activations, E, seed=0)
+    rows = statistics.expert_tokens(layer.activations, E, seed=0)
     stats, basis = collect(layer, rows), torch.randn(1, H, H)
     each = covariance_of(basis.expand(2, H, H), stats, layer.activations, rows[1], 0.5)
     one = covariance_of(basis, stats, layer.activations, rows[1], 0.5)
@@ -222,7 +222,7 @@ def test_one_basis_has_the_mean_covariance_of_gate_and_up(layer) -> None:
 
 @pytest.mark.parametrize("bases", [1, 2])
 def test_variances_are_the_diagonal_of_the_covariance(layer, bases: int) -> None:
-    rows = statistics.expert_rows(layer.activations, E, seed=0)
+    rows = statistics.expert_tokens(layer.activations, E, seed=0)
     stats, basis = collect(layer, rows), torch.randn(bases, H, H)
     z = layer.activations.hidden.float() @ basis.transpose(1, 2)
     given = z, pooled_covariance(basis, stats), stats, rows[1], 0.5
@@ -233,7 +233,7 @@ def test_variances_are_the_diagonal_of_the_covariance(layer, bases: int) -> None
 def test_neurons_weigh_alike_without_neuron_weighting(layer) -> None:
     """The switch changes two things: an expert's neurons all weigh its mean, so that its share in the
     layer stays, and the bases see the plain weights. All else is as before."""
-    rows = statistics.expert_rows(layer.activations, E, seed=0)
+    rows = statistics.expert_tokens(layer.activations, E, seed=0)
     weighted = collect(layer, rows)
     plain = statistics.collect(layer.weights, layer.activations, rows, layer.gating, neuron_weighting=False)
     mean = weighted.neuron_weights.mean(-1, keepdim=True).expand(2, E, SIZE)
@@ -305,8 +305,8 @@ def test_all_tokens_can_be_shown_to_every_expert(layer) -> None:
     weight, and an expert that no token was routed to still weighs as much as a typical one."""
     index = layer.activations.top_k_index.masked_fill(layer.activations.top_k_index == 1, 0)
     activations = replace(layer.activations, top_k_index=index)
-    routed = statistics.expert_rows(activations, E, 0)
-    shown = statistics.expert_rows(activations, E, 0, all_tokens=True)
+    routed = statistics.expert_tokens(activations, E, 0)
+    shown = statistics.expert_tokens(activations, E, 0, all_tokens=True)
     assert shown[1].routed == 0
     typical = torch.stack([r.weights[: r.routed].sum() for r in routed if r.routed]).median()
     assert float(shown[1].weights.sum()) == pytest.approx(float(typical), rel=1e-5)

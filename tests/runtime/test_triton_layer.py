@@ -285,7 +285,7 @@ def test_launches_do_not_depend_on_the_values(tokens: int) -> None:
         launches: list[Launch] = []
         with ForbidHostSync():
             layer.forward(inputs.hidden, ids, inputs.weights, launches.append)
-        grids.append([(launch.kernel.__name__, launch.grid, launch.constants) for launch in launches])
+        grids.append([(launch.kernel.__name__, launch.launch_grid, launch.constants) for launch in launches])
     assert grids[0] == grids[1] == grids[2]
     assert len(grids[0]) >= 5
 

@@ -109,7 +109,7 @@ def _run(launch: Launch) -> None:
     assert not strangers, f"{launch.kernel}: {strangers} on the CPU"
     here = {name: t.here if isinstance(t, Elsewhere) else t for name, t in launch.arguments.items()}
     with torch.device("cpu"):
-        launch.kernel[launch.grid](**here, **launch.constants)
+        launch.kernel[launch.launch_grid](**here, **launch.constants)
 
 
 def _with_values(make: Any) -> Any:

@@ -48,7 +48,7 @@ def _launch(
 
     entry = Launch(
         kernel=getattr(triton_kernels, kernel),
-        grid=grid,
+        launch_grid=grid,
         arguments=arguments,
         constants=constants,
         num_warps=warps,

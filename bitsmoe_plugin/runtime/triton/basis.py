@@ -76,7 +76,7 @@ def _matvec(x: Tensor, basis: PackedBasis, out: Tensor, target: Target) -> Launc
     arguments = {"x": x, "codes": basis.codes, "scales": basis.scales, "out": out}
     return Launch(
         kernel=matvec_kernel,
-        grid=grid,
+        launch_grid=grid,
         arguments=arguments,
         constants=constants,
         num_warps=target.blocks.matvec_warps,
@@ -96,7 +96,7 @@ def _matmul(x: Tensor, basis: PackedBasis, out: Tensor, target: Target) -> Launc
     arguments = {"x": x, "codes": basis.codes, "scales": basis.scales, "out": out, "tokens": x.shape[0]}
     return Launch(
         kernel=matmul_kernel,
-        grid=grid,
+        launch_grid=grid,
         arguments=arguments,
         constants=constants,
         num_warps=target.blocks.matmul_warps,

@@ -52,7 +52,7 @@ def coordinates(
     launch(
         Launch(
             kernel=gate_up_kernel,
-            grid=(pairs, 2 * tiles, splits),
+            launch_grid=(pairs, 2 * tiles, splits),
             arguments=arguments,
             constants=constants,
             num_warps=sizes.decode_warps,
@@ -66,7 +66,7 @@ def coordinates(
     launch(
         Launch(
             kernel=activate_kernel,
-            grid=(pairs, triton.cdiv(columns, 1024)),
+            launch_grid=(pairs, triton.cdiv(columns, 1024)),
             arguments=arguments,
             constants=constants,
             num_warps=4,
@@ -79,7 +79,7 @@ def coordinates(
     launch(
         Launch(
             kernel=down_kernel,
-            grid=(pairs, tiles, splits),
+            launch_grid=(pairs, tiles, splits),
             arguments=arguments,
             constants=shared,
             num_warps=sizes.decode_warps,
@@ -98,7 +98,7 @@ def combine(parts: Tensor, ids: Tensor, experts: int, launch: Launcher) -> Tenso
     launch(
         Launch(
             kernel=combine_kernel,
-            grid=(tokens, triton.cdiv(rank, 1024)),
+            launch_grid=(tokens, triton.cdiv(rank, 1024)),
             arguments=arguments,
             constants=constants,
             num_warps=4,

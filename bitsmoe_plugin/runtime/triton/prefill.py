@@ -88,7 +88,7 @@ def coordinates(
     launch(
         Launch(
             kernel=grouped_gate_up_kernel,
-            grid=grid,
+            launch_grid=grid,
             arguments=arguments,
             constants=constants | own,
             num_warps=sizes.gate_up_warps,
@@ -104,7 +104,7 @@ def coordinates(
     launch(
         Launch(
             kernel=grouped_down_kernel,
-            grid=grid,
+            launch_grid=grid,
             arguments=arguments,
             constants=constants | own,
             num_warps=sizes.down_warps,
