@@ -93,7 +93,8 @@ def written(pid: int) -> Counter[str]:
 async def run(url: str, name: str, pid: int, args: argparse.Namespace) -> dict[str, Any]:
     """Everything; returns what happened."""
     limits = aiohttp.ClientTimeout(total=SECONDS)
-    connector = aiohttp.TCPConnector(limit=args.concurrency)
+    # Each request on its own: the server closes connections that idle, and on a busy machine any may.
+    connector = aiohttp.TCPConnector(limit=args.concurrency, force_close=True)
     async with aiohttp.ClientSession(timeout=limits, connector=connector) as session:
         load, rng = Load(url, name, session), random.Random(args.seed)
         for _ in range(SAMPLE):
