@@ -21,6 +21,7 @@ from bitsmoe_plugin.config import BitsMoEConfig
 from bitsmoe_plugin.errors import ConfigError, QuantizationError
 from bitsmoe_plugin.models.model_class import load_model
 from bitsmoe_plugin.models.model_source import ModelSource
+from bitsmoe_plugin.models.processor import SavedProcessor, is_processor
 from bitsmoe_plugin.models.side_files import copy_side_files, side_files
 from bitsmoe_plugin.models.tokenizer import find_tokenizer, given_tokenizer
 
@@ -59,10 +60,7 @@ def _quantize_to_directory(
         raise ConfigError(f"to load to {device}, transformers needs accelerate; pip install accelerate")
     tokenizer = find_tokenizer(origin)  # first of all: it may be refused
     beside_weights = workers.from_main(lambda: side_files(origin))
-    if config.tokenizer is not None:
-        config.tokenizer = given_tokenizer(config.tokenizer, origin)
-    else:
-        config.tokenizer = copy.deepcopy(tokenizer)  # encoding leaves traces, which should not be saved
+    config.tokenizer = _reader(config.tokenizer, tokenizer, origin)
     options: dict[str, Any] = {"quantization_config": config}
     if device != "cpu":
         options["device_map"] = {"": device}
@@ -89,6 +87,16 @@ def _quantize_to_directory(
                 ) from error
             raise
         remove(work)
+
+
+def _reader(given: Any, own: Any, origin: ModelSource) -> Any:
+    """What reads the dataset: what the option gives, else the model's tokenizer or processor."""
+    if given is None:  # a copy: encoding leaves traces, which should not be saved
+        return None if own is None else SavedProcessor(copy.deepcopy(own), origin)
+    if is_processor(given):
+        return given
+    tokenizer = given_tokenizer(given, origin)
+    return SavedProcessor(tokenizer, origin.elsewhere(given)) if isinstance(given, (str, Path)) else tokenizer
 
 
 def _check_unquantized(origin: ModelSource) -> None:

@@ -24,6 +24,7 @@ from bitsmoe_plugin.checkpoint.other_tensors import tied_by_record, verify_other
 from bitsmoe_plugin.checkpoint.packed_files import PackedFiles
 from bitsmoe_plugin.checkpoint.read import read_config
 from bitsmoe_plugin.errors import CheckpointError, ConfigError
+from bitsmoe_plugin.integrations.kept_names import keep_layer_names
 from bitsmoe_plugin.integrations.packed_loading import stored_names
 from bitsmoe_plugin.models.families import MoELayer, find_moe_layers, fused_parameters
 from bitsmoe_plugin.models.files import INDEX, SINGLE, open_tensors, safetensors_files
@@ -31,6 +32,7 @@ from bitsmoe_plugin.models.json_objects import read_object
 from bitsmoe_plugin.models.model_class import auto_class
 from bitsmoe_plugin.models.model_source import ModelSource
 from bitsmoe_plugin.models.side_files import copy_side_files, side_files
+from bitsmoe_plugin.models.stored_names import StoredNames
 from bitsmoe_plugin.runtime.decoding import decode_biases, decode_weights
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -109,6 +111,8 @@ class _Conversion:
         del config["quantization_config"]
         model, former = _empty_model(source)
         layers = {layer.name: layer for layer in find_moe_layers(model)}
+        first = next(iter(layers.values())).layer_name
+        keep_layer_names(model, first, StoredNames(model), safetensors_files(source))
         stored = stored_names(list(layers), packed.config)
         if len(stored) != len(layers) or set(stored.values()) != set(packed.specs):
             raise CheckpointError(

@@ -23,6 +23,7 @@ from bitsmoe_plugin.config import QUANT_METHOD, BitsMoEConfig
 from bitsmoe_plugin.errors import ConfigError
 
 if TYPE_CHECKING:
+    from bitsmoe_plugin.calibration.blocks import Blocks
     from bitsmoe_plugin.commands.quantize import quantize_to_directory
     from bitsmoe_plugin.integrations.parallel import SplitLayers
     from bitsmoe_plugin.models.expert_source import ExpertSource
@@ -52,7 +53,7 @@ class BitsMoEQuantizer(HfQuantizer):
         # two models must not end up describing the second in both.
         super().__init__(BitsMoEConfig.checked_copy(quantization_config), **kwargs)
         self._source: ExpertSource | None = None
-        self._blocks: Tensor | None = None
+        self._blocks: Blocks | None = None
         self._carried = CarriedTensors({})
         self._split: SplitLayers | None = None
         self._device_map: Any = None
@@ -93,7 +94,9 @@ class BitsMoEQuantizer(HfQuantizer):
             files, config = checkpoint_files or [], self.quantization_config
             check_files(model, files, config)
             # Before experts are taken out: what the model has no name for is found by what it has.
-            self._carry(StoredNames(model), files)
+            names = StoredNames(model)
+            self._carry(names, files)
+            self._stored = names, files
             self._split = replace_experts(model, files, config)
         else:
             self._plan(model, checkpoint_files)
@@ -138,6 +141,7 @@ class BitsMoEQuantizer(HfQuantizer):
             self._split.load(model)
         else:
             verify_layers(model, self.quantization_config, self._device_map)
+        self._keep_names(model)
         leave_to_each_process(model)
 
     def _quantize(self, model: Any) -> None:
@@ -148,11 +152,22 @@ class BitsMoEQuantizer(HfQuantizer):
         source = loaded_source(model, self._source)
         if self._stored is not None:
             tell_left_out(model, *self._stored)
-            self._stored = None
+        self._keep_names(model)
         check_save(model, source.layers, self._carried.empty())
         assert self._blocks is not None
         quantize_model(model, self._blocks, self.quantization_config, source)
         self._source = self._blocks = None  # they hold the model, and the text
+
+    def _keep_names(self, model: Any) -> None:
+        """Have the model saved by the names that it was read by; once."""
+        from bitsmoe_plugin.integrations.kept_names import keep_layer_names
+        from bitsmoe_plugin.models.families import decoder_layer_name
+
+        layers = self._source.layers if self._source is not None else []
+        names = [layer.name for layer in layers] or list(self.quantization_config.layers)
+        if self._stored is not None and names:
+            keep_layer_names(model, decoder_layer_name(model, names[0]), *self._stored)
+        self._stored = None
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Called before config and weights are saved: record what will be in the files."""
