@@ -136,8 +136,12 @@ def _added(index: int, put_out: Any, received: Any, found: Any) -> Added:
 
 def _pass(model: Any, layers: nn.ModuleList, inputs: Inputs, zeros: bool) -> list[_Recorder]:
     base = getattr(model, "base_model", model)
-    device = next(model.parameters()).device
-    on_device = {name: tensor.to(device) for name, tensor in inputs.items()}
+    like = next(model.parameters())
+    # Pixels in the dtype of the model, as its first product of them wants.
+    on_device = {
+        name: tensor.to(like.device, like.dtype if tensor.is_floating_point() else None)
+        for name, tensor in inputs.items()
+    }
     with _state_kept(model), _recording(layers, zeros) as recorders, suppress(_AllRecordedError):
         base(**on_device, use_cache=False)
     return recorders
