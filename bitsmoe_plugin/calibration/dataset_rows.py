@@ -174,7 +174,7 @@ def _unpadded(ids: list[int], mask: Any, place: str) -> list[int]:
         raise QuantizationError(
             f"{place}: 'attention_mask' is {reprlib.repr(list(mask))}; needed are 0 for padding, 1 for tokens"
         )
-    return [token for token, kept in zip(ids, mask, strict=True) if kept]
+    return [token for token, seen in zip(ids, mask, strict=True) if seen]
 
 
 def _chat(messages: Any, tools: Any, place: str) -> Chat:
@@ -190,5 +190,5 @@ def _chat(messages: Any, tools: Any, place: str) -> Chat:
             f"{place}: 'tools' is {reprlib.repr(tools)}; a list of descriptions of functions is needed"
         )
     # Datasets give every message the keys of all others, without a value.
-    kept = [{k: v for k, v in m.items() if v is not None or k == "content"} for m in messages]
-    return Chat(kept, list(tools) if tools else None)
+    given = [{k: v for k, v in m.items() if v is not None or k == "content"} for m in messages]
+    return Chat(given, list(tools) if tools else None)

@@ -36,7 +36,7 @@ def available(*tensors: Tensor) -> bool:
 
 def _launch(
     kernel: str,
-    grid: tuple[int, ...],
+    launch_grid: tuple[int, ...],
     arguments: dict[str, Any],
     constants: dict[str, Any],
     warps: int,
@@ -48,7 +48,7 @@ def _launch(
 
     entry = Launch(
         kernel=getattr(triton_kernels, kernel),
-        launch_grid=grid,
+        launch_grid=launch_grid,
         arguments=arguments,
         constants=constants,
         num_warps=warps,
@@ -188,8 +188,8 @@ class TritonBackend(ReferenceBackend):
                 "starts": starts.flatten(),
                 "payload": payload,
             }
-            grid = (experts * bits.shape[1], programs)
-            _launch("pack_kernel", grid, {**arguments, "size": size}, {"BLOCKS": blocks}, 1, launch)
+            launch_grid = (experts * bits.shape[1], programs)
+            _launch("pack_kernel", launch_grid, {**arguments, "size": size}, {"BLOCKS": blocks}, 1, launch)
         return list(payload.cpu().split(own))
 
 
