@@ -189,7 +189,7 @@ def _learn(
     try:
         with logging.tqdm(total=steps, desc="Tuning") as bar:
             for epoch in range(1, settings.epochs + 1):
-                shuffled = learnt[torch.randperm(len(learnt), generator=order)]
+                shuffled = learnt[torch.randperm(len(learnt), generator=order, device="cpu")]
                 for batch in shuffled.split(settings.batch_size):
                     loss = descent.step(_divergence(model, reference, batch))
                     bar.set_postfix(KL=f"{loss:.4f}", held_out=f"{best.after:.4f}", refresh=False)
