@@ -54,5 +54,5 @@ def num_parameters(model: Any, only_trainable: bool = False, exclude_embeddings:
 
 def _original(module: BitsMoEExperts) -> int:
     shape = module.whole_shape
-    biases = shape.num_experts * (2 * shape.intermediate_size + shape.hidden_size)
+    biases = shape.num_experts * (shape.inputs * shape.intermediate_size + shape.hidden_size)
     return shape.weights + (biases if module.spec.has_bias else 0)

@@ -144,9 +144,9 @@ class BitsMoEExperts(nn.Module):
         """Compute by another runtime of the same packed tensors; None: by the fastest, as ever."""
         self._runtime = runtime
 
-    def gating(self, gate: Tensor, up: Tensor) -> Tensor:
-        """``[..., I]`` of gate's and up's outputs alike, as the replaced module has it."""
-        return apply_gating(self._original[0], gate, up)
+    def gating(self, *products: Tensor) -> Tensor:
+        """``[..., I]`` of gate's and up's (or up's) outputs alike, as the replaced module has it."""
+        return apply_gating(self._original[0], *products)
 
     def runtime(self) -> dispatch.Runtime:
         """What computes the layer.
