@@ -16,8 +16,9 @@ from bitsmoe_plugin.base.process_state import known_state
 from bitsmoe_plugin.base.work_directory import OUTPUT, has_progress, locked, remove, staging, writing
 from bitsmoe_plugin.base.workers import Workers
 from bitsmoe_plugin.commands.model_card import write_model_card
-from bitsmoe_plugin.config import BitsMoEConfig
+from bitsmoe_plugin.config import QUANT_METHOD, BitsMoEConfig
 from bitsmoe_plugin.errors import ConfigError, QuantizationError
+from bitsmoe_plugin.models.low_precision import method_of, stored_settings
 from bitsmoe_plugin.models.model_class import load_model
 from bitsmoe_plugin.models.model_source import ModelSource
 from bitsmoe_plugin.models.tokenizer import find_tokenizer, given_tokenizer
@@ -90,11 +91,11 @@ def _quantize_to_directory(
 def _check_unquantized(origin: ModelSource) -> None:
     """Refuse what transformers would load as it is, with no more than a warning, to be saved once more."""
     with working_on(f"config.json of {origin.name}"):
-        found = getattr(origin.config(), "quantization_config", None) or {}
-    if found:
+        found = stored_settings(origin.config())
+    if found is not None and method_of(found) == QUANT_METHOD:
         raise QuantizationError(
-            f"{origin.name} is quantized already (quant_method {str(found.get('quant_method'))[:80]!r}); an "
-            "unquantized model is needed"
+            f"{origin.name} is quantized already (quant_method {QUANT_METHOD!r}); the model that it was made "
+            "from is needed"
         )
 
 
