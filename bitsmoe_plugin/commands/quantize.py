@@ -15,6 +15,7 @@ from bitsmoe_plugin.base.interruption import Interrupted
 from bitsmoe_plugin.base.process_state import known_state
 from bitsmoe_plugin.base.work_directory import OUTPUT, has_progress, locked, remove, staging, writing
 from bitsmoe_plugin.base.workers import Workers
+from bitsmoe_plugin.codec.backends import refuse_slow
 from bitsmoe_plugin.commands.model_card import write_model_card
 from bitsmoe_plugin.config import QUANT_METHOD, BitsMoEConfig
 from bitsmoe_plugin.errors import ConfigError, QuantizationError
@@ -52,6 +53,7 @@ def _quantize_to_directory(
     origin: ModelSource, out: Path, config: BitsMoEConfig, device: str, workers: Workers
 ) -> None:
     """What each of ``workers`` does of it; ``config`` is changed."""
+    refuse_slow(device, config.allow_slow)
     workers.from_main(lambda: check_output_directory(out))
     workers.from_main(lambda: _check_unquantized(origin))
     if device != "cpu" and find_spec("accelerate") is None:

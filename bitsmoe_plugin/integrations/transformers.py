@@ -79,6 +79,16 @@ class BitsMoEQuantizer(HfQuantizer):
                 "text as a list of strings, a list of token id lists, a datasets.Dataset, or a path to a "
                 ".txt or .jsonl file"
             )
+        if not self.pre_quantized:
+            self._refuse_slow(kwargs.get("device_map"))
+
+    def _refuse_slow(self, device_map: Any) -> None:
+        """Refuse to quantize without compiled kernels, where it is known on what device."""
+        from bitsmoe_plugin.codec.backends import refuse_slow
+
+        if device_map is None or isinstance(device_map, dict):
+            devices = {str(device) for device in (device_map or {"": "cpu"}).values()}
+            refuse_slow("cpu" if devices <= {"cpu"} else "cuda", self.quantization_config.allow_slow)
 
     def update_attn_implementation(self, config: Any) -> Any:
         """Refuse absurd sizes: no other hook sees config.json before a model is built from it."""

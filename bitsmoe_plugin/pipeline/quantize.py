@@ -22,11 +22,13 @@ from bitsmoe_plugin.allocation.super_expert_policy import choose_kept, choose_wi
 from bitsmoe_plugin.base.interruption import deferred_interrupt
 from bitsmoe_plugin.base.option_checks import check_choice
 from bitsmoe_plugin.base.process_state import known_state
+from bitsmoe_plugin.base.threads import within_limits
 from bitsmoe_plugin.base.work_directory import WorkDirectory, locked
 from bitsmoe_plugin.base.workers import Workers
 from bitsmoe_plugin.calibration.layerwise_forward import LayerwiseForward
 from bitsmoe_plugin.calibration.super_experts import detect
 from bitsmoe_plugin.calibration.text import held_out_last
+from bitsmoe_plugin.codec.backends import refuse_slow
 from bitsmoe_plugin.codec.row_codec import GRIDS
 from bitsmoe_plugin.config import BitsMoEConfig
 from bitsmoe_plugin.errors import QuantizationError
@@ -65,6 +67,7 @@ def quantize_model(
         the config with the manifest of the packed layers.
 
     Raises:
+        ConfigError: an option is wrong, or the compiled kernels are missing (``allow_slow``).
         QuantizationError: no MoE layers, unknown family, NaN weights, budget out of reach, a work
             directory of another run, or other arguments than another process's.
         Interrupted: Ctrl-C, after a layer, if there is a work directory.
@@ -72,7 +75,8 @@ def quantize_model(
     config.validate()
     check_choice("grid", config.grid, GRIDS)  # not that of checkpoints that were imported
     source, workers = source or LoadedExperts(model), Workers.present()
-    with workers.together(), refused_if_it_fails(model):
+    refuse_slow(next(model.parameters()).device, config.allow_slow)
+    with within_limits(), workers.together(), refused_if_it_fails(model):
         _check_same(workers, source, blocks, config)
         manifest = _start(model, blocks, config, source, workers)
     config.layers, config.calibration = manifest.layers, manifest.calibration

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from bitsmoe_plugin.base.native import library
+from bitsmoe_plugin.base.native import absence, library
 from bitsmoe_plugin.codec.layout import PackedExperts
 from bitsmoe_plugin.codec.spec import PackedSpec
 from bitsmoe_plugin.models.gating import Gating, activation_of
@@ -60,10 +60,7 @@ def _on_cpu(spec: PackedSpec, packed: PackedExperts, gating: Gating) -> tuple[Ru
     from bitsmoe_plugin.runtime import cpu_layer
 
     if library() is None:
-        return None, (
-            "the kernels were not compiled when bitsmoe-plugin was installed. Install a C compiler (gcc or "
-            "clang) and reinstall"
-        )
+        return None, absence.reason()
     return cpu_layer.CpuLayer.prepare(spec, packed, gating), ""
 
 

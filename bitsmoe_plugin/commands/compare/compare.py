@@ -27,6 +27,7 @@ from bitsmoe_plugin.base.option_checks import check_number
 from bitsmoe_plugin.base.stdout import stdout_to_stderr
 from bitsmoe_plugin.calibration.text import load_documents, token_blocks, token_stream
 from bitsmoe_plugin.checkpoint.read import check_if_packed
+from bitsmoe_plugin.codec.backends import refuse_slow
 from bitsmoe_plugin.commands.evaluate import check_evaluation, evaluate_model, evaluation_text
 from bitsmoe_plugin.commands.tables import table_console
 from bitsmoe_plugin.config import BitsMoEConfig
@@ -56,6 +57,7 @@ class ComparisonTask:
     new_tokens: int
     checkpoint: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    allow_slow: bool = False
     loading: dict[str, Any] = field(default_factory=dict)
     """Options of ``ModelSource`` for the model and its tokenizer."""
 
@@ -75,6 +77,7 @@ class ComparisonTask:
             batch_size=self.batch_size,
             seed=self.seed,
             chat_template_kwargs=self.chat_template_kwargs,
+            allow_slow=self.allow_slow,
         )
 
     def check(self) -> None:
@@ -260,6 +263,8 @@ def compare(task: ComparisonTask, methods: tuple[str, ...], debug: bool = False)
     if ("checkpoint" in methods) != (task.checkpoint is not None):
         raise ConfigError("method checkpoint and option --checkpoint need each other")
     task.check()
+    if "bitsmoe" in methods:
+        refuse_slow("cpu", task.allow_slow)
     for method in methods:
         if find_spec(PACKAGES.get(method, "torch")) is None:
             raise ConfigError(
