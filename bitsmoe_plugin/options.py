@@ -86,9 +86,9 @@ class Options:
         shared=True,
     )
     tokenizer: Any = option(
-        "name, path or tokenizer object; default: the one saved with the model",
+        "name, path, or tokenizer or processor object; default: the one saved with the model",
         check=Check(
-            "a name, the path of a directory, a tokenizer, or None",
+            "a name, the path of a directory, a tokenizer, a processor, or None",
             lambda value: value is None or isinstance(value, str) or callable(value),
         ),
         stored="never",

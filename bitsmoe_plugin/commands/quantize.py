@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import shutil
 import warnings
+from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from bitsmoe_plugin.errors import ConfigError, QuantizationError
 from bitsmoe_plugin.models.low_precision import method_of, stored_settings
 from bitsmoe_plugin.models.model_class import load_model
 from bitsmoe_plugin.models.model_source import ModelSource
+from bitsmoe_plugin.models.processor import SavedProcessor, is_processor
+from bitsmoe_plugin.models.side_files import copy_side_files, side_files
 from bitsmoe_plugin.models.tokenizer import find_tokenizer, given_tokenizer
 
 
@@ -29,7 +32,7 @@ from bitsmoe_plugin.models.tokenizer import find_tokenizer, given_tokenizer
 def quantize_to_directory(
     model: str | ModelSource, out: Path, config: BitsMoEConfig, device: str = "cpu"
 ) -> None:
-    """Quantize a saved model and write it packed, with its tokenizer and a model card.
+    """Quantize a saved model and write it packed, with its tokenizer, its other files and a model card.
 
     Finished layers are kept in a work directory (``config.work_dir``, or ``out`` with ".work" appended)
     until all is done: the same call continues there if this one ends early. ``out`` takes its name at the
@@ -59,10 +62,8 @@ def _quantize_to_directory(
     if device != "cpu" and find_spec("accelerate") is None:
         raise ConfigError(f"to load to {device}, transformers needs accelerate; pip install accelerate")
     tokenizer = find_tokenizer(origin)  # first of all: it may be refused
-    if config.tokenizer is not None:
-        config.tokenizer = given_tokenizer(config.tokenizer, origin)
-    else:
-        config.tokenizer = copy.deepcopy(tokenizer)  # encoding leaves traces, which should not be saved
+    beside_weights = workers.from_main(lambda: side_files(origin))
+    config.tokenizer = _reader(config.tokenizer, tokenizer, origin)
     options: dict[str, Any] = {"quantization_config": config}
     if device != "cpu":
         options["device_map"] = {"": device}
@@ -76,7 +77,8 @@ def _quantize_to_directory(
         try:
             quantized = load_model(origin, **options)
             with writing(out):
-                write_checkpoint(quantized, tokenizer, origin.name, config.dataset, beside / OUTPUT, out)
+                partial, dataset = beside / OUTPUT, config.dataset
+                write_checkpoint(quantized, tokenizer, origin.name, dataset, partial, out, beside_weights)
         except BaseException as error:
             if not has_progress(work):
                 remove(work)
@@ -88,6 +90,16 @@ def _quantize_to_directory(
                 ) from error
             raise
         remove(work)
+
+
+def _reader(given: Any, own: Any, origin: ModelSource) -> Any:
+    """What reads the dataset: what the option gives, else the model's tokenizer or processor."""
+    if given is None:  # a copy: encoding leaves traces, which should not be saved
+        return None if own is None else SavedProcessor(copy.deepcopy(own), origin)
+    if is_processor(given):
+        return given
+    tokenizer = given_tokenizer(given, origin)
+    return SavedProcessor(tokenizer, origin.elsewhere(given)) if isinstance(given, (str, Path)) else tokenizer
 
 
 def _check_unquantized(origin: ModelSource) -> None:
@@ -102,7 +114,13 @@ def _check_unquantized(origin: ModelSource) -> None:
 
 
 def write_checkpoint(
-    quantized: Any, tokenizer: Any, model: str, dataset: Any, partial: Path, out: Path
+    quantized: Any,
+    tokenizer: Any,
+    model: str,
+    dataset: Any,
+    partial: Path,
+    out: Path,
+    beside_weights: Iterable[Path] = (),
 ) -> None:
     """Save at ``partial``, which then becomes ``out``.
 
@@ -110,6 +128,7 @@ def write_checkpoint(
         tokenizer: of what was quantized; None: it has none, and there is a warning.
         model: directory or hub name of what was quantized.
         dataset: what it was calibrated on.
+        beside_weights: more files of it, see ``side_files``.
     """
     if partial.exists():  # of a run that was killed
         shutil.rmtree(partial)
@@ -119,5 +138,6 @@ def write_checkpoint(
         warnings.warn(f"no tokenizer saved: none found at {model}", stacklevel=3)
     else:
         tokenizer.save_pretrained(partial)
+    copy_side_files(beside_weights, partial)
     write_model_card(partial, model, dataset)
     publish(partial, out)

@@ -23,6 +23,7 @@ from bitsmoe_plugin.config import QUANT_METHOD, BitsMoEConfig
 from bitsmoe_plugin.errors import ConfigError
 
 if TYPE_CHECKING:
+    from bitsmoe_plugin.calibration.blocks import Blocks
     from bitsmoe_plugin.commands.quantize import quantize_to_directory
     from bitsmoe_plugin.integrations.parallel import SplitLayers
     from bitsmoe_plugin.models.expert_source import ExpertSource
@@ -58,7 +59,7 @@ class BitsMoEQuantizer(HfQuantizer):
         super().__init__(BitsMoEConfig.checked_copy(quantization_config), **kwargs)
         self._packed = self.pre_quantized and self._low is None
         self._source: ExpertSource | None = None
-        self._blocks: Tensor | None = None
+        self._blocks: Blocks | None = None
         self._carried = CarriedTensors({})
         self._split: SplitLayers | None = None
         self._device_map: Any = None
@@ -109,7 +110,9 @@ class BitsMoEQuantizer(HfQuantizer):
             files, config = checkpoint_files or [], self.quantization_config
             check_files(model, files, config)
             # Before experts are taken out: what the model has no name for is found by what it has.
-            self._carry(StoredNames(model), files)
+            names = StoredNames(model)
+            self._carry(names, files)
+            self._stored = names, files
             self._split = replace_experts(model, files, config)
         else:
             self._plan(model, checkpoint_files)
@@ -159,6 +162,7 @@ class BitsMoEQuantizer(HfQuantizer):
             self._split.load(model)
         else:
             verify_layers(model, self.quantization_config, self._device_map)
+        self._keep_names(model)
         leave_to_each_process(model)
 
     def _quantize(self, model: Any) -> None:
@@ -169,10 +173,10 @@ class BitsMoEQuantizer(HfQuantizer):
         source = loaded_source(model, self._source)
         if self._stored is not None:
             tell_left_out(model, *self._stored)
-            self._stored = None
         if self._low is not None:
             self._low.loaded(model)
             self.pre_quantized, self._low = False, None
+        self._keep_names(model)
         check_save(model, source.layers, self._carried.empty())
         assert self._blocks is not None
         quantize_model(model, self._blocks, self.quantization_config, source)
@@ -191,6 +195,17 @@ class BitsMoEQuantizer(HfQuantizer):
     def get_new_dtype(self, *args: Any) -> Any:
         """Called for each tensor that is loaded: what is decoded must not be cast before."""
         return self._low.new_dtype(*args) if self._low else super().get_new_dtype(*args)
+
+    def _keep_names(self, model: Any) -> None:
+        """Have the model saved by the names that it was read by; once."""
+        from bitsmoe_plugin.integrations.kept_names import keep_layer_names
+        from bitsmoe_plugin.models.families import decoder_layer_name
+
+        layers = self._source.layers if self._source is not None else []
+        names = [layer.name for layer in layers] or list(self.quantization_config.layers)
+        if self._stored is not None and names:
+            keep_layer_names(model, decoder_layer_name(model, names[0]), *self._stored)
+        self._stored = None
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Called before config and weights are saved: record what will be in the files."""

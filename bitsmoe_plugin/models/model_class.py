@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM, PreTrainedModel
 from transformers.utils import CONFIG_NAME, cached_file
 
 from bitsmoe_plugin.errors import QuantizationError
@@ -16,32 +17,60 @@ from bitsmoe_plugin.models.model_source import ModelSource
 from bitsmoe_plugin.models.source_tensors import check_source, folder_dtypes
 from bitsmoe_plugin.models.stored_names import StoredNames
 
-_LANGUAGE_ONLY = ("llama4",)
-"""Model types whose multimodal class of transformers 5.24 fails in its forward pass."""
+_OWN_LANGUAGE_MODEL = ("llama4",)
+"""Model types whose multimodal class of transformers 5.24 fails at the end of its forward pass; the language
+model that it holds is whole, and answers to text."""
 
 
 def auto_class(config: Any) -> Any:
     """The auto class that loads all of a model: a multimodal one too, with its other parts.
 
     Some families have a causal language model class beside the multimodal one, which leaves the other parts
-    out. It is taken if config.json names it, or if no other works.
+    out. It is taken if config.json names it, or names none.
 
     Args:
         config: transformers' config of the model.
 
     Raises:
-        QuantizationError: transformers knows no language model of this type.
+        QuantizationError: transformers knows no language model of this type, or config.json names a class
+            without a language model's head.
     """
-    causal: Any
-    whole: Any
-    causal, whole = (auto._model_mapping for auto in (AutoModelForCausalLM, AutoModelForMultimodalLM))
-    kind, named = type(config), getattr(config, "architectures", None) or [""]
-    named_whole = kind in causal and named[0] == whole.get(kind, kind).__name__ != causal[kind].__name__
-    if kind in whole and (kind not in causal or (named_whole and config.model_type not in _LANGUAGE_ONLY)):
+    kind, named = type(config), str((getattr(config, "architectures", None) or [""])[0])
+    whole, causal = (_class_name(auto, kind) for auto in (AutoModelForMultimodalLM, AutoModelForCausalLM))
+    if whole is None and causal is None:
+        raise QuantizationError(
+            f"model type {config.model_type!r} is no language model of transformers: it has no class that "
+            "AutoModelForCausalLM or AutoModelForMultimodalLM would load"
+        )
+    if named not in (whole, causal) and _is_other_class(named, kind):
+        raise QuantizationError(
+            f"config.json names {named}, which has no language model head; give a checkpoint of "
+            f"{' or '.join(name for name in (causal, whole) if name)}"
+        )
+    if whole is not None and (causal is None or named == whole):
         return AutoModelForMultimodalLM
-    if kind not in causal and not hasattr(config, "auto_map"):
-        raise QuantizationError(f"model type {config.model_type!r} is no language model of transformers")
     return AutoModelForCausalLM
+
+
+def _class_name(auto: Any, kind: type) -> str | None:
+    """Name of the class that an auto class loads for a config, None if it knows none."""
+    return str(auto._model_mapping[kind].__name__) if kind in auto._model_mapping else None
+
+
+def _is_other_class(name: str, kind: type) -> bool:
+    """Whether transformers has a model class of this name for a config."""
+    found = getattr(transformers, name, None) if name else None
+    return isinstance(found, type) and issubclass(found, PreTrainedModel) and found.config_class is kind
+
+
+def text_model(model: Any) -> Any:
+    """What is called with text alone: the model, or the language model that it holds.
+
+    Args:
+        model: of transformers, with its output layer.
+    """
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    return getattr(model, "language_model", model) if kind in _OWN_LANGUAGE_MODEL else model
 
 
 def load_model(model: str | Path | ModelSource, **options: Any) -> Any:

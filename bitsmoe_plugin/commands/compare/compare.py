@@ -33,7 +33,7 @@ from bitsmoe_plugin.commands.tables import table_console
 from bitsmoe_plugin.config import BitsMoEConfig
 from bitsmoe_plugin.errors import BitsMoEError, ConfigError, QuantizationError
 from bitsmoe_plugin.models.families import find_moe_layers
-from bitsmoe_plugin.models.model_class import check_folder, load_model
+from bitsmoe_plugin.models.model_class import check_folder, load_model, text_model
 from bitsmoe_plugin.models.model_source import ModelSource
 from bitsmoe_plugin.models.tokenizer import load_tokenizer
 
@@ -207,7 +207,8 @@ RUNNERS: dict[str, Callable[[ComparisonTask, Path], Quantized]] = {
 def _sample(model: Any, tokenizer: Any, task: ComparisonTask) -> str:
     inputs = tokenizer(task.prompt, return_tensors="pt", return_token_type_ids=False)
     # A repetition penalty, because small models repeat themselves under greedy search.
-    output = model.generate(**inputs, max_new_tokens=task.new_tokens, do_sample=False, repetition_penalty=1.3)
+    options = {"max_new_tokens": task.new_tokens, "do_sample": False, "repetition_penalty": 1.3}
+    output = text_model(model).generate(**inputs, **options)
     return str(tokenizer.decode(output[0], skip_special_tokens=True))
 
 
