@@ -113,7 +113,9 @@ def _shown_bytes(shape: LayerShape, tokens: int, config: BitsMoEConfig) -> int:
     if not config.all_experts:
         return 0
     h, i = shape.hidden_size, shape.intermediate_size
-    return tokens * (12 * shape.num_experts + 4 * ((1 + min(config.input_bases, shape.inputs)) * h + _NEURON_VALUES * i))
+    return tokens * (
+        12 * shape.num_experts + 4 * ((1 + min(config.input_bases, shape.inputs)) * h + _NEURON_VALUES * i)
+    )
 
 
 def rough_seconds(work: Workload, config: BitsMoEConfig) -> float | None:

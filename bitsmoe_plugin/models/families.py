@@ -201,6 +201,8 @@ def fused_parameters(module: Any, weights: ExpertWeights, biases: ExpertBiases |
     layout = layout_of(module)
 
     def join(inputs: tuple[Tensor, ...]) -> Tensor:
+        if layout.has_identity_experts:  # they have rows, of no effect
+            inputs = tuple(nn.functional.pad(x, (0, 0, 0, 0, 0, module.zero_expert_num)) for x in inputs)
         if layout.is_concatenated or len(inputs) == 1:
             return torch.cat(inputs, 1)
         return torch.stack(inputs, 2).flatten(1, 2)

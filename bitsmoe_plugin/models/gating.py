@@ -18,7 +18,7 @@ from torch.nn import functional
 from bitsmoe_plugin.errors import ConfigError
 
 Gating = Callable[..., Tensor]
-"""(gate ``[n, I]``, up ``[n, I]``) -> hidden ``[n, I]``, elementwise; of experts without a gate (up) -> hidden."""
+"""(gate ``[n, I]``, up ``[n, I]``) -> hidden ``[n, I]``, elementwise; without a gate (up) -> hidden."""
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": functional.silu,
@@ -64,9 +64,8 @@ class GatingForm:
         """
         name, *changes = text.split(",")
         if name not in _ACTIVATIONS:
-            raise ConfigError(
-                f"experts with activation {name[:80]!r} are not supported; supported: {', '.join(_ACTIVATIONS)}"
-            )
+            known = ", ".join(_ACTIVATIONS)
+            raise ConfigError(f"experts with activation {name[:80]!r} are not supported; supported: {known}")
         try:
             values = {key: float(value) for key, _, value in (change.partition("=") for change in changes)}
             flags = {key: bool(values.pop(key)) for key in ("has_gate", "clamps_activation") if key in values}

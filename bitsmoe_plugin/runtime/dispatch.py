@@ -68,8 +68,6 @@ def _on_cpu(spec: PackedSpec, packed: PackedExperts, gating: Gating) -> tuple[Ru
 
 
 def _on_gpu(spec: PackedSpec, packed: PackedExperts, gating: Gating) -> tuple[Runtime | None, str]:
-    if spec.has_bias:
-        return None, "the GPU kernels do not know biases of experts"
     if spec.is_tiled:
         return None, 'the GPU kernels do not know the grid "tiled" (of checkpoints that were converted)'
     form = gating if isinstance(gating, GatingForm) else form_of(gating, spec.shape.has_gate)
@@ -79,4 +77,4 @@ def _on_gpu(spec: PackedSpec, packed: PackedExperts, gating: Gating) -> tuple[Ru
         return None, "Triton is not installed"
     from bitsmoe_plugin.runtime.triton.layer import TritonLayer
 
-    return TritonLayer.prepare(spec, packed, form), ""
+    return TritonLayer.prepare(spec, packed, form.text()), ""

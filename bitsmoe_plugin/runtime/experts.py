@@ -37,7 +37,8 @@ class BitsMoEExperts(nn.Module):
         self._original = (original,)
         layout = layout_of(original)
         # A module of the model's like any other: loaded, moved, trained and saved with it.
-        self.post_expert_norm = original.post_expert_norm if layout.has_post_expert_norm else None
+        norm: Any = original.post_expert_norm if layout.has_post_expert_norm else None
+        self.post_expert_norm: nn.Module | None = norm
         self._has_identity_experts = layout.has_identity_experts
         self.spec = spec
         self.whole_shape = spec.shape  # also where a shard is loaded, whose spec is smaller

@@ -87,9 +87,7 @@ class LayerProblem:
 
     def hidden(self, *products: Tensor, expert: int) -> Tensor:
         """Hidden activations ``[n, I]`` of an expert from its gate and up, or up, products ``[n, I]``."""
-        return self.gating(
-            *(products if self.biases is None else self.biases.add(*products, expert=expert))
-        )
+        return self.gating(*(products if self.biases is None else self.biases.add(*products, expert=expert)))
 
     def chunks(self, experts: int) -> list[slice]:
         """Positions 0..experts in groups of bounded working set."""

@@ -24,7 +24,7 @@ class BasisMoments:
     """What the bases of a layer are the principal directions of.
 
     Attributes:
-        gram: ``[n, H, H]`` float64, of gate and up, or up alone: sum over experts and neurons of weight * w w^T.
+        gram: ``[n, H, H]`` float64, of gate and up, or up: sum over experts and neurons of weight * w w^T.
         output: ``[H, H]`` float64, E[sum_e a y_e y_e^T] of the experts' outputs.
     """
 

@@ -104,9 +104,7 @@ class Quantized:
 
 
 def _expert_weights(model: Any) -> int:
-    return sum(
-        layer_shape(layer.module).weights for layer in find_moe_layers(model)
-    )
+    return sum(layer_shape(layer.module).weights for layer in find_moe_layers(model))
 
 
 def _load(model: str | Path | ModelSource) -> Any:
