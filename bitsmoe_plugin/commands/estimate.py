@@ -220,7 +220,7 @@ def estimate(directory: Path, config: BitsMoEConfig) -> Estimate:
     payload = sum(group.payload_bits for group in groups)
     parts = {part: bits // 8 for part, bits in {"payload": payload, **budget.fixed}.items()}
     expert_bytes, floor = sum(parts.values()), find_floor(shapes, config, sum(bias_bits(source)))
-    experts = {id(tensor) for layer in layers for tensor in layer.module.parameters()}
+    experts = {id(tensor) for layer in layers for tensor in layer.module.parameters(recurse=False)}
     others = [tensor for tensor in _tensors(model) if id(tensor) not in experts]
     other_bytes = sum(map(_bytes, others))
     header = _HEADER_BYTES * (len(others) + _packed_tensors(source, kept))

@@ -179,7 +179,8 @@ class StreamedExperts:
     def _device(self, layer: MoELayer) -> torch.device:
         """Where the rest of the layer is."""
         decoder_layer: nn.Module = self._model.get_submodule(layer.layer_name)
-        return next(decoder_layer.parameters()).device
+        # The experts, without data, may stand first.
+        return next(tensor.device for tensor in decoder_layer.parameters() if not tensor.is_meta)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from torch import Tensor
 from bitsmoe_plugin.base.native import absence, library
 from bitsmoe_plugin.codec.layout import PackedExperts
 from bitsmoe_plugin.codec.spec import PackedSpec
-from bitsmoe_plugin.models.gating import Gating, activation_of
+from bitsmoe_plugin.models.gating import Gating, GatingForm, form_of
 
 
 class Runtime(Protocol):
@@ -65,15 +65,13 @@ def _on_cpu(spec: PackedSpec, packed: PackedExperts, gating: Gating) -> tuple[Ru
 
 
 def _on_gpu(spec: PackedSpec, packed: PackedExperts, gating: Gating) -> tuple[Runtime | None, str]:
-    if spec.has_bias:
-        return None, "the GPU kernels do not know biases of experts"
     if spec.is_tiled:
         return None, 'the GPU kernels do not know the grid "tiled" (of checkpoints that were converted)'
-    activation = activation_of(gating)
-    if activation is None:
-        return None, "the GPU kernels do not know their activation"
+    form = gating if isinstance(gating, GatingForm) else form_of(gating, spec.shape.has_gate)
+    if form is None:
+        return None, "the GPU kernels do not know their gating"
     if find_spec("triton") is None:
         return None, "Triton is not installed"
     from bitsmoe_plugin.runtime.triton.layer import TritonLayer
 
-    return TritonLayer.prepare(spec, packed, activation), ""
+    return TritonLayer.prepare(spec, packed, form.text()), ""

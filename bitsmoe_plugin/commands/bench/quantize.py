@@ -93,7 +93,7 @@ def _gating(gate: Tensor, up: Tensor) -> Tensor:
 
 def _quantize(weights: ExpertWeights, activations: LayerActivations, config: BitsMoEConfig) -> None:
     """What the pipeline does with a layer, in its two passes."""
-    shape = LayerShape(weights.num_experts, weights.hidden_size, weights.intermediate_size)
+    shape = weights.shape
     budget = plan_budget([shape], config).payload_bits
     first = layer_problem.build_problem("layer", weights, activations, _gating, config)
     plan = plan_layer(first, budget)
@@ -165,16 +165,16 @@ def _gptq_seconds(weights: ExpertWeights, activations: LayerActivations, experts
 
     from bitsmoe_plugin.commands.compare.gptq_quantize import GptqSettings, quantize_config
 
-    device = weights.gate.device
+    device = weights.up.device
     settings = GptqSettings() if search else GptqSettings(mse=0.0)
 
     slots = statistics.routed_slots(activations, weights.num_experts)
     total = 0.0
     for expert in range(experts):
         x = activations.hidden[slots[expert][0]]
-        gate, up, down = weights.gate[expert], weights.up[expert], weights.down[expert]
-        hidden = _gating(x @ gate.T, x @ up.T)
-        for weight, inputs in ((gate, x), (up, x), (down, hidden)):
+        first = [matrix[expert] for matrix in weights.inputs]
+        hidden = _gating(*(x @ weight.T for weight in first))
+        for weight, inputs in (*((weight, x) for weight in first), (weights.down[expert], hidden)):
             sizes = weight.shape[1], weight.shape[0]
             linear = torch.nn.Linear(*sizes, bias=False, dtype=weight.dtype, device=device)
             linear.weight.data.copy_(weight)
@@ -189,7 +189,7 @@ def _gptq_seconds(weights: ExpertWeights, activations: LayerActivations, experts
 
 def _first(weights: ExpertWeights) -> ExpertWeights:
     """The first two experts."""
-    return ExpertWeights(weights.gate[:2], weights.up[:2], weights.down[:2])
+    return ExpertWeights.of([matrix[:2] for matrix in weights.inputs], weights.down[:2])
 
 
 def _routed_to_first(activations: LayerActivations) -> LayerActivations:

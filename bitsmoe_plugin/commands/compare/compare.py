@@ -32,7 +32,7 @@ from bitsmoe_plugin.commands.evaluate import check_evaluation, evaluate_model, e
 from bitsmoe_plugin.commands.tables import table_console
 from bitsmoe_plugin.config import BitsMoEConfig
 from bitsmoe_plugin.errors import BitsMoEError, ConfigError, QuantizationError
-from bitsmoe_plugin.models.families import find_moe_layers
+from bitsmoe_plugin.models.families import find_moe_layers, layer_shape
 from bitsmoe_plugin.models.model_class import check_folder, load_model, text_model
 from bitsmoe_plugin.models.model_source import ModelSource
 from bitsmoe_plugin.models.tokenizer import load_tokenizer
@@ -107,9 +107,7 @@ class Quantized:
 
 
 def _expert_weights(model: Any) -> int:
-    return sum(
-        layer.module.gate_up_proj.numel() + layer.module.down_proj.numel() for layer in find_moe_layers(model)
-    )
+    return sum(layer_shape(layer.module).weights for layer in find_moe_layers(model))
 
 
 def _load(model: str | Path | ModelSource) -> Any:
