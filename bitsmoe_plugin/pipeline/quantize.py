@@ -32,6 +32,7 @@ from bitsmoe_plugin.config import BitsMoEConfig
 from bitsmoe_plugin.errors import QuantizationError
 from bitsmoe_plugin.models.expert_source import ExpertSource, LoadedExperts
 from bitsmoe_plugin.models.families import MoELayer
+from bitsmoe_plugin.models.low_precision import check_loaded
 from bitsmoe_plugin.pipeline.model_state import in_evaluation_mode, refused_if_it_fails
 from bitsmoe_plugin.pipeline.plan_pass import plan_layers
 from bitsmoe_plugin.pipeline.progress import Progress, ProgressInMemory
@@ -65,11 +66,12 @@ def quantize_model(
         the config with the manifest of the packed layers.
 
     Raises:
-        QuantizationError: no MoE layers, unknown family, NaN weights, budget out of reach, a work
+        QuantizationError: a model in low precision, no MoE layers, unknown family, NaN weights, budget out of reach, a work
             directory of another run, or other arguments than another process's.
         Interrupted: Ctrl-C, after a layer, if there is a work directory.
     """
     config.validate()
+    check_loaded(model)
     check_choice("grid", config.grid, GRIDS)  # not that of checkpoints that were imported
     source, workers = source or LoadedExperts(model), Workers.present()
     with workers.together(), refused_if_it_fails(model):
