@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from bitsmoe_plugin.models.json_objects import read_object
 if TYPE_CHECKING:
     import torch
 
+    from bitsmoe_plugin.checkpoint.carried_tensors import CarriedTensors
     from bitsmoe_plugin.config import BitsMoEConfig
     from bitsmoe_plugin.models.low_precision_source import LowPrecisionSource
     from bitsmoe_plugin.models.stored_names import StoredNames
@@ -74,6 +75,13 @@ class LowPrecisionLoading:
         config = model.config
         without_settings(getattr(config, name) for name in config.sub_configs)
         return source.names
+
+    def carried(self, places: Mapping[str, tuple[str, str]], model: Any) -> CarriedTensors:
+        """Layers for prediction, which the model does not load; decoded when they are saved."""
+        from bitsmoe_plugin.checkpoint.carried_tensors import DecodedTensors
+
+        assert self._source is not None
+        return DecodedTensors(places, self._source.precision, model.dtype)
 
     def conversions(self, rules: list[Any], model: Any) -> list[Any]:
         """The rules that load the checkpoint, of those that load an unquantized one."""

@@ -111,7 +111,7 @@ class BitsMoEQuantizer(HfQuantizer):
             check_files(model, files, config)
             # Before experts are taken out: what the model has no name for is found by what it has.
             names = StoredNames(model)
-            self._carry(names, files)
+            self._carry(model, names, files)
             self._stored = names, files
             self._split = replace_experts(model, files, config)
         else:
@@ -133,18 +133,19 @@ class BitsMoEQuantizer(HfQuantizer):
         else:
             names = StoredNames(model)
             check_source(names, stored_dtypes(files or []), method=unknown_method(files or []))
-        self._carry(names, files or [])
+        self._carry(model, names, files or [])
         self._stored = names, files or []
         quantizer = self._low.quantizer if self._low else None
         self._source = planned_source(model, files or [], self.quantization_config, quantizer)
         self._blocks = calibration_blocks(model, self.quantization_config, files)
 
-    def _carry(self, names: StoredNames, files: list[str]) -> None:
+    def _carry(self, model: Any, names: StoredNames, files: list[str]) -> None:
         """Keep what predicts and the model does not load, to save it with the model."""
         from bitsmoe_plugin.checkpoint.carried_tensors import CarriedTensors
         from bitsmoe_plugin.models.stored_names import without_module
 
-        self._carried = CarriedTensors(without_module(names, files)[0])
+        places = without_module(names, files)[0]
+        self._carried = self._low.carried(places, model) if self._low else CarriedTensors(places)
 
     @known_state()
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:

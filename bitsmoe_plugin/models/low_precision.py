@@ -20,6 +20,7 @@ from transformers.quantizers.auto import (
 )
 from transformers.quantizers.base import HfQuantizer
 
+from bitsmoe_plugin.config import QUANT_METHOD
 from bitsmoe_plugin.errors import QuantizationError
 from bitsmoe_plugin.models.partial_blocks import PartialBlocksDequantize
 
@@ -115,6 +116,35 @@ class LowPrecision:
         found = getattr(self.quantizer.quantization_config, "weight_block_size", None)
         return (int(found[0]), int(found[1])) if found else None
 
+    def values(self, dtype: str, count: int) -> int:
+        """Number of values of a stored weight.
+
+        Args:
+            dtype: in the notation of safetensors.
+            count: numbers of this dtype.
+        """
+        if dtype == "I32":  # of compressed-tensors, which packs 4 or 8 bits
+            bits = {group.weights.num_bits for group in self._groups() if group.weights.type == "int"}
+            return count * (32 // min(bits))
+        return count if dtype.startswith("F8") else 2 * count
+
+    def _groups(self) -> list[Any]:
+        return list(self.quantizer.compressor.quantization_config.config_groups.values())
+
+    def operation(self, expert: bool) -> Any:
+        """Of transformers, which decodes a single weight.
+
+        Args:
+            expert: that of a routed expert.
+        """
+        kind = self.quantizer.get_load_operations()["dequantize"]
+        if self.method != "compressed-tensors":
+            return self._with_partial_blocks(kind(self.quantizer))
+        from transformers.integrations.compressed_tensors import get_dense_scheme, get_experts_scheme
+
+        chosen = get_experts_scheme if expert else get_dense_scheme
+        return kind(self.quantizer, scheme=chosen(self.quantizer.compressor.quantization_config))
+
     def conversions(self, rules: Sequence[Any], model: Any) -> list[Any]:
         """The rules that load this checkpoint, made of those that load an unquantized one.
 
@@ -134,6 +164,21 @@ class LowPrecision:
         if not isinstance(operation, dequantize) or self.block is None:
             return operation
         return PartialBlocksDequantize(operation, self.block)
+
+
+def check_loaded(model: Any) -> None:
+    """Refuse a model that transformers keeps in low precision.
+
+    Raises:
+        QuantizationError: naming the method and what to do.
+    """
+    quantizer = getattr(model, "hf_quantizer", None)
+    method = method_of({"quant_method": quantizer.quantization_config.quant_method}) if quantizer else None
+    if method not in (None, QUANT_METHOD):
+        raise QuantizationError(
+            f"the model was loaded in {method}; load it with quantization_config=BitsMoEConfig(...), which "
+            "quantizes its experts layer by layer, or with dequantize=True in its own config"
+        )
 
 
 def example(stored: Mapping[str, str]) -> str:

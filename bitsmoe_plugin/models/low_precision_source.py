@@ -12,8 +12,10 @@ from bitsmoe_plugin.base.sizes import readable_size
 from bitsmoe_plugin.errors import QuantizationError
 from bitsmoe_plugin.models.families import find_moe_layers
 from bitsmoe_plugin.models.files import INDEX, SINGLE, weight_map
+from bitsmoe_plugin.models.json_objects import read_object
 from bitsmoe_plugin.models.low_precision import LowPrecision
 from bitsmoe_plugin.models.low_precision_checks import check_finite, check_stored
+from bitsmoe_plugin.models.low_precision_decode import is_weight
 from bitsmoe_plugin.models.source_tensors import check_source, folder_dtypes
 from bitsmoe_plugin.models.stored_names import StoredNames
 from bitsmoe_plugin.models.stored_tensors import read_headers
@@ -49,18 +51,29 @@ class LowPrecisionSource:
         self.precision = LowPrecision(settings, dtypes)
         self.names = StoredNames(model, self.precision)
         self._experts = _expert_parameters(model)
-        self._coarse = check_stored(self.precision, self.stored, self._is_expert)
+        self._coarse = check_stored(self.precision, self.stored, self._is_like_expert)
         check_source(self.names, dtypes, self._coarse, self.precision.method)
         self.expert_bytes = sum(t.size for name, t in self.stored.items() if self._is_expert(name))
         self.other_bytes = sum(t.size for t in self.stored.values()) - self.expert_bytes
-        self.grown_bytes = self._count_others(model)
+        self.grown_bytes = self._count_others(model) + self._count_carried(model.dtype.itemsize)
 
     def _is_expert(self, name: str) -> bool:
         return self.names.target(name) in self._experts
 
+    def _is_like_expert(self, name: str) -> bool:
+        """Whether a tensor is of an expert, of a layer for prediction too."""
+        return self._is_expert(name) or (".experts." in name and self.names.is_prediction_layer(name))
+
     def _count_others(self, model: Any) -> int:
         tensors = {id(t): t for n, t in model.state_dict(keep_vars=True).items() if n not in self._experts}
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+    def _count_carried(self, itemsize: int) -> int:
+        """Bytes of layers for prediction, which the model does not load."""
+        carried = {name: t for name, t in self.stored.items() if self.names.is_prediction_layer(name)}
+        plain = sum(tensor.size for name, tensor in carried.items() if name not in self._coarse)
+        weights = [t for name, t in carried.items() if name in self._coarse and is_weight(name)]
+        return plain + sum(itemsize * self.precision.values(t.dtype, t.count) for t in weights)
 
     def check_finite(self) -> None:
         """Read the scales of all weights.
@@ -69,6 +82,25 @@ class LowPrecisionSource:
             QuantizationError: naming one that is no number.
         """
         check_finite(self.precision, self.stored, self._coarse)
+
+    def check_whole_blocks(self) -> None:
+        """To be called before transformers loads the checkpoint by itself.
+
+        Raises:
+            QuantizationError: naming a weight whose last block is not whole: it would make other numbers of
+                it.
+        """
+        block = self.precision.block
+        for tensor in (self.stored[name] for name in sorted(self._coarse) if name.endswith(".weight")):
+            if block is None or not tensor.dtype.startswith("F8"):
+                continue
+            sizes = zip(tensor.shape[-2:], block, strict=True)
+            if any(size > width and size % width for size, width in sizes):
+                raise QuantizationError(
+                    f"{tensor} is stored in {self.precision.method} in blocks of {block[0]}x{block[1]}, the "
+                    "last of which is not whole: transformers loads it wrongly; give a checkpoint in "
+                    "bfloat16 (quantizing this one works)"
+                )
 
     def growth(self) -> str | None:
         """What is to be said of the size of all that is no routed expert; None: it does not grow."""
@@ -95,11 +127,11 @@ def source_in(folder: Path, model: Any, settings: Mapping[str, Any]) -> LowPreci
     Raises:
         QuantizationError, CheckpointError: see ``LowPrecisionSource``.
     """
-    single, index = folder / SINGLE, folder / INDEX
-    files = [single]
-    if not single.is_file() and index.is_file():
-        files = [folder / name for name in sorted(set(weight_map(index).values()))]
-    if not all(file.is_file() for file in files):
+    files = [folder / SINGLE]
+    if not files[0].is_file():
+        stored = read_object(folder / INDEX).get("weight_map") if (folder / INDEX).is_file() else None
+        files = [folder / name for name in sorted(set(weight_map(folder / INDEX).values()))] if stored else []
+    if not files or not all(file.is_file() for file in files):
         LowPrecision(settings, folder_dtypes(folder))
         return None
     return LowPrecisionSource(model, settings, files)

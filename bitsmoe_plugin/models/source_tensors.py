@@ -111,7 +111,7 @@ def check_source(
             if names.is_floating(target) and dtype not in _FLOATS and not read:
                 coarse[name] = dtype
         elif names.is_prediction_layer(name):
-            if dtype not in (*_FLOATS, "I64", "I32", "BOOL"):
+            if name not in decoded and dtype not in (*_FLOATS, "I64", "I32", "BOOL"):
                 coarse[name] = dtype
         elif (
             name not in decoded

@@ -49,7 +49,7 @@ def _packed(model: nn.Module) -> dict[str, Tensor]:
 Make = Callable[[Path, Path], Path]
 SOURCES: dict[str, tuple[str, dict[str, Any], Make]] = {
     "FP8 in blocks": ("qwen3_moe", {}, fp8),
-    "FP8 in blocks, shared experts": ("deepseek_v3", {}, fp8),
+    "FP8 in blocks, shared experts": ("deepseek_v3", {"kv_lora_rank": 16}, fp8),
     "FP8 in blocks, other names": ("mixtral", {}, lambda a, b: fp8(a, b, scale="scale")),
     "FP8 in blocks, per expert bias": ("minimax_m2", {}, fp8),
     "FP8 per tensor": ("glm4_moe", {}, lambda a, b: fp8(a, b, None)),
@@ -127,7 +127,7 @@ def _check_saved(packed: Any, path: Path) -> None:
 def test_blocks_that_are_not_whole_outside_the_experts(tiny_model: Any, tmp_path: Path) -> None:
     """Guards DeepSeek-V3's kv_a_proj_with_mqa: 576 rows in blocks of 128, whose size cannot be told from the
     number of scales. Here it has 24, in blocks of 16 (and the product of scale and value is done by hand)."""
-    model = tiny_model("deepseek_v3", qk_rope_head_dim=16, kv_lora_rank=8).bfloat16()
+    model = tiny_model("deepseek_v3").bfloat16()
     model.save_pretrained(tmp_path / "dense")
     low = fp8(tmp_path / "dense", tmp_path / "low")
     packed, stored = _quantized(low), load_file(low / "model.safetensors")
@@ -135,6 +135,45 @@ def test_blocks_that_are_not_whole_outside_the_experts(tiny_model: Any, tmp_path
     assert stored[name].shape == (24, 32)
     scales = stored[f"{name}_scale_inv"].repeat_interleave(16, 0).repeat_interleave(16, 1)[:24, :32]
     assert torch.equal(packed.state_dict()[name], (stored[name].float() * scales).bfloat16())
+    with pytest.raises(QuantizationError, match=r"kv_a_proj_with_mqa.*transformers loads it wrongly"):
+        load_model(low)
+
+
+PREDICTION: dict[str, Make] = {
+    "fp8": fp8,
+    "compressed-tensors": lambda a, b: compressed(
+        a, b, scheme("int4", EXPERTS), scheme("fp8 channel", ("re:.*self_attn.*",))
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", PREDICTION)
+def test_prediction_layers_are_decoded(kind: str, tiny_model: Any, tmp_path: Path) -> None:
+    """Guards layers that the model has no place for, as DeepSeek-V3's: saved in bfloat16, equal to the layer
+    that they were copied from as transformers dequantizes it, and counted in what the rest grows to."""
+    model = tiny_model("deepseek_v3", kv_lora_rank=16).bfloat16()
+    model.save_pretrained(tmp_path / "dense")
+
+    def add(tensors: Tensors) -> None:
+        for name in [name for name in tensors if "layers.1." in name]:
+            tensors[name.replace("layers.1.", "layers.2.")] = tensors[name].clone()
+
+    rewrite(tmp_path / "dense", add)
+    low = PREDICTION[kind](tmp_path / "dense", tmp_path / "low")
+    with pytest.warns(UserWarning, match=r"attention and the rest: (\S+) kB stored") as told:
+        packed = _quantized(low)
+    packed.save_pretrained(tmp_path / "packed")
+    saved, stored = (load_file(tmp_path / out / "model.safetensors") for out in ("packed", "dense"))
+    load_model(low).save_pretrained(tmp_path / "dequantized")
+    wanted = load_file(tmp_path / "dequantized" / "model.safetensors")
+    names = [name for name in stored if "layers.2." in name]
+    assert any(".experts." in name for name in names)
+    assert [name for name in saved if "layers.2." in name] == names
+    for name in names:
+        assert torch.equal(saved[name], wanted[name.replace("layers.2.", "layers.1.")])
+        assert saved[name].dtype == stored[name].dtype
+    others = sum(t.nbytes for name, t in saved.items() if "bitsmoe_" not in name)
+    assert any(f"{others / 1000:.3f} kB stored" in str(warning.message) for warning in told)
 
 
 @pytest.fixture(scope="module")
@@ -340,6 +379,16 @@ def test_other_configs_are_merged_as_before(dense: Path, tmp_path: Path) -> None
     options = {"quant_method": "bitsmoe", **OPTIONS, "dataset": TOKENS.tolist()}
     as_dict = AutoModelForCausalLM.from_pretrained(low, quantization_config=options)
     assert all(torch.equal(t, _packed(as_dict)[name]) for name, t in _packed(_quantized(low)).items())
+
+
+def test_model_that_stays_in_low_precision_is_refused(dense: Path, tmp_path: Path) -> None:
+    """Guards ``quantize_model``: what it would return could be saved neither as packed nor as it was."""
+    low = compressed(dense, tmp_path / "low", scheme("int4"))
+    model = AutoModelForCausalLM.from_pretrained(low)
+    with pytest.raises(
+        QuantizationError, match=r"loaded in compressed-tensors; .*BitsMoEConfig.*dequantize=True"
+    ):
+        quantize_model(model, TOKENS, _config())
 
 
 def test_estimate_counts_what_is_stored(dense: Path, tmp_path: Path) -> None:
