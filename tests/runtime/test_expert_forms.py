@@ -117,7 +117,7 @@ def test_gradients_are_those_of_autograd(form: str) -> None:
 
 @pytest.mark.parametrize("form", ["relu2,has_gate=0", "silu,alpha=1.702,limit=1,offset=1"])
 def test_shards_add_up(form: str) -> None:
-    """Tensor and expert parallel: guards payload, row codes and biases of two factors, cut packed."""
+    """Tensor and expert parallel: guards payload, row codes and biases, cut without unpacking."""
     shape = replace(shape_of(form), intermediate_size=96)
     spec, packed = random_layer(shape, has_bias=True)
     inputs = random_inputs(shape, 7)
