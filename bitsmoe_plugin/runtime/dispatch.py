@@ -45,6 +45,15 @@ def prepare(spec: PackedSpec, packed: PackedExperts, gating: Gating) -> Runtime:
     return WithOriginals(runtime, spec, gating) if spec.has_bias or spec.kept else runtime
 
 
+def is_plain_torch(runtime: Runtime) -> bool:
+    """Whether ``prepare`` found nothing better than the reference, which waits for its device."""
+    from bitsmoe_plugin.runtime.reference_layer import ReferenceLayer
+    from bitsmoe_plugin.runtime.with_originals import WithOriginals
+
+    inner = runtime.runtime if isinstance(runtime, WithOriginals) else runtime
+    return isinstance(inner, ReferenceLayer)
+
+
 def _fastest(spec: PackedSpec, packed: PackedExperts, gating: Gating) -> Runtime:
     from bitsmoe_plugin.runtime.reference_layer import ReferenceLayer
 
