@@ -19,6 +19,7 @@ from bitsmoe_plugin.config import QUANT_METHOD, BitsMoEConfig
 from bitsmoe_plugin.errors import CheckpointError, ConfigError
 from vllm_ext import lora, prediction
 from vllm_ext.engine_checks import check_engine
+from vllm_ext.layer_checks import check_online
 from vllm_ext.moe_method import BitsMoEMethod
 from vllm_ext.parallel import check_at_start, check_degrees
 from vllm_ext.reload import engine_model, read_manifest
@@ -200,5 +201,6 @@ class BitsMoEServingConfig(QuantizationConfig):
             from vllm_ext.lora_manager import watch_adapters
 
             watch_adapters()
+        check_online(prefix, layer, self.online_quantization_config)
         self._stream.add(prefix)
         return BitsMoEMethod(layer.moe_config, self.names.find(name), self)
