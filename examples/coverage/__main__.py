@@ -1,6 +1,6 @@
 """Which MoE model classes of the installed transformers work, packed, in transformers and in vLLM.
 
-    python examples/coverage --vllm .venv-vllm/bin/python    # all of them; without --vllm its side is left out
+    python examples/coverage --vllm .venv-vllm/bin/python    # all; without --vllm its side is left out
     python examples/coverage --only deepseek gpt_oss         # those whose type or class contains one of these
     python examples/coverage --write                         # keep the data, and the table in examples/docs
 

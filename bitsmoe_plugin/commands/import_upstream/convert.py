@@ -160,7 +160,7 @@ def _convert(source: Path, config: dict[str, Any], partial: Path) -> None:
     weights = sum(shape.weights for shape in shapes.values())
     with writing(partial):
         _name_files(manifest)
-        copy_side_files(side_files(ModelSource(str(source))), partial, replace=True)
+        copy_side_files(side_files(ModelSource(name=str(source))), partial, replace=True)
         config["quantization_config"] = _quantization_config(manifest, weights).to_dict()
         (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
