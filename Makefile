@@ -3,6 +3,7 @@
 # make demo-gptq the same with GPTQ as a further method (installs gptqmodel first)
 # make install-vllm   .venv-vllm with vLLM for the CPU; make test-vllm runs the tests that need it
 # make test-oldest   core tests with the oldest versions that are tested, see the target
+# make test-python310   core tests on the oldest Python that is promised, PYTHON310=python3.10
 # make install-autoround   for `bitsmoe compare --methods autoround`
 # make ablation  what each element of the method is worth (15 minutes)
 # make lock      pin what is installed for CI; make audit: known vulnerabilities of what is pinned
@@ -20,6 +21,8 @@ VLLM_PIN = $(if $(LOCK),-c .ci/constraints-vllm.txt)
 # vLLM pins transformers and numpy, so it gets an environment of its own.
 VLLM_VENV := .venv-vllm
 AUDIT_VENV := .venv-audit
+PYTHON310 ?= python3.10
+PYTHON310_VENV := .venv-310
 # Tests run in so many processes, each with one thread.
 WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 4 ? n : 4)))
 
@@ -30,7 +33,7 @@ COMPARE = $(BIN)/bitsmoe compare $(EXAMPLE) --bits 2.0 --dataset $(CALIBRATION) 
 	--prompt "In the beginning there was"
 
 .PHONY: install install-gptq install-torchao install-autoround install-vllm demo demo-gptq ablation test \
-	test-gpu test-vllm test-oldest lint format check lock audit dist clean
+	test-gpu test-vllm test-oldest test-python310 lint format check lock audit dist clean
 install: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml
@@ -100,6 +103,17 @@ test-oldest: install-vllm
 	BITSMOE_EXPECT_VERSIONS=oldest $(VLLM_VENV)/bin/python -m pytest $(OLDEST) \
 		-k "not (peak_memory or every_order or pipeline or switch or broken or errors_are or estimates or help)"
 
+# lint knows which parts of the standard library Python 3.10 has, not what other packages do on it.
+test-python310: $(PYTHON310_VENV)/.installed
+	$(PYTHON310_VENV)/bin/python -m pytest -n $(WORKERS) --dist worksteal tests --ignore tests/vllm_ext
+
+$(PYTHON310_VENV)/.installed: pyproject.toml
+	test -d $(PYTHON310_VENV) || $(PYTHON310) -m venv $(PYTHON310_VENV)
+	$(PYTHON310_VENV)/bin/python -c "import sys; assert sys.version_info[:2] == (3, 10), sys.version"
+	$(PYTHON310_VENV)/bin/python -c "import torch" 2>/dev/null || $(PYTHON310_VENV)/bin/pip install -q "$(TORCH)"
+	$(PYTHON310_VENV)/bin/pip install -q -e ".[dev,report,optimum,lm-eval,peft,triton]"
+	touch $@
+
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -135,4 +149,4 @@ dist: install
 	rm -r dist/again && ls -l dist
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) $(AUDIT_VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) $(AUDIT_VENV) $(PYTHON310_VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis

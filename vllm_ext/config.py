@@ -21,6 +21,7 @@ from bitsmoe_plugin.models.gating import GatingForm
 from bitsmoe_plugin.models.layer_names import decoder_layer
 from vllm_ext import lora, prediction
 from vllm_ext.engine_checks import check_engine
+from vllm_ext.layer_checks import check_online
 from vllm_ext.moe_method import BitsMoEMethod
 from vllm_ext.parallel import check_at_start, check_degrees
 from vllm_ext.reload import engine_model, read_manifest
@@ -190,5 +191,6 @@ class BitsMoEServingConfig(QuantizationConfig):
             from vllm_ext.lora_manager import watch_adapters
 
             watch_adapters()
+        check_online(prefix, layer, self.online_quantization_config)
         self._stream.add(prefix)
         return BitsMoEMethod(layer.moe_config, self.names.find(name), self)

@@ -10,9 +10,9 @@ from bitsmoe_plugin.models.gating import GatingForm
 
 _NO_GATE = "_no_mul"
 _PLAIN = ("silu", "gelu", "gelu_tanh", "relu2")
-_GPT_OSS = GatingForm("silu", alpha=1.702, limit=7.0, offset=1.0)
+_GPT_OSS = GatingForm(activation="silu", alpha=1.702, limit=7.0, offset=1.0)
 """vLLM's operator has these constants."""
-_STEP = GatingForm("silu", limit=7.0, clamps_activation=True)
+_STEP = GatingForm(activation="silu", limit=7.0, clamps_activation=True)
 
 
 def gating_of(name: str, layer: Any, expected: GatingForm | None) -> GatingForm:
@@ -44,8 +44,10 @@ def _form(name: str, layer: Any) -> GatingForm:
     if activation == "swiglustep":
         return _STEP
     if activation == "swigluoai_uninterleave" and limit is not None:
-        return GatingForm("silu", alpha=alpha or 1.0, limit=limit, offset=beta or 0.0)
+        return GatingForm(activation="silu", alpha=alpha or 1.0, limit=limit, offset=beta or 0.0)
     plain = activation.removesuffix(_NO_GATE)
     if plain not in _PLAIN or (limit is not None and activation != "silu"):
         raise ConfigError(f"{name}: bitsmoe cannot serve experts with vLLM's gating {activation!r}")
-    return GatingForm(plain, has_gate=plain == activation, limit=math.inf if limit is None else limit)
+    return GatingForm(
+        activation=plain, has_gate=plain == activation, limit=math.inf if limit is None else limit
+    )

@@ -31,6 +31,12 @@ def check_experts(name: str, spec: PackedSpec, moe: FusedMoEConfig, layer: Any) 
             f"{name}: the model has (experts, hidden_size, intermediate_size) = {wanted}, the "
             f"quantization_config {found}; config.json was altered"
         )
+    if moe.num_experts < moe.num_logical_experts:
+        raise ConfigError(
+            f"{name}: config.json has {moe.num_logical_experts - moe.num_experts} of "
+            f"{moe.num_logical_experts} experts replaced by constants (approximate_experts or "
+            "expert_substitution), and all of them are packed; remove that entry"
+        )
     _refuse_variants(name, spec, moe, layer)
     fused = layer.expert_map_manager.num_fused_shared_experts
     if fused:  # their ids would be those after the last packed expert, which the kernels skip
@@ -57,7 +63,7 @@ def _refuse_variants(name: str, spec: PackedSpec, moe: FusedMoEConfig, layer: An
             f"{name}: router weights are applied to the inputs of {moe.experts_per_token} experts per token, "
             "so each has an input of its own; bitsmoe serves this with num_experts_per_tok=1"
         )
-    if moe.num_experts != moe.num_logical_experts:
+    if moe.num_experts > moe.num_logical_experts:
         raise ConfigError(f"{name}: bitsmoe cannot serve redundant copies of experts")
 
 
@@ -67,3 +73,21 @@ def _biases(present: bool) -> str:
 
 def _gate(present: bool) -> str:
     return "a gate" if present else "no gate"
+
+
+def check_online(prefix: str, layer: Any, online: Any) -> None:
+    """Refuse to quantize packed experts once more while they are loaded.
+
+    Args:
+        prefix: vLLM's name of the layer.
+        layer: vLLM's experts.
+        online: what vLLM makes of ``--quantization-config``, None without.
+
+    Raises:
+        ConfigError: it is meant for these experts, too.
+    """
+    if online is not None and online.resolve_quant_method_cls(type(layer), prefix) is not None:
+        raise ConfigError(
+            f"--quantization-config would quantize the packed experts at {prefix} once more; give it "
+            '"linear" alone, or name the experts under "ignore"'
+        )

@@ -141,7 +141,10 @@ def _if_affordable(
         how: they take it, for the warning.
     """
     for group in groups:
-        taken = sum(bits[layer] * len(own_factors(group.factors, shapes[layer])) / len(shapes[layer].factors) for layer in group.layers)
+        taken = sum(
+            bits[layer] * len(own_factors(group.factors, shapes[layer])) / len(shapes[layer].factors)
+            for layer in group.layers
+        )
         if taken > min(LARGEST_SHARE * group.payload_bits, group.payload_bits - group.narrowest):
             warnings.warn(
                 f"{sum(map(len, found))} super experts are quantized like the others: {how} they would take "

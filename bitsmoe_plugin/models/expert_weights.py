@@ -37,7 +37,7 @@ class ExpertWeights:
 
     @property
     def shape(self) -> LayerShape:
-        return LayerShape(*self.up.shape[::2], self.up.shape[1], self.gate is not None)
+        return LayerShape(self.num_experts, self.hidden_size, self.intermediate_size, self.gate is not None)
 
     @property
     def num_experts(self) -> int:

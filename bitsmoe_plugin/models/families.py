@@ -201,6 +201,8 @@ def fused_parameters(module: Any, weights: ExpertWeights, biases: ExpertBiases |
     layout = layout_of(module)
 
     def join(inputs: tuple[Tensor, ...]) -> Tensor:
+        if layout.has_identity_experts:  # they have rows, of no effect
+            inputs = tuple(nn.functional.pad(x, (0, 0, 0, 0, 0, module.zero_expert_num)) for x in inputs)
         if layout.is_concatenated or len(inputs) == 1:
             return torch.cat(inputs, 1)
         return torch.stack(inputs, 2).flatten(1, 2)
@@ -265,7 +267,8 @@ def check_computation(
     biases, wanted = read_biases(module), torch.zeros_like(found)
     for token, slot in torch.nonzero(index < weights.num_experts).tolist():
         expert, x = int(index[token, slot]), hidden[token].float()
-        out = _expert_output(module, weights, biases, expert, x)
+        out = expert_output(module, weights, biases, expert, x)
+        out = module.post_expert_norm(out) if layout_of(module).has_post_expert_norm else out
         wanted[token] += float(share[token, slot]) * out
     if layout_of(module).has_identity_experts:
         wanted += (share * (index >= weights.num_experts)).sum(-1, keepdim=True) * hidden.float()
@@ -277,13 +280,12 @@ def check_computation(
         )
 
 
-def _expert_output(
+def expert_output(
     module: Any, weights: ExpertWeights, biases: ExpertBiases | None, expert: int, x: Tensor
 ) -> Tensor:
-    """Output ``[H]`` of one expert for one input ``[H]``, float32."""
-    products = tuple(matrix[expert].float() @ x for matrix in weights.inputs)
+    """Output ``[..., H]`` float32 of one expert for inputs ``[..., H]`` alike, before any norm of it."""
+    products = tuple(x @ matrix[expert].float().T for matrix in weights.inputs)
     if biases is not None:
         products = biases.add(*products, expert=expert)
-    out = weights.down[expert].float() @ apply_gating(module, *products)
-    out = out if biases is None else out + biases.down[expert].float()
-    return module.post_expert_norm(out) if layout_of(module).has_post_expert_norm else out
+    out = apply_gating(module, *products) @ weights.down[expert].float().T
+    return out if biases is None else out + biases.down[expert].float()

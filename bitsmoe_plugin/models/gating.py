@@ -18,7 +18,7 @@ from torch.nn import functional
 from bitsmoe_plugin.errors import ConfigError
 
 Gating = Callable[..., Tensor]
-"""(gate ``[n, I]``, up ``[n, I]``) -> hidden ``[n, I]``, elementwise; of experts without a gate (up) -> hidden."""
+"""(gate ``[n, I]``, up ``[n, I]``) -> hidden ``[n, I]``, elementwise; without a gate (up) -> hidden."""
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": functional.silu,
@@ -51,7 +51,7 @@ class GatingForm:
 
     def text(self) -> str:
         """What ``parse`` reads: the activation, and what differs from the defaults."""
-        default = GatingForm(self.activation)
+        default = GatingForm(activation=self.activation)
         changes = [f"{k}={float(v):.9g}" for k, v in vars(self).items() if v != getattr(default, k)]
         return ",".join([self.activation, *changes])
 
@@ -64,13 +64,12 @@ class GatingForm:
         """
         name, *changes = text.split(",")
         if name not in _ACTIVATIONS:
-            raise ConfigError(
-                f"experts with activation {name[:80]!r} are not supported; supported: {', '.join(_ACTIVATIONS)}"
-            )
+            known = ", ".join(_ACTIVATIONS)
+            raise ConfigError(f"experts with activation {name[:80]!r} are not supported; supported: {known}")
         try:
             values = {key: float(value) for key, _, value in (change.partition("=") for change in changes)}
             flags = {key: bool(values.pop(key)) for key in ("has_gate", "clamps_activation") if key in values}
-            form = GatingForm(name, **values, **flags)  # type: ignore[arg-type]
+            form = GatingForm(activation=name, **values, **flags)  # type: ignore[arg-type]
         except (ValueError, TypeError) as error:
             raise ConfigError(f"{text[:80]!r} describes no gating of experts") from error
         if not (math.isfinite(form.alpha) and math.isfinite(form.offset) and form.limit > 0):
@@ -133,7 +132,7 @@ def form_of(function: Gating, has_gate: bool = True) -> GatingForm | None:
 
 def _candidates(function: Gating, has_gate: bool) -> Iterator[GatingForm]:
     """All that ``function`` can be, with the constants that its values at a few points ask for."""
-    forms = [GatingForm(name, has_gate) for name in _ACTIVATIONS]
+    forms = [GatingForm(activation=name, has_gate=has_gate) for name in _ACTIVATIONS]
     yield from forms
     one = torch.ones(1, dtype=torch.float64, device="cpu")
 
@@ -146,7 +145,7 @@ def _candidates(function: Gating, has_gate: bool) -> Iterator[GatingForm]:
         return
     alpha = _alpha(slope if has_gate else value(1))
     if alpha is not None:
-        forms.append(GatingForm("silu", has_gate, alpha=alpha))
+        forms.append(GatingForm(activation="silu", has_gate=has_gate, alpha=alpha))
         yield forms[-1]
     if not has_gate:
         return

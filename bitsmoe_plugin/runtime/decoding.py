@@ -15,7 +15,7 @@ from bitsmoe_plugin.models.expert_weights import ExpertBiases, ExpertWeights
 
 @torch.no_grad()
 def decode_weights(spec: PackedSpec, packed: PackedExperts, dtype: torch.dtype) -> ExpertWeights:
-    """Gate (if there is one) and up ``[E, I, H]``, down ``[E, H, I]`` of a layer or shard, on the device of ``packed``.
+    """Gate and up, or up, ``[E, I, H]``, down ``[E, H, I]`` of a layer or shard, on the device of ``packed``.
 
     gate[e] = sum over k of (row k of gate) x (row k of the input basis), up alike; down[e] = output basis x
     rows of down. Computed in float32, one expert at a time.

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from bitsmoe_plugin.base.native import library
+from bitsmoe_plugin.base.native import absence, library
 from bitsmoe_plugin.codec.layout import PackedExperts
 from bitsmoe_plugin.codec.spec import PackedSpec
 from bitsmoe_plugin.models.gating import Gating, GatingForm, form_of
@@ -69,16 +69,11 @@ def _on_cpu(spec: PackedSpec, packed: PackedExperts, gating: Gating) -> tuple[Ru
     from bitsmoe_plugin.runtime import cpu_layer
 
     if library() is None:
-        return None, (
-            "the kernels were not compiled when bitsmoe-plugin was installed. Install a C compiler (gcc or "
-            "clang) and reinstall"
-        )
+        return None, absence.reason()
     return cpu_layer.CpuLayer.prepare(spec, packed, gating), ""
 
 
 def _on_gpu(spec: PackedSpec, packed: PackedExperts, gating: Gating) -> tuple[Runtime | None, str]:
-    if spec.has_bias:
-        return None, "the GPU kernels do not know biases of experts"
     if spec.is_tiled:
         return None, 'the GPU kernels do not know the grid "tiled" (of checkpoints that were converted)'
     form = gating if isinstance(gating, GatingForm) else form_of(gating, spec.shape.has_gate)
@@ -88,4 +83,4 @@ def _on_gpu(spec: PackedSpec, packed: PackedExperts, gating: Gating) -> tuple[Ru
         return None, "Triton is not installed"
     from bitsmoe_plugin.runtime.triton.layer import TritonLayer
 
-    return TritonLayer.prepare(spec, packed, form), ""
+    return TritonLayer.prepare(spec, packed, form.text()), ""

@@ -131,7 +131,7 @@ class _Chunk:
     def _through_gating(
         self, expert: int, products: list[Tensor], v: Tensor, token: Tensor, slot: Tensor
     ) -> tuple[Tensor, ...]:
-        """Gradients ``[n, I]`` with respect to gate and up, or up; notes that with respect to the router weight.
+        """Gradients ``[n, I]`` of gate and up, or up; notes that with respect to the router weight.
 
         Args:
             products: of gate and up, or up, ``[n, I]`` without biases.

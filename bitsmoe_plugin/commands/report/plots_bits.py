@@ -36,7 +36,7 @@ def bits_by_layer(data: CheckpointData, look: Look) -> Figure:
 
 
 def _by_factor(values: np.ndarray, layer: LayerData, data: CheckpointData) -> np.ndarray:
-    """``values`` ``[f, ...]`` of a layer with one for every projection of the model; NaN for those it lacks."""
+    """``values`` ``[f, ...]`` of a layer for every projection of the model; NaN for those it lacks."""
     absent = np.full((len(data.factors) - len(layer.factors), *values.shape[1:]), np.nan)
     return np.concatenate([absent, values])
 
