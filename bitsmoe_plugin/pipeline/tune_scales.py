@@ -22,10 +22,11 @@ from torch.utils.checkpoint import checkpoint
 from transformers.utils import logging
 
 from bitsmoe_plugin.base.process_state import known_state
-from bitsmoe_plugin.calibration.text import held_out_last
+from bitsmoe_plugin.calibration.blocks import held_out_last
 from bitsmoe_plugin.checkpoint.manifest import tensor_digest
 from bitsmoe_plugin.codec.layout import PackedExperts
 from bitsmoe_plugin.errors import QuantizationError
+from bitsmoe_plugin.models.model_class import text_model
 from bitsmoe_plugin.pipeline.tuning_settings import TuningSettings
 from bitsmoe_plugin.runtime.experts import BitsMoEExperts
 from bitsmoe_plugin.runtime.reference_layer import ReferenceLayer
@@ -243,8 +244,8 @@ def _held_out(model: nn.Module, reference: nn.Module, blocks: Tensor, batch_size
 def _divergence(model: nn.Module, reference: nn.Module, batch: Tensor) -> Tensor:
     """Mean KL(reference || model) per token, nats."""
     with torch.no_grad():
-        wanted = reference(input_ids=batch, use_cache=False).logits.float().log_softmax(-1)
-    found = model(input_ids=batch, use_cache=False).logits.float().log_softmax(-1)
+        wanted = text_model(reference)(input_ids=batch, use_cache=False).logits.float().log_softmax(-1)
+    found = text_model(model)(input_ids=batch, use_cache=False).logits.float().log_softmax(-1)
     loss = nn.functional.kl_div(found, wanted, log_target=True, reduction="none").sum(-1).mean()
     if not torch.isfinite(loss):
         raise QuantizationError(

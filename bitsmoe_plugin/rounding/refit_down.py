@@ -15,15 +15,13 @@ def _expert_hidden(problem: LayerProblem, expert: int, values: Tensor) -> tuple[
     """Exact and rounded hidden activations ``[n, I]`` of an expert on its calibration rows.
 
     Args:
-        values: ``[2, r, I]``, decoded gate and up.
+        values: ``[n, r, I]``, decoded gate and up, or up alone.
     """
     tokens = problem.tokens[expert].tokens
     x, z = problem.activations.hidden[tokens].float(), problem.z[:, tokens]
-    gate, up = problem.weights.gate[expert].float(), problem.weights.up[expert].float()
-    return (
-        problem.hidden(product(x, gate), product(x, up), expert),
-        problem.hidden(product(z[0], values[0].T), product(z[-1], values[1].T), expert),
-    )
+    exact = [product(x, matrix[expert].float()) for matrix in problem.weights.inputs]
+    rounded = [product(*pair) for pair in zip((z[0], z[-1]), values.mT, strict=False)]
+    return problem.hidden(*exact, expert=expert), problem.hidden(*rounded, expert=expert)
 
 
 def refit_down(problem: LayerProblem, values: Tensor, experts: list[int]) -> tuple[Tensor, Tensor]:
@@ -34,7 +32,7 @@ def refit_down(problem: LayerProblem, values: Tensor, experts: list[int]) -> tup
     F' = (E[a (F h + t) h'^T] + l F)(E[a h' h'^T] + l I)^-1, blended with F by tokens per neuron.
 
     Args:
-        values: ``[2, e, r, I]``, decoded gate and up.
+        values: ``[n, e, r, I]``, decoded gate and up, or up alone.
 
     Returns:
         factors ``[e, r, I]`` and second moments E[a h' h'^T] ``[e, I, I]`` to round them with.
@@ -82,16 +80,16 @@ def sampled_error(problem: LayerProblem, experts: list[int], values: Tensor) -> 
     the cross terms are scaled up by the ratio.
 
     Args:
-        values: ``[3, e, r, I]``, decoded factors of ``experts``.
+        values: ``[f, e, r, I]``, decoded factors of ``experts``.
     """
     shape, acts = problem.shape, problem.activations
     total = torch.zeros(acts.hidden.shape[0], shape.hidden_size, device=problem.device)
     alone = routed_alone = 0.0
     for i, expert in enumerate(experts):
         own = problem.tokens[expert]
-        exact, rounded = _expert_hidden(problem, expert, values[:2, i])
+        exact, rounded = _expert_hidden(problem, expert, values[:-1, i])
         down = problem.weights.down[expert].float()
-        error = product(exact, down) - product(product(rounded, values[2, i]), problem.output_basis)
+        error = product(exact, down) - product(product(rounded, values[-1, i]), problem.output_basis)
         squares = error.square().mean(-1) * own.weights
         alone += float(squares.sum())
         routed_alone += float(squares[: own.routed].sum())

@@ -65,8 +65,7 @@ class LayerProblem:
 
     @property
     def shape(self) -> LayerShape:
-        w = self.weights
-        return LayerShape(w.num_experts, w.hidden_size, w.intermediate_size)
+        return self.weights.shape
 
     @property
     def device(self) -> torch.device:
@@ -79,16 +78,16 @@ class LayerProblem:
         return self.bases.input_bases()
 
     def input_factors(self, experts: Experts) -> Tensor:
-        """``[2, e, r, I]`` float32, see ``bases.input_factors``."""
+        """``[n, e, r, I]`` float32, see ``bases.input_factors``."""
         return spectral_bases.input_factors(self.weights, self.inverses, experts)
 
     def down_factors(self, experts: Experts) -> Tensor:
         """``[e, r, I]`` float32, see ``bases.down_factors``."""
         return spectral_bases.down_factors(self.weights, self.inverses, experts)
 
-    def hidden(self, gate: Tensor, up: Tensor, expert: int) -> Tensor:
-        """Hidden activations ``[n, I]`` of an expert from its gate and up products ``[n, I]``."""
-        return self.gating(*((gate, up) if self.biases is None else self.biases.add(gate, up, expert)))
+    def hidden(self, *products: Tensor, expert: int) -> Tensor:
+        """Hidden activations ``[n, I]`` of an expert from its gate and up, or up, products ``[n, I]``."""
+        return self.gating(*(products if self.biases is None else self.biases.add(*products, expert=expert)))
 
     def chunks(self, experts: int) -> list[slice]:
         """Positions 0..experts in groups of bounded working set."""
@@ -114,6 +113,7 @@ def shared_bases(weights: ExpertWeights, stats: LayerStatistics, config: BitsMoE
     else:
         metric = torch.eye(weights.hidden_size, dtype=torch.float64, device=moments.gram.device)
         outputs = sum(down.double() @ down.double().T for down in weights.down)
+    # Of experts without a gate there is one.
     grams = moments.gram.sum(0, keepdim=True) if config.joint_basis else moments.gram
     given = torch.cat([spectral_bases.input_basis(gram, metric) for gram in grams])
     out = spectral_bases.output_basis(outputs)

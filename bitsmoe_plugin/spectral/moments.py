@@ -24,7 +24,7 @@ class BasisMoments:
     """What the bases of a layer are the principal directions of.
 
     Attributes:
-        gram: ``[2, H, H]`` float64, of gate and up: sum over experts and neurons of weight * w w^T.
+        gram: ``[n, H, H]`` float64, of gate and up, or up: sum over experts and neurons of weight * w w^T.
         output: ``[H, H]`` float64, E[sum_e a y_e y_e^T] of the experts' outputs.
     """
 
@@ -42,12 +42,12 @@ def basis_moments(
     """
     h = weights.hidden_size
     stride = max(1, weights.num_experts * weights.intermediate_size // (_NEURONS_PER_DIMENSION * h))
-    gram = torch.zeros(2, h, h, dtype=torch.float64, device=weights.gate.device)
+    gram = torch.zeros(len(weights.inputs), h, h, dtype=torch.float64, device=weights.up.device)
     output = torch.zeros_like(gram[0])
     for first in range(0, weights.num_experts, _TOGETHER * stride):
         some = slice(first, first + _TOGETHER * stride, stride)
-        for part, matrices in enumerate((weights.gate[some], weights.up[some])):
-            rows = matrices.float().flatten(0, 1)
+        for part, matrices in enumerate(weights.inputs):
+            rows = matrices[some].float().flatten(0, 1)
             share = statistics.neuron_weights[part, some].flatten()
             gram[part] += weighted_products(rows, rows, share if neuron_weighting else torch.ones_like(share))
         down = [matrix.float() for matrix in weights.down[some]]

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from bitsmoe_plugin import BitsMoEConfig, ConfigError, QuantizationError
-from bitsmoe_plugin.calibration.text import held_out_last
+from bitsmoe_plugin.calibration.blocks import held_out_last
 from bitsmoe_plugin.commands.evaluate import EvaluationText, evaluate_model
 from bitsmoe_plugin.commands.inspect import inspect_checkpoint
 from bitsmoe_plugin.pipeline import tune_scales

@@ -138,6 +138,17 @@ def test_experts_without_values_come_back(checkpoints: dict[str, Path], monkeypa
     _assert_serves(model, checkpoints["first"])
 
 
+def test_weights_may_be_processed_twice(checkpoints: dict[str, Path]) -> None:
+    """vLLM may process weights again without new ones (0.33 does where it replaces a kernel)."""
+    model = started(checkpoints["first"])
+    before = [dict(layer.named_parameters()) for layer in model.experts]
+    model.process()
+    model.process()
+    for layer, parameters in zip(model.experts, before, strict=True):
+        assert all(layer.get_parameter(name) is tensor for name, tensor in parameters.items())
+    _assert_serves(model, checkpoints["first"])
+
+
 def test_files_that_were_replaced_are_read_with_their_manifest(
     checkpoints: dict[str, Path], tmp_path: Path, monkeypatch
 ) -> None:

@@ -25,13 +25,14 @@ _INTERPRETED_BLOCKS = 32
 
 
 @cache
-def _has_triton() -> bool:
+def has_triton() -> bool:
+    """Whether there is what compiles the kernels."""
     return find_spec("triton") is not None
 
 
 def available(*tensors: Tensor) -> bool:
     """Whether the tensors are on a GPU that Triton compiles for."""
-    return all(tensor.device.type == "cuda" for tensor in tensors) and _has_triton()
+    return all(tensor.device.type == "cuda" for tensor in tensors) and has_triton()
 
 
 def _launch(

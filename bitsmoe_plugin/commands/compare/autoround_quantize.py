@@ -95,9 +95,11 @@ def quantize_experts(
     model_dir, out_dir = model_dir.resolve(), out_dir.resolve()
     auto_round = _import_autoround()
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(model_dir)
+    from bitsmoe_plugin.models.model_class import load_model
+
+    model = load_model(model_dir)
     options = dataclasses.asdict(settings)
     options["enable_alg_ext"] = options.pop("alg_ext")
     rounder = auto_round.AutoRound(

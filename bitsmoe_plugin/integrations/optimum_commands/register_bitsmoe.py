@@ -22,6 +22,7 @@ COMMANDS = (
     "dequantize",
     "import-upstream",
     "bench",
+    "env",
     "doctor",
 )
 
