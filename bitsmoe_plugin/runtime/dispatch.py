@@ -6,6 +6,7 @@ import warnings
 from importlib.util import find_spec
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from bitsmoe_plugin.base.native import absence, library
@@ -52,6 +53,30 @@ def is_plain_torch(runtime: Runtime) -> bool:
 
     inner = runtime.runtime if isinstance(runtime, WithOriginals) else runtime
     return isinstance(inner, ReferenceLayer)
+
+
+def warm_up(runtime: Runtime, slots: int, dtype: torch.dtype, most: int) -> None:
+    """Compile kernels now that calls would compile when they come. Nothing is compiled for a CPU.
+
+    Args:
+        slots: experts per token.
+        dtype: of the hidden states.
+        most: tokens of a call.
+    """
+    from bitsmoe_plugin.runtime.with_originals import WithOriginals
+
+    rows = runtime.runtime if isinstance(runtime, WithOriginals) else runtime
+    if find_spec("triton") is None:
+        return
+    from bitsmoe_plugin.runtime.triton.layer import TritonLayer
+    from bitsmoe_plugin.runtime.triton.warm_up import remaining
+
+    if not isinstance(rows, TritonLayer):
+        return
+    device, size = rows.packed.payload.device, rows.input_basis.columns
+    for tokens in remaining(rows, slots, dtype, most):
+        ids = torch.zeros(tokens, slots, dtype=torch.int32, device=device)
+        runtime.forward(torch.zeros(tokens, size, dtype=dtype, device=device), ids, ids.float())
 
 
 def _fastest(spec: PackedSpec, packed: PackedExperts, gating: Gating) -> Runtime:
