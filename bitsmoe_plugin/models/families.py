@@ -151,7 +151,7 @@ def _refuse_unfused(model: nn.Module, model_type: str) -> None:
     if unknown:
         raise QuantizationError(
             f"model type {model_type!r} cannot be quantized: its experts ({', '.join(unknown)}) are not "
-            "stored as transformers' fused experts are (down_proj, and gate_up_proj or up_proj, of three dimensions)"
+            "stored as transformers' fused experts are: down_proj, and gate_up_proj or up_proj, all 3-D"
         )
 
 
