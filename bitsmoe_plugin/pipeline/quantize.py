@@ -66,8 +66,8 @@ def quantize_model(
         the config with the manifest of the packed layers.
 
     Raises:
-        QuantizationError: a model in low precision, no MoE layers, unknown family, NaN weights, budget out of reach, a work
-            directory of another run, or other arguments than another process's.
+        QuantizationError: a model in low precision, no MoE layers, unknown family, NaN weights, budget out of
+            reach, a work directory of another run, or other arguments than another process's.
         Interrupted: Ctrl-C, after a layer, if there is a work directory.
     """
     config.validate()
