@@ -122,19 +122,21 @@ $(PYTHON310_VENV)/.installed: pyproject.toml
 # Builds for CUDA, on a machine without a GPU: what runs there of the newest releases, as tested_versions says.
 # Registration, options, models and weights, experts on the CPU, operators, kernels in Triton's interpreter and
 # compiled for GPUs; no engine. Where the releases cannot be had it says so and is content.
-NEWEST := tests/base tests/runtime tests/codec/test_backends.py tests/codec/test_row_codec.py \
-	tests/package/test_config.py tests/vllm_ext/test_autoload.py tests/integrations/test_optimum.py \
-	tests/models/test_streamed_experts.py
+NEWEST := tests/base/test_tested_versions.py tests/codec/test_backends.py tests/vllm_ext/test_autoload.py \
+	$(addprefix tests/runtime/test_,cpu_layer.py derived_state.py triton_layer.py triton_compile.py compiled.py) \
+	tests/integrations/test_optimum.py
 NEWEST_VLLM := $(addprefix tests/vllm_ext/test_,model.py plugin.py engine_checks.py degrees.py reload.py \
 	refused_updates.py untrusted.py)
 # Of test-oldest's; and those that start an engine.
 NOT_NEWEST := not (peak_memory or every_order or pipeline or switch or broken or errors_are or estimates or help \
 	or an_engine_computes)
 test-newest:
-	@if $(MAKE) -s $(NEWEST_VENV)/.installed; then $(MAKE) -s run-newest IN=$(NEWEST_VENV) \
-		RUN="$(NEWEST) $(NEWEST_VLLM)" SKIP=torch; else echo "skipped: vLLM 0.33 cannot be installed here"; fi
-	@if $(MAKE) -s $(NEWEST_TORCH_VENV)/.installed; then $(MAKE) -s run-newest IN=$(NEWEST_TORCH_VENV) \
-		RUN="$(NEWEST)"; else echo "skipped: torch 2.15 cannot be installed here"; fi
+	@if $(MAKE) -s $(NEWEST_VENV)/.installed > .venv-newest.log 2>&1; \
+	then $(MAKE) -s run-newest IN=$(NEWEST_VENV) RUN="$(NEWEST) $(NEWEST_VLLM)" SKIP=torch; \
+	else echo "skipped: vLLM 0.33 cannot be installed here, .venv-newest.log says why"; fi
+	@if $(MAKE) -s $(NEWEST_TORCH_VENV)/.installed > .venv-newest-torch.log 2>&1; \
+	then $(MAKE) -s run-newest IN=$(NEWEST_TORCH_VENV) RUN="$(NEWEST)"; \
+	else echo "skipped: torch 2.15 cannot be installed here, .venv-newest-torch.log says why"; fi
 
 run-newest:
 	BITSMOE_EXPECT_VERSIONS=without_gpu VLLM_TARGET_DEVICE=cpu $(IN)/bin/python -m pytest -n $(WORKERS) \

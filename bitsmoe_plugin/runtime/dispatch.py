@@ -90,6 +90,13 @@ def _fastest(spec: PackedSpec, packed: PackedExperts, gating: Gating) -> Runtime
     return ReferenceLayer.prepare(spec, packed, gating)
 
 
+def _lacks_registers(device: torch.device) -> bool:
+    """Whether it is an NVIDIA GPU on which the kernels would spill 6 to 22 KB for each thread."""
+    return (
+        device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) < (8, 0)
+    )
+
+
 def _on_cpu(spec: PackedSpec, packed: PackedExperts, gating: Gating) -> tuple[Runtime | None, str]:
     from bitsmoe_plugin.runtime import cpu_layer
 
@@ -106,6 +113,8 @@ def _on_gpu(spec: PackedSpec, packed: PackedExperts, gating: Gating) -> tuple[Ru
         return None, "the GPU kernels do not know their gating"
     if find_spec("triton") is None:
         return None, "Triton is not installed"
+    if _lacks_registers(packed.payload.device):
+        return None, "the GPU kernels need a GPU of compute capability 8.0 or newer"
     from bitsmoe_plugin.runtime.triton.layer import TritonLayer
 
     return TritonLayer.prepare(spec, packed, form.text()), ""

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -118,6 +119,22 @@ def test_a_kernel_is_launched_on_the_gpu_of_its_tensors(monkeypatch: pytest.Monk
     ((grid, on_its_gpu, given),) = launched
     assert (grid, on_its_gpu, given["BLOCK"], given["num_warps"]) == ((3, 2), True, 4, 2)
     assert not here
+
+
+@pytest.mark.parametrize(
+    ("capability", "old"), [((7, 0), True), ((7, 5), True), ((8, 0), False), ((12, 0), False)]
+)
+def test_kernels_are_for_gpus_with_registers_enough(
+    capability: tuple[int, int], old: bool, layer: TritonLayer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM refuses older ones; in transformers layers run in plain torch there, and a warning says why."""
+    spec, _ = random_layer(SHAPE)
+    there = SimpleNamespace(payload=SimpleNamespace(device=torch.device("cuda", 1)))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(TritonLayer, "prepare", lambda *_: layer)
+    runtime, reason = dispatch._on_gpu(spec, there, gating("silu"))  # type: ignore[arg-type]
+    assert (runtime is None) == old
+    assert ("compute capability 8.0" in reason) == old
 
 
 @pytest.mark.skipif(os.environ["TRITON_INTERPRET"] != "1", reason="compiled kernels take no CPU tensors")
