@@ -251,6 +251,12 @@ class Options:
         check=Check("the path of a directory, or None", lambda value: value is None or _is_path(value)),
         stored="never",
     )
+    allow_slow: bool = option(
+        "quantize also where the compiled kernels are missing, which takes about 20 times as long",
+        check=_FLAG,
+        default=False,
+        stored="never",
+    )
     layer_bits: dict[str, float] = option(
         "counted bits of layers that get a budget of their own",
         "The others share what these leave of ``bits`` (or ``factor_bits``, and then bases do not count here "

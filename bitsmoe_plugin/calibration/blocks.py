@@ -65,8 +65,8 @@ def held_out_last(blocks: Blocks, share: float) -> tuple[Blocks, int]: ...
 def held_out_last(blocks: Blocks, share: float) -> tuple[Blocks, int]:
     """Move a share of the calibration blocks, evenly spaced, to the end; returns how many are before."""
     count = int(len(blocks) * share)
-    apart = torch.zeros(len(blocks), dtype=torch.bool)
-    apart[((torch.arange(count) + 0.5) * len(blocks) / max(count, 1)).long()] = True
+    apart = torch.zeros(len(blocks), dtype=torch.bool, device="cpu")
+    apart[((torch.arange(count, device="cpu") + 0.5) * len(blocks) / max(count, 1)).long()] = True
     order = torch.cat([torch.nonzero(~apart)[:, 0], torch.nonzero(apart)[:, 0]])
     if isinstance(blocks, Tensor):
         return blocks[order.to(blocks.device)], len(blocks) - count

@@ -140,7 +140,8 @@ def _cut(inputs: Inputs, length: int, tokens_of_images: Collection[int]) -> Inpu
         return inputs
     by_token = {name for name, tensor in inputs.items() if tensor.shape[:2] == (1, total)}
     if by_token != inputs.keys():  # the others are of images
-        of_images = torch.isin(ids[0], torch.tensor(sorted(tokens_of_images), dtype=ids.dtype))
+        wanted = torch.tensor(sorted(tokens_of_images), dtype=ids.dtype, device=ids.device)
+        of_images = torch.isin(ids[0], wanted)
         if "mm_token_type_ids" in inputs:
             of_images |= inputs["mm_token_type_ids"][0].ne(0)
         if not bool(of_images.any()) or bool(of_images[length:].any()):

@@ -182,7 +182,7 @@ def _unpadded(ids: list[int], mask: Any, place: str) -> list[int]:
         raise QuantizationError(
             f"{place}: 'attention_mask' is {reprlib.repr(list(mask))}; needed are 0 for padding, 1 for tokens"
         )
-    return [token for token, kept in zip(ids, mask, strict=True) if kept]
+    return [token for token, seen in zip(ids, mask, strict=True) if seen]
 
 
 def _chat(messages: Any, tools: Any, parts: Parts, place: str) -> Chat:
@@ -198,9 +198,9 @@ def _chat(messages: Any, tools: Any, parts: Parts, place: str) -> Chat:
             f"{place}: 'tools' is {reprlib.repr(tools)}; a list of descriptions of functions is needed"
         )
     # Datasets give every message the keys of all others, without a value.
-    kept = [{k: v for k, v in m.items() if v is not None or k == "content"} for m in messages]
-    for message in kept:
+    given = [{k: v for k, v in m.items() if v is not None or k == "content"} for m in messages]
+    for message in given:
         if "content" in message:
             message["content"] = parts.read(message["content"])
     parts.finish()
-    return Chat(kept, list(tools) if tools else None, parts.count)
+    return Chat(given, list(tools) if tools else None, parts.count)

@@ -16,9 +16,11 @@ from bitsmoe_plugin.base.interruption import Interrupted
 from bitsmoe_plugin.base.process_state import known_state
 from bitsmoe_plugin.base.work_directory import OUTPUT, has_progress, locked, remove, staging, writing
 from bitsmoe_plugin.base.workers import Workers
+from bitsmoe_plugin.codec.backends import refuse_slow
 from bitsmoe_plugin.commands.model_card import write_model_card
-from bitsmoe_plugin.config import BitsMoEConfig
+from bitsmoe_plugin.config import QUANT_METHOD, BitsMoEConfig
 from bitsmoe_plugin.errors import ConfigError, QuantizationError
+from bitsmoe_plugin.models.low_precision import method_of, stored_settings
 from bitsmoe_plugin.models.model_class import load_model
 from bitsmoe_plugin.models.model_source import ModelSource
 from bitsmoe_plugin.models.processor import SavedProcessor, is_processor
@@ -54,6 +56,7 @@ def _quantize_to_directory(
     origin: ModelSource, out: Path, config: BitsMoEConfig, device: str, workers: Workers
 ) -> None:
     """What each of ``workers`` does of it; ``config`` is changed."""
+    refuse_slow(device, config.allow_slow)
     workers.from_main(lambda: check_output_directory(out))
     workers.from_main(lambda: _check_unquantized(origin))
     if device != "cpu" and find_spec("accelerate") is None:
@@ -102,11 +105,11 @@ def _reader(given: Any, own: Any, origin: ModelSource) -> Any:
 def _check_unquantized(origin: ModelSource) -> None:
     """Refuse what transformers would load as it is, with no more than a warning, to be saved once more."""
     with working_on(f"config.json of {origin.name}"):
-        found = getattr(origin.config(), "quantization_config", None) or {}
-    if found:
+        found = stored_settings(origin.config())
+    if found is not None and method_of(found) == QUANT_METHOD:
         raise QuantizationError(
-            f"{origin.name} is quantized already (quant_method {str(found.get('quant_method'))[:80]!r}); an "
-            "unquantized model is needed"
+            f"{origin.name} is quantized already (quant_method {QUANT_METHOD!r}); the model that it was made "
+            "from is needed"
         )
 
 

@@ -82,7 +82,9 @@ def _processor(name: str, files: Sequence[str] | None, given: Any) -> Any:
             "the dataset holds images, but the model was not loaded from files where its processor would be; "
             "give tokenizer= with the processor (AutoProcessor)"
         )
-    return load_processor(source.elsewhere(given) if source and given else source or ModelSource(str(given)))
+    return load_processor(
+        source.elsewhere(given) if source and given else source or ModelSource(name=str(given))
+    )
 
 
 def _tokenizer(name: str, files: Sequence[str] | None, given: Any, document: Document) -> Any:

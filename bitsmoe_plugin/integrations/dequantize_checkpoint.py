@@ -68,7 +68,7 @@ def dequantize_checkpoint(source: Path, out: Path, dtype: str | None = None) -> 
     recorded = manifest.other_tensors
     verify_others(files, recorded, manifest.other_tensors_in_model, tied_by_record(recorded))
     conversion = _Conversion.plan(source, packed, dtype)
-    beside_weights = side_files(ModelSource(str(source)))
+    beside_weights = side_files(ModelSource(name=str(source)))
     work = out.with_name(f"{out.name}.work")
     with staging(work), writing(out):
         partial = work / OUTPUT

@@ -11,6 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimoda
 from transformers.utils import CONFIG_NAME, cached_file
 
 from bitsmoe_plugin.errors import QuantizationError
+from bitsmoe_plugin.models.low_precision import READ, method_of, stored_settings
+from bitsmoe_plugin.models.low_precision_source import source_in
 from bitsmoe_plugin.models.model_source import ModelSource
 from bitsmoe_plugin.models.source_tensors import check_source, folder_dtypes
 from bitsmoe_plugin.models.stored_names import StoredNames
@@ -72,7 +74,7 @@ def text_model(model: Any) -> Any:
 
 
 def load_model(model: str | Path | ModelSource, **options: Any) -> Any:
-    """A saved model by the class that ``auto_class`` chooses.
+    """A saved model by the class that ``auto_class`` chooses; dequantized if it is in low precision.
 
     Args:
         model: directory or hub name, or both with what else it takes to find it.
@@ -91,6 +93,10 @@ def load_model(model: str | Path | ModelSource, **options: Any) -> Any:
     if plain and local:
         check_folder(Path(source.name))
     found = {"trust_remote_code": False, **source.hub(), **options}
+    settings = stored_settings(config)
+    if plain and settings is not None and method_of(settings) in READ:
+        config.quantization_config = {**settings, "dequantize": True}
+        found["config"] = config
     loaded = auto_class(config).from_pretrained(source.name, **found)
     if plain and not local:  # now they are here
         check_folder(Path(str(cached_file(source.name, CONFIG_NAME, **source.hub()))).parent)
@@ -98,14 +104,23 @@ def load_model(model: str | Path | ModelSource, **options: Any) -> Any:
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse a model whose config.json says nothing of how its files are to be read, though they need it.
+    """Refuse a model whose config.json says nothing of how its files are to be read, though they need it, and
+    one in low precision whose files are not what it says.
 
     Raises:
-        QuantizationError: see ``source_tensors.check_source``; or no language model.
+        QuantizationError: see ``source_tensors.check_source`` and ``LowPrecisionSource``; or no language
+            model.
     """
     config = AutoConfig.from_pretrained(folder)
-    if getattr(config, "quantization_config", None):
+    settings = stored_settings(config)
+    if settings is not None and method_of(settings) not in READ:
         return
     with torch.device("meta"):
         model = auto_class(config).from_config(config)
-    check_source(StoredNames(model), folder_dtypes(folder))
+    if settings is None:
+        check_source(StoredNames(model), folder_dtypes(folder))
+        return
+    source = source_in(folder, model, settings)
+    if source is not None:
+        source.check_for_transformers()
+        source.check_finite()

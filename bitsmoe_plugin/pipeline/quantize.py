@@ -21,16 +21,19 @@ from bitsmoe_plugin.allocation.super_expert_policy import choose_kept, choose_wi
 from bitsmoe_plugin.base.interruption import deferred_interrupt
 from bitsmoe_plugin.base.option_checks import check_choice
 from bitsmoe_plugin.base.process_state import known_state
+from bitsmoe_plugin.base.threads import within_limits
 from bitsmoe_plugin.base.work_directory import WorkDirectory, locked
 from bitsmoe_plugin.base.workers import Workers
 from bitsmoe_plugin.calibration.blocks import Blocks, blocks_digest, held_out_last, take, token_count
 from bitsmoe_plugin.calibration.layerwise_forward import LayerwiseForward
 from bitsmoe_plugin.calibration.super_experts import detect
+from bitsmoe_plugin.codec.backends import refuse_slow
 from bitsmoe_plugin.codec.row_codec import GRIDS
 from bitsmoe_plugin.config import BitsMoEConfig
 from bitsmoe_plugin.errors import QuantizationError
 from bitsmoe_plugin.models.expert_source import ExpertSource, LoadedExperts
 from bitsmoe_plugin.models.families import MoELayer
+from bitsmoe_plugin.models.low_precision import check_loaded
 from bitsmoe_plugin.pipeline.model_state import in_evaluation_mode, refused_if_it_fails
 from bitsmoe_plugin.pipeline.plan_pass import plan_layers
 from bitsmoe_plugin.pipeline.progress import Progress, ProgressInMemory
@@ -64,14 +67,17 @@ def quantize_model(
         the config with the manifest of the packed layers.
 
     Raises:
-        QuantizationError: no MoE layers, unknown family, NaN weights, budget out of reach, a work
-            directory of another run, or other arguments than another process's.
+        ConfigError: an option is wrong, or the compiled kernels are missing (``allow_slow``).
+        QuantizationError: a model in low precision, no MoE layers, unknown family, NaN weights, budget out of
+            reach, a work directory of another run, or other arguments than another process's.
         Interrupted: Ctrl-C, after a layer, if there is a work directory.
     """
     config.validate()
+    check_loaded(model)
     check_choice("grid", config.grid, GRIDS)  # not that of checkpoints that were imported
     source, workers = source or LoadedExperts(model), Workers.present()
-    with workers.together(), refused_if_it_fails(model):
+    refuse_slow(next(model.parameters()).device, config.allow_slow)
+    with within_limits(), workers.together(), refused_if_it_fails(model):
         _check_same(workers, source, blocks, config)
         manifest = _start(model, blocks, config, source, workers)
     config.layers, config.calibration = manifest.layers, manifest.calibration

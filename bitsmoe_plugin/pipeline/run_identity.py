@@ -95,7 +95,9 @@ def _model_config(model: Any) -> dict[str, Any]:
 
 
 def _other_weights(model: nn.Module, source: ExpertSource) -> str:
-    experts = {id(parameter) for layer in source.layers for parameter in layer.module.parameters()}
+    experts = {
+        id(parameter) for layer in source.layers for parameter in layer.module.parameters(recurse=False)
+    }
     tensors = sorted(model.state_dict(keep_vars=True).items())
     return _digest(*(f"{name} {fingerprint(t)} ".encode() for name, t in tensors if id(t) not in experts))
 

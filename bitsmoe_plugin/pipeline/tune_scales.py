@@ -9,6 +9,7 @@ QuIP#, arXiv 2402.04396, too; there norms and whole layers, here what belongs to
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -99,7 +100,8 @@ class _DifferentiableOriginals(WithOriginals):
 
 @known_state(gradients=True)
 def tune(model: Any, reference: nn.Module, blocks: Tensor, settings: TuningSettings) -> Tuning:
-    """Tune the basis scales of a packed model in place, with the hashes in its config, and note it there.
+    """Tune the basis scales of a packed model in place; a config that says so, with their hashes, takes the
+    place of its config.
 
     Args:
         model: a transformers causal language model with packed experts (``BitsMoEExperts``).
@@ -123,9 +125,12 @@ def tune(model: Any, reference: nn.Module, blocks: Tensor, settings: TuningSetti
     with _only_gains(model, reference), _computed_by(modules, layers):
         best = _learn(model, reference, learnt, held, list(layers.values()), settings)
     if best.epoch:
+        config = copy.copy(model.config.quantization_config)  # others may hold that one
         for name, module in modules.items():
-            _store(model, name, module, layers[name])
-        model.config.quantization_config.calibration["tuning"] = asdict(best)
+            _store(module, layers[name])
+            config.layers[name]["sha256"] = tensor_digest(module.packed())
+        config.calibration["tuning"] = asdict(best)
+        model.config.quantization_config = config
     return best
 
 
@@ -190,7 +195,7 @@ def _learn(
     try:
         with logging.tqdm(total=steps, desc="Tuning") as bar:
             for epoch in range(1, settings.epochs + 1):
-                shuffled = learnt[torch.randperm(len(learnt), generator=order)]
+                shuffled = learnt[torch.randperm(len(learnt), generator=order, device="cpu")]
                 for batch in shuffled.split(settings.batch_size):
                     loss = descent.step(_divergence(model, reference, batch))
                     bar.set_postfix(KL=f"{loss:.4f}", held_out=f"{best.after:.4f}", refresh=False)
@@ -250,8 +255,7 @@ def _divergence(model: nn.Module, reference: nn.Module, batch: Tensor) -> Tensor
     return loss
 
 
-def _store(model: Any, name: str, module: BitsMoEExperts, layer: TunableLayer) -> None:
-    """Put tuned scales into a module, and its hash into the config."""
+def _store(module: BitsMoEExperts, layer: TunableLayer) -> None:
+    """Put tuned scales into a module."""
     input_scales, output_scales = layer.scales()
     module.load_packed(replace(module.packed(), input_scales=input_scales, output_scales=output_scales))
-    model.config.quantization_config.layers[name]["sha256"] = tensor_digest(module.packed())

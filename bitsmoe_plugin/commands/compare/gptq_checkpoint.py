@@ -256,10 +256,12 @@ def fuse_experts(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             part: [f"{module}.{expert}.{part}_proj.weight" for expert in range(max(experts) + 1)]
             for part in ("gate", "up", "down")
         }
+        if not any(name in weights for name in parts["gate"]):  # experts without one
+            del parts["gate"]
         if any(name not in weights for names in parts.values() for name in names):
             continue
-        gate, up, down = (torch.stack([fused.pop(name) for name in parts[part]]) for part in parts)
-        fused[f"{module}.gate_up_proj"] = torch.cat([gate, up], dim=1)
+        *inputs, down = (torch.stack([fused.pop(name) for name in names]) for names in parts.values())
+        fused[f"{module}.{'gate_up_proj' if len(inputs) > 1 else 'up_proj'}"] = torch.cat(inputs, dim=1)
         fused[f"{module}.down_proj"] = down
     return fused
 
