@@ -31,9 +31,9 @@ def _spectral_weights(problem: LayerProblem, chosen: slice) -> tuple[Tensor, Ten
     ``row_costs`` takes errors relative to each projection's total, the only common unit there is.
     """
     energies = []
-    for rows in problem.rows[chosen]:
-        z = problem.z[:, rows.tokens]
-        energies.append((z.square() * rows.weights[:, None]).sum(1))
+    for tokens in problem.tokens[chosen]:
+        z = problem.z[:, tokens.tokens]
+        energies.append((z.square() * tokens.weights[:, None]).sum(1))
     z_energy = torch.stack(energies, 1)
     moments = problem.statistics.hidden_moment[chosen]
     hidden = moments.diagonal(dim1=1, dim2=2).mean(-1, keepdim=True).expand(-1, problem.shape.rank)

@@ -91,7 +91,7 @@ def _gating_with_slopes(gating: Gating, *products: Tensor) -> tuple[Tensor, ...]
 
 @dataclass(frozen=True)
 class ExpertTokens:
-    """Calibration rows of one expert.
+    """Calibration tokens of one expert.
 
     Attributes:
         tokens: ``[n]`` int64, rows of ``LayerActivations.hidden``; the routed ones come first.
@@ -127,7 +127,7 @@ def expert_tokens(
     if not bool((mass > 0).any()):
         raise QuantizationError("no calibration token is routed to any expert of a layer")
     typical = mass[mass > 0].median()
-    rows = []
+    tokens = []
     for token, slot in slots:
         a = weight[token, slot]
         if all_tokens:
@@ -140,8 +140,8 @@ def expert_tokens(
             extra = torch.randint(total, (PRIOR_TOKENS,), generator=generator, device="cpu").to(token.device)
             share = (1 - len(token) / PRIOR_TOKENS) * typical / PRIOR_TOKENS
             token, a = torch.cat([token, extra]), torch.cat([a, share.expand(PRIOR_TOKENS)])
-        rows.append(ExpertTokens(token, slot, a))
-    return rows
+        tokens.append(ExpertTokens(token, slot, a))
+    return tokens
 
 
 _INPUTS = {
@@ -181,7 +181,7 @@ def check_finite_statistics(name: str, statistics: LayerStatistics) -> None:
 def collect(
     weights: ExpertWeights,
     activations: LayerActivations,
-    rows: list[ExpertTokens],
+    tokens: list[ExpertTokens],
     gating: Gating,
     neuron_weighting: bool = True,
     biases: ExpertBiases | None = None,
@@ -203,7 +203,7 @@ def collect(
     output = torch.zeros(activations.hidden.shape[0], h, device=device)
     peaks = torch.zeros(num_experts, device=device)
     token_mass = torch.zeros(activations.hidden.shape[0], device=device)
-    for expert, picked in enumerate(rows):
+    for expert, picked in enumerate(tokens):
         down = weights.down[expert].float()
         x, a, routed = activations.hidden[picked.tokens].float(), picked.weights, picked.routed
         products = tuple(product(x, matrix[expert].float()) for matrix in weights.inputs)

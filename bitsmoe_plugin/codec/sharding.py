@@ -188,10 +188,10 @@ def _copy_blocks(
     first, last = chosen
     read = written = 0
     for width, count in zip(index.widths, counts, strict=True):
-        words, kept = count * blocks * width, count * (last - first) * width
+        words, taken = count * blocks * width, count * (last - first) * width
         rows = source[read : read + words].view(count, blocks, width)
-        target[written : written + kept].view(count, last - first, width).copy_(rows[:, first:last])
-        read, written = read + words, written + kept
+        target[written : written + taken].view(count, last - first, width).copy_(rows[:, first:last])
+        read, written = read + words, written + taken
 
 
 def local_experts(expert_map: Tensor | None, num_experts: int) -> tuple[int, ...]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from bitsmoe_plugin.base import native
 from bitsmoe_plugin.base.devices import CPU_WORKING_SET
 from bitsmoe_plugin.codec.layout import LayerShape
 from bitsmoe_plugin.config import BitsMoEConfig
@@ -27,6 +28,8 @@ _NEURON_VALUES = 9
 """Values in float32 per neuron and token while an expert's activations are computed."""
 _SECONDS_PER_WEIGHT = 6e-7
 """Pricing, rounding and packing without their matrix products, one core with AVX-512 (``bench quantize``)."""
+_WITHOUT_KERNELS = 20
+"""How many times as long that takes in plain torch."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +134,8 @@ def rough_seconds(work: Workload, config: BitsMoEConfig) -> float | None:
     flops += sum(_layer_flops(shape, work.tokens, work.experts_per_token) for shape in work.shapes)
     if config.all_experts:
         flops += sum(_shown_flops(shape, work.tokens, work.experts_per_token) for shape in work.shapes)
-    return _SECONDS_PER_WEIGHT * weights / torch.get_num_threads() + flops / _matmul_speed()
+    slower = 1 if native.library() is not None else _WITHOUT_KERNELS
+    return slower * _SECONDS_PER_WEIGHT * weights / torch.get_num_threads() + flops / _matmul_speed()
 
 
 def _layer_flops(shape: LayerShape, tokens: int, experts_per_token: int) -> int:

@@ -51,7 +51,7 @@ class GatingForm:
 
     def text(self) -> str:
         """What ``parse`` reads: the activation, and what differs from the defaults."""
-        default = GatingForm(self.activation)
+        default = GatingForm(activation=self.activation)
         changes = [f"{k}={float(v):.9g}" for k, v in vars(self).items() if v != getattr(default, k)]
         return ",".join([self.activation, *changes])
 
@@ -69,7 +69,7 @@ class GatingForm:
         try:
             values = {key: float(value) for key, _, value in (change.partition("=") for change in changes)}
             flags = {key: bool(values.pop(key)) for key in ("has_gate", "clamps_activation") if key in values}
-            form = GatingForm(name, **values, **flags)  # type: ignore[arg-type]
+            form = GatingForm(activation=name, **values, **flags)  # type: ignore[arg-type]
         except (ValueError, TypeError) as error:
             raise ConfigError(f"{text[:80]!r} describes no gating of experts") from error
         if not (math.isfinite(form.alpha) and math.isfinite(form.offset) and form.limit > 0):
@@ -132,7 +132,7 @@ def form_of(function: Gating, has_gate: bool = True) -> GatingForm | None:
 
 def _candidates(function: Gating, has_gate: bool) -> Iterator[GatingForm]:
     """All that ``function`` can be, with the constants that its values at a few points ask for."""
-    forms = [GatingForm(name, has_gate) for name in _ACTIVATIONS]
+    forms = [GatingForm(activation=name, has_gate=has_gate) for name in _ACTIVATIONS]
     yield from forms
     one = torch.ones(1, dtype=torch.float64, device="cpu")
 
@@ -145,7 +145,7 @@ def _candidates(function: Gating, has_gate: bool) -> Iterator[GatingForm]:
         return
     alpha = _alpha(slope if has_gate else value(1))
     if alpha is not None:
-        forms.append(GatingForm("silu", has_gate, alpha=alpha))
+        forms.append(GatingForm(activation="silu", has_gate=has_gate, alpha=alpha))
         yield forms[-1]
     if not has_gate:
         return

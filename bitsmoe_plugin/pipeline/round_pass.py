@@ -179,7 +179,7 @@ def _observe(
 
 
 def _estimated_error(plan: LayerPlan, row_bits: Tensor, others: Tensor, config: BitsMoEConfig) -> float:
-    index = torch.searchsorted(torch.tensor(config.widths), row_bits)
+    index = torch.searchsorted(torch.tensor(config.widths, device=row_bits.device), row_bits)
     costs = plan.costs.gather(-1, index[..., None])
     return float(costs[:, others].double().sum())
 

@@ -51,7 +51,7 @@ class LayerProblem:
     name: str
     weights: ExpertWeights
     activations: LayerActivations
-    rows: list[ExpertTokens]
+    tokens: list[ExpertTokens]
     gating: Gating
     statistics: LayerStatistics
     bases: SharedBases
@@ -171,11 +171,11 @@ def _collected(
 ) -> LayerProblem:
     """``build_problem`` of tensors on one device."""
     statistics.check_finite(name, weights, activations)
-    rows = statistics.expert_tokens(activations, weights.num_experts, config.seed, config.all_experts)
+    tokens = statistics.expert_tokens(activations, weights.num_experts, config.seed, config.all_experts)
     # Rounding with refitted down computes them from the rounded gate and up.
     moments = bases is None or not config.refit
     stats = statistics.collect(
-        weights, activations, rows, gating, config.neuron_weighting, biases, hidden_moments=moments
+        weights, activations, tokens, gating, config.neuron_weighting, biases, hidden_moments=moments
     )
     statistics.check_finite_statistics(name, stats)
     bases = bases or shared_bases(weights, stats, config)
@@ -184,7 +184,7 @@ def _collected(
         name=name,
         weights=weights,
         activations=activations,
-        rows=rows,
+        tokens=tokens,
         gating=gating,
         statistics=stats,
         bases=bases,
@@ -226,7 +226,7 @@ def rank_variances(problem: LayerProblem, known: dict[int, Feedback]) -> Tensor:
         return torch.stack([rank_feedback(problem, expert).variance for expert in experts], 1)
     total = torch.stack([input_variance(*_seen_by(problem, expert)) for expert in experts], 1)
     total += config.damping * total.mean(-1, keepdim=True).clamp_min(1e-30)
-    shares = [own_share(rows, rank, config.covariance_prior) for rows in problem.rows]
+    shares = [own_share(tokens, rank, config.covariance_prior) for tokens in problem.tokens]
     share = torch.tensor(shares, device=problem.device)
     exact = torch.stack([feedback.variance for feedback in known.values()], 1)
     sample = list(known)
@@ -246,6 +246,6 @@ def _seen_by(
         problem.z,
         problem.pooled,
         problem.statistics,
-        problem.rows[expert],
+        problem.tokens[expert],
         problem.config.covariance_prior,
     )

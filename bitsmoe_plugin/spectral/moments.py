@@ -62,25 +62,25 @@ def pooled_covariance(bases: Tensor, statistics: LayerStatistics) -> Tensor:
     return (exact @ statistics.second_moment @ exact.transpose(1, 2)).float()
 
 
-def _covariance_weights(statistics: LayerStatistics, rows: ExpertTokens, parts: int) -> Tensor:
+def _covariance_weights(statistics: LayerStatistics, tokens: ExpertTokens, parts: int) -> Tensor:
     """Weights ``[parts, routed]`` of an expert's tokens in its inputs' covariances, each adding up to 1.
 
     Of gate and up; where both are in one basis, the mean of the two: a covariance for each would double
     the work, which is most of the work there is, and gains nothing that could be measured.
     """
-    both = statistics.slot_weights[:, rows.tokens[: rows.routed], rows.slots]
+    both = statistics.slot_weights[:, tokens.tokens[: tokens.routed], tokens.slots]
     both = both / both.sum(1, keepdim=True).clamp_min(1e-30)
     return both if parts == 2 else both.mean(0, keepdim=True)
 
 
-def own_share(rows: ExpertTokens, rank: int, prior_strength: float) -> float:
+def own_share(tokens: ExpertTokens, rank: int, prior_strength: float) -> float:
     """Weight of an expert's own tokens in ``input_covariance``, 0 to 1; the rest is the layer's."""
     prior = prior_strength * rank
-    return rows.routed / max(rows.routed + prior, 1e-9)
+    return tokens.routed / max(tokens.routed + prior, 1e-9)
 
 
 def input_covariance(
-    z: Tensor, pooled: Tensor, statistics: LayerStatistics, rows: ExpertTokens, prior_strength: float
+    z: Tensor, pooled: Tensor, statistics: LayerStatistics, tokens: ExpertTokens, prior_strength: float
 ) -> Tensor:
     """Second moments of z = input basis times x as one expert's gate and up see it.
 
@@ -94,18 +94,18 @@ def input_covariance(
     Returns:
         ``[1 or 2, rank, rank]`` float32, normalised to unit total weight.
     """
-    share = own_share(rows, z.shape[-1], prior_strength)
-    weights = _covariance_weights(statistics, rows, len(z))
-    picked = z[:, rows.tokens[: rows.routed]]
+    share = own_share(tokens, z.shape[-1], prior_strength)
+    weights = _covariance_weights(statistics, tokens, len(z))
+    picked = z[:, tokens.tokens[: tokens.routed]]
     own = torch.stack([weighted_products(x, x, weight) for x, weight in zip(picked, weights, strict=True)])
     return share * own + (1 - share) * pooled
 
 
 def input_variance(
-    z: Tensor, pooled: Tensor, statistics: LayerStatistics, rows: ExpertTokens, prior_strength: float
+    z: Tensor, pooled: Tensor, statistics: LayerStatistics, tokens: ExpertTokens, prior_strength: float
 ) -> Tensor:
     """The diagonals ``[1 or 2, rank]`` of ``input_covariance`` alone."""
-    share = own_share(rows, z.shape[-1], prior_strength)
-    weights = _covariance_weights(statistics, rows, len(z))
-    own = torch.einsum("pn,pnr->pr", weights, z[:, rows.tokens[: rows.routed]].square())
+    share = own_share(tokens, z.shape[-1], prior_strength)
+    weights = _covariance_weights(statistics, tokens, len(z))
+    own = torch.einsum("pn,pnr->pr", weights, z[:, tokens.tokens[: tokens.routed]].square())
     return share * own + (1 - share) * pooled.diagonal(dim1=1, dim2=2)

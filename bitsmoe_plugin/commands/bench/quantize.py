@@ -28,6 +28,7 @@ from bitsmoe_plugin.base.devices import choose_device
 from bitsmoe_plugin.calibration import statistics
 from bitsmoe_plugin.calibration.statistics import LayerActivations
 from bitsmoe_plugin.codec import layout
+from bitsmoe_plugin.codec.backends import refuse_slow
 from bitsmoe_plugin.codec.layout import LayerShape, row_sizes
 from bitsmoe_plugin.commands.bench.output import Row
 from bitsmoe_plugin.commands.defaults import SHAPES
@@ -211,6 +212,7 @@ def measure(args: argparse.Namespace) -> list[Row]:
     weights = weights.to(device)
     activations = LayerActivations(*(tensor.to(device) for tensor in vars(activations).values()))
     config = BitsMoEConfig(bits=args.bits, method=args.method)
+    refuse_slow(device, args.allow_slow)
     with torch.no_grad():
         if device.type == "cuda":  # kernels are compiled, and libraries loaded, at their first use
             plenty = BitsMoEConfig(bits=8.0, method=args.method)  # two experts have much of a basis each

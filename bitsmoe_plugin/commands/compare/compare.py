@@ -27,12 +27,15 @@ from bitsmoe_plugin.base.option_checks import check_number
 from bitsmoe_plugin.base.stdout import stdout_to_stderr
 from bitsmoe_plugin.calibration.text import load_documents, token_blocks, token_stream
 from bitsmoe_plugin.checkpoint.read import check_if_packed
+from bitsmoe_plugin.codec.backends import refuse_slow
 from bitsmoe_plugin.commands.evaluate import check_evaluation, evaluate_model, evaluation_text
 from bitsmoe_plugin.commands.tables import table_console
 from bitsmoe_plugin.config import BitsMoEConfig
 from bitsmoe_plugin.errors import BitsMoEError, ConfigError, QuantizationError
 from bitsmoe_plugin.models.families import find_moe_layers, layer_shape
-from bitsmoe_plugin.models.model_class import check_folder, load_model
+from bitsmoe_plugin.models.low_precision import method_of, stored_settings
+from bitsmoe_plugin.models.low_precision_source import source_in
+from bitsmoe_plugin.models.model_class import check_folder, load_model, text_model
 from bitsmoe_plugin.models.model_source import ModelSource
 from bitsmoe_plugin.models.tokenizer import load_tokenizer
 
@@ -56,6 +59,7 @@ class ComparisonTask:
     new_tokens: int
     checkpoint: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    allow_slow: bool = False
     loading: dict[str, Any] = field(default_factory=dict)
     """Options of ``ModelSource`` for the model and its tokenizer."""
 
@@ -75,6 +79,7 @@ class ComparisonTask:
             batch_size=self.batch_size,
             seed=self.seed,
             chat_template_kwargs=self.chat_template_kwargs,
+            allow_slow=self.allow_slow,
         )
 
     def check(self) -> None:
@@ -115,6 +120,10 @@ def _load(model: str | Path | ModelSource) -> Any:
 
 def _full(task: ComparisonTask, scratch: Path) -> Quantized:
     model = _load(task.source)
+    settings = stored_settings(task.source.config())
+    files = source_in(task.source.directory(), model, settings) if settings is not None else None
+    if files is not None:  # as they are stored, in low precision
+        return Quantized(model, files.expert_bytes, 0.0)
     size = next(iter(find_moe_layers(model))).module.down_proj.element_size()
     return Quantized(model, size * _expert_weights(model), 0.0)
 
@@ -202,7 +211,8 @@ RUNNERS: dict[str, Callable[[ComparisonTask, Path], Quantized]] = {
 def _sample(model: Any, tokenizer: Any, task: ComparisonTask) -> str:
     inputs = tokenizer(task.prompt, return_tensors="pt", return_token_type_ids=False)
     # A repetition penalty, because small models repeat themselves under greedy search.
-    output = model.generate(**inputs, max_new_tokens=task.new_tokens, do_sample=False, repetition_penalty=1.3)
+    options = {"max_new_tokens": task.new_tokens, "do_sample": False, "repetition_penalty": 1.3}
+    output = text_model(model).generate(**inputs, **options)
     return str(tokenizer.decode(output[0], skip_special_tokens=True))
 
 
@@ -258,6 +268,8 @@ def compare(task: ComparisonTask, methods: tuple[str, ...], debug: bool = False)
     if ("checkpoint" in methods) != (task.checkpoint is not None):
         raise ConfigError("method checkpoint and option --checkpoint need each other")
     task.check()
+    if "bitsmoe" in methods:
+        refuse_slow("cpu", task.allow_slow)
     for method in methods:
         if find_spec(PACKAGES.get(method, "torch")) is None:
             raise ConfigError(
@@ -268,7 +280,13 @@ def compare(task: ComparisonTask, methods: tuple[str, ...], debug: bool = False)
     for path in (source.name, task.checkpoint):
         if path is not None:
             check_if_packed(path)
-    source.config()
+    settings = stored_settings(source.config())
+    peers = [method for method in methods if method in PACKAGES]
+    if settings is not None and peers:
+        raise ConfigError(
+            f"method {peers[0]} takes a model in bfloat16, and {source.name} is stored by quant_method "
+            f"{method_of(settings)!r}; leave it out, or give the model dequantized"
+        )
     if Path(source.name).is_dir():
         check_folder(Path(source.name))
     tokenizer, options = load_tokenizer(source), {"chat_template_kwargs": task.chat_template_kwargs}

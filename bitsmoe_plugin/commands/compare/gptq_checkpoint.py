@@ -282,7 +282,9 @@ def load_gptq_model(directory: Path | str, dtype: torch.dtype | None = None) -> 
 
     Raises CheckpointError if a parameter is missing (hence random), unexpected or misshapen.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
+
+    from bitsmoe_plugin.models.model_class import auto_class
 
     directory = Path(directory)
     config = AutoConfig.from_pretrained(directory)
@@ -290,7 +292,7 @@ def load_gptq_model(directory: Path | str, dtype: torch.dtype | None = None) -> 
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     with torch.device("meta"):  # the auto class itself accepts no state_dict
-        model_class = type(AutoModelForCausalLM.from_config(config))
+        model_class = type(auto_class(config).from_config(config))
     weights = fuse_experts(dict(dequantized_state_dict(directory, dtype)))
     _drop_empty_biases(weights, directory)
     try:

@@ -83,12 +83,12 @@ def coordinates(
     hidden = z.new_empty((ids.numel(), columns), dtype=operand)
     own = {"ROWS": rows, "BLOCKS": blocks, "BASES": state.bases(z), "TOP_K": ids.shape[1]}
     own |= state.gating_constants()
-    grid = (len(tiles.expert), triton.cdiv(state.blocks, blocks))
+    launch_grid = (len(tiles.expert), triton.cdiv(state.blocks, blocks))
     arguments = {"z": z, "hidden": hidden, "bias": state.bias, **grouped, **state.pointers()}
     launch(
         Launch(
             kernel=grouped_gate_up_kernel,
-            launch_grid=grid,
+            launch_grid=launch_grid,
             arguments=arguments,
             constants=constants | own,
             num_warps=sizes.gate_up_warps,
@@ -98,13 +98,13 @@ def coordinates(
     rows, blocks = sizes.down
     parts = z.new_empty((ids.numel(), 1, state.rank))
     # Every width, and the dropped rows, have one tile of rows that may not be full.
-    grid = (len(tiles.expert), state.rank // rows + len(state.widths) + 1)
+    launch_grid = (len(tiles.expert), state.rank // rows + len(state.widths) + 1)
     own = {"ROWS": rows, "BLOCKS": min(blocks, triton.next_power_of_2(state.blocks))}
     arguments = {"hidden": hidden, "weights": weights, "parts": parts, **grouped, **state.pointers()}
     launch(
         Launch(
             kernel=grouped_down_kernel,
-            launch_grid=grid,
+            launch_grid=launch_grid,
             arguments=arguments,
             constants=constants | own,
             num_warps=sizes.down_warps,
