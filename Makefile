@@ -3,6 +3,7 @@
 # make demo-gptq the same with GPTQ as a further method (installs gptqmodel first)
 # make install-vllm   .venv-vllm with vLLM for the CPU; make test-vllm runs the tests that need it
 # make test-oldest   core tests with the oldest versions that are tested, see the target
+# make test-python310   core tests on the oldest Python that is promised, PYTHON310=python3.10
 # make test-newest   what needs no GPU with the newest versions, whose builds are for CUDA (16 GB), see the target
 # make install-autoround   for `bitsmoe compare --methods autoround`
 # make ablation  what each element of the method is worth (15 minutes)
@@ -24,6 +25,8 @@ VLLM_VENV := .venv-vllm
 NEWEST_VENV := .venv-newest
 NEWEST_TORCH_VENV := .venv-newest-torch
 AUDIT_VENV := .venv-audit
+PYTHON310 ?= python3.10
+PYTHON310_VENV := .venv-310
 # Tests run in so many processes, each with one thread.
 WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 4 ? n : 4)))
 
@@ -34,7 +37,8 @@ COMPARE = $(BIN)/bitsmoe compare $(EXAMPLE) --bits 2.0 --dataset $(CALIBRATION) 
 	--prompt "In the beginning there was"
 
 .PHONY: install install-gptq install-torchao install-autoround install-vllm demo demo-gptq ablation test \
-	test-gpu test-vllm test-oldest test-newest run-newest lint format check lock audit dist clean
+	test-gpu test-vllm test-oldest test-newest run-newest test-python310 lint format check lock audit dist \
+	clean
 install: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml
@@ -104,6 +108,17 @@ test-oldest: install-vllm
 	BITSMOE_EXPECT_VERSIONS=oldest $(VLLM_VENV)/bin/python -m pytest $(OLDEST) \
 		-k "not (peak_memory or every_order or pipeline or switch or broken or errors_are or estimates or help)"
 
+# lint knows which parts of the standard library Python 3.10 has, not what other packages do on it.
+test-python310: $(PYTHON310_VENV)/.installed
+	$(PYTHON310_VENV)/bin/python -m pytest -n $(WORKERS) --dist worksteal tests --ignore tests/vllm_ext
+
+$(PYTHON310_VENV)/.installed: pyproject.toml
+	test -d $(PYTHON310_VENV) || $(PYTHON310) -m venv $(PYTHON310_VENV)
+	$(PYTHON310_VENV)/bin/python -c "import sys; assert sys.version_info[:2] == (3, 10), sys.version"
+	$(PYTHON310_VENV)/bin/python -c "import torch" 2>/dev/null || $(PYTHON310_VENV)/bin/pip install -q "$(TORCH)"
+	$(PYTHON310_VENV)/bin/pip install -q -e ".[dev,report,optimum,lm-eval,peft,triton]"
+	touch $@
+
 # Builds for CUDA, on a machine without a GPU: what runs there of the newest releases, as tested_versions says.
 # Registration, options, models and weights, experts on the CPU, operators, kernels in Triton's interpreter and
 # compiled for GPUs; no engine. Where the releases cannot be had it says so and is content.
@@ -172,4 +187,5 @@ dist: install
 	rm -r dist/again && ls -l dist
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) $(NEWEST_VENV) $(NEWEST_TORCH_VENV) $(AUDIT_VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) $(NEWEST_VENV) $(NEWEST_TORCH_VENV) $(AUDIT_VENV) $(PYTHON310_VENV) build dist \
+		*.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis

@@ -135,6 +135,11 @@ class LoadedExperts:
     def _derive(self, in_place: bool) -> None:
         assert self.spec is not None
         fresh = dispatch.prepare(self.spec, self._packed(), self._gating)
+        if self._captured and dispatch.is_plain_torch(fresh):
+            raise ConfigError(
+                f"{self._layer.name}: these experts are computed in plain torch, which cannot be captured in "
+                "CUDA graphs; start vLLM with --enforce-eager"
+            )
         if in_place and self._runtime is not None:
             update_derived(self._layer.name, self._runtime, fresh)
         else:

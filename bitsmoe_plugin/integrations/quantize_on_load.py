@@ -14,14 +14,19 @@ from bitsmoe_plugin.models.stored_names import StoredNames, describe_left_out, w
 from bitsmoe_plugin.models.streamed_experts import StreamedExperts, can_stream
 
 
-def planned_source(model: nn.Module, files: list[str], config: BitsMoEConfig) -> ExpertSource:
+def planned_source(
+    model: nn.Module, files: list[str], config: BitsMoEConfig, quantizer: Any = None
+) -> ExpertSource:
     """Where the experts' weights will come from, for a model that is not loaded yet.
+
+    Args:
+        quantizer: of transformers, if the files are in low precision.
 
     Raises:
         QuantizationError: the budget is too small.
     """
     if files and can_stream(files):
-        source: ExpertSource = StreamedExperts(model, files)
+        source: ExpertSource = StreamedExperts(model, files, quantizer)
     else:
         source = LoadedExperts(model)
         warnings.warn(

@@ -217,7 +217,11 @@ def _write_index(path: Path, text: str) -> None:
         (lambda path: _write_index(path, '{"metadata": {"total_size": 1000000}}'), "do not belong together"),
         (lambda path: _edit_config(path, model_type="no_such_model"), "no_such_model"),
         (lambda path: _edit_config(path, hidden_size="wide"), r"config\.json cannot be used.*hidden_size"),
-        (lambda path: _edit_config(path, quantization_config={"quant_method": "fp8"}), "already.*'fp8'"),
+        (
+            lambda path: _edit_config(path, quantization_config={"quant_method": "gptq"}),
+            "'gptq'.*no operation",
+        ),
+        (lambda path: _edit_config(path, quantization_config={"bits": 4}), "has no quant_method"),
         (_dense, "'llama' has no MoE layers"),
         (_off_convention, r"NemotronHExperts.*'nemotron_h'.*without a gate"),
     ],

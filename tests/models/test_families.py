@@ -79,7 +79,7 @@ def test_biases_and_interleaved_rows_reproduce_the_module(tiny_model, make_layer
     wanted = torch.zeros_like(x)
     for t, slot in torch.cartesian_prod(torch.arange(20), torch.arange(2)).tolist():
         e = int(a.top_k_index[t, slot])
-        products = biases.add(weights.gate[e] @ x[t], weights.up[e] @ x[t], e)
+        products = biases.add(weights.gate[e] @ x[t], weights.up[e] @ x[t], expert=e)
         assert float(products[0].max()) > module.limit or t > 0
         out = weights.down[e] @ apply_gating(module, *products) + biases.down[e]
         wanted[t] += a.top_k_weights[t, slot] * out
@@ -104,11 +104,11 @@ def test_copies_of_the_inputs_are_understood(tiny_model) -> None:
         routed_inputs(module, [copies.flatten(0, 1)])
 
 
-def test_experts_without_a_gate_or_with_a_norm_are_refused_by_name(tiny_model) -> None:
+def test_experts_that_are_not_as_they_declare_are_refused_by_name(tiny_model) -> None:
     """What deviates in more than layout computes something else: reading it as ours gives noise."""
     for flag, value, reason in (
-        ("has_gate", False, "without a gate"),
-        ("has_post_expert_norm", True, "a norm after each expert"),
+        ("has_gate", False, "no fused up_proj"),
+        ("has_post_expert_norm", True, "no post_expert_norm"),
         ("act_fn", torch.nn.PReLU(), "an activation with parameters of its own"),
     ):
         model = tiny_model("qwen3_moe")

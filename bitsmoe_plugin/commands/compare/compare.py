@@ -27,12 +27,13 @@ from bitsmoe_plugin.base.option_checks import check_number
 from bitsmoe_plugin.base.stdout import stdout_to_stderr
 from bitsmoe_plugin.calibration.text import load_documents, token_blocks, token_stream
 from bitsmoe_plugin.checkpoint.read import check_if_packed
+from bitsmoe_plugin.codec.backends import refuse_slow
 from bitsmoe_plugin.commands.evaluate import check_evaluation, evaluate_model, evaluation_text
 from bitsmoe_plugin.commands.tables import table_console
 from bitsmoe_plugin.config import BitsMoEConfig
 from bitsmoe_plugin.errors import BitsMoEError, ConfigError, QuantizationError
-from bitsmoe_plugin.models.families import find_moe_layers
-from bitsmoe_plugin.models.model_class import check_folder, load_model
+from bitsmoe_plugin.models.families import find_moe_layers, layer_shape
+from bitsmoe_plugin.models.model_class import check_folder, load_model, text_model
 from bitsmoe_plugin.models.model_source import ModelSource
 from bitsmoe_plugin.models.tokenizer import load_tokenizer
 
@@ -56,6 +57,7 @@ class ComparisonTask:
     new_tokens: int
     checkpoint: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    allow_slow: bool = False
     loading: dict[str, Any] = field(default_factory=dict)
     """Options of ``ModelSource`` for the model and its tokenizer."""
 
@@ -75,6 +77,7 @@ class ComparisonTask:
             batch_size=self.batch_size,
             seed=self.seed,
             chat_template_kwargs=self.chat_template_kwargs,
+            allow_slow=self.allow_slow,
         )
 
     def check(self) -> None:
@@ -104,9 +107,7 @@ class Quantized:
 
 
 def _expert_weights(model: Any) -> int:
-    return sum(
-        layer.module.gate_up_proj.numel() + layer.module.down_proj.numel() for layer in find_moe_layers(model)
-    )
+    return sum(layer_shape(layer.module).weights for layer in find_moe_layers(model))
 
 
 def _load(model: str | Path | ModelSource) -> Any:
@@ -204,7 +205,8 @@ RUNNERS: dict[str, Callable[[ComparisonTask, Path], Quantized]] = {
 def _sample(model: Any, tokenizer: Any, task: ComparisonTask) -> str:
     inputs = tokenizer(task.prompt, return_tensors="pt", return_token_type_ids=False)
     # A repetition penalty, because small models repeat themselves under greedy search.
-    output = model.generate(**inputs, max_new_tokens=task.new_tokens, do_sample=False, repetition_penalty=1.3)
+    options = {"max_new_tokens": task.new_tokens, "do_sample": False, "repetition_penalty": 1.3}
+    output = text_model(model).generate(**inputs, **options)
     return str(tokenizer.decode(output[0], skip_special_tokens=True))
 
 
@@ -260,6 +262,8 @@ def compare(task: ComparisonTask, methods: tuple[str, ...], debug: bool = False)
     if ("checkpoint" in methods) != (task.checkpoint is not None):
         raise ConfigError("method checkpoint and option --checkpoint need each other")
     task.check()
+    if "bitsmoe" in methods:
+        refuse_slow("cpu", task.allow_slow)
     for method in methods:
         if find_spec(PACKAGES.get(method, "torch")) is None:
             raise ConfigError(

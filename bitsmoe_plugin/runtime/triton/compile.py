@@ -87,10 +87,22 @@ def empty_layer(spec: PackedSpec) -> PackedExperts:
     return PackedExperts(**{name.removeprefix("bitsmoe_"): tensor for name, tensor in tensors.items()})
 
 
-def launches(spec: PackedSpec, capability: int, dtype: torch.dtype, tokens: int, slots: int) -> list[Launch]:
-    """What a forward pass over ``tokens`` tokens with ``slots`` experts each would launch."""
+def launches(
+    spec: PackedSpec,
+    capability: int,
+    dtype: torch.dtype,
+    tokens: int,
+    slots: int,
+    form: str | None = None,
+) -> list[Launch]:
+    """What a forward pass over ``tokens`` tokens with ``slots`` experts each would launch.
+
+    Args:
+        form: text of the ``GatingForm``; by default that of most families.
+    """
+    form = form or ("silu" if spec.shape.has_gate else "relu2,has_gate=0")
     target = Target(block_sizes(capability // 10), PROCESSORS)
-    layer = TritonLayer.prepare(spec, empty_layer(spec), "silu", target)
+    layer = TritonLayer.prepare(spec, empty_layer(spec), form, target)
     hidden = torch.zeros(tokens, spec.shape.hidden_size, dtype=dtype)
     ids = torch.zeros(tokens, slots, dtype=torch.int32)
     recorded: list[Launch] = []
