@@ -81,8 +81,11 @@ def _unharmed(layer: str, stored: str, end: str, names: StoredNames) -> str:
 
 def _saved_prefix(model: Any, layer: str) -> str | None:
     """The same in what would be saved."""
-    for name in (name for name in model.state_dict() if name.startswith(f"{layer}.")):
-        saved = next(iter(revert_weight_conversion(model, {name: torch.empty(1, device="meta")})))
+    for name, tensor in model.state_dict().items():
+        if not name.startswith(f"{layer}."):
+            continue
+        # Of its own shape: some conversions take tensors apart.
+        saved = next(iter(revert_weight_conversion(model, {name: torch.empty_like(tensor, device="meta")})))
         end = name.removeprefix(layer)
         if saved.endswith(end):
             return _list_of(saved.removesuffix(end))
