@@ -36,7 +36,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*calibration token", "ignore:attention and the rest"),
     pytest.mark.skipif(
         Version(transformers.__version__) < Version("5.24"),
-        reason="older ones do not dequantize layer by layer",
+        reason="older ones do not dequantize by layers",
     ),
 ]
 TOKENS = torch.randint(1, 64, (8, 32), generator=torch.Generator().manual_seed(1))
