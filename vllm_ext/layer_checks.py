@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
 
 from bitsmoe_plugin.codec.spec import PackedSpec
@@ -91,3 +92,8 @@ def check_online(prefix: str, layer: Any, online: Any) -> None:
             f"--quantization-config would quantize the packed experts at {prefix} once more; give it "
             '"linear" alone, or name the experts under "ignore"'
         )
+
+
+def most_tokens() -> int:
+    """Of a call, as the engine that is being started will make it."""
+    return get_current_vllm_config().scheduler_config.max_num_batched_tokens

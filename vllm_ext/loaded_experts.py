@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 
+import torch
 from torch import Tensor
 
 from bitsmoe_plugin.codec import packed_values
@@ -110,6 +111,11 @@ class LoadedExperts:
     def derived(self) -> dict[str, Tensor]:
         """Name -> tensor that was derived from the parameters; stays where it is if CUDA graphs hold it."""
         return {} if self._runtime is None else derived_tensors(self._runtime)
+
+    def warm_up(self, slots: int, dtype: torch.dtype, most: int) -> None:
+        """See ``dispatch.warm_up``."""
+        assert self._runtime is not None
+        dispatch.warm_up(self._runtime, slots, dtype, most)
 
     def forward(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
         """See ``dispatch.Runtime``.

@@ -20,7 +20,7 @@ from bitsmoe_plugin.models.gating import GatingForm
 from vllm_ext import ops
 from vllm_ext.expert_gating import gating_of
 from vllm_ext.expert_parameters import layer_loader, placeholder
-from vllm_ext.layer_checks import check_experts
+from vllm_ext.layer_checks import check_experts, most_tokens
 from vllm_ext.loaded_experts import LoadedExperts
 from vllm_ext.reload import verify_streamed
 from vllm_ext.weight_loading import cut, load_shard
@@ -70,6 +70,7 @@ class BitsMoEMethod(FusedMoEMethodBase):
             in_place=self._is_on_gpu(),
             captured=self._is_captured(),
         )
+        self._most_tokens = most_tokens() if self._is_on_gpu() else 0
         self._layer = weakref.ref(layer)  # vLLM keeps loaders, and by them this object, longer than layers
         for buffer in self.files.specs[self.name].tensors():
             layer.register_parameter(buffer, placeholder(self, buffer))
@@ -131,6 +132,8 @@ class BitsMoEMethod(FusedMoEMethodBase):
         device = torch.device(self.moe.device)
         self._checkpoint.note_loaded()
         self.experts.replace(*load_shard(self.files, self.name, self.shard(layer), device))
+        if self._most_tokens:
+            self.experts.warm_up(self.moe.experts_per_token, self.moe.in_dtype, self._most_tokens)
 
     def _update(self, layer: Any, arrived: dict[str, Tensor]) -> None:
         """Take what vLLM handed over, by buffer name."""

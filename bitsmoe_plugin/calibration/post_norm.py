@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 from bitsmoe_plugin.calibration.statistics import LayerActivations, routed_slots
+from bitsmoe_plugin.models.declared_computation import expert_output
 from bitsmoe_plugin.models.expert_weights import ExpertBiases, ExpertWeights
-from bitsmoe_plugin.models.families import expert_output, layout_of
+from bitsmoe_plugin.models.families import layout_of
 
 _STEP = 0.1
 """Size of a change over that of the output. A norm answers with 0.995 of its slope."""

@@ -84,7 +84,6 @@ def _saved_prefix(model: Any, layer: str) -> str | None:
     for name, tensor in model.state_dict().items():
         if not name.startswith(f"{layer}."):
             continue
-        # Of its own shape: some conversions take tensors apart.
         saved = next(iter(revert_weight_conversion(model, {name: torch.empty_like(tensor, device="meta")})))
         end = name.removeprefix(layer)
         if saved.endswith(end):

@@ -9,6 +9,7 @@ without an entry here; other modules need one in ``UNDECLARED``, or are refused 
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,9 +59,6 @@ UNDECLARED = {
 
 _DECLARED = ("is_transposed", "is_concatenated", "has_bias", "has_gate")
 _NORM = "post_expert_norm"
-
-_AGREEMENT = 0.05
-"""Relative difference at which a module computes something else than it declares; bfloat16 gives 0.01."""
 
 
 @dataclass(frozen=True)
@@ -137,12 +135,24 @@ def find_moe_layers(model: nn.Module) -> list[MoELayer]:
             check_convention(name, module, model_type)
             layers.append(MoELayer(name, decoder_layer_name(model, name), module))
     if not layers:
+        _refuse_unfused(model, model_type)
         raise QuantizationError(
             f"model type {model_type!r} has no MoE layers that BitsMoE knows: no module holds fused "
             "routed experts (gate_up_proj [E, 2I, H] and down_proj [E, H, I]). "
             "BitsMoE quantizes routed experts only; use another method for a dense model."
         )
     return layers
+
+
+def _refuse_unfused(model: nn.Module, model_type: str) -> None:
+    """Name the experts of a model whose modules hold no fused ones."""
+    kinds = {type(module).__name__ for module in model.modules()}
+    unknown = sorted(kind for kind in kinds if re.search("experts|moe", kind, re.IGNORECASE))
+    if unknown:
+        raise QuantizationError(
+            f"model type {model_type!r} cannot be quantized: its experts ({', '.join(unknown)}) are not "
+            "stored as transformers' fused experts are: down_proj, and gate_up_proj or up_proj, all 3-D"
+        )
 
 
 def decoder_layer_name(model: nn.Module, experts_name: str) -> str:
@@ -245,47 +255,3 @@ def routed_inputs(module: nn.Module, arguments: list[Any]) -> tuple[Tensor, Tens
         )
     expert = routed.int().argmax(0)[:, None]
     return copies.sum(0), expert, torch.ones(expert.shape, device=expert.device)
-
-
-def check_computation(
-    name: str, module: Any, weights: ExpertWeights, inputs: tuple[Tensor, Tensor, Tensor]
-) -> None:
-    """Compare what a module computes with what its layout says, on a few tokens.
-
-    A class can follow the convention by its declaration and still compute something else.
-
-    Args:
-        inputs: from ``routed_inputs``, on any device.
-
-    Raises:
-        QuantizationError: naming the module.
-    """
-    if layout_of(module).takes_copies:  # an entry of ours, tested
-        return
-    hidden, index, share = (tensor[:4].to(module.down_proj.device) for tensor in inputs)
-    found = module(hidden, index, share.to(hidden.dtype)).float()
-    biases, wanted = read_biases(module), torch.zeros_like(found)
-    for token, slot in torch.nonzero(index < weights.num_experts).tolist():
-        expert, x = int(index[token, slot]), hidden[token].float()
-        out = expert_output(module, weights, biases, expert, x)
-        out = module.post_expert_norm(out) if layout_of(module).has_post_expert_norm else out
-        wanted[token] += float(share[token, slot]) * out
-    if layout_of(module).has_identity_experts:
-        wanted += (share * (index >= weights.num_experts)).sum(-1, keepdim=True) * hidden.float()
-    difference = float((found - wanted).norm() / wanted.norm().clamp_min(1e-30))
-    if difference > _AGREEMENT:
-        raise QuantizationError(
-            f"{name} ({type(module).__name__}) cannot be quantized: it declares the fused convention, but "
-            f"computes something else (outputs differ by {100 * difference:.0f} %)"
-        )
-
-
-def expert_output(
-    module: Any, weights: ExpertWeights, biases: ExpertBiases | None, expert: int, x: Tensor
-) -> Tensor:
-    """Output ``[..., H]`` float32 of one expert for inputs ``[..., H]`` alike, before any norm of it."""
-    products = tuple(x @ matrix[expert].float().T for matrix in weights.inputs)
-    if biases is not None:
-        products = biases.add(*products, expert=expert)
-    out = apply_gating(module, *products) @ weights.down[expert].float().T
-    return out if biases is None else out + biases.down[expert].float()

@@ -22,10 +22,12 @@ from transformers.quantizers.base import HfQuantizer
 
 from bitsmoe_plugin.config import QUANT_METHOD
 from bitsmoe_plugin.errors import QuantizationError
-from bitsmoe_plugin.models.partial_blocks import PartialBlocksDequantize
+from bitsmoe_plugin.models.fp8_operations import FusedDequantize, PartialBlocksDequantize
 
 READ = ("fp8", "mxfp8", "mxfp4", "compressed-tensors")
 """Methods that transformers dequantizes, and whose tensors are checked, see ``low_precision_checks``."""
+FUSED = ("gate_up_proj", "down_proj")
+"""Names of routed experts' weights that are stored in one piece."""
 _CURE = (
     "give a checkpoint in bfloat16 (the original, or this one dequantized by what made it), or one in "
     f"{', '.join(READ)}"
@@ -79,6 +81,7 @@ class LowPrecision:
         self.settings = dict(settings)
         self.method = method_of(settings)
         self._example = example(stored)
+        self._fused = any(name.endswith(f"{weight}_scale_inv") for name in stored for weight in FUSED)
         if self.method not in READ:
             known = self.method in AUTO_QUANTIZATION_CONFIG_MAPPING
             why = "has no operation that dequantizes it while it loads" if known else "does not know it"
@@ -153,11 +156,31 @@ class LowPrecision:
             model: whose rules they are.
         """
         extended = self.quantizer.update_weight_conversions(list(rules), model)
+        extended = self._with_fused(extended) if self._fused else extended
         if self.block is not None:
             for rule in extended:
                 if isinstance(rule, WeightConverter) and rule not in rules:
                     rule.operations = [self._with_partial_blocks(operation) for operation in rule.operations]
         return list(extended)
+
+    def _with_fused(self, rules: Sequence[Any]) -> list[Any]:
+        """The same rules, and for experts' weights that are stored in one piece with their scales.
+
+        transformers has operations for these, and rules for such weights in other precisions alone.
+        """
+        operation = FusedDequantize(self.quantizer.get_load_operations()["dequantize"](self.quantizer))
+        missing, found = set(FUSED), []
+        for rule in rules:
+            sources = rule.source_patterns if isinstance(rule, WeightConverter) else []
+            name = sources[0].rpartition(".")[2] if len(sources) == 1 else ""
+            if name in FUSED:
+                missing.discard(name)
+                scales = f"{sources[0]}_scale_inv"
+                steps = [operation, *rule.operations]
+                rule = rule.copy([sources[0], scales], rule.target_patterns, operations=steps)
+            found.append(rule)
+        added = [(f"experts.{name}", f"experts.{name}_scale_inv") for name in sorted(missing)]
+        return [WeightConverter([*pair], pair[0], [operation]) for pair in added] + found
 
     def _with_partial_blocks(self, operation: Any) -> Any:
         dequantize = self.quantizer.get_load_operations()["dequantize"]

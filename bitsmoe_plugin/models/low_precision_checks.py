@@ -15,7 +15,7 @@ import torch
 from bitsmoe_plugin.errors import QuantizationError
 from bitsmoe_plugin.models.compressed_schemes import check_schemes
 from bitsmoe_plugin.models.files import open_tensors
-from bitsmoe_plugin.models.low_precision import LowPrecision
+from bitsmoe_plugin.models.low_precision import FUSED, LowPrecision
 from bitsmoe_plugin.models.stored_tensors import StoredTensor
 
 _FP8 = ("F8_E4M3", "F8_E5M2")
@@ -97,8 +97,9 @@ def _check_fp8(
     found, used = set(), set()
     for name, weight in stored.items():
         base, _, end = name.rpartition(".")
-        scales = [stored[f"{base}.{s}"] for s in _FP8_SCALES if f"{base}.{s}" in stored]
-        if end != "weight" or not (_is_coarse(weight) or scales):
+        ends = [f"{end}_scale_inv"] if end in FUSED else list(_FP8_SCALES)
+        scales = [stored[f"{base}.{s}"] for s in ends if f"{base}.{s}" in stored]
+        if end not in ("weight", *FUSED) or not (_is_coarse(weight) or scales):
             continue
         if not _is_coarse(weight):
             raise QuantizationError(
@@ -107,13 +108,13 @@ def _check_fp8(
         if len(scales) != 1:
             missing = "its scales are missing" if not scales else f"has {len(scales)} tensors of scales"
             raise QuantizationError(
-                f"{weight} is stored in {source.method}, and {missing} ({base}.{_FP8_SCALES[0]})"
+                f"{weight} is stored in {source.method}, and {missing} ({base}.{ends[0]})"
             )
         _check_grid(source, weight, scales[0], is_expert(name))
         used |= {name, scales[0].name}
         found |= {name, scales[0].name} | ({f"{base}.activation_scale"} & stored.keys())
     for name in stored.keys() - used:
-        if name.endswith(".weight_scale_inv"):
+        if name.endswith("_scale_inv"):
             raise QuantizationError(
                 f"{stored[name]} are scales of {source.method}, and their weight is missing"
             )
@@ -121,7 +122,7 @@ def _check_fp8(
 
 
 def _is_coarse(weight: StoredTensor) -> bool:
-    return weight.dtype in (*_FP8, "I8", "U8", "F4")
+    return weight.dtype in (*_FP8, "I8", "F4")
 
 
 def _check_grid(source: LowPrecision, weight: StoredTensor, scales: StoredTensor, expert: bool) -> None:
@@ -134,7 +135,7 @@ def _check_grid(source: LowPrecision, weight: StoredTensor, scales: StoredTensor
     else:
         (rows, columns), block = weight.shape[-2:], source.block
     if block is None:
-        if scales.count == 1 or scales.shape == (rows, 1):
+        if scales.count == 1 or scales.shape in ((rows, 1), (*weight.shape[:-2], 1, 1)):
             return
         wanted = "one, or one per row"
     else:

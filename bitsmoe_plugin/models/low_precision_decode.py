@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitsmoe_plugin.models.low_precision import LowPrecision
+from bitsmoe_plugin.models.low_precision import FUSED, LowPrecision
 
 _RENAMED = {"scale": "weight_scale_inv", "qscale_weight": "weight_scale_inv"}
 """Other names for scales, as transformers renames them where a weight is beside."""
@@ -17,7 +17,7 @@ _WEIGHTS = ("weight", "weight_packed")
 
 def is_weight(name: str) -> bool:
     """Whether a stored tensor is a weight, not what belongs to one."""
-    return name.rpartition(".")[2] in _WEIGHTS
+    return name.rpartition(".")[2] in (*_WEIGHTS, *FUSED)
 
 
 def grouped(tensors: Mapping[str, Tensor], precision: LowPrecision) -> dict[str, dict[str, Tensor]]:
@@ -32,6 +32,11 @@ def grouped(tensors: Mapping[str, Tensor], precision: LowPrecision) -> dict[str,
     known = {part for parts in precision.quantizer.serialized_names.values() for part in parts}
     found: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
+        fused = name.removesuffix("_scale_inv")
+        if fused.endswith(FUSED) and f"{fused}_scale_inv" in tensors:
+            part = "weight" if name == fused else "weight_scale_inv"
+            found.setdefault(fused, {})[part] = tensor
+            continue
         base, _, end = name.rpartition(".")
         part = _RENAMED.get(end, end)
         beside = any(f"{base}.{weight}" in tensors for weight in _WEIGHTS)

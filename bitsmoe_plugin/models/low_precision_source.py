@@ -13,12 +13,12 @@ from bitsmoe_plugin.errors import QuantizationError
 from bitsmoe_plugin.models.families import find_moe_layers
 from bitsmoe_plugin.models.files import INDEX, SINGLE, weight_map
 from bitsmoe_plugin.models.json_objects import read_object
-from bitsmoe_plugin.models.low_precision import LowPrecision
+from bitsmoe_plugin.models.low_precision import FUSED, LowPrecision
 from bitsmoe_plugin.models.low_precision_checks import check_finite, check_stored
 from bitsmoe_plugin.models.low_precision_decode import is_weight
 from bitsmoe_plugin.models.source_tensors import check_source, folder_dtypes
 from bitsmoe_plugin.models.stored_names import StoredNames
-from bitsmoe_plugin.models.stored_tensors import read_headers
+from bitsmoe_plugin.models.stored_tensors import StoredTensor, read_headers
 
 
 class LowPrecisionSource:
@@ -83,24 +83,32 @@ class LowPrecisionSource:
         """
         check_finite(self.precision, self.stored, self._coarse)
 
-    def check_whole_blocks(self) -> None:
+    def check_for_transformers(self) -> None:
         """To be called before transformers loads the checkpoint by itself.
 
         Raises:
-            QuantizationError: naming a weight whose last block is not whole: it would make other numbers of
-                it.
+            QuantizationError: naming a weight of which it would make other numbers.
         """
-        block = self.precision.block
-        for tensor in (self.stored[name] for name in sorted(self._coarse) if name.endswith(".weight")):
-            if block is None or not tensor.dtype.startswith("F8"):
-                continue
-            sizes = zip(tensor.shape[-2:], block, strict=True)
-            if any(size > width and size % width for size, width in sizes):
+        for tensor in (self.stored[name] for name in sorted(self._coarse)):
+            reason = self._misread(tensor)
+            if reason is not None:
                 raise QuantizationError(
-                    f"{tensor} is stored in {self.precision.method} in blocks of {block[0]}x{block[1]}, the "
-                    "last of which is not whole: transformers loads it wrongly; give a checkpoint in "
-                    "bfloat16 (quantizing this one works)"
+                    f"{tensor} is stored in {self.precision.method}, {reason}: transformers loads it "
+                    "wrongly; give a checkpoint in bfloat16 (quantizing this one works)"
                 )
+
+    def _misread(self, tensor: StoredTensor) -> str | None:
+        """What transformers does not expect of a tensor in FP8."""
+        block = self.precision.block
+        if not tensor.dtype.startswith("F8") or not is_weight(tensor.name):
+            return None
+        if tensor.name.endswith(FUSED):
+            return "in one piece for all experts"
+        if block is None:
+            return None
+        sizes = zip(tensor.shape[-2:], block, strict=True)
+        partial = any(size > width and size % width for size, width in sizes)
+        return f"in blocks of {block[0]}x{block[1]}, the last of which is not whole" if partial else None
 
     def growth(self) -> str | None:
         """What is to be said of the size of all that is no routed expert; None: it does not grow."""

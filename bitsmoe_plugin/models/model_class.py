@@ -122,5 +122,5 @@ def check_folder(folder: Path) -> None:
         return
     source = source_in(folder, model, settings)
     if source is not None:
-        source.check_whole_blocks()
+        source.check_for_transformers()
         source.check_finite()

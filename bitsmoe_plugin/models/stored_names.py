@@ -51,6 +51,13 @@ class StoredNames:
         if rules is None:
             rules = get_model_conversion_mapping(model)
             rules = rules if self._precision is None else self._precision.conversions(rules, model)
+        self._use(rules)
+
+    def use_rules_of_class(self, model: Any) -> None:
+        """Take the rules that a model's class has by itself, whatever key_mapping it was loaded with."""
+        self._use(get_model_conversion_mapping(model))
+
+    def _use(self, rules: Iterable[Any]) -> None:
         self._renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
         self._converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
         self._targets: dict[str, tuple[str, str | None]] = {}

@@ -164,7 +164,9 @@ class StreamedExperts:
             slices = {key: files[path].get_slice(key) for key, path in keys.items()}
             info, _ = convert_and_load_state_dict_in_model(self._model, slices, self._load_config(layer))
         wrong = [f"{name.rpartition('.')[2]}: {a} for {b}" for name, a, b in info.mismatched_keys]
-        return [*info.conversion_errors.values(), *wrong]
+        # Each with a traceback before it, and one line after it that says where.
+        failed = [" ".join(text.strip().splitlines()[-2:]) for text in info.conversion_errors.values()]
+        return [*failed, *wrong]
 
     def _load_config(self, layer: MoELayer) -> LoadStateDictConfig:
         dtype = next(iter(self._empty[layer.name].values())).dtype

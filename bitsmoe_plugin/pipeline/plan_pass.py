@@ -13,7 +13,8 @@ from bitsmoe_plugin.calibration.layerwise_forward import capture_layer
 from bitsmoe_plugin.calibration.post_norm import through_norm
 from bitsmoe_plugin.calibration.residual_gain import residual_gains
 from bitsmoe_plugin.calibration.super_experts import ExpertOutputs, forms_massive_activations
-from bitsmoe_plugin.models.families import apply_gating, check_computation, layer_shape, read_biases
+from bitsmoe_plugin.models.declared_computation import check_computation
+from bitsmoe_plugin.models.families import apply_gating, layer_shape, read_biases
 from bitsmoe_plugin.pipeline.layer_plan import plan_layer
 from bitsmoe_plugin.pipeline.progress import Hidden, PlannedLayer
 from bitsmoe_plugin.pipeline.run import Run, finite

@@ -6,6 +6,7 @@ import warnings
 from importlib.util import find_spec
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from bitsmoe_plugin.base.native import absence, library
@@ -54,6 +55,30 @@ def is_plain_torch(runtime: Runtime) -> bool:
     return isinstance(inner, ReferenceLayer)
 
 
+def warm_up(runtime: Runtime, slots: int, dtype: torch.dtype, most: int) -> None:
+    """Compile kernels now that calls would compile when they come. Nothing is compiled for a CPU.
+
+    Args:
+        slots: experts per token.
+        dtype: of the hidden states.
+        most: tokens of a call.
+    """
+    from bitsmoe_plugin.runtime.with_originals import WithOriginals
+
+    rows = runtime.runtime if isinstance(runtime, WithOriginals) else runtime
+    if find_spec("triton") is None:
+        return
+    from bitsmoe_plugin.runtime.triton.layer import TritonLayer
+    from bitsmoe_plugin.runtime.triton.warm_up import remaining
+
+    if not isinstance(rows, TritonLayer):
+        return
+    device, size = rows.packed.payload.device, rows.input_basis.columns
+    for tokens in remaining(rows, slots, dtype, most):
+        ids = torch.zeros(tokens, slots, dtype=torch.int32, device=device)
+        runtime.forward(torch.zeros(tokens, size, dtype=dtype, device=device), ids, ids.float())
+
+
 def _fastest(spec: PackedSpec, packed: PackedExperts, gating: Gating) -> Runtime:
     from bitsmoe_plugin.runtime.reference_layer import ReferenceLayer
 
@@ -63,6 +88,13 @@ def _fastest(spec: PackedSpec, packed: PackedExperts, gating: Gating) -> Runtime
         return runtime
     warnings.warn(f"packed experts on {device} run in plain torch, much slower: {missing}", stacklevel=2)
     return ReferenceLayer.prepare(spec, packed, gating)
+
+
+def _lacks_registers(device: torch.device) -> bool:
+    """Whether it is an NVIDIA GPU on which the kernels would spill 6 to 22 KB for each thread."""
+    return (
+        device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) < (8, 0)
+    )
 
 
 def _on_cpu(spec: PackedSpec, packed: PackedExperts, gating: Gating) -> tuple[Runtime | None, str]:
@@ -81,6 +113,8 @@ def _on_gpu(spec: PackedSpec, packed: PackedExperts, gating: Gating) -> tuple[Ru
         return None, "the GPU kernels do not know their gating"
     if find_spec("triton") is None:
         return None, "Triton is not installed"
+    if _lacks_registers(packed.payload.device):
+        return None, "the GPU kernels need a GPU of compute capability 8.0 or newer"
     from bitsmoe_plugin.runtime.triton.layer import TritonLayer
 
     return TritonLayer.prepare(spec, packed, form.text()), ""

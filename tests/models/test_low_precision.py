@@ -10,13 +10,21 @@ from typing import Any
 
 import pytest
 import torch
-from low_precision import BLOCK, Tensors, compressed, fp8, mxfp4, rewrite, scheme
+from low_precision import BLOCK, Tensors, compressed, fp8, in_two_files, mxfp4, rewrite, scheme
+from peak_memory import measured
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, FineGrainedFP8Config
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
+    FineGrainedFP8Config,
+    Qwen3VLMoeConfig,
+    Qwen3VLMoeForConditionalGeneration,
+)
 
 from bitsmoe_plugin import BitsMoEConfig, BitsMoEError, QuantizationError
 from bitsmoe_plugin.cli import main
+from bitsmoe_plugin.commands.bench.checkpoint import qwen3_moe, write_checkpoint
 from bitsmoe_plugin.commands.estimate import estimate
 from bitsmoe_plugin.models.model_class import load_model
 from bitsmoe_plugin.pipeline import quantize_model
@@ -176,6 +184,78 @@ def test_prediction_layers_are_decoded(kind: str, tiny_model: Any, tmp_path: Pat
     assert any(f"{others / 1000:.3f} kB stored" in str(warning.message) for warning in told)
 
 
+def test_scales_in_another_file(tiny_model: Any, tmp_path: Path) -> None:
+    """Guards large checkpoints, where weights and their scales need not stand in the same file."""
+    tiny_model("qwen3_moe").bfloat16().save_pretrained(tmp_path / "dense")
+    low, split = (fp8(tmp_path / "dense", tmp_path / name) for name in ("low", "split"))
+    in_two_files(split)
+    wanted, found = _packed(_quantized(low)), _packed(_quantized(split))
+    assert all(torch.equal(tensor, found[name]) for name, tensor in wanted.items())
+    assert estimate(split, _config()).source_bits_per_weight == pytest.approx(8 + 32 / 256)
+
+
+@pytest.mark.exhaustive
+def test_peak_memory_does_not_grow_with_depth(tmp_path: Path) -> None:
+    """Guards the bound of streaming, from outside: 6 further layers are 28 MB of experts in bfloat16, 14 MB
+    in FP8. See the test of the same name for unquantized models."""
+    sizes = {"hidden_size": 64, "moe_intermediate_size": 512, "num_experts": 24, "num_experts_per_tok": 4}
+    small = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 32, "vocab_size": 256}
+    peaks = []
+    for layers in (2, 8):
+        write_checkpoint(tmp_path / f"dense{layers}", qwen3_moe(layers, **sizes, **small))
+        low = fp8(tmp_path / f"dense{layers}", tmp_path / f"low{layers}")
+        peaks.append(measured(low, tmp_path / f"out{layers}"))
+    growth = {kind: peaks[1][kind] - peaks[0][kind] for kind in ("anonymous", "resident")}
+    print(f"peak at 2 layers {peaks[0]}, at 8 layers {peaks[1]}")
+    assert growth["anonymous"] < 12e6
+    assert growth["resident"] < 20e6
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "qwen3_vl_moe"])
+def test_experts_in_one_piece(family: str, tiny_model: Any, tmp_path: Path) -> None:
+    """Guards experts that are stored in one piece, as Qwen3-VL-MoE's (transposed) are published in FP8:
+    transformers has no rule for their scales, and would leave them out."""
+    model = _fused_model(family, tiny_model)
+    model.save_pretrained(tmp_path / "dense")
+    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    if family == "qwen3_moe":
+        rewrite(tmp_path / "dense", lambda t: tensors)
+    low = fp8(tmp_path / "dense", tmp_path / "low")
+    stored = load_file(low / "model.safetensors")
+    assert any(name.endswith("experts.down_proj_scale_inv") for name in stored)
+
+    def dequantize(found: Tensors) -> Tensors:
+        for name in [name for name in found if f"{name}_scale_inv" in found]:
+            scales = found.pop(f"{name}_scale_inv").repeat_interleave(16, -2).repeat_interleave(16, -1)
+            found[name] = (found[name].float() * scales).bfloat16()
+        return found
+
+    shutil.copytree(tmp_path / "dense", tmp_path / "plain")
+    rewrite(tmp_path / "plain", lambda t: dequantize(dict(stored)))
+    auto = AutoModelForMultimodalLM if family == "qwen3_vl_moe" else AutoModelForCausalLM
+    found, wanted = (
+        auto.from_pretrained(path, quantization_config=_config()) for path in (low, tmp_path / "plain")
+    )
+    assert found.state_dict().keys() == wanted.state_dict().keys()
+    assert all(torch.equal(t, wanted.state_dict()[name]) for name, t in found.state_dict().items())
+    with pytest.raises(QuantizationError, match=r"in one piece.*transformers loads it wrongly"):
+        load_model(low)
+
+
+def _fused_model(family: str, tiny_model: Any) -> Any:
+    if family == "qwen3_moe":
+        return tiny_model(family).bfloat16()
+    text = dict.fromkeys(("moe_intermediate_size", "head_dim"), 16)
+    text |= dict.fromkeys(("num_hidden_layers", "num_attention_heads", "num_key_value_heads"), 2)
+    text |= {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32}
+    text |= {"num_experts": 4, "num_experts_per_tok": 2}
+    vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 32}
+    vision |= {"deepstack_visual_indexes": [0]}
+    torch.manual_seed(0)
+    config = Qwen3VLMoeConfig(text_config=text, vision_config=vision)
+    return Qwen3VLMoeForConditionalGeneration(config).bfloat16()
+
+
 @pytest.fixture(scope="module")
 def dense(tiny_model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("dense") / "model"
@@ -220,11 +300,11 @@ FP8_DAMAGE: dict[str, tuple[Damage, str]] = {
         lambda t: t.update({EXPERT.replace("weight", "qweight"): torch.zeros(4, 4, dtype=torch.int32)}),
         "qweight.*quant_method 'fp8'",
     ),
-    "fused": (
+    "in one piece": (
         lambda t: t.update(
             {"model.layers.1.mlp.experts.down_proj": torch.zeros(4, 32, 16).to(torch.float8_e4m3fn)}
         ),
-        r"experts\.down_proj \(F8_E4M3\).*quant_method 'fp8'",
+        r"experts\.down_proj \(F8_E4M3.*fp8, and its scales are missing",
     ),
 }
 

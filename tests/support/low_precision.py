@@ -16,6 +16,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from bitsmoe_plugin.models.files import INDEX, SINGLE
+
 Tensors = dict[str, Tensor]
 BLOCK = (16, 16)
 _FP8 = torch.float8_e4m3fn
@@ -24,19 +26,40 @@ _FP4 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 
 def rewrite(path: Path, change: Callable[[Tensors], Any], settings: dict[str, Any] | None = None) -> None:
     """Change a checkpoint's tensors, in place or into others, and its quantization_config if one is given."""
-    file = path / "model.safetensors"
-    tensors = load_file(file)
-    changed = change(tensors)
-    tensors = changed if isinstance(changed, dict) else tensors
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file, {"format": "pt"})
+    places: dict[str, str] = {}
+    for file in sorted(path.glob("*.safetensors")):
+        tensors = load_file(file)
+        changed = change(tensors)
+        tensors = changed if isinstance(changed, dict) else tensors
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file, {"format": "pt"})
+        places |= dict.fromkeys(tensors, file.name)
+    if (path / INDEX).is_file():
+        write_index(path, places)
     if settings is not None:
         config = json.loads((path / "config.json").read_text())
         (path / "config.json").write_text(json.dumps({**config, "quantization_config": settings}))
 
 
-def is_linear(name: str) -> bool:
+def write_index(path: Path, places: dict[str, str]) -> None:
+    """The index of a checkpoint in several files."""
+    size = sum(t.nbytes for file in set(places.values()) for t in load_file(path / file).values())
+    (path / INDEX).write_text(json.dumps({"metadata": {"total_size": size}, "weight_map": places}))
+
+
+def in_two_files(path: Path) -> None:
+    """Move all scales of a checkpoint into a file of their own."""
+    tensors = load_file(path / SINGLE)
+    (path / SINGLE).unlink()
+    places = {name: f"model-0000{1 + ('scale' in name)}-of-00002.safetensors" for name in tensors}
+    for file in set(places.values()):
+        part = {name: tensor for name, tensor in tensors.items() if places[name] == file}
+        save_file(part, path / file, {"format": "pt"})
+    write_index(path, places)
+
+
+def is_linear(name: str, tensor: Tensor) -> bool:
     """Whether publishers quantize a stored tensor: all linear layers but head and router."""
-    return re.search(r"(proj|_mqa|w[123])\.weight$", name) is not None
+    return tensor.dim() == 2 and re.search(r"(proj|_mqa|w[123])\.weight$", name) is not None
 
 
 def fp8_blocks(weight: Tensor, block: tuple[int, int]) -> tuple[Tensor, Tensor]:
@@ -59,7 +82,11 @@ def fp8(
     def change(tensors: Tensors) -> Tensors:
         found: Tensors = {}
         for name, tensor in tensors.items():
-            if is_linear(name):
+            if name.endswith(("experts.gate_up_proj", "experts.down_proj")) and block:
+                experts = [fp8_blocks(expert, block) for expert in tensor]
+                found[name] = torch.stack([weight for weight, _ in experts])
+                found[f"{name}_scale_inv"] = torch.stack([scales for _, scales in experts])
+            elif is_linear(name, tensor):
                 found[name], scales = fp8_blocks(tensor, block or tuple(tensor.shape))
                 found[f"{name.removesuffix('weight')}{scale}"] = scales if block else scales[0, 0]
             else:
@@ -122,7 +149,7 @@ def compressed(path: Path, out: Path, *groups: dict[str, Any]) -> Path:
     def change(tensors: Tensors) -> Tensors:
         found: Tensors = {}
         for name, tensor in tensors.items():
-            made = next((s for s in schemes if is_linear(name) and matches(s, name)), None)
+            made = next((s for s in schemes if is_linear(name, tensor) and matches(s, name)), None)
             if made is None:
                 found[name] = tensor
                 continue

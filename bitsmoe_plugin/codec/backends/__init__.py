@@ -35,7 +35,7 @@ def refuse_slow(device: torch.device | str, allowed: bool) -> None:
     from bitsmoe_plugin.base.native import absence
     from bitsmoe_plugin.codec.backends import gpu, reference
 
-    sample = torch.empty(0, device="cpu")
+    sample = torch.empty(0, dtype=torch.float32, device="cpu")
     kind = torch.device(device).type
     on_gpu = kind == "cuda"
     if allowed or (gpu.has_triton() if on_gpu else backend_for(sample) is not reference.REFERENCE):

@@ -33,6 +33,8 @@ from bitsmoe_plugin.commands.tables import table_console
 from bitsmoe_plugin.config import BitsMoEConfig
 from bitsmoe_plugin.errors import BitsMoEError, ConfigError, QuantizationError
 from bitsmoe_plugin.models.families import find_moe_layers, layer_shape
+from bitsmoe_plugin.models.low_precision import method_of, stored_settings
+from bitsmoe_plugin.models.low_precision_source import source_in
 from bitsmoe_plugin.models.model_class import check_folder, load_model, text_model
 from bitsmoe_plugin.models.model_source import ModelSource
 from bitsmoe_plugin.models.tokenizer import load_tokenizer
@@ -118,6 +120,10 @@ def _load(model: str | Path | ModelSource) -> Any:
 
 def _full(task: ComparisonTask, scratch: Path) -> Quantized:
     model = _load(task.source)
+    settings = stored_settings(task.source.config())
+    files = source_in(task.source.directory(), model, settings) if settings is not None else None
+    if files is not None:  # as they are stored, in low precision
+        return Quantized(model, files.expert_bytes, 0.0)
     size = next(iter(find_moe_layers(model))).module.down_proj.element_size()
     return Quantized(model, size * _expert_weights(model), 0.0)
 
@@ -274,7 +280,13 @@ def compare(task: ComparisonTask, methods: tuple[str, ...], debug: bool = False)
     for path in (source.name, task.checkpoint):
         if path is not None:
             check_if_packed(path)
-    source.config()
+    settings = stored_settings(source.config())
+    peers = [method for method in methods if method in PACKAGES]
+    if settings is not None and peers:
+        raise ConfigError(
+            f"method {peers[0]} takes a model in bfloat16, and {source.name} is stored by quant_method "
+            f"{method_of(settings)!r}; leave it out, or give the model dequantized"
+        )
     if Path(source.name).is_dir():
         check_folder(Path(source.name))
     tokenizer, options = load_tokenizer(source), {"chat_template_kwargs": task.chat_template_kwargs}

@@ -99,13 +99,15 @@ def expert_shapes(config: dict[str, Any]) -> dict[str, LayerShape]:
 
     Raises:
         QuantizationError: the model has no MoE layers, or of another convention.
-        CheckpointError: neurons do not fill groups of 32.
+        CheckpointError: experts without a gate, or neurons that do not fill groups of 32.
     """
     base = CONFIG_MAPPING[config["model_type"]].from_dict(config)
     with torch.device("meta"):
         layers = find_moe_layers(auto_class(base).from_config(base))
     shapes = {layer.name: layer_shape(layer.module) for layer in layers}
     for name, shape in shapes.items():
+        if not shape.has_gate:
+            raise CheckpointError(f"{name}: experts without a gate, which the format does not know")
         if shape.intermediate_size % GROUP:
             raise CheckpointError(
                 f"{name}: intermediate_size {shape.intermediate_size} is no multiple of {GROUP}, as the "

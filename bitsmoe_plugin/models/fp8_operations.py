@@ -1,8 +1,4 @@
-"""Weights in FP8 whose last block of rows or columns is not whole, as in DeepSeek-V3's attention.
-
-The operation of transformers takes the size of a block from the number of scales, which is right only if all
-blocks are whole. So it is given whole ones, and what was added is cut off again.
-"""
+"""Weights in FP8 that transformers' operation dequantizes if they are handed to it in another way."""
 
 from __future__ import annotations
 
@@ -15,8 +11,39 @@ from transformers.core_model_loading import ConversionOps
 _SCALE = "_scale_inv"
 
 
+class FusedDequantize(ConversionOps):
+    """Experts' weights in one piece, ``[E, rows, columns]``, and their scales: transformers knows by their
+    names only those of single weights."""
+
+    def __init__(self, operation: Any) -> None:
+        """
+        Args:
+            operation: of transformers, for weights with scales per block.
+        """
+        self.operation = operation
+        self.hf_quantizer = operation.hf_quantizer  # transformers asks whether stored dtypes are wanted
+
+    def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """As in transformers."""
+        (name,) = (key for key in input_dict if not key.endswith(_SCALE))
+        scales = input_dict.get(f"{name}{_SCALE}")
+        if scales is None:  # this layer is stored unquantized
+            return input_dict
+        parts = {"weight": input_dict[name], "weight_scale_inv": scales}
+        (weight,) = self.operation.convert(parts, *args, **kwargs).values()
+        return {name: weight}
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return self.operation.reverse_op  # type: ignore[no-any-return]
+
+
 class PartialBlocksDequantize(ConversionOps):
-    """Calls an operation that dequantizes, with weights whose blocks are whole."""
+    """Weights whose last block of rows or columns is not whole, as in DeepSeek-V3's attention.
+
+    The operation takes the size of a block from the number of scales, which is right only if all blocks are
+    whole. So it is given whole ones, and what was added is cut off again.
+    """
 
     def __init__(self, operation: Any, block: tuple[int, int]) -> None:
         """
