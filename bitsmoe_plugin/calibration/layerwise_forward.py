@@ -8,7 +8,7 @@ been quantized meanwhile passes its real outputs on.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -28,6 +28,7 @@ class _Recorder(nn.Module):
         super().__init__()
         self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         self.inputs: list[Tensor] = []
+        self.answers: Iterator[Tensor] | None = None  # instead of what it is given
         self._layer = [layer]
 
     def __getattr__(self, name: str) -> Any:
@@ -39,7 +40,7 @@ class _Recorder(nn.Module):
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         self.calls.append((args, kwargs))
         self.inputs.append(hidden)
-        return hidden
+        return hidden if self.answers is None else next(self.answers)
 
 
 @contextmanager
@@ -154,6 +155,23 @@ class LayerwiseForward:
         """Give layers so many blocks at once from here on."""
         self._at_once = blocks
         self._record()
+
+    def layer(self, index: int) -> nn.Module:
+        """A decoder layer."""
+        return self._layers[index]
+
+    @torch.no_grad()
+    def head_inputs(self) -> list[Tensor]:
+        """What the model makes of ``hidden``, the outputs of its last layer, before its head."""
+        base = getattr(self._model, "base_model", self._model)
+        device = next(self._model.parameters()).device
+        found = []
+        with _recording(self._layers) as recorders:
+            recorders[-1].answers = (piece for batch in self.hidden for piece in batch.split(self._at_once))
+            for batch in self._batches:
+                for piece in batch.split(self._at_once):
+                    found.append(base(input_ids=piece.to(device), use_cache=False).last_hidden_state)
+        return found
 
     def restart(self) -> None:
         """Back to the inputs of the first layer."""

@@ -145,7 +145,7 @@ def add_estimate(commands: Any, run: Run) -> None:
     )
     text = "directory of the model; without its weights, their .index.json is enough"
     parser.add_argument("model", type=Path, help=text)
-    _add_options(parser, "bits", "factor_bits", "calibration_tokens")
+    _add_options(parser, "bits", "factor_bits", "dense_bits", "calibration_tokens")
     _add_method(parser)
     _add_json(parser)
 
@@ -160,7 +160,7 @@ def add_quantize(commands: Any, run: Run) -> None:
     )
     parser.add_argument("model", help=_MODEL)
     parser.add_argument("out", type=Path, help=_OUT)
-    _add_options(parser, "bits", "factor_bits")
+    _add_options(parser, "bits", "factor_bits", "dense_bits")
     _add_calibration(parser)
     _add_method(parser)
     _add_device(parser, "; with several processes each takes its own GPU")
@@ -258,7 +258,7 @@ def add_compare(commands: Any, run: Run) -> None:
         "Qwen3-30B-A3B --dataset calibration.jsonl --eval eval.jsonl --methods full,rtn,bitsmoe",
     )
     parser.add_argument("model", help=_MODEL)
-    _add_options(parser, "bits", "factor_bits")
+    _add_options(parser, "bits", "factor_bits", "dense_bits")
     _add_calibration(parser)
     _add_evaluation_text(parser, "--eval")
     text = f"of {', '.join(COMPARED)} (default: %(default)s); full: not quantized, rtn: rounded to nearest"

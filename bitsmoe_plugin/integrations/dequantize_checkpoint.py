@@ -30,6 +30,7 @@ from bitsmoe_plugin.models.files import INDEX, SINGLE, open_tensors, safetensors
 from bitsmoe_plugin.models.json_objects import read_object
 from bitsmoe_plugin.models.model_class import auto_class
 from bitsmoe_plugin.runtime.decoding import decode_biases, decode_weights
+from bitsmoe_plugin.runtime.dense_linear import read_weight
 
 DTYPES = ("bfloat16", "float16", "float32")
 FILE_BYTES = 2**32
@@ -124,11 +125,15 @@ class _Conversion:
 
     def tensors(self, files: list[Path]) -> Iterator[dict[str, Tensor]]:
         """By the names that they are saved by: those that are not packed, one by one, then layer by layer."""
+        stored = {f"{layer.name}.{part}" for layer in self.packed.dense for part in layer.files}
         for path in files:
             with open_tensors(path) as file:
                 for name in sorted(file.keys()):
-                    if ".bitsmoe_" not in name:
+                    if ".bitsmoe_" not in name and name not in stored:
                         yield {name: self._converted(file.get_tensor(name))}
+        for layer in self.packed.dense:
+            weight = read_weight(layer.name, layer.read(), layer.scheme)
+            yield {f"{layer.name}.weight": self._converted(weight)}
         for name in logging.tqdm(self.layers, desc="Dequantizing layers"):
             yield self._layer(name)
 

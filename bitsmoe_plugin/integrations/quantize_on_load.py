@@ -12,6 +12,7 @@ from bitsmoe_plugin.config import BitsMoEConfig
 from bitsmoe_plugin.models.expert_source import ExpertSource, LoadedExperts
 from bitsmoe_plugin.models.stored_names import StoredNames, describe_left_out, without_module
 from bitsmoe_plugin.models.streamed_experts import StreamedExperts, can_stream
+from bitsmoe_plugin.pipeline.dense_pass import planned_dense
 
 
 def planned_source(model: nn.Module, files: list[str], config: BitsMoEConfig) -> ExpertSource:
@@ -19,6 +20,7 @@ def planned_source(model: nn.Module, files: list[str], config: BitsMoEConfig) ->
 
     Raises:
         QuantizationError: the budget is too small.
+        ConfigError: see ``planned_dense``.
     """
     if files and can_stream(files):
         source: ExpertSource = StreamedExperts(model, files)
@@ -29,6 +31,7 @@ def planned_source(model: nn.Module, files: list[str], config: BitsMoEConfig) ->
             stacklevel=2,
         )
     model_budget(source, config)
+    planned_dense(model, source.layers, config)
     return source
 
 

@@ -23,6 +23,7 @@ from bitsmoe_plugin.config import QUANT_METHOD, BitsMoEConfig
 from bitsmoe_plugin.errors import ConfigError
 
 if TYPE_CHECKING:
+    from bitsmoe_plugin.codec.dense import DenseScheme
     from bitsmoe_plugin.commands.quantize import quantize_to_directory
     from bitsmoe_plugin.integrations.parallel import SplitLayers
     from bitsmoe_plugin.models.expert_source import ExpertSource
@@ -56,6 +57,7 @@ class BitsMoEQuantizer(HfQuantizer):
         self._carried = CarriedTensors({})
         self._split: SplitLayers | None = None
         self._device_map: Any = None
+        self._dense: dict[str, DenseScheme] = {}
         self._stored: tuple[StoredNames, list[str]] | None = None
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
@@ -87,11 +89,13 @@ class BitsMoEQuantizer(HfQuantizer):
     ) -> None:
         self._device_map = kwargs.get("device_map")
         if self.pre_quantized:
+            from bitsmoe_plugin.integrations.dense_loading import empty_linears
             from bitsmoe_plugin.integrations.packed_loading import check_files, replace_experts
             from bitsmoe_plugin.models.stored_names import StoredNames
 
             files, config = checkpoint_files or [], self.quantization_config
             check_files(model, files, config)
+            self._dense = empty_linears(model, config, self._device_map)
             # Before experts are taken out: what the model has no name for is found by what it has.
             self._carry(StoredNames(model), files)
             self._split = replace_experts(model, files, config)
@@ -126,6 +130,7 @@ class BitsMoEQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         from bitsmoe_plugin.checkpoint.manifest import TAGS
         from bitsmoe_plugin.integrations.data_parallel import leave_to_each_process
+        from bitsmoe_plugin.integrations.dense_loading import fill_linears
         from bitsmoe_plugin.integrations.offloading import verify_layers
         from bitsmoe_plugin.integrations.parameter_count import count_original_parameters, train_others_only
 
@@ -138,6 +143,7 @@ class BitsMoEQuantizer(HfQuantizer):
             self._split.load(model)
         else:
             verify_layers(model, self.quantization_config, self._device_map)
+        fill_linears(model, self._dense)
         leave_to_each_process(model)
 
     def _quantize(self, model: Any) -> None:
@@ -157,8 +163,10 @@ class BitsMoEQuantizer(HfQuantizer):
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Called before config and weights are saved: record what will be in the files."""
         from bitsmoe_plugin.integrations.current_manifest import describe_current
+        from bitsmoe_plugin.integrations.dense_loading import with_packed_linears
         from bitsmoe_plugin.integrations.saving import carry, records
         from bitsmoe_plugin.integrations.spread_state import check_saving, whole_state
+        from bitsmoe_plugin.runtime.dense_linear import dense_manifest
 
         if getattr(model, "_hf_peft_config_loaded", False):  # adapters are saved, of which we record nothing
             return model.state_dict(), {}
@@ -166,6 +174,7 @@ class BitsMoEQuantizer(HfQuantizer):
         config = model.config.quantization_config
         describe_current(model, config)
         state = whole_state(model, self._split) | carry(model, self._carried.read())
+        state, config.dense = with_packed_linears(model, state), dense_manifest(model)
         config.validate()
         config.other_tensors, config.other_tensors_in_model = records(model, state)
         return state, {}

@@ -145,7 +145,12 @@ class ProgressOnDisk:
         rows = {int(index): row_bits for index, row_bits in tensors.items()}
         return Widths(rows, kept, self._state["gap"], found)
 
-    def finish_layer(self, index: int, layer: PackedLayer | None, exact: Hidden, hidden: Hidden) -> None:
+    def finish_layer(
+        self, index: int, layer: PackedLayer | None, exact: Hidden, hidden: Hidden, dense: dict[str, Tensor]
+    ) -> None:
+        if dense:
+            self._directory.write(f"dense-{index}.safetensors", dense)
+            self._state.setdefault("dense", []).append(index)
         if layer is not None:
             self._directory.write(f"packed-{index}.safetensors", dict(layer.packed.tensors()))
             self._state["entries"][str(index)] = {"name": layer.name, "entry": layer.entry}
@@ -161,6 +166,12 @@ class ProgressOnDisk:
         packed = PackedExperts(**{name.removeprefix("bitsmoe_"): tensor for name, tensor in tensors.items()})
         entry = self._state["entries"][str(index)]
         return PackedLayer(entry["name"], packed, entry["entry"])
+
+    def dense(self, index: int) -> dict[str, Tensor]:
+        if index not in self._state.get("dense", []):
+            return {}
+        tensors, _ = self._directory.read(f"dense-{index}.safetensors")
+        return {name: tensor.clone() for name, tensor in tensors.items()}
 
     def layer_hidden(self) -> tuple[Hidden, Hidden] | None:
         if self.rounded == 0:

@@ -32,6 +32,7 @@ from bitsmoe_plugin.config import BitsMoEConfig
 from bitsmoe_plugin.errors import QuantizationError
 from bitsmoe_plugin.models.expert_source import ExpertSource, LoadedExperts
 from bitsmoe_plugin.models.families import MoELayer
+from bitsmoe_plugin.pipeline.dense_pass import planned_dense
 from bitsmoe_plugin.pipeline.model_state import in_evaluation_mode, refused_if_it_fails
 from bitsmoe_plugin.pipeline.plan_pass import plan_layers
 from bitsmoe_plugin.pipeline.progress import Progress, ProgressInMemory
@@ -39,6 +40,7 @@ from bitsmoe_plugin.pipeline.progress_on_disk import ProgressOnDisk
 from bitsmoe_plugin.pipeline.round_pass import round_layers
 from bitsmoe_plugin.pipeline.run import Run
 from bitsmoe_plugin.pipeline.run_identity import identity
+from bitsmoe_plugin.runtime.dense_linear import dense_manifest
 
 
 @known_state()
@@ -76,6 +78,7 @@ def quantize_model(
         _check_same(workers, source, blocks, config)
         manifest = _start(model, blocks, config, source, workers)
     config.layers, config.calibration = manifest.layers, manifest.calibration
+    config.dense = manifest.dense
     return config
 
 
@@ -85,6 +88,7 @@ class _Manifest:
 
     layers: dict[str, dict[str, Any]]
     calibration: dict[str, Any]
+    dense: dict[str, Any]
 
 
 def _start(
@@ -130,6 +134,7 @@ def _quantize(
     """``quantize_model`` from what ``progress`` has on."""
     budget = model_budget(source, config)
     modules, moe = _moe_by_index(model, source.layers)
+    dense = planned_dense(model, source.layers, config)
     with in_evaluation_mode(model), torch.no_grad():
         blocks, seen = held_out_last(blocks, config.held_out)
         tokens = seen * blocks.shape[1]
@@ -150,6 +155,7 @@ def _quantize(
             config=config,
             stop=stop,
             workers=workers,
+            dense=dense,
         )
         widths = workers.from_main(lambda: progress.widths)
         if widths is None:
@@ -165,7 +171,7 @@ def _quantize(
         "sha256": _digest(blocks),
         "allocation_relative_gap": widths.relative_gap,
     }
-    return _Manifest(layers, calibration)
+    return _Manifest(layers, calibration, dense_manifest(model))
 
 
 def _moe_by_index(model: nn.Module, layers: list[MoELayer]) -> tuple[nn.ModuleList, dict[int, MoELayer]]:

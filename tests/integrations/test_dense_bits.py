@@ -1,0 +1,232 @@
+"""Linear layers outside the experts in 8 or 4 bits: quantized, saved, loaded, dequantized, and refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from bitsmoe_plugin import BitsMoEConfig
+from bitsmoe_plugin.errors import BitsMoEError, CheckpointError, ConfigError
+from bitsmoe_plugin.integrations.dequantize_checkpoint import dequantize_checkpoint
+
+OPTIONS: dict[str, Any] = {"method": "fast", "calibration_tokens": 1024, "sequence_length": 256}
+MIXED = {"o_proj": 8, "self_attn": 4}
+LAYER = "model.layers.1.self_attn"
+
+
+def quantized(path: Path, **options: Any) -> Any:
+    text = str(path.parent / "data" / "calibration.jsonl")
+    config = BitsMoEConfig(**{"dataset": text, **OPTIONS, **options})
+    return AutoModelForCausalLM.from_pretrained(path, quantization_config=config)
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(torch.arange(40)[None]).logits
+
+
+@pytest.fixture(scope="module")
+def in_memory(moe_tiny_path: Path) -> Any:
+    return quantized(moe_tiny_path, dense_bits=MIXED)
+
+
+@pytest.fixture(scope="module")
+def packed(in_memory: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("dense") / "model"
+    in_memory.save_pretrained(out)
+    return out
+
+
+def test_saved_model_is_the_one_in_memory_and_is_saved_to_the_same_bytes(
+    in_memory: Any, packed: Path, tmp_path: Path
+) -> None:
+    """Guards against codes that are rounded anew on saving, and layers that are saved unpacked."""
+    loaded = AutoModelForCausalLM.from_pretrained(packed)
+    assert torch.equal(logits(loaded), logits(in_memory))
+    assert loaded.num_parameters() == in_memory.num_parameters()
+    loaded.save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").read_bytes() == (packed / "model.safetensors").read_bytes()
+    assert (tmp_path / "config.json").read_text() == (packed / "config.json").read_text()
+    tensors = load_file(packed / "model.safetensors")
+    shapes = {name: tuple(t.shape) for name, t in tensors.items() if name.startswith(f"{LAYER}.")}
+    assert shapes[f"{LAYER}.q_proj.weight_packed"] == (128, 16)
+    assert shapes[f"{LAYER}.o_proj.weight_packed"] == (128, 32)
+    assert f"{LAYER}.q_proj.weight" not in shapes
+
+
+def test_stored_layer_is_what_the_library_reads(packed: Path) -> None:
+    """Guards against a format of our own: compressed-tensors alone must read layers and section."""
+    from compressed_tensors.compressors.pack_quantized import PackedQuantizationCompressor
+    from compressed_tensors.quantization import QuantizationConfig
+
+    section = json.loads((packed / "config.json").read_text())["quantization_config"]["dense"]
+    groups = QuantizationConfig.model_validate(section).config_groups
+    scheme = next(group for group in groups.values() if f"{LAYER}.q_proj" in group.targets)
+    tensors = load_file(packed / "model.safetensors")
+    own = {name.rpartition(".")[2]: t for name, t in tensors.items() if f"{LAYER}.q_proj." in name}
+    weight = PackedQuantizationCompressor.decompress(own, scheme)["weight"]
+    model = AutoModelForCausalLM.from_pretrained(packed)
+    assert torch.equal(model.get_submodule(f"{LAYER}.q_proj").weight, weight)
+
+
+def test_dequantized_checkpoint_and_model_compute_the_same_weights(packed: Path, tmp_path: Path) -> None:
+    """Guards against dense models that miss the layers, or have them as codes."""
+    dequantize_checkpoint(packed, tmp_path / "dense")
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    model = AutoModelForCausalLM.from_pretrained(packed)
+    model.dequantize()
+    assert torch.equal(logits(model), logits(dense))
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    model.save_pretrained(tmp_path / "again")
+    with safe_open(tmp_path / "again" / "model.safetensors", "pt") as file:
+        assert f"{LAYER}.q_proj.weight" in file.keys()  # noqa: SIM118 (it is no dict)
+
+
+def test_changed_weight_is_not_saved_rounded(packed: Path, tmp_path: Path) -> None:
+    """Guards against training, or merged adapters, that saving loses without a word."""
+    model = AutoModelForCausalLM.from_pretrained(packed)
+    model.requires_grad_(True)
+    weight = model.get_submodule(f"{LAYER}.k_proj").weight
+    assert not weight.requires_grad
+    weight.data[3, 5] += 0.01
+    with pytest.raises(CheckpointError, match=r"layers.1.self_attn.k_proj: the weight has changed"):
+        model.save_pretrained(tmp_path)
+
+
+def _rewritten(change: Callable[[dict[str, torch.Tensor]], None]) -> Callable[[Path], None]:
+    def apply(path: Path) -> None:
+        tensors = load_file(path / "model.safetensors")
+        change(tensors)
+        save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+        config = json.loads((path / "config.json").read_text())
+        config["quantization_config"]["other_tensors"] = {}  # as who alters it on purpose would
+        config["quantization_config"].pop("other_tensors_in_model", None)
+        (path / "config.json").write_text(json.dumps(config))
+
+    return apply
+
+
+def _section(change: Callable[[dict[str, Any]], None]) -> Callable[[Path], None]:
+    def apply(path: Path) -> None:
+        config = json.loads((path / "config.json").read_text())
+        change(config["quantization_config"]["dense"])
+        (path / "config.json").write_text(json.dumps(config))
+
+    return apply
+
+
+def _set(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Path], None]:
+    return _rewritten(lambda tensors: tensors.__setitem__(name, change(tensors[name]).contiguous()))
+
+
+ALTERED: dict[str, Callable[[Path], None]] = {
+    "nan scale": _set(f"{LAYER}.q_proj.weight_scale", lambda t: t * torch.nan),
+    "negative scale": _set(f"{LAYER}.q_proj.weight_scale", lambda t: -t),
+    "cut": _set(f"{LAYER}.q_proj.weight_packed", lambda t: t[:, :8]),
+    "other dtype": _set(f"{LAYER}.q_proj.weight_packed", lambda t: t.long()),
+    "other shape": _set(f"{LAYER}.q_proj.weight_shape", lambda t: t * 2),
+    "missing": _rewritten(lambda tensors: tensors.__delitem__(f"{LAYER}.q_proj.weight_scale")),
+    "surplus": _rewritten(
+        lambda tensors: tensors.__setitem__("model.norm.weight_packed", torch.ones(2, 2, dtype=torch.int32))
+    ),
+    "bits": _section(lambda dense: dense["config_groups"]["group_0"]["weights"].__setitem__("num_bits", 8)),
+    "group": _section(lambda d: d["config_groups"]["group_0"]["weights"].__setitem__("group_size", 32)),
+    "activations": _section(
+        lambda dense: dense["config_groups"]["group_0"].__setitem__("x", {"num_bits": 8})
+    ),
+    "unknown layer": _section(lambda dense: dense["config_groups"]["group_0"]["targets"].append("zzz.a")),
+    "no table": _section(lambda dense: dense.__setitem__("config_groups", [1])),
+}
+
+
+@pytest.mark.parametrize("kind", ALTERED)
+def test_altered_layers_are_refused_by_transformers_and_commands(
+    kind: str, packed: Path, tmp_path: Path
+) -> None:
+    """Guards against codes of other widths, and scales that make every output NaN."""
+    altered = shutil.copytree(packed, tmp_path / "altered")
+    ALTERED[kind](altered)
+    with pytest.raises(CheckpointError, match=r"altered|missing|not in its quantization_config"):
+        AutoModelForCausalLM.from_pretrained(altered)
+    with pytest.raises(CheckpointError, match=r"altered|missing|not in its quantization_config"):
+        dequantize_checkpoint(altered, tmp_path / "dense")
+
+
+@pytest.mark.parametrize(
+    ("bits", "said"),
+    [
+        ({"q_proj": 4}, r"q_proj 4, .*k_proj 16, .*computes as one layer"),
+        ({"gate": 8}, r"names 'gate', but the model has no such linear layer"),
+        ({"lm_head": 8}, r"lm_head, which is the same tensor as the embeddings"),
+    ],
+)
+def test_what_cannot_be_stored_is_refused_before_calibration(
+    bits: dict[str, int], said: str, moe_tiny_path: Path
+) -> None:
+    """Guards against hours of work for a checkpoint that vLLM cannot serve."""
+    with pytest.raises(ConfigError, match=said):
+        quantized(moe_tiny_path, dense_bits=bits)
+
+
+def test_interrupted_run_goes_on_to_the_same_bytes(packed: Path, moe_tiny_path: Path, tmp_path: Path) -> None:
+    """Guards against layers that a run that goes on leaves unquantized, or quantizes twice."""
+    from bitsmoe_plugin.pipeline import dense_pass, round_pass
+
+    real, calls = dense_pass.round_dense, []
+
+    def failing(run: Any, index: int, exact: Any) -> Any:
+        calls.append(index)
+        if index == 2:
+            raise KeyboardInterrupt
+        return real(run, index, exact)
+
+    options = {"dense_bits": MIXED, "work_dir": str(tmp_path / "work")}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(round_pass, "round_dense", failing)
+        with pytest.raises(KeyboardInterrupt):
+            quantized(moe_tiny_path, **options)
+    assert calls == [0, 1, 2]
+    quantized(moe_tiny_path, **options).save_pretrained(tmp_path / "model")
+    written = (tmp_path / "model" / "model.safetensors").read_bytes()
+    assert written == (packed / "model.safetensors").read_bytes()
+
+
+def test_head_and_shared_experts_of_another_family(tiny_model: Any, tmp_path: Path) -> None:
+    """Guards against a head that is forgotten, routers that are rounded, and float32 models whose scales no
+    reader in bfloat16 has."""
+    sizes = {"hidden_size": 64, "vocab_size": 64, "shared_expert_intermediate_size": 32}
+    plain = tiny_model("qwen2_moe", layer_types=["full_attention"] * 2, **sizes)
+    plain.save_pretrained(tmp_path / "model")
+    tokens = [torch.randint(64, (64,)).tolist() for _ in range(8)]
+    options = {"method": "fast", "dataset": tokens, "sequence_length": 32}
+    config = BitsMoEConfig(bits=6.0, dense_bits={"lm_head": 4, "*": 4}, **options)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", quantization_config=config)
+    model.save_pretrained(tmp_path / "packed")
+    names = set(load_file(tmp_path / "packed" / "model.safetensors"))
+    stored = {name.removesuffix(".weight_packed") for name in names if name.endswith(".weight_packed")}
+    assert "lm_head" in stored
+    assert "model.layers.0.mlp.shared_expert.down_proj" in stored
+    assert "model.layers.0.mlp.gate.weight" in names
+    assert "model.layers.0.mlp.shared_expert_gate.weight" in names
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+    assert torch.equal(logits(loaded), logits(model))
+    scales = model.lm_head.bitsmoe_scales
+    assert torch.equal(scales.bfloat16().float(), scales)
+
+
+def test_missing_library_is_named(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against an ImportError from within."""
+    from bitsmoe_plugin.runtime import dense_linear
+
+    monkeypatch.setattr(dense_linear, "find_spec", lambda name: None)
+    with pytest.raises(BitsMoEError, match=r"compressed-tensors; pip install"):
+        AutoModelForCausalLM.from_pretrained(packed)
