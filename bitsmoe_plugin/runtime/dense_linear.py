@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bitsmoe_plugin.codec.dense import PACKED, SCALE, SHAPE, DenseScheme, dense_section
+from bitsmoe_plugin.codec.dense import PACKED, SCALE, SHAPE, DenseScheme, check_stored, dense_section
 from bitsmoe_plugin.errors import CheckpointError, ConfigError
 from bitsmoe_plugin.models.dense_layers import saved_names
 
@@ -141,31 +141,3 @@ def make_dense(module: nn.Linear) -> None:
     delattr(module, _SCHEME)
     delattr(module, _SCALES)
     module.weight.requires_grad_(True)
-
-
-def check_stored(
-    name: str, tensors: dict[str, Tensor], scheme: DenseScheme, shape: tuple[int, int] | None = None
-) -> None:
-    """Refuse stored tensors that are none of a layer.
-
-    Args:
-        shape: outputs and inputs; None: as the tensors say.
-
-    Raises:
-        CheckpointError: naming the tensor.
-    """
-    if any(tensor.is_meta for tensor in tensors.values()):
-        raise CheckpointError(f"{name}: its tensors are on the meta device, without values")
-    told = tuple(tensors[SHAPE].tolist())
-    shape = shape or told  # type: ignore[assignment]
-    assert shape is not None
-    found = {part: tuple(tensor.shape) for part, tensor in tensors.items()}
-    wanted = scheme.shapes(*shape) if len(told) == 2 and min(told) > 0 else {}
-    if told != shape or found != wanted:
-        raise CheckpointError(
-            f"{name}: {SHAPE} says {told} and the tensors are {found}, but {shape} in {scheme.bits} bits "
-            f"asks for {wanted}; the checkpoint was altered"
-        )
-    scales = tensors[SCALE]
-    if not bool((torch.isfinite(scales) & (scales > 0)).all()):
-        raise CheckpointError(f"{name}.{SCALE} holds values that are no scales; the checkpoint was altered")
