@@ -36,7 +36,6 @@ class DenseLayers:
         self._seen: set[int] = set()  # numbers of decoder layers that this process has
         self._config: CompressedTensorsConfig | None = None
         if dense_schemes(section):
-            register_unpacked()
             self._config = CompressedTensorsConfig.from_config(copy.deepcopy(section))
 
     def rename(self, mapper: WeightsMapper) -> None:
@@ -58,6 +57,7 @@ class DenseLayers:
         """
         if self._config is None:
             return None
+        register_unpacked()  # in each process
         self._note(prefix, packed_modules)
         self._config.packed_modules_mapping = packed_modules
         scheme = self._config.get_scheme_dict(layer, prefix)

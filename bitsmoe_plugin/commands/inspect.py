@@ -20,6 +20,7 @@ from bitsmoe_plugin.codec import layout
 from bitsmoe_plugin.codec.block import BLOCK
 from bitsmoe_plugin.codec.spec import PackedSpec
 from bitsmoe_plugin.commands.tables import layer_label, table_console
+from bitsmoe_plugin.commands.whole_model import told, whole_model
 from bitsmoe_plugin.errors import CheckpointError
 from bitsmoe_plugin.models.files import safetensors_files
 
@@ -53,7 +54,8 @@ def inspect_checkpoint(directory: Path) -> dict[str, Any]:
         -> width -> rows), ``expert_bits`` (mean width of each expert's rows), ``kept_experts`` (ids),
         ``tokens_per_dimension`` and what was measured while quantizing: errors (absolute, per token and
         hidden value, token-weighted), ``output_energy``, ``bits_over_bound``, ``tokens_per_expert``,
-        ``output_peaks``, ``super_experts`` (ids of those that were found, kept or not).
+        ``output_peaks``, ``super_experts`` (ids of those that were found, kept or not). Further what
+        ``whole_model`` returns.
     """
     config = read_config(directory)
     if not config.layers:
@@ -63,6 +65,7 @@ def inspect_checkpoint(directory: Path) -> dict[str, Any]:
     verify_others(
         paths, config.other_tensors, config.other_tensors_in_model, tied_by_record(config.other_tensors)
     )
+    files.check_dense()
     specs = files.specs
     parts: Counter[str] = Counter()
     projections: Counter[str] = Counter()
@@ -99,6 +102,7 @@ def inspect_checkpoint(directory: Path) -> dict[str, Any]:
         "projections": {factor: 3 * bits / weights for factor, bits in projections.items()},
         "calibration": config.calibration,
         "layers": layers,
+        **whole_model(Path(directory), files, paths),
     }
 
 
@@ -153,7 +157,7 @@ def print_inspection(report: dict[str, Any], stream: TextIO) -> None:
     console.print(
         f"{report['bits_per_weight']:.4f} bits per expert weight = {parts}\n"
         f"bits per weight of each projection, without bases and biases: {projections}\n"
-        f"{report['expert_bytes']:,} bytes for {report['expert_weights']:,} expert weights",
+        f"{report['expert_bytes']:,} bytes for {report['expert_weights']:,} expert weights\n{told(report)}",
         highlight=False,
     )
     for name, layer in report["layers"].items():
