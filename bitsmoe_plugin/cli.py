@@ -348,6 +348,7 @@ def _compare(args: argparse.Namespace, stdout: TextIO) -> None:
         new_tokens=args.new_tokens,
         checkpoint=args.checkpoint,
         dense_bits=args.dense_bits,
+        size=args.size,
         chat_template_kwargs=args.chat_template_kwargs,
         loading={name: getattr(args, name) for name in (*OWN, "cache_dir", "trust_remote_code")},
     )

@@ -16,6 +16,7 @@ from bitsmoe_plugin.base.option_checks import (
     one_of,
 )
 from bitsmoe_plugin.base.option_table import option, rows_of
+from bitsmoe_plugin.base.sizes import size_in_bytes
 from bitsmoe_plugin.codec.names import FACTORS, FORMAT_VERSION, GRIDS
 
 ALL_WIDTHS = (0, 1, 2, 3, 4, 6, 8, 16)
@@ -43,6 +44,10 @@ def _are_widths(value: Any) -> bool:
 
 def _are_projection_bits(value: Any) -> bool:
     return is_budget_table(value) and set(value) <= set(FACTORS)
+
+
+def _is_size(value: Any) -> bool:
+    return value is None or size_in_bytes(value) is not None
 
 
 def _are_dense_bits(value: Any) -> bool:
@@ -316,6 +321,40 @@ class Options:
         "values that share a scale in the layers of ``dense_bits``; 32 where it does not divide their inputs",
         check=one_of(128, 32),
         default=128,
+        stored="if changed",
+    )
+    size: str | int | None = option(
+        "instead of bits: size of all weight files, like 11GB (1e9 bytes) or 10GiB; widths of the experts' "
+        "rows and of other linear layers are chosen together",
+        "Of linear layers outside the experts each (or those that vLLM computes as one) gets 4, 8 or 16 "
+        "bits, by how much its error changes the output of its decoder layer; with another ``dense_bits`` "
+        "than 16 that is taken as it is. All else (embeddings, norms, routers, the head) keeps its dtype.",
+        check=Check("a size like 11GB, 10.5GiB or a number of bytes, or None", _is_size),
+        flag="SIZE",
+        stored="if filled",
+    )
+    fit: str | int | None = option(
+        "instead of size: memory that weights and the KV cache of fit_context times fit_batch tokens take "
+        "together",
+        "The cache takes 2 x layers with attention x key-value heads x head_dim x 2 bytes per token, with "
+        "latent attention layers x (kv_lora_rank + qk_rope_head_dim) x 2 bytes. What a server needs besides "
+        "is not counted.",
+        check=Check("a size like 24GB, 22GiB or a number of bytes, or None", _is_size),
+        flag="SIZE",
+        stored="if filled",
+    )
+    fit_context: int = option(
+        "tokens of a sequence, for fit",
+        check=number(1, 10**8, whole=True),
+        default=8192,
+        flag="N",
+        stored="if changed",
+    )
+    fit_batch: int = option(
+        "sequences at once, for fit",
+        check=number(1, 10**6, whole=True),
+        default=1,
+        flag="N",
         stored="if changed",
     )
     format_version: int = option(

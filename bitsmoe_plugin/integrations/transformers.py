@@ -116,7 +116,7 @@ class BitsMoEQuantizer(HfQuantizer):
         check_source(names, stored_dtypes(files or []))
         self._carry(names, files or [])
         self._stored = names, files or []
-        self._source = planned_source(model, files or [], self.quantization_config)
+        self._source = planned_source(model, files or [], self.quantization_config, self._carried.bytes())
         self._blocks = calibration_blocks(model, self.quantization_config, files)
 
     def _carry(self, names: StoredNames, files: list[str]) -> None:
@@ -157,7 +157,7 @@ class BitsMoEQuantizer(HfQuantizer):
             self._stored = None
         check_save(model, source.layers, self._carried.empty())
         assert self._blocks is not None
-        quantize_model(model, self._blocks, self.quantization_config, source)
+        quantize_model(model, self._blocks, self.quantization_config, source, self._carried.bytes())
         self._source = self._blocks = None  # they hold the model, and the text
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -81,7 +81,7 @@ def planned_schemes(model: Any, layers: Sequence[MoELayer], config: Any) -> dict
             continue
         if name == head:
             _check_untied(model, name)
-        scheme = _scheme(linear[name], table[pattern], config.dense_group_size)
+        scheme = scheme_for(linear[name], table[pattern], config.dense_group_size)
         if scheme is not None:
             found[name] = scheme
         elif "*" in pattern:
@@ -110,7 +110,8 @@ def _pattern_of(name: str, table: Mapping[str, int], is_head: bool) -> str | Non
     return next((p for p in table if _matches(p, name) and not (is_head and p == "*")), None)
 
 
-def _scheme(module: nn.Linear, bits: int, group_size: int) -> DenseScheme | None:
+def scheme_for(module: nn.Linear, bits: int, group_size: int) -> DenseScheme | None:
+    """How a layer is stored in so many bits; None if its sizes do not allow it."""
     if module.in_features % UNIT or module.out_features % UNIT:
         return None
     return DenseScheme(bits, group_size if module.in_features % group_size == 0 else min(GROUP_SIZES))
@@ -124,14 +125,20 @@ def _check_untied(model: Any, head: str) -> None:
         )
 
 
+def fused_with(name: str, linear: Mapping[str, Any]) -> list[str]:
+    """Names of the layers that vLLM computes as one with a layer, that one included."""
+    parent, _, kind = name.rpartition(".")
+    fused = next((group for group in _FUSED if kind in group), (kind,))
+    names = [f"{parent}.{part}" if parent else part for part in fused]
+    return [partner for partner in names if partner in linear]
+
+
 def _check_fused(
     found: dict[str, DenseScheme], linear: Mapping[str, nn.Linear], left: list[str]
 ) -> dict[str, DenseScheme]:
     """Refuse layers that vLLM fuses with others of another width; leave those whose partners were left."""
     for name in linear:
-        parent, _, kind = name.rpartition(".")
-        fused = next((group for group in _FUSED if kind in group), ())
-        partners = [f"{parent}.{part}" for part in fused if f"{parent}.{part}" in linear]
+        partners = fused_with(name, linear)
         if len({found.get(partner) for partner in partners}) < 2:
             continue
         if not any(partner in left for partner in partners):

@@ -61,7 +61,7 @@ def round_dense(run: Run, index: int, exact: Hidden) -> dict[str, Tensor]:
     asked: dict[str, Any] = {name: module for name, module in modules.items() if schemes[name].bits < 8}
     moments: dict[str, Tensor] = {}
     if asked:
-        weights = _token_weights(run, finite(index, exact))
+        weights = token_weights(run, finite(index, exact))
         moments = run.agreed(lambda: input_moments(run.forward, index, asked, weights))
     return _rounded(run, modules, schemes, moments)
 
@@ -88,7 +88,7 @@ def _head_moments(run: Run) -> Tensor:
     return total  # type: ignore[no-any-return]
 
 
-def _token_weights(run: Run, outputs: Hidden) -> Tensor:
+def token_weights(run: Run, outputs: Hidden) -> Tensor:
     """``[T]``, as the experts of this layer have them; 0 for what is held out."""
     weights = residual_weights(torch.cat([out.flatten(0, -2) for out in outputs]))
     if run.config.token_weighting == "none":

@@ -63,6 +63,10 @@ class Progress(Protocol):
     def check_weights(self, name: str, digest: str) -> None:
         """Refuse weights other than those that were read for this layer before."""
 
+    dense_costs: dict[int, list[list[float]]]
+    """Index of a decoder layer -> costs of its units of linear layers, see ``dense_costs``; written before
+    ``finish_plan`` of the layer."""
+
     def finish_plan(self, index: int, layer: PlannedLayer | None, hidden: Hidden) -> None:
         """Layer ``index`` is planned and puts out ``hidden``."""
 
@@ -126,6 +130,7 @@ class ProgressInMemory:
         self.planned = self.rounded = 0
         self.widths: Widths | None = None
         self.at_once: int | None = None
+        self.dense_costs: dict[int, list[list[float]]] = {}
         self._digests: dict[str, str] = {}
         self._plans: dict[int, PlannedLayer] = {}
         self._packed: dict[int, PackedLayer] = {}

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from bitsmoe_plugin.allocation.row_widths import Widths, allocate_rows
-from bitsmoe_plugin.allocation.super_expert_policy import choose_kept, choose_wide, model_budget, row_groups
+from bitsmoe_plugin.allocation.super_expert_policy import choose_kept, choose_wide, row_groups
 from bitsmoe_plugin.base.interruption import deferred_interrupt
 from bitsmoe_plugin.base.option_checks import check_choice
 from bitsmoe_plugin.base.process_state import known_state
@@ -32,6 +32,7 @@ from bitsmoe_plugin.config import BitsMoEConfig
 from bitsmoe_plugin.errors import QuantizationError
 from bitsmoe_plugin.models.expert_source import ExpertSource, LoadedExperts
 from bitsmoe_plugin.models.families import MoELayer
+from bitsmoe_plugin.pipeline.dense_costs import chosen_dense, unit_costs
 from bitsmoe_plugin.pipeline.dense_pass import planned_dense
 from bitsmoe_plugin.pipeline.model_state import in_evaluation_mode, refused_if_it_fails
 from bitsmoe_plugin.pipeline.plan_pass import plan_layers
@@ -40,6 +41,7 @@ from bitsmoe_plugin.pipeline.progress_on_disk import ProgressOnDisk
 from bitsmoe_plugin.pipeline.round_pass import round_layers
 from bitsmoe_plugin.pipeline.run import Run
 from bitsmoe_plugin.pipeline.run_identity import identity
+from bitsmoe_plugin.pipeline.size_budget import WholeBudget, whole_budget
 from bitsmoe_plugin.runtime.dense_linear import dense_manifest
 
 
@@ -49,6 +51,7 @@ def quantize_model(
     blocks: Tensor,
     config: BitsMoEConfig,
     source: ExpertSource | None = None,
+    carried_bytes: int = 0,
 ) -> BitsMoEConfig:
     """Quantize the routed experts of a model in place; goes on where ``config.work_dir`` says it ended.
 
@@ -62,6 +65,8 @@ def quantize_model(
         blocks: ``[blocks, sequence_length]`` int64 calibration tokens.
         config: options; its manifest is replaced.
         source: where the experts' weights come from; default: the model.
+        carried_bytes: of tensors that will be saved with the model, which has no module for them; they count
+            for ``size``.
 
     Returns:
         the config with the manifest of the packed layers.
@@ -76,7 +81,8 @@ def quantize_model(
     source, workers = source or LoadedExperts(model), Workers.present()
     with workers.together(), refused_if_it_fails(model):
         _check_same(workers, source, blocks, config)
-        manifest = _start(model, blocks, config, source, workers)
+        budget = whole_budget(model, source, config, carried_bytes)
+        manifest = _start(model, blocks, config, source, workers, budget)
     config.layers, config.calibration = manifest.layers, manifest.calibration
     config.dense = manifest.dense
     return config
@@ -92,19 +98,24 @@ class _Manifest:
 
 
 def _start(
-    model: nn.Module, blocks: Tensor, config: BitsMoEConfig, source: ExpertSource, workers: Workers
+    model: nn.Module,
+    blocks: Tensor,
+    config: BitsMoEConfig,
+    source: ExpertSource,
+    workers: Workers,
+    budget: WholeBudget,
 ) -> _Manifest:
     """Quantize, with progress where the options say that it is kept."""
     if config.work_dir is None:
-        return _quantize(model, blocks, config, source, ProgressInMemory(), lambda: False, workers)
+        return _quantize(model, blocks, config, source, ProgressInMemory(), lambda: False, workers, budget)
     path = Path(config.work_dir)
     if not workers.main:
         with deferred_interrupt() as stop:
-            return _quantize(model, blocks, config, source, ProgressInMemory(), stop, workers)
+            return _quantize(model, blocks, config, source, ProgressInMemory(), stop, workers, budget)
     with locked(path), deferred_interrupt() as stop:
         bound_to = identity(model, blocks, config, source)
         progress = ProgressOnDisk(WorkDirectory(path), bound_to, next(model.parameters()).device)
-        return _quantize(model, blocks, config, source, progress, stop, workers)
+        return _quantize(model, blocks, config, source, progress, stop, workers, budget)
 
 
 def _check_same(workers: Workers, source: ExpertSource, blocks: Tensor, config: BitsMoEConfig) -> None:
@@ -130,9 +141,9 @@ def _quantize(
     progress: Progress,
     stop: Callable[[], bool],
     workers: Workers,
+    budget: WholeBudget,
 ) -> _Manifest:
     """``quantize_model`` from what ``progress`` has on."""
-    budget = model_budget(source, config)
     modules, moe = _moe_by_index(model, source.layers)
     dense = planned_dense(model, source.layers, config)
     with in_evaluation_mode(model), torch.no_grad():
@@ -150,12 +161,13 @@ def _quantize(
             moe=moe,
             source=source,
             progress=progress,
-            budget=budget,
+            budget=budget.rows,
             tokens=tokens,
             config=config,
             stop=stop,
             workers=workers,
             dense=dense,
+            units=budget.units,
         )
         widths = workers.from_main(lambda: progress.widths)
         if widths is None:
@@ -163,6 +175,8 @@ def _quantize(
             widths = workers.from_main(lambda: _allocate(run))
             if workers.main:
                 progress.finish_widths(widths)
+        if run.units:
+            run = replace(run, dense=chosen_dense(run.units, widths.dense))
         forward.restart()
         layers = round_layers(run, widths)
     calibration = {
@@ -199,6 +213,7 @@ def _allocate(run: Run) -> Widths:
     kept = choose_kept(run.source, found, run.budget, run.config)
     wide = choose_wide(run.source, found, run.budget, run.config)
     groups = row_groups(run.source, run.config, run.budget, kept)
-    chosen = (dict(zip(run.moe, experts, strict=True)) for experts in (kept, wide))
-    widths = allocate_rows(costs, run.source.shapes, groups, run.config, *chosen)
+    chosen = [dict(zip(run.moe, experts, strict=True)) for experts in (kept, wide)]
+    dense = [(cost, unit.sizes) for unit, cost in zip(run.units, unit_costs(run), strict=True)]
+    widths = allocate_rows(costs, run.source.shapes, groups, run.config, chosen[0], chosen[1], dense)
     return replace(widths, super_experts=dict(zip(run.moe, found, strict=True)))

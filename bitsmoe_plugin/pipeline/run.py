@@ -23,6 +23,7 @@ from bitsmoe_plugin.calibration.statistics import LayerActivations
 from bitsmoe_plugin.codec.dense import DenseScheme
 from bitsmoe_plugin.config import BitsMoEConfig
 from bitsmoe_plugin.errors import QuantizationError
+from bitsmoe_plugin.models.dense_units import DenseUnit
 from bitsmoe_plugin.models.expert_source import ExpertSource, weights_digest
 from bitsmoe_plugin.models.expert_weights import ExpertWeights
 from bitsmoe_plugin.models.families import MoELayer
@@ -40,6 +41,7 @@ class Run:
         moe: index of a decoder layer -> its MoE layer, in forward order; dense ones are left out.
         dense: index of a decoder layer, or -1 for what is in none -> its linear layers that are stored in
             fewer bits, by name, and how.
+        units: linear layers whose widths are chosen after the first pass.
         tokens: statistics see the first so many, the others are held out.
         stop: tells whether to stop at the next layer's edge; the first of ``workers`` is asked.
         progress: of the first of ``workers``; the others' stays empty.
@@ -57,6 +59,7 @@ class Run:
     stop: Callable[[], bool]
     workers: Workers
     dense: dict[int, dict[str, DenseScheme]] = field(default_factory=dict)
+    units: list[DenseUnit] = field(default_factory=list)
 
     @contextmanager
     def loaded(self, layer: MoELayer) -> Iterator[ExpertWeights]:

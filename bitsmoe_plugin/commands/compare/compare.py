@@ -56,6 +56,7 @@ class ComparisonTask:
     new_tokens: int
     checkpoint: str | None = None
     dense_bits: Any = 16
+    size: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     loading: dict[str, Any] = field(default_factory=dict)
     """Options of ``ModelSource`` for the model and its tokenizer."""
@@ -76,6 +77,7 @@ class ComparisonTask:
             batch_size=self.batch_size,
             seed=self.seed,
             dense_bits=self.dense_bits,
+            size=self.size,
             chat_template_kwargs=self.chat_template_kwargs,
         )
 
