@@ -161,6 +161,8 @@ def _tuning(told: Any) -> str:
 
 def _budget(config: BitsMoEConfig) -> str:
     total = f"bits={config.bits:g}" if config.factor_bits is None else f"factor_bits={config.factor_bits:g}"
+    if config.size or config.fit:
+        total = f"size={config.size}" if config.size else f"fit={config.fit}"
     tables = {"layer_bits": config.layer_bits, "projection_bits": config.projection_bits}
     return ", ".join([total, *(f"{option}={table}" for option, table in tables.items() if table)])
 

@@ -15,7 +15,7 @@ from bitsmoe_plugin.codec.dense import DenseScheme
 from bitsmoe_plugin.config import BitsMoEConfig
 from bitsmoe_plugin.errors import ConfigError, QuantizationError
 from bitsmoe_plugin.models.dense_layers import planned_schemes
-from bitsmoe_plugin.models.dense_units import DenseUnit, dense_units
+from bitsmoe_plugin.models.dense_units import CANDIDATES, DenseUnit, dense_units
 from bitsmoe_plugin.models.expert_source import ExpertSource
 
 _HEADER = 160
@@ -66,6 +66,30 @@ def whole_budget(model: Any, source: ExpertSource, config: BitsMoEConfig, carrie
         )
     most = 16 * floor.weights
     return WholeBudget(Budget(min(payload, most), floor.narrowest, floor.fixed, floor.weights), units)
+
+
+def uniform_choices(model: Any, source: ExpertSource, config: BitsMoEConfig) -> dict[int, float]:
+    """Width of all units -> counted bits that ``size`` or ``fit`` leaves for an expert weight, where it does.
+
+    Raises:
+        QuantizationError, ConfigError: see ``whole_budget``.
+    """
+    budget = whole_budget(model, source, config, 0)
+    rows, units = budget.rows, budget.units
+    if not units:
+        return {}
+    found = {}
+    for candidate, bits in enumerate(CANDIDATES):
+        payload = rows.payload_bits - sum(unit.sizes[candidate] - unit.sizes[0] for unit in units)
+        if payload >= rows.narrowest:
+            found[bits] = (payload + sum(rows.fixed.values())) / rows.weights
+    return found
+
+
+def dense_bytes_saved(model: Any, schemes: Mapping[str, DenseScheme]) -> int:
+    """Bytes that a checkpoint is smaller by."""
+    weights = {name: model.get_submodule(name).weight for name in schemes}
+    return sum(weights[name].nbytes - _stored_bytes(weights[name], of) for name, of in schemes.items())
 
 
 def _check_options(config: BitsMoEConfig) -> None:

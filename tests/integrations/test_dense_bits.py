@@ -15,7 +15,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from bitsmoe_plugin import BitsMoEConfig
-from bitsmoe_plugin.errors import BitsMoEError, CheckpointError, ConfigError
+from bitsmoe_plugin.base.sizes import size_in_bytes
+from bitsmoe_plugin.checkpoint.read import read_config as report_config
+from bitsmoe_plugin.codec.dense import dense_schemes
+from bitsmoe_plugin.commands.estimate import estimate
+from bitsmoe_plugin.commands.inspect import inspect_checkpoint
+from bitsmoe_plugin.errors import BitsMoEError, CheckpointError, ConfigError, QuantizationError
 from bitsmoe_plugin.integrations.dequantize_checkpoint import dequantize_checkpoint
 
 OPTIONS: dict[str, Any] = {"method": "fast", "calibration_tokens": 1024, "sequence_length": 256}
@@ -174,6 +179,59 @@ def test_head_and_shared_experts_of_another_family(tiny_model: Any, tmp_path: Pa
     assert torch.equal(logits(loaded), logits(model))
     scales = model.lm_head.bitsmoe_scales
     assert torch.equal(scales.bfloat16().float(), scales)
+
+
+def test_size_is_kept_and_better_widths_cost_less(moe_tiny_path: Path, tmp_path: Path) -> None:
+    """Guards against a size that files exceed or leave unused, and parts that do not add up to them."""
+    size = 2_600_000
+    quantized(moe_tiny_path, size=size).save_pretrained(tmp_path / "model")
+    written = (tmp_path / "model" / "model.safetensors").stat().st_size
+    assert 0.99 * size < written <= size
+    report = inspect_checkpoint(tmp_path / "model")
+    assert 0.98 * written < report["total_bytes"] < written
+    assert sum(part["bytes"] for part in report["by_part"].values()) == report["total_bytes"]
+    assert report["total_weights"] == AutoModelForCausalLM.from_pretrained(moe_tiny_path).num_parameters()
+    assert {"attention", "selected experts", "bases of the experts", "head"} == set(report["read_per_token"])
+    bits = {scheme.bits for scheme in dense_schemes(report_config(tmp_path / "model").dense).values()}
+    assert bits <= {4, 8}
+    assert estimate(moe_tiny_path, BitsMoEConfig(size=size)).choices.keys() == {4, 8, 16}
+
+
+def test_size_out_of_reach_names_the_smallest_which_is_reached(moe_tiny_path: Path) -> None:
+    """Guards against a message that sends the user to another refusal."""
+    with pytest.raises(
+        QuantizationError, match=r"size=1MB cannot be met: the smallest is 1\.\d{3} MB"
+    ) as error:
+        estimate(moe_tiny_path, BitsMoEConfig(size="1MB"))
+    least = str(error.value).partition("the smallest is ")[2].partition(",")[0]
+    assert estimate(moe_tiny_path, BitsMoEConfig(size=least)).bits_per_weight < 0.3
+    cache = 2 * 4 * 2 * 2 * 32 * 1024  # values of keys and values in 16 bits: 4 layers, 2 heads of 32
+    whole = estimate(moe_tiny_path, BitsMoEConfig(fit=3_000_000 + cache, fit_context=1024))
+    assert whole == estimate(moe_tiny_path, BitsMoEConfig(size=3_000_000))
+
+
+@pytest.mark.parametrize("other", [{"fit": "3MB"}, {"layer_bits": {"a": 2}}, {"scope": "layer"}])
+def test_size_with_another_budget_is_refused(other: dict[str, Any], moe_tiny_path: Path) -> None:
+    """Guards against a budget that is silently ignored."""
+    with pytest.raises(ConfigError, match=r"not both|does not go with"):
+        estimate(moe_tiny_path, BitsMoEConfig(size="3MB", **other))
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("11GB", 11 * 10**9),
+        ("1.5 GiB", 3 * 2**29),
+        ("7kb", 7000),
+        (12, 12),
+        ("12", 12),
+        ("-1GB", None),
+        ("G", None),
+    ],
+)
+def test_sizes_are_read_as_users_write_them(text: Any, size: int | None) -> None:
+    """Guards against GiB that are taken for GB."""
+    assert size_in_bytes(text) == size
 
 
 def test_missing_library_is_named(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
