@@ -3,6 +3,8 @@
 # make demo-gptq the same with GPTQ as a further method (installs gptqmodel first)
 # make install-vllm   .venv-vllm with vLLM for the CPU; make test-vllm runs the tests that need it
 # make test-oldest   core tests with the oldest versions that are tested, see the target
+# make test-python310   core tests on the oldest Python that is promised, PYTHON310=python3.10
+# make test-newest   what needs no GPU with the newest versions, whose builds are for CUDA (16 GB), see the target
 # make install-autoround   for `bitsmoe compare --methods autoround`
 # make ablation  what each element of the method is worth (15 minutes)
 # make lock      pin what is installed for CI; make audit: known vulnerabilities of what is pinned
@@ -19,7 +21,12 @@ PIN = $(if $(LOCK),-c .ci/constraints.txt)
 VLLM_PIN = $(if $(LOCK),-c .ci/constraints-vllm.txt)
 # vLLM pins transformers and numpy, so it gets an environment of its own.
 VLLM_VENV := .venv-vllm
+# Two more, because vLLM pins torch.
+NEWEST_VENV := .venv-newest
+NEWEST_TORCH_VENV := .venv-newest-torch
 AUDIT_VENV := .venv-audit
+PYTHON310 ?= python3.10
+PYTHON310_VENV := .venv-310
 # Tests run in so many processes, each with one thread.
 WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 4 ? n : 4)))
 
@@ -30,7 +37,8 @@ COMPARE = $(BIN)/bitsmoe compare $(EXAMPLE) --bits 2.0 --dataset $(CALIBRATION) 
 	--prompt "In the beginning there was"
 
 .PHONY: install install-gptq install-torchao install-autoround install-vllm demo demo-gptq ablation test \
-	test-gpu test-vllm test-oldest lint format check lock audit dist clean
+	test-gpu test-vllm test-oldest test-newest run-newest test-python310 lint format check lock audit dist \
+	clean
 install: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml
@@ -100,6 +108,50 @@ test-oldest: install-vllm
 	BITSMOE_EXPECT_VERSIONS=oldest $(VLLM_VENV)/bin/python -m pytest $(OLDEST) \
 		-k "not (peak_memory or every_order or pipeline or switch or broken or errors_are or estimates or help)"
 
+# lint knows which parts of the standard library Python 3.10 has, not what other packages do on it.
+test-python310: $(PYTHON310_VENV)/.installed
+	$(PYTHON310_VENV)/bin/python -m pytest -n $(WORKERS) --dist worksteal tests --ignore tests/vllm_ext
+
+$(PYTHON310_VENV)/.installed: pyproject.toml
+	test -d $(PYTHON310_VENV) || $(PYTHON310) -m venv $(PYTHON310_VENV)
+	$(PYTHON310_VENV)/bin/python -c "import sys; assert sys.version_info[:2] == (3, 10), sys.version"
+	$(PYTHON310_VENV)/bin/python -c "import torch" 2>/dev/null || $(PYTHON310_VENV)/bin/pip install -q "$(TORCH)"
+	$(PYTHON310_VENV)/bin/pip install -q -e ".[dev,report,optimum,lm-eval,peft,triton]"
+	touch $@
+
+# Builds for CUDA, on a machine without a GPU: what runs there of the newest releases, as tested_versions says.
+# Registration, options, models and weights, experts on the CPU, operators, kernels in Triton's interpreter and
+# compiled for GPUs; no engine. Where the releases cannot be had it says so and is content.
+NEWEST := tests/base/test_tested_versions.py tests/codec/test_backends.py tests/vllm_ext/test_autoload.py \
+	$(addprefix tests/runtime/test_,cpu_layer.py derived_state.py triton_layer.py triton_compile.py compiled.py) \
+	tests/integrations/test_optimum.py
+NEWEST_VLLM := $(addprefix tests/vllm_ext/test_,model.py plugin.py engine_checks.py degrees.py reload.py \
+	refused_updates.py untrusted.py)
+# Of test-oldest's; and those that start an engine.
+NOT_NEWEST := not (peak_memory or every_order or pipeline or switch or broken or errors_are or estimates or help \
+	or an_engine_computes)
+test-newest:
+	@if $(MAKE) -s $(NEWEST_VENV)/.installed > .venv-newest.log 2>&1; \
+	then $(MAKE) -s run-newest IN=$(NEWEST_VENV) RUN="$(NEWEST) $(NEWEST_VLLM)" SKIP=torch; \
+	else echo "skipped: vLLM 0.33 cannot be installed here, .venv-newest.log says why"; fi
+	@if $(MAKE) -s $(NEWEST_TORCH_VENV)/.installed > .venv-newest-torch.log 2>&1; \
+	then $(MAKE) -s run-newest IN=$(NEWEST_TORCH_VENV) RUN="$(NEWEST)"; \
+	else echo "skipped: torch 2.15 cannot be installed here, .venv-newest-torch.log says why"; fi
+
+run-newest:
+	BITSMOE_EXPECT_VERSIONS=without_gpu VLLM_TARGET_DEVICE=cpu $(IN)/bin/python -m pytest -n $(WORKERS) \
+		--dist loadfile $(RUN) -k "$(NOT_NEWEST)$(if $(SKIP), and not (end_of_the_range and $(SKIP)))"
+
+$(NEWEST_VENV)/.installed: pyproject.toml
+	test -d $(NEWEST_VENV) || $(PYTHON) -m venv $(NEWEST_VENV)
+	$(NEWEST_VENV)/bin/pip install -q --no-cache-dir "vllm==0.33.*" -e ".[dev,optimum,peft]"
+	touch $@
+
+$(NEWEST_TORCH_VENV)/.installed: pyproject.toml
+	test -d $(NEWEST_TORCH_VENV) || $(PYTHON) -m venv $(NEWEST_TORCH_VENV)
+	$(NEWEST_TORCH_VENV)/bin/pip install -q --no-cache-dir "torch==2.15.*" -e ".[dev,optimum,peft]"
+	touch $@
+
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -135,4 +187,5 @@ dist: install
 	rm -r dist/again && ls -l dist
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) $(AUDIT_VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) $(NEWEST_VENV) $(NEWEST_TORCH_VENV) $(AUDIT_VENV) $(PYTHON310_VENV) build dist \
+		*.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis

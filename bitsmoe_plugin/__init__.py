@@ -9,26 +9,36 @@ this does not need.
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 from bitsmoe_plugin.base.tested_versions import check_companions, check_versions
 
-check_versions("torch", "transformers")  # before what an older release would break is imported
 
-try:
-    from bitsmoe_plugin.config import BitsMoEConfig
-    from bitsmoe_plugin.errors import (
-        BitsMoEError,
-        CheckpointError,
-        ConfigError,
-        QuantizationError,
-        VersionError,
-    )
-    from bitsmoe_plugin.integrations.transformers import BitsMoEQuantizer, register
-    from bitsmoe_plugin.version import __version__
-except Exception as error:
-    check_companions(error)
-    raise
+def _is_program() -> bool:
+    """Whether this is ``python -m bitsmoe_plugin``: ``__main__`` answers some of it and comes back."""
+    name = sys.orig_argv[-len(sys.argv) :][:1]
+    return sys.argv[:1] == ["-m"] and name in (["bitsmoe_plugin"], ["-mbitsmoe_plugin"])
+
+
+if not _is_program():
+    check_versions("torch", "transformers")  # before what an older release would break is imported
+    try:
+        from bitsmoe_plugin.config import BitsMoEConfig
+        from bitsmoe_plugin.errors import (
+            BitsMoEError,
+            CheckpointError,
+            ConfigError,
+            QuantizationError,
+            VersionError,
+        )
+        from bitsmoe_plugin.integrations.transformers import BitsMoEQuantizer, register
+        from bitsmoe_plugin.version import __version__
+
+        register()
+    except Exception as error:
+        check_companions(error)
+        raise
 
 if TYPE_CHECKING:
     from bitsmoe_plugin.commands.model_card import write_model_card
@@ -52,6 +62,3 @@ def __getattr__(name: str) -> Any:
 
         return write_model_card
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-register()

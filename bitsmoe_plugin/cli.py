@@ -1,5 +1,5 @@
 """Command line: ``bitsmoe estimate | quantize | tune | inspect | report | evaluate | compare | dequantize |
-import-upstream | bench | doctor``."""
+import-upstream | bench | env | doctor``."""
 
 from __future__ import annotations
 
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 _FLAGS = tuple(name for name, option in OPTIONS.items() if option.flag)
 """Options of BitsMoEConfig that have a flag of their own; ``--option`` leaves them to it."""
+SWITCHES = ("allow_slow",)
+"""Options that a switch turns on."""
 _SESSION = """\
 a first session:
   %(prog)s estimate MODEL
@@ -62,6 +64,7 @@ def build_parser(program: str = "bitsmoe") -> argparse.ArgumentParser:
     parsers.add_dequantize(commands, _dequantize)
     parsers.add_import(commands, _import)
     parsers.add_bench(commands)
+    parsers.add_env(commands, _env)
     parsers.add_doctor(commands, _doctor)
     parsers.add_debug(parser)
     return parser
@@ -96,7 +99,8 @@ def _config(args: argparse.Namespace) -> BitsMoEConfig:
     from bitsmoe_plugin.config import BitsMoEConfig
 
     given = {name: getattr(args, name) for name in _FLAGS if hasattr(args, name)}
-    return BitsMoEConfig(**given, **parse_options(args.option))
+    given |= {name: True for name in SWITCHES if getattr(args, name, False)}
+    return BitsMoEConfig(**{**given, **parse_options(args.option)})
 
 
 def _estimate(args: argparse.Namespace, stdout: TextIO) -> None:
@@ -209,6 +213,16 @@ def _doctor(args: argparse.Namespace, stdout: TextIO) -> None:
     raise ConfigError(
         "run `bitsmoe doctor`; that program answers it itself, also where this package cannot be imported"
     )
+
+
+def _env(args: argparse.Namespace, stdout: TextIO) -> None:
+    from bitsmoe_plugin.commands.environment import environment, print_environment
+
+    found = environment()
+    if args.json:
+        _print_json(found, stdout)
+    else:
+        print_environment(found, stdout)
 
 
 def _import(args: argparse.Namespace, stdout: TextIO) -> None:
@@ -350,6 +364,7 @@ def _compare(args: argparse.Namespace, stdout: TextIO) -> None:
         dense_bits=args.dense_bits,
         size=args.size,
         chat_template_kwargs=args.chat_template_kwargs,
+        allow_slow=args.allow_slow,
         loading={name: getattr(args, name) for name in (*OWN, "cache_dir", "trust_remote_code")},
     )
     results = compare(task, tuple(args.methods.split(",")), debug=args.debug)

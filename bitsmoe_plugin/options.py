@@ -113,9 +113,9 @@ class Options:
         shared=True,
     )
     tokenizer: Any = option(
-        "name, path or tokenizer object; default: the one saved with the model",
+        "name, path, or tokenizer or processor object; default: the one saved with the model",
         check=Check(
-            "a name, the path of a directory, a tokenizer, or None",
+            "a name, the path of a directory, a tokenizer, a processor, or None",
             lambda value: value is None or isinstance(value, str) or callable(value),
         ),
         stored="never",
@@ -276,6 +276,12 @@ class Options:
         "If the process ends, the same call continues after the last of them, with the same result. Remove "
         "it when the packed model is saved: until then it holds the model's packed tensors. Not stored.",
         check=Check("the path of a directory, or None", lambda value: value is None or _is_path(value)),
+        stored="never",
+    )
+    allow_slow: bool = option(
+        "quantize also where the compiled kernels are missing, which takes about 20 times as long",
+        check=_FLAG,
+        default=False,
         stored="never",
     )
     layer_bits: dict[str, float] = option(

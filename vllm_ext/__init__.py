@@ -20,9 +20,11 @@ def register() -> None:
         from bitsmoe_plugin.base.tested_versions import check_versions
 
         check_versions("vllm")
+        from vllm_ext.architectures import register_names
         from vllm_ext.config import BitsMoEServingConfig
     except ImportError as error:
         # A child of vLLM's logger, which has its handlers.
         logging.getLogger("vllm.bitsmoe_plugin").error("BitsMoE checkpoints cannot be served: %s", error)
         return
     register_quantization_config("bitsmoe")(BitsMoEServingConfig)
+    register_names()

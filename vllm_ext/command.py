@@ -8,33 +8,39 @@ from __future__ import annotations
 
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.util import find_spec, module_from_spec
 
 
-def main() -> int:
-    """Run the command line; returns its exit status, 2 if it cannot be imported."""
-    if sys.argv[1:2] == ["doctor"]:
+def main(argv: Sequence[str] | None = None, program: str = "bitsmoe") -> int:
+    """Run the command line; returns its exit status, 2 if it cannot be imported.
+
+    Args:
+        argv: arguments after the program's name; those of the process if None.
+        program: what users typed before them.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv[:1] == ["doctor"]:
         from vllm_ext.doctor import main as doctor
 
-        return doctor(sys.argv[2:])
+        return doctor(argv[1:])
     try:
         import_package = _package()
         from bitsmoe_plugin.cli import build_parser, run
 
-        args = build_parser().parse_args()
+        args = build_parser(program).parse_args(argv)
         import_package()
     except Exception as error:
-        if "--debug" in sys.argv:
+        if "--debug" in argv:
             traceback.print_exc()
         reason = " ".join(str(error).split())
         print(
-            f"bitsmoe: error: {type(error).__name__}: {reason} (`bitsmoe doctor` says what to do)",
+            f"{program}: error: {type(error).__name__}: {reason} (`bitsmoe doctor` says what to do)",
             file=sys.stderr,
         )
         return 2
-    return run(args)
+    return run(args, program)
 
 
 def _package() -> Callable[[], object]:

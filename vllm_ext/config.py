@@ -19,24 +19,17 @@ from bitsmoe_plugin.checkpoint.packed_files import PackedFiles
 from bitsmoe_plugin.codec.dense import with_unpacked
 from bitsmoe_plugin.config import QUANT_METHOD, BitsMoEConfig
 from bitsmoe_plugin.errors import CheckpointError, ConfigError
+from bitsmoe_plugin.models.gating import GatingForm
+from bitsmoe_plugin.models.layer_names import decoder_layer
 from vllm_ext import lora, prediction
 from vllm_ext.dense import DenseLayers
 from vllm_ext.engine_checks import check_engine
+from vllm_ext.layer_checks import check_online
 from vllm_ext.moe_method import BitsMoEMethod
 from vllm_ext.parallel import check_at_start, check_degrees
 from vllm_ext.reload import engine_model, read_manifest
 from vllm_ext.stream_names import StreamNames
-from vllm_ext.weight_loading import LayerNames, planned_shapes, safetensors_files
-
-NOT_SERVED = {
-    "phimoe": "vLLM 0.32 does not run small models of this family, quantized or not",
-    "minimax_m2": "vLLM 0.32 does not find its router's bias",
-    "deepseek_v3": "not verified yet",
-    "gpt_oss": "vLLM has a loader of its own for its experts, with biases and a clamped activation",
-    "llama4": "vLLM multiplies the inputs of its experts by the router's weights",
-    "llama4_text": "vLLM multiplies the inputs of its experts by the router's weights",
-}
-"""model_type -> why a family that transformers runs packed is refused here."""
+from vllm_ext.weight_loading import LayerNames, Planned, safetensors_files
 
 
 class BitsMoEServingConfig(QuantizationConfig):
@@ -61,6 +54,7 @@ class BitsMoEServingConfig(QuantizationConfig):
         self._depth: int | None = None  # number of decoder layers
         self._linear: list[str] = []  # names of linear layers that the model has made so far
         self._files: PackedFiles | None = None
+        self._gatings: dict[str, GatingForm | None] = {}
         self._opened: tuple[str, str | None] | None = None
         self._stream = StreamNames()
         self.dense = DenseLayers(manifest.dense)
@@ -113,6 +107,7 @@ class BitsMoEServingConfig(QuantizationConfig):
         self.dense.check_same(named.manifest.dense)
         named.maybe_update_config(model.model, hf_config)
         self._files, self.manifest = named.files, named.manifest
+        self._gatings = named._gatings
         self._opened = model.model, model.revision
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
@@ -124,7 +119,6 @@ class BitsMoEServingConfig(QuantizationConfig):
         self, model_name: str, hf_config: Any = None, revision: str | None = None
     ) -> None:
         """Check the files of a local checkpoint before an engine is started."""
-        self._check_family(hf_config)
         if hasattr(hf_config, "to_dict"):
             check_model_sizes(hf_config.to_dict(), self.manifest)
         self._check_depth(hf_config)
@@ -134,9 +128,11 @@ class BitsMoEServingConfig(QuantizationConfig):
 
     def _open(self, paths: list[Path], hf_config: Any) -> PackedFiles:
         files = PackedFiles.open(paths, self.manifest)
+        planned = Planned.of(hf_config)
         schemes = {layer.name: layer.scheme for layer in files.dense}
-        check_planned(planned_shapes(hf_config), with_unpacked(stored_shapes(paths), schemes))
+        check_planned(planned.shapes, with_unpacked(stored_shapes(paths), schemes))
         files.check_dense()
+        self._gatings = planned.gatings
         recorded = self.manifest.other_tensors
         # vLLM would leave what it finds under no other name as its memory is.
         verify_others(
@@ -147,15 +143,6 @@ class BitsMoEServingConfig(QuantizationConfig):
             as_saved=True,
         )
         return files
-
-    @staticmethod
-    def _check_family(hf_config: Any) -> None:
-        family = getattr(hf_config, "model_type", "")
-        if family in NOT_SERVED:
-            raise ConfigError(
-                f"bitsmoe checkpoints of {family} cannot be served with vLLM yet ({NOT_SERVED[family]}); "
-                "run it with transformers"
-            )
 
     def _check_depth(self, hf_config: Any) -> None:
         """A model with fewer layers than were packed would drop some without a word."""
@@ -178,6 +165,10 @@ class BitsMoEServingConfig(QuantizationConfig):
             self._files = self._open(paths, model.hf_config)
             self._opened = model.model, model.revision
         return self._files
+
+    def gating(self, name: str) -> GatingForm | None:
+        """What transformers computes between the projections of a layer's experts; None: nothing known."""
+        return self._gatings.get(decoder_layer(name))
 
     def note_loaded(self) -> None:
         """A layer was loaded; from now on weights that vLLM loads replace others."""
@@ -212,5 +203,6 @@ class BitsMoEServingConfig(QuantizationConfig):
             from vllm_ext.lora_manager import watch_adapters
 
             watch_adapters()
+        check_online(prefix, layer, self.online_quantization_config)
         self._stream.add(prefix)
         return BitsMoEMethod(layer.moe_config, self.names.find(name), self)

@@ -10,6 +10,7 @@ import importlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib.machinery import EXTENSION_SUFFIXES
 from importlib.metadata import PackageNotFoundError, distribution, requires, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -113,10 +114,14 @@ def name_cpu_build() -> Path:
 def _kernels() -> Iterator[Finding]:
     spec = find_spec("bitsmoe_plugin")
     folders = [] if spec is None else list(spec.submodule_search_locations or ())
-    if any(True for folder in folders for _ in Path(folder).glob("base/native/_cpu.*")):
+    names = [f"_cpu{suffix}" for suffix in EXTENSION_SUFFIXES]  # one for another Python is of no use
+    if any((Path(folder) / "base" / "native" / name).exists() for folder in folders for name in names):
         yield Finding("compiled code for CPUs")
     else:
-        remedy = "install a C compiler, then this package again (until then experts are computed slowly)"
+        remedy = (
+            "install a C compiler, then this package again (until then experts are computed slowly, and "
+            "quantizing is refused); `bitsmoe env` says more"
+        )
         yield Finding("no compiled code for CPUs", remedy)
 
 

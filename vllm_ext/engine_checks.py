@@ -31,6 +31,7 @@ def check_engine(config: VllmConfig) -> None:
         ConfigError: naming the option, and what to do.
     """
     _check_load_format(config.load_config)
+    _check_online(config.model_config.quantization_config)
     _check_offloading(config.offload_config)
     _check_transfer(config.weight_transfer_config)
     _check_dispatch(config.parallel_config, config.device_config.device)
@@ -46,6 +47,15 @@ def _check_load_format(load: Any) -> None:
         raise ConfigError(
             f"load_format {load.load_format!r} passes by the safetensors files that packed experts are read "
             f"from; use --load-format {LOAD_FORMATS[0]}, with a local directory or a name on the hub"
+        )
+
+
+def _check_online(asked: Any) -> None:
+    """Of layers that are named one by one, each is checked when it is made."""
+    if asked is not None and asked.moe is not None and not asked.ignore:
+        raise ConfigError(
+            f"--quantization-config would quantize packed experts once more (moe: {asked.moe}); give it "
+            '"linear" alone'
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 
+import torch
 from torch import Tensor
 
 from bitsmoe_plugin.codec import packed_values
@@ -111,6 +112,11 @@ class LoadedExperts:
         """Name -> tensor that was derived from the parameters; stays where it is if CUDA graphs hold it."""
         return {} if self._runtime is None else derived_tensors(self._runtime)
 
+    def warm_up(self, slots: int, dtype: torch.dtype, most: int) -> None:
+        """See ``dispatch.warm_up``."""
+        assert self._runtime is not None
+        dispatch.warm_up(self._runtime, slots, dtype, most)
+
     def forward(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
         """See ``dispatch.Runtime``.
 
@@ -129,6 +135,11 @@ class LoadedExperts:
     def _derive(self, in_place: bool) -> None:
         assert self.spec is not None
         fresh = dispatch.prepare(self.spec, self._packed(), self._gating)
+        if self._captured and dispatch.is_plain_torch(fresh):
+            raise ConfigError(
+                f"{self._layer.name}: these experts are computed in plain torch, which cannot be captured in "
+                "CUDA graphs; start vLLM with --enforce-eager"
+            )
         if in_place and self._runtime is not None:
             update_derived(self._layer.name, self._runtime, fresh)
         else:

@@ -16,10 +16,11 @@ from bitsmoe_plugin.checkpoint.packed_files import PackedFiles
 from bitsmoe_plugin.codec.layout import PackedExperts
 from bitsmoe_plugin.codec.sharding import Shard, local_experts, split_blocks
 from bitsmoe_plugin.errors import CheckpointError, ConfigError
-from bitsmoe_plugin.models.gating import gating
+from bitsmoe_plugin.models.gating import GatingForm
 from vllm_ext import ops
+from vllm_ext.expert_gating import gating_of
 from vllm_ext.expert_parameters import layer_loader, placeholder
-from vllm_ext.layer_checks import check_experts
+from vllm_ext.layer_checks import check_experts, most_tokens
 from vllm_ext.loaded_experts import LoadedExperts
 from vllm_ext.reload import verify_streamed
 from vllm_ext.weight_loading import cut, load_shard
@@ -33,6 +34,9 @@ class Checkpoint(Protocol):
     @property
     def files(self) -> PackedFiles:
         """Opened and checked; another object after a reload that names another checkpoint."""
+
+    def gating(self, name: str) -> GatingForm | None:
+        """Of a layer's experts in transformers."""
 
     def note_loaded(self) -> None:
         """Said when a layer was loaded from it."""
@@ -58,14 +62,15 @@ class BitsMoEMethod(FusedMoEMethodBase):
 
     def create_weights(self, layer: Any, *args: Any, **extra: Any) -> None:
         """Checks, and places for the tensors, whose sizes are known once the row codes are read."""
-        check_experts(self.name, self.files.specs[self.name].shape, self.moe, layer)
+        check_experts(self.name, self.files.specs[self.name], self.moe, layer)
         self._refuse_graphs()
         self.experts = LoadedExperts(
             self,
-            gating(layer.activation.value),
+            gating_of(self.name, layer, self._checkpoint.gating(self.name)),
             in_place=self._is_on_gpu(),
             captured=self._is_captured(),
         )
+        self._most_tokens = most_tokens() if self._is_on_gpu() else 0
         self._layer = weakref.ref(layer)  # vLLM keeps loaders, and by them this object, longer than layers
         for buffer in self.files.specs[self.name].tensors():
             layer.register_parameter(buffer, placeholder(self, buffer))
@@ -127,6 +132,8 @@ class BitsMoEMethod(FusedMoEMethodBase):
         device = torch.device(self.moe.device)
         self._checkpoint.note_loaded()
         self.experts.replace(*load_shard(self.files, self.name, self.shard(layer), device))
+        if self._most_tokens:
+            self.experts.warm_up(self.moe.experts_per_token, self.moe.in_dtype, self._most_tokens)
 
     def _update(self, layer: Any, arrived: dict[str, Tensor]) -> None:
         """Take what vLLM handed over, by buffer name."""
@@ -223,6 +230,8 @@ class BitsMoEMethod(FusedMoEMethodBase):
 
         vLLM's runner computes the shared experts and adds up the parts of several processes.
         """
+        if layer.apply_router_weight_on_input:  # of one expert per token, see ``layer_checks``
+            x, topk_weights = x * topk_weights.to(x.dtype), torch.ones_like(topk_weights)
         if layer.expert_map is not None:
             topk_ids = layer.expert_map[topk_ids.long()]
         return ops.routed_experts(x, topk_weights, topk_ids, layer.layer_name)

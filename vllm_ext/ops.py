@@ -14,15 +14,22 @@ _LIBRARY = Library("bitsmoe", "FRAGMENT")
 
 def _routed_experts(x: Tensor, topk_weights: Tensor, topk_ids: Tensor, layer_name: str) -> Tensor:
     runner = get_forward_context().no_compile_layers[layer_name]
-    return runner.routed_experts.quant_method.forward(x, topk_weights, topk_ids)
+    out: Tensor = runner.routed_experts.quant_method.forward(x.contiguous(), topk_weights, topk_ids)
+    return out.contiguous()
 
 
 def _routed_experts_fake(x: Tensor, topk_weights: Tensor, topk_ids: Tensor, layer_name: str) -> Tensor:
-    return torch.empty_like(x)
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 direct_register_custom_op(
-    "routed_experts", _routed_experts, fake_impl=_routed_experts_fake, target_lib=_LIBRARY
+    "routed_experts",
+    _routed_experts,
+    fake_impl=_routed_experts_fake,
+    target_lib=_LIBRARY,
+    # A compiler that lays tensors out otherwise than the fake said would make it lie.
+    tags=(torch.Tag.needs_exact_strides,),
 )
 routed_experts = torch.ops.bitsmoe.routed_experts
-"""(x ``[T, H]``, topk_weights ``[T, k]``, topk_ids ``[T, k]``, name of the layer) -> ``[T, H]``."""
+"""(x ``[T, H]``, topk_weights ``[T, k]``, topk_ids ``[T, k]``, name of the layer) -> ``[T, H]``, contiguous
+whatever the strides of x."""

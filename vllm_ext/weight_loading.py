@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,9 @@ from bitsmoe_plugin.codec.sharding import Shard
 from bitsmoe_plugin.codec.spec import PackedSpec
 from bitsmoe_plugin.errors import CheckpointError
 from bitsmoe_plugin.models import files as model_files
-from bitsmoe_plugin.models.families import find_moe_layers
-from bitsmoe_plugin.models.layer_names import tensor_key
+from bitsmoe_plugin.models.families import apply_gating, find_moe_layers, layout_of
+from bitsmoe_plugin.models.gating import GatingForm, form_of
+from bitsmoe_plugin.models.layer_names import decoder_layer, tensor_key
 from bitsmoe_plugin.models.model_class import auto_class
 
 
@@ -46,26 +49,40 @@ def safetensors_files(model: str, revision: str | None = None, cache: str | None
     return model_files.safetensors_files(folder)
 
 
-def planned_shapes(config: Any) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of all that config.json asks for besides the experts, as transformers would make it.
+@dataclass(frozen=True)
+class Planned:
+    """What config.json asks for, as transformers would make it.
 
-    vLLM makes its tensors before any is read, in sizes that nobody compares with the files.
-
-    Args:
-        config: transformers' config of the model.
-
-    Raises:
-        CheckpointError: no language model can be made from it.
+    Attributes:
+        shapes: name -> shape of all tensors besides the experts.
+        gatings: decoder layer (see ``layer_names.decoder_layer``) -> gating of its experts, None for one that
+            has no form.
     """
-    try:
-        with torch.device("meta"):
-            model = auto_class(config).from_config(copy.deepcopy(config))
-    except (ValueError, TypeError, KeyError, RuntimeError, ArithmeticError) as error:
-        raise CheckpointError(f"config.json describes no model that can be made ({error})") from error
-    for layer in find_moe_layers(model):
-        for name in list(dict(layer.module.named_parameters(recurse=False))):
-            delattr(layer.module, name)
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+    shapes: dict[str, tuple[int, ...]]
+    gatings: dict[str, GatingForm | None]
+
+    @classmethod
+    def of(cls, config: Any) -> Planned:
+        """Of transformers' config of the model.
+
+        vLLM makes its tensors before any is read, in sizes that nobody compares with the files.
+
+        Raises:
+            CheckpointError: no language model can be made from it.
+        """
+        try:
+            with torch.device("meta"):
+                model = auto_class(config).from_config(copy.deepcopy(config))
+        except (ValueError, TypeError, KeyError, RuntimeError, ArithmeticError) as error:
+            raise CheckpointError(f"config.json describes no model that can be made ({error})") from error
+        gatings = {}
+        for layer in find_moe_layers(model):
+            function = partial(apply_gating, layer.module)
+            gatings[decoder_layer(layer.name)] = form_of(function, layout_of(layer.module).has_gate)
+            for name in list(dict(layer.module.named_parameters(recurse=False))):
+                delattr(layer.module, name)
+        return cls({name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}, gatings)
 
 
 class LayerNames:

@@ -66,7 +66,9 @@ def find_floor(shapes: list[LayerShape], config: BitsMoEConfig, biases: int = 0)
                 f"{shape.hidden_size}; use 16, 32, 64, 128 or 256 such that it does"
             )
         fixed.update(layout.fixed_bits(shape, config.basis_bits, config.basis_group_size, config.input_bases))
-        narrowest += 3 * shape.num_experts * shape.rank * min(row_sizes(shape, config.widths))
+        narrowest += (
+            len(shape.factors) * shape.num_experts * shape.rank * min(row_sizes(shape, config.widths))
+        )
     counted = sum(fixed.values()) - (0 if config.factor_bits is None else fixed["bases"])
     return Floor(dict(fixed), narrowest, counted, sum(shape.weights for shape in shapes))
 

@@ -31,14 +31,15 @@ def _spectral_weights(problem: LayerProblem, chosen: slice) -> tuple[Tensor, Ten
     ``row_costs`` takes errors relative to each projection's total, the only common unit there is.
     """
     energies = []
-    for rows in problem.rows[chosen]:
-        z = problem.z[:, rows.tokens]
-        energies.append((z.square() * rows.weights[:, None]).sum(1))
+    for tokens in problem.tokens[chosen]:
+        z = problem.z[:, tokens.tokens]
+        energies.append((z.square() * tokens.weights[:, None]).sum(1))
     z_energy = torch.stack(energies, 1)
     moments = problem.statistics.hidden_moment[chosen]
     hidden = moments.diagonal(dim1=1, dim2=2).mean(-1, keepdim=True).expand(-1, problem.shape.rank)
-    ones = torch.ones(3, len(moments), problem.shape.intermediate_size, device=problem.device)
-    return ones, torch.stack([z_energy[0], z_energy[-1], hidden])
+    shape = problem.shape
+    ones = torch.ones(len(shape.factors), len(moments), shape.intermediate_size, device=problem.device)
+    return ones, torch.stack([*z_energy.expand(shape.inputs, -1, -1), hidden])
 
 
 def row_costs(problem: LayerProblem, own: RowWeights | None = None) -> tuple[Tensor, Tensor]:
@@ -48,12 +49,12 @@ def row_costs(problem: LayerProblem, own: RowWeights | None = None) -> tuple[Ten
         own: weights of the rows; needed unless ``cost="spectral"``.
 
     Returns:
-        costs ``[3, E, r, widths]`` and energies ``[3, E, r]`` float32: estimated output error of
+        costs ``[f, E, r, widths]`` and energies ``[f, E, r]`` float32: estimated output error of
         each row, and the first-order error of dropping it.
     """
     config, shape, size = problem.config, problem.shape, problem.shape.intermediate_size
-    costs = torch.empty(3, shape.num_experts, shape.rank, len(config.widths), device=problem.device)
-    energies = torch.empty(3, shape.num_experts, shape.rank, device=problem.device)
+    energies = torch.empty(len(shape.factors), shape.num_experts, shape.rank, device=problem.device)
+    costs = torch.empty(*energies.shape, len(config.widths), device=problem.device)
     stride = max(1, size // _ENERGY_NEURONS) if config.cost == "model" else 1
     seen = problem.weights.every(stride)
     for chosen in problem.chunks(shape.num_experts):
@@ -77,7 +78,7 @@ def row_costs(problem: LayerProblem, own: RowWeights | None = None) -> tuple[Ten
                 else:
                     distortion = uniform.best_scale(rows, inner[factor], width)[1] * outer[factor]
                     distortion *= row_codec.expected_gain(width, config.grid, size)
-                if factor < 2 and own is not None:
+                if factor < shape.inputs and own is not None:
                     distortion *= GATE_UP_WEIGHT * (DROP_WEIGHT if width == 0 else 1.0)
                 costs[factor, chosen, :, index] = distortion
     if own is None:  # what a projection's factor is multiplied with has a unit of its own

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bitsmoe_plugin.allocation.dense_choice import as_unit
 from bitsmoe_plugin.allocation.knapsack.solve import allocate
-from bitsmoe_plugin.allocation.sub_budgets import RowGroup, in_scope
+from bitsmoe_plugin.allocation.sub_budgets import RowGroup, in_scope, own_factors
 from bitsmoe_plugin.allocation.super_expert_policy import wide_row
 from bitsmoe_plugin.codec.layout import LayerShape, row_sizes
 from bitsmoe_plugin.config import BitsMoEConfig
@@ -29,7 +29,7 @@ def allocate_rows(
     """Widths of all rows of all layers; one allocation for each group, or for each of its layers.
 
     Args:
-        costs: ``[3, E, r, widths]`` of each layer, in the order of ``shapes``.
+        costs: ``[f, E, r, widths]`` of each layer, in the order of ``shapes``.
         groups: what rows may spend.
         kept: experts of each layer that have no rows.
         wide: experts of each layer whose rows get at least ``wide_row`` bits.
@@ -45,7 +45,8 @@ def allocate_rows(
     gap, units = 0.0, tuple[int, ...]()
     for group in in_scope(groups, shapes, config):
         own = [indices[position] for position in group.layers]
-        tables = [_table(costs[index], group.factors, kept[index]) for index in own]
+        factors = [own_factors(group.factors, shapes[position]) for position in group.layers]
+        tables = [_table(costs[index], some, kept[index]) for index, some in zip(own, factors, strict=True)]
         sizes = [row_sizes(shapes[position], config.widths) for position in group.layers]
         extra = [as_unit(*unit, len(config.widths)) for unit in dense]
         result = allocate(
@@ -56,10 +57,10 @@ def allocate_rows(
         gap = max(gap, result.relative_gap)
         pieces = np.split(result.choice, np.cumsum([len(table) for table in tables]))
         units = tuple(int(choice) for choice in pieces.pop())
-        for index, piece in zip(own, pieces, strict=True):
+        for index, some, piece in zip(own, factors, pieces, strict=True):
             experts = torch.nonzero(experts_with_rows(costs[index], kept[index])).flatten()
-            widths = torch.from_numpy(bits[piece]).view(len(group.factors), len(experts), -1)
-            rows[index][torch.tensor(group.factors, device="cpu")[:, None], experts] = widths
+            widths = torch.from_numpy(bits[piece]).view(len(some), len(experts), -1)
+            rows[index][torch.tensor(some, device="cpu")[:, None], experts] = widths
     return Widths(rows, kept, gap, dense=units)
 
 
@@ -78,10 +79,10 @@ def experts_with_rows(costs: Tensor, kept: tuple[int, ...]) -> Tensor:
     return others
 
 
-def _table(costs: Tensor, factors: tuple[int, ...], kept: tuple[int, ...]) -> np.ndarray:
+def _table(costs: Tensor, factors: list[int], kept: tuple[int, ...]) -> np.ndarray:
     """``[units, widths]``; no copy if all rows are asked for."""
     if len(factors) < len(costs):
-        costs = costs[list(factors)]
+        costs = costs[factors]
     costs = costs[:, experts_with_rows(costs, kept)] if kept else costs
     return costs.reshape(-1, costs.shape[-1]).numpy()
 
@@ -91,7 +92,7 @@ class Widths:
     """Result of the allocation.
 
     Attributes:
-        rows: index of the decoder layer -> ``[3, E, r]`` uint8, bits of each row.
+        rows: index of the decoder layer -> ``[f, E, r]`` uint8, bits of each row.
         kept: index of the decoder layer -> experts that keep their original weights; their rows have 0 bits.
         relative_gap: see ``Allocation``; the largest, if there were several.
         super_experts: index of the decoder layer -> those that were found, kept or not.

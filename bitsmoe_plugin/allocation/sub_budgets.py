@@ -31,13 +31,19 @@ class StoredLayer:
     kept: int = 0
 
 
+def own_factors(factors: Sequence[int], shape: LayerShape) -> list[int]:
+    """Positions in a layer's first axis of those of the ``factors`` of a group that the layer has."""
+    absent = len(FACTORS) - len(shape.factors)
+    return [factor - absent for factor in factors if factor >= absent]
+
+
 @dataclass(frozen=True)
 class RowGroup:
     """Rows that share a budget.
 
     Attributes:
         layers: positions of their layers among all MoE layers.
-        factors: their projections: 0 (gate), 1 (up), 2 (down).
+        factors: their projections: 0 (gate), 1 (up), 2 (down); layers without a gate have no 0.
         payload_bits: what they may spend together.
         narrowest: the least they take.
         weights: what they stand for, in the unquantized model.
@@ -101,16 +107,21 @@ def _rows(
 ) -> RowGroup:
     shapes = [layers[i].shape for i in chosen]
     # Experts that are kept have no rows, but then rows may have width 0.
+    counts = [len(own_factors(factors, shape)) for shape in shapes]
     rows = [shape.num_experts * shape.rank * min(row_sizes(shape, config.widths)) for shape in shapes]
-    weights = sum(shape.weights // len(FACTORS) for shape in shapes)
     return RowGroup(
         layers=chosen,
         factors=factors,
         payload_bits=payload_bits,
-        narrowest=len(factors) * sum(rows),
-        weights=len(factors) * weights,
+        narrowest=sum(count * row for count, row in zip(counts, rows, strict=True)),
+        weights=sum(_weights(factors, shape) for shape in shapes),
         given=given,
     )
+
+
+def _weights(factors: tuple[int, ...], shape: LayerShape) -> int:
+    """Weights that some projections of a layer have."""
+    return len(own_factors(factors, shape)) * (shape.weights // len(shape.factors))
 
 
 def _named_layer(layers: Sequence[StoredLayer], position: int, config: BitsMoEConfig) -> RowGroup:
@@ -154,9 +165,15 @@ def _named_projection(
 ) -> RowGroup:
     """The rows of a projection of ``projection_bits``, in some layers."""
     fixed = 0
-    for layer in (layers[i] for i in chosen):
+    having = [i for i in chosen if name in layers[i].shape.factors]
+    if not having:
+        raise QuantizationError(
+            f"projection_bits names {name}, but the experts of {layers[chosen[0]].name} have no {name} "
+            f"projection; they have {' and '.join(layers[chosen[0]].shape.factors)}"
+        )
+    for layer in (layers[i] for i in having):
         parts = layout.fixed_bits(layer.shape, config.basis_bits, config.basis_group_size, config.input_bases)
-        fixed += (parts["row_codes"] + parts["scale_grids"] + layer.kept) // len(FACTORS)
+        fixed += (parts["row_codes"] + parts["scale_grids"] + layer.kept) // len(layer.shape.factors)
     bits = config.projection_bits[name]
     group = _rows(layers, chosen, (FACTORS.index(name),), 0, True, config)
     group = replace(group, payload_bits=int(bits * group.weights) - fixed)
@@ -191,6 +208,7 @@ def layer_share(groups: Sequence[RowGroup], shapes: Sequence[LayerShape], positi
 
 def _only(group: RowGroup, shapes: Sequence[LayerShape], position: int) -> RowGroup:
     """A layer's even share of the group."""
-    own, total = shapes[position].weights, sum(shapes[i].weights for i in group.layers)
+    weights = {i: _weights(group.factors, shapes[i]) for i in group.layers}
+    own, total = weights[position], sum(weights.values())
     shares = {name: getattr(group, name) * own // total for name in ("payload_bits", "narrowest", "weights")}
     return replace(group, layers=(position,), **shares)

@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from bitsmoe_plugin.allocation.budget import Budget, plan_budget, reserve
-from bitsmoe_plugin.allocation.sub_budgets import RowGroup, StoredLayer, in_scope, sub_budgets
-from bitsmoe_plugin.codec import layout
-from bitsmoe_plugin.codec.layout import row_sizes
+from bitsmoe_plugin.allocation.sub_budgets import RowGroup, StoredLayer, in_scope, own_factors, sub_budgets
+from bitsmoe_plugin.codec.layout import LayerShape, row_sizes
 from bitsmoe_plugin.config import BitsMoEConfig
 from bitsmoe_plugin.errors import QuantizationError
 from bitsmoe_plugin.models.expert_source import ExpertSource
@@ -98,7 +97,8 @@ def choose_kept(
     if config.super_experts == "auto":
         groups = row_groups(source, config, budget, _none(found))
         bits = kept_bits(source, found)
-        found = _if_affordable(found, bits, groups, budget.weights, "in their original precision")
+        how = "in their original precision"
+        found = _if_affordable(found, bits, groups, source.shapes, budget.weights, how)
     _check_widths(found, config)
     return found
 
@@ -115,7 +115,7 @@ def choose_wide(
         return _none(found)
     groups = in_scope(row_groups(source, config, budget, _none(found)), source.shapes, config)
     bits, how = wide_bits(source, found, config), f"in rows of {wide_row(config)} bits"
-    return _if_affordable(found, bits, groups, budget.weights, how)
+    return _if_affordable(found, bits, groups, source.shapes, budget.weights, how)
 
 
 def _none(layers: Sequence[Any]) -> list[tuple[int, ...]]:
@@ -124,18 +124,27 @@ def _none(layers: Sequence[Any]) -> list[tuple[int, ...]]:
 
 
 def _if_affordable(
-    found: list[tuple[int, ...]], bits: list[int], groups: list[RowGroup], weights: int, how: str
+    found: list[tuple[int, ...]],
+    bits: list[int],
+    groups: list[RowGroup],
+    shapes: list[LayerShape],
+    weights: int,
+    how: str,
 ) -> list[tuple[int, ...]]:
     """The experts ``found``, unless they take so much of what any group of rows may spend that the others
     suffer: in a model of few experts one takes the bits of many.
 
     Args:
         bits: what those of each layer take.
+        shapes: of all layers.
         weights: of all experts.
         how: they take it, for the warning.
     """
     for group in groups:
-        taken = sum(bits[layer] for layer in group.layers) * len(group.factors) / len(layout.FACTORS)
+        taken = sum(
+            bits[layer] * len(own_factors(group.factors, shapes[layer])) / len(shapes[layer].factors)
+            for layer in group.layers
+        )
         if taken > min(LARGEST_SHARE * group.payload_bits, group.payload_bits - group.narrowest):
             warnings.warn(
                 f"{sum(map(len, found))} super experts are quantized like the others: {how} they would take "
@@ -172,7 +181,7 @@ def wide_bits(source: ExpertSource, wide: list[tuple[int, ...]], config: BitsMoE
     """What the rows of the wide experts of every layer take at least."""
     width = config.widths.index(wide_row(config))
     return [
-        len(layout.FACTORS) * len(ids) * shape.rank * row_sizes(shape, config.widths)[width]
+        len(shape.factors) * len(ids) * shape.rank * row_sizes(shape, config.widths)[width]
         for shape, ids in zip(source.shapes, wide, strict=True)
     ]
 
@@ -180,7 +189,7 @@ def wide_bits(source: ExpertSource, wide: list[tuple[int, ...]], config: BitsMoE
 def bias_bits(source: ExpertSource) -> list[int]:
     """What the biases of the experts of every layer take."""
     return [
-        8 * dtype.itemsize * shape.num_experts * (2 * shape.intermediate_size + shape.hidden_size)
+        8 * dtype.itemsize * shape.num_experts * (shape.inputs * shape.intermediate_size + shape.hidden_size)
         if layout_of(layer.module).has_bias
         else 0
         for layer, shape, dtype in zip(source.layers, source.shapes, source.dtypes, strict=True)

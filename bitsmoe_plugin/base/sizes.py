@@ -1,7 +1,8 @@
-"""Sizes as users write them: "11GB", "24 GiB", or a number of bytes."""
+"""Sizes in words, and as users write them: "11GB", "24 GiB", or a number of bytes."""
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 
@@ -28,3 +29,9 @@ def size_text(size: int) -> str:
         if size >= unit:
             return f"{-(-size * 1000 // unit) / 1000:.3f} {name}"
     return f"{size} B"
+
+
+def readable_size(size: int) -> str:
+    """Bytes in the largest decimal unit that leaves at least 1."""
+    unit = min(3, int(math.log10(max(size, 1)) // 3))
+    return f"{size / 1000**unit:.{3 if unit else 0}f} {('B', 'kB', 'MB', 'GB')[unit]}"

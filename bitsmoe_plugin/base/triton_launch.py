@@ -6,6 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import Tensor
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -33,6 +36,11 @@ Launcher = Callable[[Launch], None]
 
 
 def run(launch: Launch) -> None:
-    """Launch on the current stream."""
+    """Launch on the GPU that holds the tensors, on its current stream.
+
+    Triton takes the GPU that is current, which need not be theirs: a model may lie on several.
+    """
     options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-    launch.kernel[launch.launch_grid](**launch.arguments, **launch.constants, **options)
+    tensor = next(value for value in launch.arguments.values() if isinstance(value, Tensor))
+    with torch.cuda.device_of(tensor):
+        launch.kernel[launch.launch_grid](**launch.arguments, **launch.constants, **options)

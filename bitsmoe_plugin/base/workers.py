@@ -5,8 +5,9 @@ so-manyth layer, in the second each rounds some groups of every layer's experts.
 what order it is summed, does not depend on how many there are. The first process, ``main``, keeps the
 progress and writes the checkpoint.
 
-Before anything is exchanged, all tell each other whether they have failed: an error in one (inside
-``together``) ends all of them at once, with its reason.
+An error in one (inside ``together``) ends all of them, with its reason: in the middle of their work, see
+``worker_watch``, and with the next exchange at the latest, for before anything is exchanged, all tell each
+other whether they have failed. One that is killed is missed as soon.
 """
 
 from __future__ import annotations
@@ -20,12 +21,14 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
+from bitsmoe_plugin.base.error_lines import ToldError
 from bitsmoe_plugin.base.interruption import Interrupted
+from bitsmoe_plugin.base.worker_errors import is_known_to_all, known_to_all, was_stopped
+from bitsmoe_plugin.base.worker_links import gathered
+from bitsmoe_plugin.base.worker_watch import Watch, exchange, watched
 from bitsmoe_plugin.errors import BitsMoEError
 
 T = TypeVar("T")
-_TOLD = "_known_to_all_workers"
-"""Attribute of errors that every process has raised."""
 
 
 @dataclass(frozen=True)
@@ -58,41 +61,59 @@ class Workers:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Inside, all processes fail if one does; it is left when all leave it.
+        """Inside, all processes fail if one does, at once; it is left when all leave it.
 
         Raises:
-            BaseException: what was raised here, or in the process of the lowest rank that failed.
+            BaseException: what was raised here, or what failed in the process of the lowest rank that did.
         """
-        try:
+        if self.size == 1:
             yield
-        except BaseException as error:
-            if not getattr(error, _TOLD, False):
-                self._tell(error)
-            raise
-        self._agree(None)
+            return
+        with watched(self.rank, self.size) as watch:
+            try:
+                if watch.outermost:
+                    watch.arm()
+                yield
+                with exchange():  # nothing can fail any more once all have come here
+                    self._agree(None)
+                    if watch.outermost:
+                        watch.settle()
+                return
+            except BaseException as error:
+                watch.settle()
+                if is_known_to_all(error):
+                    raise
+                if not was_stopped(error):
+                    self._tell(error, watch)
+                    raise
+            self._agree(None)  # raises what the process that failed gives here
+            assert watch.notice is not None
+            raise watch.notice.error()
 
-    def _tell(self, error: BaseException) -> None:
-        """Let the others know at their next exchange, if they are still there."""
+    def _tell(self, error: BaseException, watch: Watch) -> None:
+        """Let the others know, if they are still there; they answer at their next exchange."""
+        watch.tell(error)
         try:
             self._agree(error)
         except BaseException as same:
-            if same is not error and not getattr(same, _TOLD, False):
+            if same is not error and not is_known_to_all(same):
                 warnings.warn(f"the other processes of torch.distributed are gone ({same})", stacklevel=3)
-        setattr(error, _TOLD, True)
+        known_to_all(error)
 
     def _agree(self, error: BaseException | None) -> None:
         """Raise what the process of the lowest rank that failed gives here; all call this together."""
-        if self.size == 1:
-            return
-        errors: list[BaseException | None] = [None] * self.size
-        dist.all_gather_object(errors, None if error is None else _portable(error))
-        first = next(((rank, found) for rank, found in enumerate(errors) if found is not None), None)
-        if first is None:
-            return
-        raised = error if error is not None and first[0] == self.rank else first[1]
-        assert raised is not None
-        setattr(raised, _TOLD, True)
-        raise raised
+        if self.size > 1:
+            with exchange():
+                self._compare(error)
+
+    def _compare(self, own: BaseException | None) -> None:
+        """``_agree``, as a part of an exchange."""
+        errors = gathered(None if own is None else _portable(own), self.size)
+        for rank, error in enumerate(errors):
+            if error is not None and rank == self.rank and own is not None:
+                raise known_to_all(own)
+            if error is not None:
+                raise known_to_all(_of_another(rank, error)) from None
 
     def from_main(self, make: Callable[[], T]) -> T:
         """What ``make`` returns in the first process, or the error that it raises there."""
@@ -105,8 +126,9 @@ class Workers:
                 result[0] = make()
             except Exception as raised:
                 error = raised
-        self._agree(error)
-        dist.broadcast_object_list(result, src=0)
+        with exchange():
+            self._compare(error)
+            dist.broadcast_object_list(result, src=0)
         value: T = result[0]
         return value
 
@@ -114,9 +136,9 @@ class Workers:
         """What every process gives, by rank."""
         if self.size == 1:
             return [own]
-        self._agree(None)
-        parts: list[Any] = [None] * self.size
-        dist.all_gather_object(parts, own)
+        with exchange():
+            self._compare(None)
+            parts: list[T] = gathered(own, self.size)
         return parts
 
     def merged(self, own: dict[int, T]) -> dict[int, T]:
@@ -131,6 +153,15 @@ def _portable(error: BaseException) -> BaseException:
     if known and all(isinstance(part, (str, int, float, type(None))) for part in error.args):
         return error
     return RuntimeError(f"{type(error).__name__}: {error}")
+
+
+def _of_another(rank: int, error: BaseException) -> BaseException:
+    """An error of another process, with its rank; a request to stop is nobody's fault."""
+    if isinstance(error, BitsMoEError):
+        return type(error)(f"worker {rank} failed: {error}")
+    if not isinstance(error, Exception):
+        return error
+    return ToldError(f"worker {rank} failed: {type(error).__name__}: {error}")
 
 
 ALONE = Workers()

@@ -6,13 +6,15 @@ import operator
 import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from bitsmoe_plugin.calibration.message_parts import Parts
 from bitsmoe_plugin.errors import QuantizationError
 
 COLUMNS = ("text", "input_ids", "messages")
 """What a document is read from; the first that a dataset has."""
-BESIDE = {"input_ids": "attention_mask", "messages": "tools"}
+BESIDE = {"input_ids": ("attention_mask",), "messages": ("tools", "images")}
 """Columns that belong to one of them."""
 _MIXED = "dataset mixes types or holds something else than strings, lists of token ids or rows with such"
 
@@ -24,10 +26,12 @@ class Chat:
     Attributes:
         messages: each with a ``role`` and, as a rule, ``content``.
         tools: descriptions of functions that the template is given, if there are any.
+        images: how many there are in the messages.
     """
 
     messages: list[dict[str, Any]]
     tools: list[Any] | None = None
+    images: int = 0
 
 
 Document = str | list[int] | Chat
@@ -53,10 +57,14 @@ class RowReader:
 
     Attributes:
         column: that rows which are mappings are read from; None: chosen at the first of them.
+
+    Args:
+        folder: that paths of images are relative to; None: the current one.
     """
 
-    def __init__(self, column: str | None = None) -> None:
+    def __init__(self, column: str | None = None, folder: Path | None = None) -> None:
         self.column = column
+        self._folder = folder
         self._type: type | None = None
 
     def read(self, item: Any, place: str) -> Document:
@@ -69,7 +77,7 @@ class RowReader:
         Raises:
             QuantizationError: naming the place.
         """
-        document = self._row(item, place) if isinstance(item, Mapping) else _document(item, place)
+        document = self._row(item, place) if isinstance(item, Mapping) else self._item(item, place)
         if self._type is None:
             self._type = type(document)
         if type(document) is not self._type:
@@ -90,19 +98,19 @@ class RowReader:
                 )
             return checked_text(value, place)
         if self.column == "messages":
-            return _chat(value, row.get(BESIDE["messages"]), place)
+            tools, images = (row.get(name) for name in BESIDE["messages"])
+            return _chat(value, tools, Parts(place, self._folder, images), place)
         ids = token_ids(value, f"{place}: 'input_ids'")
-        return _unpadded(ids, row.get(BESIDE["input_ids"]), place)
+        return _unpadded(ids, row.get("attention_mask"), place)
 
-
-def _document(item: Any, place: str) -> Document:
-    if isinstance(item, Chat):
-        return item
-    if isinstance(item, str):
-        return checked_text(item, place)
-    if isinstance(item, (list, tuple)) and item and isinstance(item[0], Mapping):
-        return _chat(item, None, place)
-    return token_ids(item, place)
+    def _item(self, item: Any, place: str) -> Document:
+        if isinstance(item, Chat):
+            return item
+        if isinstance(item, str):
+            return checked_text(item, place)
+        if isinstance(item, (list, tuple)) and item and isinstance(item[0], Mapping):
+            return _chat(item, None, Parts(place, self._folder, None), place)
+        return token_ids(item, place)
 
 
 def checked_text(text: str, place: str) -> str:
@@ -174,10 +182,10 @@ def _unpadded(ids: list[int], mask: Any, place: str) -> list[int]:
         raise QuantizationError(
             f"{place}: 'attention_mask' is {reprlib.repr(list(mask))}; needed are 0 for padding, 1 for tokens"
         )
-    return [token for token, kept in zip(ids, mask, strict=True) if kept]
+    return [token for token, seen in zip(ids, mask, strict=True) if seen]
 
 
-def _chat(messages: Any, tools: Any, place: str) -> Chat:
+def _chat(messages: Any, tools: Any, parts: Parts, place: str) -> Chat:
     messages = _plain(messages) if hasattr(messages, "tolist") else messages
     sound = isinstance(messages, (list, tuple)) and len(messages) > 0
     if not sound or not all(isinstance(m, Mapping) and isinstance(m.get("role"), str) for m in messages):
@@ -190,5 +198,9 @@ def _chat(messages: Any, tools: Any, place: str) -> Chat:
             f"{place}: 'tools' is {reprlib.repr(tools)}; a list of descriptions of functions is needed"
         )
     # Datasets give every message the keys of all others, without a value.
-    kept = [{k: v for k, v in m.items() if v is not None or k == "content"} for m in messages]
-    return Chat(kept, list(tools) if tools else None)
+    given = [{k: v for k, v in m.items() if v is not None or k == "content"} for m in messages]
+    for message in given:
+        if "content" in message:
+            message["content"] = parts.read(message["content"])
+    parts.finish()
+    return Chat(given, list(tools) if tools else None, parts.count)

@@ -41,6 +41,11 @@ def document_tokens(
 
 
 def _rendered(chat: Chat, tokenizer: Any, place: str, options: dict[str, Any]) -> str:
+    if chat.images:
+        raise QuantizationError(
+            f"{place}: the conversation holds images, and only text is read here; images calibrate a "
+            "multimodal model that is quantized, if one of the first conversations has one"
+        )
     if not getattr(tokenizer, "chat_template", None) and not options.get("chat_template"):
         raise ConfigError(
             "dataset holds conversations ('messages'), but the tokenizer has no chat template; take "

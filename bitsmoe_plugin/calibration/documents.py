@@ -88,8 +88,15 @@ class Documents(list[Document]):
 def _size(document: Document) -> int:
     """Characters, or what token ids stand for."""
     if isinstance(document, Chat):
-        return sum(len(str(message.get("content") or "")) for message in document.messages)
+        return sum(_content_size(message.get("content")) for message in document.messages)
     return len(document) if isinstance(document, str) else _CHARACTERS * len(document)
+
+
+def _content_size(content: Any) -> int:
+    """Of a message that is a list of parts, their text, and something for each image, whose size is open."""
+    if isinstance(content, list):
+        return sum(len(str(part.get("text", ""))) + 1 for part in content)
+    return len(str(content or ""))
 
 
 def load_documents(
@@ -128,7 +135,7 @@ def load_documents(
 
 def _of_file(path: Path) -> Documents:
     items, places = read_file(path)
-    documents = Documents(items, RowReader(), places.__getitem__)
+    documents = Documents(items, RowReader(folder=path.parent), places.__getitem__)
     documents.read()
     if path.suffix.lower() == ".jsonl":
         documents.domains = [str(row.get("domain", "all")) for row in items]
@@ -177,7 +184,7 @@ def _columns(dataset: Any) -> tuple[Iterable[Any], RowReader]:
     if not len(dataset):
         return [], RowReader()
     column = choose_column(form.get("columns") or dataset.column_names)
-    wanted = [name for name in dataset.column_names if name in (column, BESIDE.get(column))]
+    wanted = [name for name in dataset.column_names if name in (column, *BESIDE.get(column, ()))]
     return dataset.with_format(None, columns=wanted), RowReader(column)
 
 

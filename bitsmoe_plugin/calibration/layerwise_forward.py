@@ -8,51 +8,18 @@ been quantized meanwhile passes its real outputs on.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bitsmoe_plugin.base.free_memory import release_free_memory
+from bitsmoe_plugin.calibration.blocks import Blocks, batches, pieces
+from bitsmoe_plugin.calibration.recording import RecordedCall, after_layers, record_call
 from bitsmoe_plugin.calibration.statistics import LayerActivations
 from bitsmoe_plugin.errors import QuantizationError
 from bitsmoe_plugin.models.families import routed_inputs
-
-
-class _Recorder(nn.Module):
-    """Stands in for a decoder layer: keeps the arguments of each call and computes nothing."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-        self.inputs: list[Tensor] = []
-        self.answers: Iterator[Tensor] | None = None  # instead of what it is given
-        self._layer = [layer]
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self.__dict__["_layer"][0], name)
-
-    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        self.calls.append((args, kwargs))
-        self.inputs.append(hidden)
-        return hidden if self.answers is None else next(self.answers)
-
-
-@contextmanager
-def _recording(layers: nn.ModuleList):  # type: ignore[no-untyped-def]
-    originals = list(layers)
-    try:
-        for index, layer in enumerate(originals):
-            layers[index] = _Recorder(layer)
-        yield list(layers)
-    finally:
-        for index, layer in enumerate(originals):
-            layers[index] = layer
 
 
 def _out_of_memory(error: RuntimeError) -> bool:
@@ -63,37 +30,37 @@ def _out_of_memory(error: RuntimeError) -> bool:
 class LayerwiseForward:
     """Runs calibration blocks through a decoder one layer at a time.
 
-    What each layer is called with besides the hidden states (masks, position embeddings) is taken
-    from the model itself, by one pass in which the layers are replaced by recorders. A layer that runs out
+    What each layer is called with besides the hidden states (masks, position embeddings), and what is added
+    to them between layers (features of images), is taken from the model itself. A layer that runs out
     of memory, and those after it, are given fewer blocks at once; hidden states stay in batches of the size
     that was asked for.
     """
 
-    def __init__(self, model: nn.Module, layers: nn.ModuleList, blocks: Tensor, batch_size: int):
+    def __init__(self, model: nn.Module, layers: nn.ModuleList, blocks: Blocks, batch_size: int):
         """
         Args:
-            model: a transformers causal language model (its ``base_model`` is called).
+            model: a transformers language model, multimodal or not (its ``base_model`` is called).
             layers: its decoder layers.
-            blocks: ``[blocks, sequence_length]`` int64.
+            blocks: of tokens.
             batch_size: blocks per forward pass.
         """
         self._model, self._layers = model, layers
-        self._batches = blocks.split(batch_size)
+        self._batches = batches(blocks, batch_size)
         self._at_once = batch_size
+        self._calls: list[RecordedCall] = []
         self._embedded = self._record()
         self.hidden = self._embedded
 
     def _record(self) -> list[Tensor]:
         """Set what the layers are called with, for as many blocks as they get at once; returns the first
-        one's inputs."""
-        base = getattr(self._model, "base_model", self._model)
-        device = next(self._model.parameters()).device
-        with torch.no_grad(), _recording(self._layers) as recorders:
-            for batch in self._batches:
-                for piece in batch.split(self._at_once):
-                    base(input_ids=piece.to(device), use_cache=False)
-        self._calls = [recorder.calls for recorder in recorders]
-        return recorders[0].inputs
+        one's inputs, batch by batch."""
+        self._calls, embedded = [], []
+        for batch in self._batches:
+            calls = [record_call(self._model, self._layers, piece) for piece in pieces(batch, self._at_once)]
+            parts = [call.take_embedded() for call in calls]
+            embedded.append(parts[0] if len(parts) == 1 else torch.cat(parts))
+            self._calls += calls
+        return embedded
 
     def run(
         self, index: int, inputs: list[Tensor] | None = None, again: Callable[[], None] = lambda: None
@@ -113,10 +80,10 @@ class LayerwiseForward:
                 if not _out_of_memory(error):
                     raise
                 if self._at_once == 1:
+                    longest = max(batch["input_ids"].shape[1] for batch in self._batches)
                     raise QuantizationError(
-                        f"out of memory in decoder layer {index} with one block of "
-                        f"{self._batches[0].shape[1]} tokens; use a smaller sequence_length or fewer "
-                        "calibration_tokens"
+                        f"out of memory in decoder layer {index} with one block of {longest} tokens; use a "
+                        "smaller sequence_length or fewer calibration_tokens"
                     ) from error
             # Out of the handler, so that what the layer had computed is free again.
             self._give_fewer(index)
@@ -124,16 +91,19 @@ class LayerwiseForward:
 
     @torch.no_grad()
     def _run(self, index: int, inputs: list[Tensor]) -> list[Tensor]:
-        calls = iter(self._calls[index])
+        calls = iter(self._calls)
         outputs = []
         for batch in inputs:
-            pieces = []
+            parts = []
             for hidden in batch.split(self._at_once):
-                args, kwargs = next(calls)
-                out = self._layers[index](hidden, *args, **kwargs)
-                pieces.append(out[0] if isinstance(out, tuple) else out)
+                call = next(calls)
+                args, kwargs = call.arguments[index]
+                added = call.added.get(index)
+                given = hidden if added is None else added.to(hidden)
+                out = self._layers[index](given, *args, **kwargs)
+                parts.append(out[0] if isinstance(out, tuple) else out)
             # Contiguous, as hidden states are when they are read from a file: see ``progress_on_disk``.
-            outputs.append(pieces[0].contiguous() if len(pieces) == 1 else torch.cat(pieces))
+            outputs.append(parts[0].contiguous() if len(parts) == 1 else torch.cat(parts))
         return outputs
 
     def _give_fewer(self, index: int) -> None:
@@ -163,14 +133,10 @@ class LayerwiseForward:
     @torch.no_grad()
     def head_inputs(self) -> list[Tensor]:
         """What the model makes of ``hidden``, the outputs of its last layer, before its head."""
-        base = getattr(self._model, "base_model", self._model)
-        device = next(self._model.parameters()).device
         found = []
-        with _recording(self._layers) as recorders:
-            recorders[-1].answers = (piece for batch in self.hidden for piece in batch.split(self._at_once))
-            for batch in self._batches:
-                for piece in batch.split(self._at_once):
-                    found.append(base(input_ids=piece.to(device), use_cache=False).last_hidden_state)
+        for batch, hidden in zip(self._batches, self.hidden, strict=True):
+            parts = zip(pieces(batch, self._at_once), hidden.split(self._at_once), strict=True)
+            found += [after_layers(self._model, self._layers, inputs, given) for inputs, given in parts]
         return found
 
     def restart(self) -> None:

@@ -55,8 +55,8 @@ class LayerStatistics:
     """Attributes:
     second_moment: ``[H, H]`` float64, sum_te a x x^T / sum_te a, the inputs as routed.
     hidden_moment: ``[E, I, I]`` float32, E[a h h^T] / H per expert; of no expert if it was not asked for.
-    neuron_weights: ``[2, E, I]`` float32, E[a q_i] for gate and up.
-    slot_weights: ``[2, T, k]`` float32, a sum_i q_ti of each routed (token, slot).
+    neuron_weights: ``[n, E, I]`` float32, E[a q_i] for gate and up (n = 2), or up alone.
+    slot_weights: ``[n, T, k]`` float32, a sum_i q_ti of each routed (token, slot).
     output_energy: E[omega |y|^2 / H] of the whole layer.
     output_peaks: ``[E]`` float32, largest absolute output value of each expert over the tokens routed to
         it, before the router's weight; 0 without any.
@@ -80,18 +80,18 @@ def routed_slots(activations: LayerActivations, num_experts: int) -> list[tuple[
     return [(piece // k, piece % k) for piece in pieces]
 
 
-def _gating_with_slopes(gating: Gating, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """hidden, d hidden / d gate, d hidden / d up, each ``[n, I]``."""
+def _gating_with_slopes(gating: Gating, *products: Tensor) -> tuple[Tensor, ...]:
+    """hidden, and its slope by each of the products (gate and up, or up), all ``[n, I]``."""
     with torch.enable_grad():
-        gate, up = gate.detach().requires_grad_(), up.detach().requires_grad_()
-        hidden = gating(gate, up)
-        slope_gate, slope_up = torch.autograd.grad(hidden.sum(), (gate, up))
-    return hidden.detach(), slope_gate, slope_up
+        products = tuple(product.detach().requires_grad_() for product in products)
+        hidden = gating(*products)
+        slopes = torch.autograd.grad(hidden.sum(), products)
+    return hidden.detach(), *slopes
 
 
 @dataclass(frozen=True)
 class ExpertTokens:
-    """Calibration rows of one expert.
+    """Calibration tokens of one expert.
 
     Attributes:
         tokens: ``[n]`` int64, rows of ``LayerActivations.hidden``; the routed ones come first.
@@ -127,7 +127,7 @@ def expert_tokens(
     if not bool((mass > 0).any()):
         raise QuantizationError("no calibration token is routed to any expert of a layer")
     typical = mass[mass > 0].median()
-    rows = []
+    tokens = []
     for token, slot in slots:
         a = weight[token, slot]
         if all_tokens:
@@ -140,8 +140,8 @@ def expert_tokens(
             extra = torch.randint(total, (PRIOR_TOKENS,), generator=generator, device="cpu").to(token.device)
             share = (1 - len(token) / PRIOR_TOKENS) * typical / PRIOR_TOKENS
             token, a = torch.cat([token, extra]), torch.cat([a, share.expand(PRIOR_TOKENS)])
-        rows.append(ExpertTokens(token, slot, a))
-    return rows
+        tokens.append(ExpertTokens(token, slot, a))
+    return tokens
 
 
 _INPUTS = {
@@ -155,7 +155,7 @@ def check_finite(name: str, weights: ExpertWeights, activations: LayerActivation
     """Raises QuantizationError for NaN or infinity in what a layer is given, or puts out."""
     given = [(part, tensor) for part, tensor in vars(activations).items() if part in _INPUTS]
     for part, tensor in (*vars(weights).items(), *given):
-        if not _all_finite(tensor):
+        if tensor is not None and not _all_finite(tensor):
             raise QuantizationError(
                 f"{name}: NaN or infinity in {_INPUTS.get(part, part)}; quantization needs finite weights. "
                 "Check the checkpoint (a bad download or a diverged training run), or load it in another "
@@ -181,7 +181,7 @@ def check_finite_statistics(name: str, statistics: LayerStatistics) -> None:
 def collect(
     weights: ExpertWeights,
     activations: LayerActivations,
-    rows: list[ExpertTokens],
+    tokens: list[ExpertTokens],
     gating: Gating,
     neuron_weighting: bool = True,
     biases: ExpertBiases | None = None,
@@ -197,17 +197,17 @@ def collect(
     num_experts, size, h = weights.num_experts, weights.intermediate_size, weights.hidden_size
     device = activations.hidden.device
     hidden_moment = torch.empty(num_experts if hidden_moments else 0, size, size, device=device)
-    neuron_weights = torch.empty(2, num_experts, size, device=device)
-    slot_weights = torch.zeros(2, *activations.top_k_index.shape, device=device)
+    inputs = len(weights.inputs)
+    neuron_weights = torch.empty(inputs, num_experts, size, device=device)
+    slot_weights = torch.zeros(inputs, *activations.top_k_index.shape, device=device)
     output = torch.zeros(activations.hidden.shape[0], h, device=device)
     peaks = torch.zeros(num_experts, device=device)
     token_mass = torch.zeros(activations.hidden.shape[0], device=device)
-    for expert, picked in enumerate(rows):
-        gate, up = weights.gate[expert].float(), weights.up[expert].float()
+    for expert, picked in enumerate(tokens):
         down = weights.down[expert].float()
         x, a, routed = activations.hidden[picked.tokens].float(), picked.weights, picked.routed
-        products = product(x, gate), product(x, up)
-        products = products if biases is None else biases.add(*products, expert)
+        products = tuple(product(x, matrix[expert].float()) for matrix in weights.inputs)
+        products = products if biases is None else biases.add(*products, expert=expert)
         hidden, *slopes = _gating_with_slopes(gating, *products)
         reach = down.square().sum(0) / h
         for part, slope in enumerate(slopes):

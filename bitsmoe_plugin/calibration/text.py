@@ -16,7 +16,6 @@ from bitsmoe_plugin.errors import QuantizationError
 
 __all__ = [
     "check_vocabulary",
-    "held_out_last",
     "joined_documents",
     "load_documents",
     "token_blocks",
@@ -176,11 +175,3 @@ def _warn_of_padding(tokens: Tensor) -> None:
             "padding, give a column 'attention_mask', or token ids without padding",
             stacklevel=3,
         )
-
-
-def held_out_last(blocks: Tensor, share: float) -> tuple[Tensor, int]:
-    """Move a share of the calibration blocks, evenly spaced, to the end; returns how many are before."""
-    count = int(len(blocks) * share)
-    apart = torch.zeros(len(blocks), dtype=torch.bool, device=blocks.device)
-    apart[((torch.arange(count, device=blocks.device) + 0.5) * len(blocks) / max(count, 1)).long()] = True
-    return torch.cat([blocks[~apart], blocks[apart]]), len(blocks) - count

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from bitsmoe_plugin.errors import CheckpointError
 from bitsmoe_plugin.models.files import open_tensors
+from bitsmoe_plugin.models.low_precision import LowPrecision
+from bitsmoe_plugin.models.low_precision_decode import decoded, grouped
 
 
 class CarriedTensors:
@@ -66,6 +68,32 @@ class CarriedTensors:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return CarriedTensors, (self.places,)
+
+
+class DecodedTensors(CarriedTensors):
+    """The same of a checkpoint in low precision: weights are decoded when they are read, scales left out."""
+
+    def __init__(self, places: Mapping[str, tuple[str, str]], precision: LowPrecision, dtype: Any) -> None:
+        """
+        Args:
+            places: as above, of weights and of all that belongs to them.
+            precision: how they are stored.
+            dtype: of weights once they are decoded.
+        """
+        super().__init__(places)
+        self._precision, self._dtype = precision, dtype
+
+    def empty(self) -> dict[str, Tensor]:
+        """See above. Shapes are those that are stored."""
+        return {name: parts[min(parts)] for name, parts in grouped(super().empty(), self._precision).items()}
+
+    def read(self) -> dict[str, Tensor]:
+        """See above."""
+        found = grouped(super().read(), self._precision)
+        return {name: decoded(name, found.pop(name), self._precision, self._dtype) for name in list(found)}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return DecodedTensors, (self.places, self._precision, self._dtype)
 
 
 def _identity(path: str) -> tuple[int, int, int]:

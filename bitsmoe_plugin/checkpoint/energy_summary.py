@@ -18,12 +18,12 @@ def spectrum(energies: Tensor, others: Tensor) -> list[list[float]]:
     """Energy along the ranks, summed over experts and the ranks of a bin; four significant digits.
 
     Args:
-        energies: ``[3, E, r]`` float32, output error of dropping each row of gate, up and down, in the unit
+        energies: ``[f, E, r]`` float32, output error of dropping each row of each factor, in the unit
             of ``output_energy``.
         others: ``[E]`` bool, experts that have rows.
 
     Returns:
-        ``[3][bins]``, weak ranks first.
+        ``[f][bins]``, weak ranks first.
     """
     bins = torch.stack([piece.double().sum((1, 2)) for piece in rank_bins(energies[:, others])], 1)
     return [[float(f"{energy:.4g}") for energy in factor] for factor in bins.tolist()]

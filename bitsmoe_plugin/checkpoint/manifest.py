@@ -42,12 +42,12 @@ def layer_manifest(
         original_dtype: of biases and kept experts.
         kept: ids of the experts that are stored as they were.
     """
-    extra: dict[str, Any] = {}
+    extra: dict[str, Any] = {} if shape.has_gate else {"has_gate": False}
     if packed.input_bias is not None:
         extra["has_bias"] = True
     if kept:
         extra["kept_experts"] = list(kept)
-    if extra:
+    if packed.input_bias is not None or kept:
         extra["original_dtype"] = str(original_dtype).removeprefix("torch.")
     if packed.row_gains is not None:
         extra["stored_rows"] = packed.row_gains.numel()
@@ -90,7 +90,10 @@ def entry_spec(name: str, entry: dict[str, Any], config: BitsMoEConfig) -> Packe
             raise CheckpointError(
                 f"{name}: {key}={str(value)[:80]!r} in quantization_config is not a sensible size"
             )
-    shape = LayerShape(entry["num_experts"], entry["hidden_size"], entry["intermediate_size"])
+    has_gate = entry.get("has_gate", True)
+    if type(has_gate) is not bool:
+        raise CheckpointError(f"{name}: has_gate={str(has_gate)[:80]!r} in quantization_config is no bool")
+    shape = LayerShape(entry["num_experts"], entry["hidden_size"], entry["intermediate_size"], has_gate)
     if config.basis_bits != 16 and shape.hidden_size % config.basis_group_size:
         raise CheckpointError(
             f"{name}: basis_group_size {config.basis_group_size} does not divide hidden_size "
@@ -101,7 +104,7 @@ def entry_spec(name: str, entry: dict[str, Any], config: BitsMoEConfig) -> Packe
         widths=config.widths,
         basis_bits=config.basis_bits,
         basis_group_size=config.basis_group_size,
-        input_bases=config.input_bases,
+        input_bases=min(config.input_bases, shape.inputs),
         payload_words=entry["payload_words"],
         grid=config.grid,
         stored_rows=entry["stored_rows"] if is_tiled else 0,
@@ -130,7 +133,7 @@ def check_shape(name: str, spec: PackedSpec, module: Any) -> None:
     wanted, found = astuple(layer_shape(module)), astuple(spec.shape)
     if wanted != found:
         raise CheckpointError(
-            f"{name}: the model has (experts, hidden_size, intermediate_size) = {wanted}, "
+            f"{name}: the model has (experts, hidden_size, intermediate_size, has_gate) = {wanted}, "
             f"the quantization_config {found}; config.json was altered"
         )
 

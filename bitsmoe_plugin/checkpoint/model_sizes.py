@@ -24,6 +24,7 @@ _LARGEST = {
     "head_dim": 2**16,
     "max_position_embeddings": 2**24,
 }
+_LATENT = ("moe_latent_size", "moe_hidden_size")
 _SPARE = 2**20
 
 
@@ -47,13 +48,15 @@ def check_model_sizes(values: dict[str, Any], manifest: BitsMoEConfig) -> None:
         _check_positions(part)
     part = text if isinstance(text, dict) else values
     _check_depth(part.get("num_hidden_layers"), manifest)
-    hidden = part.get("hidden_size")
+    # Experts of some families are of another size than the stream: one of these.
+    hidden = [part[key] for key in ("hidden_size", *_LATENT) if type(part.get(key)) is int]
     chosen = part.get("num_experts_per_tok")
     for name, entry in manifest.layers.items():
         found = entry.get("hidden_size") if isinstance(entry, dict) else None
-        if hidden is not None and found != hidden:
+        if hidden and found not in hidden:
+            wanted = " or ".join(map(str, hidden))
             raise CheckpointError(
-                f"{name}: hidden_size is {found!r} in quantization_config, but {hidden} in config.json; "
+                f"{name}: hidden_size is {found!r} in quantization_config, but {wanted} in config.json; "
                 "it was altered"
             )
         experts = entry.get("num_experts") if isinstance(entry, dict) else None

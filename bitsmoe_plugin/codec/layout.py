@@ -1,13 +1,14 @@
 """Packed layout of one MoE layer, format version 2.
 
 Symbols: E num_experts, I intermediate_size, H hidden_size, r rank (= H), B = ceil(I / 32),
-n input bases: 1 shared by gate and up, or 2, gate's rows above up's.
+n input bases: 1 shared by gate and up, or 2, gate's rows above up's. f factors: 3, gate, up and down, or 2,
+up and down, of experts without a gate, which have 1 input basis.
 
 =====================  =======  ======================  =========================================
 tensor                 dtype    shape                   content
 =====================  =======  ======================  =========================================
-bitsmoe_row_codes      uint8    [3, E, r]               width index << 5 | scale code, per row
-bitsmoe_scale_grid     int16    [3, 2, r]               low and step of ``scale_grid.ScaleGrid``
+bitsmoe_row_codes      uint8    [f, E, r]               width index << 5 | scale code, per row
+bitsmoe_scale_grid     int16    [f, 2, r]               low and step of ``scale_grid.ScaleGrid``
 bitsmoe_payload        int32    [words]                 codes of all rows, see below
 bitsmoe_input_basis    int32    [n * r, H * bits / 32]  codes (int16 [.., H] if basis_bits is 16)
 bitsmoe_input_scales   int16    [n * r, H / group]      (empty if basis_bits is 16)
@@ -19,9 +20,9 @@ Families whose experts have biases, and layers with experts that are kept as the
 have, in the original dtype:
 
 =====================  =======  ======================  =========================================
-bitsmoe_input_bias     int16    [E, 2, I]               of gate and up
+bitsmoe_input_bias     int16    [E, f - 1, I]           of gate and up, or of up
 bitsmoe_output_bias    int16    [E, H]                  of down
-bitsmoe_kept_input     int16    [n, 2, I, H]            gate and up of the kept experts
+bitsmoe_kept_input     int16    [n, f - 1, I, H]        gate and up, or up, of the kept experts
 bitsmoe_kept_output    int16    [n, H, I]               their down; their rows all have width 0
 =====================  =======  ======================  =========================================
 
@@ -38,7 +39,7 @@ and their bases of 8 bits are on that grid, too. int16 tensors hold the bits of 
 original: an integer dtype is left alone by everything that casts a model (``model.to(dtype)``, loaders that
 convert floats to the model's dtype).
 
-The first axis of three is the factor: gate, up, down. ``payload`` holds factor after factor,
+The first axis is the factor: gate, up, down, or up, down. ``payload`` holds factor after factor,
 expert after expert; the rows of one expert are ordered by falling width, then by rank index, and
 rows of width 0 are absent. So the offset of every row follows from ``row_codes`` alone. A row of
 b bits is B blocks of b words; a block holds 32 codes, code i in bits i*b .. (i+1)*b of the
@@ -68,11 +69,26 @@ from bitsmoe_plugin.errors import QuantizationError
 
 @dataclass(frozen=True)
 class LayerShape:
-    """Sizes of one layer that, with the row codes, fix the size of every packed tensor."""
+    """Sizes of one layer that, with the row codes, fix the size of every packed tensor.
+
+    Attributes:
+        has_gate: experts are down(act(gate) * up), not down(act(up)).
+    """
 
     num_experts: int
     hidden_size: int
     intermediate_size: int
+    has_gate: bool = True
+
+    @property
+    def factors(self) -> tuple[str, ...]:
+        """Projections of an expert, in the order in which they are stored; the last is down."""
+        return FACTORS if self.has_gate else FACTORS[1:]
+
+    @property
+    def inputs(self) -> int:
+        """Projections that read the hidden states: gate and up, or up alone."""
+        return len(self.factors) - 1
 
     @property
     def rank(self) -> int:
@@ -85,7 +101,7 @@ class LayerShape:
     @property
     def weights(self) -> int:
         """Expert weights of the unquantized layer."""
-        return 3 * self.num_experts * self.hidden_size * self.intermediate_size
+        return len(self.factors) * self.num_experts * self.hidden_size * self.intermediate_size
 
 
 @dataclass(frozen=True)
@@ -162,12 +178,12 @@ class RowIndex:
     """Where the rows of every (factor, expert) stand in the payload.
 
     Attributes:
-        order: ``[3, E, r]`` int64, rank indices by falling width, then rising index.
-        counts: ``[3][E][widths]`` rows of each width, widths in the order given.
-        starts: ``[3][E]`` first payload word of the expert's factor.
+        order: ``[f, E, r]`` int64, rank indices by falling width, then rising index.
+        counts: ``[f][E][widths]`` rows of each width, widths in the order given.
+        starts: ``[f][E]`` first payload word of the expert's factor.
         widths: falling, without 0.
         words: length of the payload.
-        row_starts: ``[3][E]`` stored rows before those of the expert's factor.
+        row_starts: ``[f][E]`` stored rows before those of the expert's factor.
         rows: stored rows.
     """
 
@@ -181,7 +197,7 @@ class RowIndex:
 
 
 def row_widths(row_codes: Tensor, widths: tuple[int, ...]) -> Tensor:
-    """Bits of every row, ``[3, E, r]`` int64."""
+    """Bits of every row, ``[f, E, r]`` int64."""
     table = torch.tensor(widths, device=row_codes.device)
     return table[(row_codes // SCALE_LEVELS).long()]
 
@@ -192,7 +208,7 @@ def experts_without_rows(row_codes: Tensor, widths: tuple[int, ...], experts: tu
 
 
 def index_rows(row_codes: Tensor, widths: tuple[int, ...], shape: LayerShape) -> RowIndex:
-    """Derive order and offsets of all rows from the row codes ``[3, E, r]`` uint8."""
+    """Derive order and offsets of all rows from the row codes ``[f, E, r]`` uint8."""
     bits = row_widths(row_codes, widths)
     falling = tuple(sorted((w for w in widths if w), reverse=True))
     order = torch.argsort(-bits, dim=-1, stable=True)
@@ -212,7 +228,7 @@ def index_rows(row_codes: Tensor, widths: tuple[int, ...], shape: LayerShape) ->
 
 
 def _starts(sizes: Tensor) -> tuple[list[list[int]], int]:
-    """Where pieces of ``sizes`` ``[3, E]`` start, one after another, and where the last ends."""
+    """Where pieces of ``sizes`` ``[f, E]`` start, one after another, and where the last ends."""
     ends = sizes.flatten().cumsum(0)
     return (ends - sizes.flatten()).view_as(sizes).tolist(), int(ends[-1])
 
@@ -233,7 +249,7 @@ def pack_experts(codes: Tensor, row_bits: Tensor) -> list[Tensor]:
 
 
 def pack_row_codes(row_bits: Tensor, scale_codes: Tensor, widths: tuple[int, ...]) -> Tensor:
-    """``[3, E, r]`` uint8 of widths (int64) and scale codes (uint8, below 32)."""
+    """``[f, E, r]`` uint8 of widths (int64) and scale codes (uint8, below 32)."""
     device = row_bits.device
     lookup = torch.zeros(17, dtype=torch.int64, device=device)
     lookup[torch.tensor(widths, device=device)] = torch.arange(len(widths), device=device)
@@ -241,7 +257,7 @@ def pack_row_codes(row_bits: Tensor, scale_codes: Tensor, widths: tuple[int, ...
 
 
 def pack_scale_grid(grid: ScaleGrid) -> Tensor:
-    """``[3, 2, r]`` int16 of the scale grids ``[3, r]`` of gate, up and down."""
+    """``[f, 2, r]`` int16 of the scale grids ``[f, r]`` of all factors."""
     return torch.stack([grid.low, grid.step], 1).view(torch.int16)
 
 
@@ -265,7 +281,7 @@ def unpack_basis(words: Tensor, scales: Tensor, bits: int, columns: int, grid: s
 
 
 def row_scales(row_codes: Tensor, scale_grid: Tensor) -> Tensor:
-    """Scales ``[3, E, r]`` float32 of all rows (of width-0 rows too; they are not used)."""
+    """Scales ``[f, E, r]`` float32 of all rows (of width-0 rows too; they are not used)."""
     grid = scale_grid.view(torch.float16)
     return ScaleGrid(grid[:, 0], grid[:, 1]).decode((row_codes % SCALE_LEVELS).float())
 
@@ -277,7 +293,7 @@ def unpack_rows(
 
     Args:
         payload: ``[words]`` int32.
-        scales: ``[3, E, r]`` float32, from ``row_scales``.
+        scales: ``[f, E, r]`` float32, from ``row_scales``.
         size: intermediate_size.
         grid: one of ``row_codec.GRIDS``.
 
@@ -334,10 +350,11 @@ def fixed_bits(shape: LayerShape, basis_bits: int, basis_group_size: int, input_
     h, r = shape.hidden_size, shape.rank
     columns = h if basis_bits == 16 else row_codec.padded(h)
     scales = 0 if basis_bits == 16 else 16 * r * (h // basis_group_size)
+    factors, input_bases = len(shape.factors), min(input_bases, shape.inputs)
     return {
         "bases": (input_bases + 1) * (r * columns * basis_bits + scales),
-        "row_codes": 8 * 3 * shape.num_experts * r,
-        "scale_grids": 16 * 3 * 2 * r,
+        "row_codes": 8 * factors * shape.num_experts * r,
+        "scale_grids": 16 * factors * 2 * r,
     }
 
 

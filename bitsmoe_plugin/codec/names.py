@@ -2,6 +2,7 @@
 
 FORMAT_VERSION = 2
 FACTORS = ("gate", "up", "down")
+"""Of experts that have a gate; others lack the first."""
 GRIDS = ("trellis", "uniform")
 TILED = "tiled"
 """Grid of converted checkpoints (``codec.tiled``), which nothing is quantized to."""

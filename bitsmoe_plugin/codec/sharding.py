@@ -65,7 +65,7 @@ def shard_shape(shape: LayerShape, shard: Shard) -> LayerShape:
     """Sizes of a shard as a layer of its own."""
     first, last = shard.blocks
     size = min(last * BLOCK, shape.intermediate_size) - first * BLOCK
-    return LayerShape(len(shard.experts), shape.hidden_size, size)
+    return replace(shape, num_experts=len(shard.experts), intermediate_size=size)
 
 
 def slice_packed(
@@ -130,7 +130,7 @@ def _slice_tiles(packed: PackedExperts, index: RowIndex, shard: Shard) -> dict[s
     device = packed.row_gains.device
     rows = [
         index.row_starts[factor][expert] + torch.arange(sum(index.counts[factor][expert]), device=device)
-        for factor in range(3)
+        for factor in range(len(index.counts))
         for expert in shard.experts
     ]
     chosen = torch.cat(rows)
@@ -159,7 +159,7 @@ def _row_bits(index: RowIndex, factor: int, expert: int) -> int:
 
 def _slice_payload(payload: Tensor, index: RowIndex, shape: LayerShape, shard: Shard) -> Tensor:
     first, last = shard.blocks
-    pairs = [(factor, expert) for factor in range(3) for expert in shard.experts]
+    pairs = [(factor, expert) for factor in range(len(index.counts)) for expert in shard.experts]
     sizes = [_row_bits(index, factor, expert) * (last - first) for factor, expert in pairs]
     out = payload.new_empty(sum(sizes))
     for (factor, expert), part in zip(pairs, out.split(sizes), strict=True):
@@ -188,10 +188,10 @@ def _copy_blocks(
     first, last = chosen
     read = written = 0
     for width, count in zip(index.widths, counts, strict=True):
-        words, kept = count * blocks * width, count * (last - first) * width
+        words, taken = count * blocks * width, count * (last - first) * width
         rows = source[read : read + words].view(count, blocks, width)
-        target[written : written + kept].view(count, last - first, width).copy_(rows[:, first:last])
-        read, written = read + words, written + kept
+        target[written : written + taken].view(count, last - first, width).copy_(rows[:, first:last])
+        read, written = read + words, written + taken
 
 
 def local_experts(expert_map: Tensor | None, num_experts: int) -> tuple[int, ...]:

@@ -23,7 +23,7 @@ class PackedSpec:
         widths: of the config, in its order.
         basis_bits: 4, 8 or 16.
         basis_group_size: values per basis scale.
-        input_bases: 1 for gate and up together, 2 for one each.
+        input_bases: 1 for gate and up together (or up alone), 2 for one each.
         payload_words: length of the payload.
         grid: of the rows, see ``row_codec``.
         has_bias: the experts have biases.
@@ -57,7 +57,7 @@ class PackedSpec:
     def tensors(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Name -> (dtype, shape) of every stored tensor, see ``layout``."""
         e, h, r = self.shape.num_experts, self.shape.hidden_size, self.shape.rank
-        dense = self.basis_bits == 16
+        f, inputs, dense = len(self.shape.factors), self.shape.inputs, self.basis_bits == 16
         basis = torch.int16 if dense else torch.int32
 
         def width(columns: int) -> int:
@@ -67,8 +67,8 @@ class PackedSpec:
             return columns // self.basis_group_size
 
         found: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
-            "bitsmoe_row_codes": (torch.uint8, (3, e, r)),
-            "bitsmoe_scale_grid": (torch.int16, (0,) if self.is_tiled else (3, 2, r)),
+            "bitsmoe_row_codes": (torch.uint8, (f, e, r)),
+            "bitsmoe_scale_grid": (torch.int16, (0,) if self.is_tiled else (f, 2, r)),
             "bitsmoe_payload": (torch.int32, (self.payload_words,)),
             "bitsmoe_input_basis": (basis, (self.input_bases * r, width(h))),
             "bitsmoe_input_scales": (torch.int16, (0,) if dense else (self.input_bases * r, groups(h))),
@@ -77,11 +77,14 @@ class PackedSpec:
         }
         i, original = self.shape.intermediate_size, layout.stored_dtype(self.original_dtype)
         if self.has_bias:
-            found |= {"bitsmoe_input_bias": (original, (e, 2, i)), "bitsmoe_output_bias": (original, (e, h))}
+            found |= {
+                "bitsmoe_input_bias": (original, (e, inputs, i)),
+                "bitsmoe_output_bias": (original, (e, h)),
+            }
         if self.kept:
             n = len(self.kept)
             found |= {
-                "bitsmoe_kept_input": (original, (n, 2, i, h)),
+                "bitsmoe_kept_input": (original, (n, inputs, i, h)),
                 "bitsmoe_kept_output": (original, (n, h, i)),
             }
         if self.is_tiled:
@@ -96,7 +99,7 @@ class PackedSpec:
         return stored.view(layout.ORIGINAL_DTYPES[self.original_dtype])
 
     def check_rows(self, name: str, row_codes: Tensor) -> None:
-        """Refuse row codes ``[3, E, r]`` that do not describe the other tensors.
+        """Refuse row codes ``[f, E, r]`` that do not describe the other tensors.
 
         Args:
             name: of the layer, for errors.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -25,15 +24,18 @@ from bitsmoe_plugin.allocation.super_expert_policy import (
     row_groups,
 )
 from bitsmoe_plugin.base.process_state import known_state
+from bitsmoe_plugin.base.sizes import readable_size as _size
 from bitsmoe_plugin.commands.estimate_resources import Workload, peak_memory, rough_seconds
 from bitsmoe_plugin.commands.tables import table_console
-from bitsmoe_plugin.config import BitsMoEConfig
+from bitsmoe_plugin.config import QUANT_METHOD, BitsMoEConfig
 from bitsmoe_plugin.errors import CheckpointError, QuantizationError
 from bitsmoe_plugin.models.dense_layers import planned_schemes
 from bitsmoe_plugin.models.expert_source import LoadedExperts
 from bitsmoe_plugin.models.families import layout_of
 from bitsmoe_plugin.models.files import read_header, read_model_config
 from bitsmoe_plugin.models.json_objects import read_object
+from bitsmoe_plugin.models.low_precision import method_of, stored_settings
+from bitsmoe_plugin.models.low_precision_source import LowPrecisionSource, source_in
 from bitsmoe_plugin.models.model_class import auto_class
 from bitsmoe_plugin.models.source_tensors import check_source, folder_dtypes
 from bitsmoe_plugin.models.stored_names import StoredNames
@@ -43,6 +45,8 @@ _HEADER_BYTES = 128
 """Per tensor in the header of a safetensors file; 110 to 120 measured, more with longer names."""
 _PACKED_TENSORS = 7
 _DTYPES = {2: torch.bfloat16, 4: torch.float32}
+_LOW_PRECISION = 0.5
+"""Bytes per weight, at least, of what is stored in low precision."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,10 @@ class Estimate:
         other_bytes: everything that is not quantized.
         checkpoint_bytes: the packed checkpoint's safetensors files.
         unquantized_bytes: the tensors that stand in the model's files now.
+        source: ``quant_method`` of these files; None: they are not quantized.
+        source_bits_per_weight: in which expert weights are stored there, with their scales; None: the files
+            are not all here, or are not quantized.
+        source_other_bytes: all that is no expert, as it is stored there; None: likewise.
         memory: at the peak of quantization, by part; see ``estimate_resources.peak_memory``.
         peak_memory_bytes: their sum.
         seconds: order of magnitude on this machine; None if unknown.
@@ -81,6 +89,9 @@ class Estimate:
     other_bytes: int
     checkpoint_bytes: int
     unquantized_bytes: int
+    source: str | None
+    source_bits_per_weight: float | None
+    source_other_bytes: int | None
     memory: dict[str, int]
     peak_memory_bytes: int
     seconds: float | None
@@ -117,19 +128,23 @@ def _model_config(directory: Path) -> Any:
     except (ValueError, KeyError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())
         raise QuantizationError(f"{directory / 'config.json'} cannot be used: {reason}") from error
-    method = (getattr(config, "quantization_config", None) or {}).get("quant_method")
-    if method:
+    settings = stored_settings(config)
+    if settings is not None and method_of(settings) == QUANT_METHOD:
         raise QuantizationError(
-            f"{directory} is quantized already (quant_method {method!r}); an unquantized model is needed"
+            f"{directory} is quantized already (quant_method {QUANT_METHOD!r}); the model that it was "
+            "made from is needed"
         )
     return config
 
 
-def empty_model(directory: Path, stored: int) -> Any:
+def empty_model(directory: Path, stored: int) -> tuple[Any, LowPrecisionSource | None]:
     """The model on the meta device: all shapes and dtypes, no weights.
 
     Args:
         stored: bytes of its tensors in the files; settles the dtype if config.json names none.
+
+    Returns:
+        the model, and its files if they are in low precision and all here.
 
     Raises:
         QuantizationError: config.json is unusable, or describes another model than the files.
@@ -142,15 +157,19 @@ def empty_model(directory: Path, stored: int) -> Any:
         raise
     except ValueError as error:
         raise QuantizationError(f"model type {config.model_type!r} is no language model: {error}") from error
-    check_source(StoredNames(model), folder_dtypes(directory))
+    settings, source = stored_settings(config), None
+    if settings is None:
+        check_source(StoredNames(model), folder_dtypes(directory))
+    else:
+        source = source_in(directory, model, settings)
     weights = sum(tensor.numel() for tensor in _tensors(model))
     itemsize = stored / weights
-    if itemsize < 0.95 * min(_DTYPES):
+    if itemsize < 0.95 * (min(_DTYPES) if settings is None else _LOW_PRECISION):
         raise QuantizationError(
             f"config.json of {directory} describes {weights:,} weights, but the files hold {stored:,} bytes, "
             f"{itemsize:.2f} per weight; they do not belong together"
         )
-    return model if config.dtype else model.to(_DTYPES[2 if itemsize < 3 else 4])
+    return (model if config.dtype else model.to(_DTYPES[2 if itemsize < 3 else 4])), source
 
 
 def _tensors(model: nn.Module) -> list[torch.Tensor]:
@@ -197,7 +216,8 @@ def estimate(directory: Path, config: BitsMoEConfig) -> Estimate:
     """
     config = BitsMoEConfig.checked_copy(config)
     stored = stored_bytes(Path(directory))
-    model = empty_model(Path(directory), stored)
+    model, files = empty_model(Path(directory), stored)
+    settings = stored_settings(model.config)
     source = LoadedExperts(model)
     choices = uniform_choices(model, source, config) if config.size or config.fit else {}
     if config.size or config.fit:
@@ -210,7 +230,7 @@ def estimate(directory: Path, config: BitsMoEConfig) -> Estimate:
     payload = sum(group.payload_bits for group in groups)
     parts = {part: bits // 8 for part, bits in {"payload": payload, **budget.fixed}.items()}
     expert_bytes, floor = sum(parts.values()), find_floor(shapes, config, sum(bias_bits(source)))
-    experts = {id(tensor) for layer in layers for tensor in layer.module.parameters()}
+    experts = {id(tensor) for layer in layers for tensor in layer.module.parameters(recurse=False)}
     others = [tensor for tensor in _tensors(model) if id(tensor) not in experts]
     schemes = planned_schemes(model, layers, config)
     other_bytes = sum(map(_bytes, others)) - dense_bytes_saved(model, schemes)
@@ -229,6 +249,9 @@ def estimate(directory: Path, config: BitsMoEConfig) -> Estimate:
         other_bytes=other_bytes,
         checkpoint_bytes=expert_bytes + other_bytes + header,
         unquantized_bytes=stored,
+        source=None if settings is None else method_of(settings),
+        source_bits_per_weight=None if files is None else 8 * files.expert_bytes / budget.weights,
+        source_other_bytes=None if files is None else files.other_bytes,
         memory=memory,
         peak_memory_bytes=sum(memory.values()),
         seconds=rough_seconds(work, config),
@@ -249,12 +272,6 @@ def _at_size(
         config.bits = (rows.payload_bits + sum(rows.fixed.values())) / rows.weights
     config.size = config.fit = None
     return config
-
-
-def _size(size: int) -> str:
-    """In the largest decimal unit that leaves at least 1."""
-    unit = min(3, int(math.log10(max(size, 1)) // 3))
-    return f"{size / 1000**unit:.{3 if unit else 0}f} {('B', 'kB', 'MB', 'GB')[unit]}"
 
 
 def print_estimate(result: Estimate, stream: TextIO) -> None:
@@ -293,5 +310,15 @@ def _storage_table(result: Estimate) -> Table:
     table.add_row("experts", _size(result.expert_bytes), f"{result.bits_per_weight:.4f}", style="bold")
     table.add_row("everything else", _size(result.other_bytes))
     table.add_row("packed checkpoint", _size(result.checkpoint_bytes), style="bold")
-    table.add_row("unquantized checkpoint", _size(result.unquantized_bytes))
+    if result.source is None:
+        table.add_row("unquantized checkpoint", _size(result.unquantized_bytes))
+        return table
+    bits = result.source_bits_per_weight
+    table.add_row(
+        f"source, in {result.source}",
+        _size(result.unquantized_bytes),
+        None if bits is None else f"{bits:.4f}",
+    )
+    if result.source_other_bytes is not None:
+        table.add_row("everything else in the source", _size(result.source_other_bytes))
     return table

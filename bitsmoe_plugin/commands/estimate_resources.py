@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from bitsmoe_plugin.base import native
 from bitsmoe_plugin.base.devices import CPU_WORKING_SET
 from bitsmoe_plugin.codec.layout import LayerShape
 from bitsmoe_plugin.config import BitsMoEConfig
@@ -27,6 +28,8 @@ _NEURON_VALUES = 9
 """Values in float32 per neuron and token while an expert's activations are computed."""
 _SECONDS_PER_WEIGHT = 6e-7
 """Pricing, rounding and packing without their matrix products, one core with AVX-512 (``bench quantize``)."""
+_WITHOUT_KERNELS = 20
+"""How many times as long that takes in plain torch."""
 
 
 @dataclass(frozen=True)
@@ -84,9 +87,9 @@ def peak_memory(work: Workload, config: BitsMoEConfig) -> dict[str, int]:
 
 def _plan_bytes(shape: LayerShape, config: BitsMoEConfig) -> int:
     """``layer_plan.LayerPlan``: costs and energies in float32, codes of the bases."""
-    rows = 3 * shape.num_experts * shape.rank * (len(config.widths) + 1)
+    rows = len(shape.factors) * shape.num_experts * shape.rank * (len(config.widths) + 1)
     code = 2 if config.basis_bits == 16 else 1
-    return 4 * rows + code * (config.input_bases + 1) * shape.rank * shape.hidden_size
+    return 4 * rows + code * (min(config.input_bases, shape.inputs) + 1) * shape.rank * shape.hidden_size
 
 
 def _layer_bytes(shape: LayerShape, tokens: int, bits: float, input_bases: int) -> int:
@@ -97,12 +100,13 @@ def _layer_bytes(shape: LayerShape, tokens: int, bits: float, input_bases: int) 
     Of a group of experts: gate and up as factors, what is left of them, codes and values; feedback twice
     (while it is stacked).
     """
+    input_bases = min(input_bases, shape.inputs)
     covariance = input_bases * shape.rank**2
     group = min(shape.num_experts, max(1, CPU_WORKING_SET // covariance))
-    kept = 4 * shape.weights // 3 + 4 * shape.num_experts * shape.intermediate_size**2
+    kept = 4 * shape.weights // len(shape.factors) + 4 * shape.num_experts * shape.intermediate_size**2
     kept += 12 * 4 * shape.hidden_size**2 + 4 * tokens * input_bases * shape.rank
     kept += int(bits * shape.weights / 8)
-    rows = 2 * group * shape.rank * shape.intermediate_size
+    rows = shape.inputs * group * shape.rank * shape.intermediate_size
     return kept + 4 * 4 * rows + 2 * 4 * group * covariance
 
 
@@ -112,7 +116,9 @@ def _shown_bytes(shape: LayerShape, tokens: int, config: BitsMoEConfig) -> int:
     if not config.all_experts:
         return 0
     h, i = shape.hidden_size, shape.intermediate_size
-    return tokens * (12 * shape.num_experts + 4 * ((1 + config.input_bases) * h + _NEURON_VALUES * i))
+    return tokens * (
+        12 * shape.num_experts + 4 * ((1 + min(config.input_bases, shape.inputs)) * h + _NEURON_VALUES * i)
+    )
 
 
 def rough_seconds(work: Workload, config: BitsMoEConfig) -> float | None:
@@ -128,7 +134,8 @@ def rough_seconds(work: Workload, config: BitsMoEConfig) -> float | None:
     flops += sum(_layer_flops(shape, work.tokens, work.experts_per_token) for shape in work.shapes)
     if config.all_experts:
         flops += sum(_shown_flops(shape, work.tokens, work.experts_per_token) for shape in work.shapes)
-    return _SECONDS_PER_WEIGHT * weights / torch.get_num_threads() + flops / _matmul_speed()
+    slower = 1 if native.library() is not None else _WITHOUT_KERNELS
+    return slower * _SECONDS_PER_WEIGHT * weights / torch.get_num_threads() + flops / _matmul_speed()
 
 
 def _layer_flops(shape: LayerShape, tokens: int, experts_per_token: int) -> int:

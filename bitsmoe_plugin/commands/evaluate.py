@@ -21,7 +21,7 @@ from bitsmoe_plugin.calibration.text import check_vocabulary, joined_documents
 from bitsmoe_plugin.commands.defaults import BLOCK
 from bitsmoe_plugin.commands.tables import table_console
 from bitsmoe_plugin.errors import ConfigError, QuantizationError
-from bitsmoe_plugin.models.model_class import load_model
+from bitsmoe_plugin.models.model_class import load_model, text_model
 from bitsmoe_plugin.models.model_source import ModelSource
 from bitsmoe_plugin.models.tokenizer import load_tokenizer
 
@@ -187,7 +187,7 @@ def _strided(domain: str, tokens: Tensor, length: int, stride: int) -> list[Eval
 
 def _log_probs(model: nn.Module, batch: Tensor, scored: int) -> Tensor:
     """Of the last tokens, ``[batch, scored, vocabulary]``; softmax in float32."""
-    logits = model(input_ids=batch, use_cache=False).logits[:, -1 - scored : -1]
+    logits = text_model(model)(input_ids=batch, use_cache=False).logits[:, -1 - scored : -1]
     return logits.float().log_softmax(-1)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bitsmoe_plugin.errors import ConfigError
+from bitsmoe_plugin.models.model_class import text_model
 
 try:
     from lm_eval import simple_evaluate
@@ -28,7 +29,7 @@ def language_model(model: Any, tokenizer: Any, batch_size: int) -> HFLM:
     to tell two answers, or two quantized models, apart.
     """
     return HFLM(
-        pretrained=model,
+        pretrained=text_model(model),
         tokenizer=tokenizer,
         batch_size=batch_size,
         softmax_dtype="float32",

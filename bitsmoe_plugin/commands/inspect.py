@@ -41,7 +41,7 @@ _PARTS = {
 }
 
 _ALIKE = ("row_codes", "scale_grid", "kept_input", "kept_output")
-"""Tensors of which each projection has a third."""
+"""Tensors of which each projection has an equal part."""
 
 
 def inspect_checkpoint(directory: Path) -> dict[str, Any]:
@@ -69,6 +69,7 @@ def inspect_checkpoint(directory: Path) -> dict[str, Any]:
     specs = files.specs
     parts: Counter[str] = Counter()
     projections: Counter[str] = Counter()
+    total_of: Counter[str] = Counter()
     layers: dict[str, Any] = {}
     weights = 0
     for layer, spec in specs.items():
@@ -81,13 +82,14 @@ def inspect_checkpoint(directory: Path) -> dict[str, Any]:
         widths = layout.row_widths(files.read(layer).row_codes, config.widths)
         rows = _projection_bits(spec, widths)
         projections.update(rows)
+        total_of.update(dict.fromkeys(rows, spec.shape.weights // len(rows)))
         layers[layer] = {
             **measured(config.layers[layer]),  # first, so that it replaces nothing of what was counted
             "bits_per_weight": size / spec.shape.weights,
-            "projections": {factor: 3 * bits / spec.shape.weights for factor, bits in rows.items()},
+            "projections": {factor: len(rows) * bits / spec.shape.weights for factor, bits in rows.items()},
             "widths": {
                 factor: {str(w): int((widths[i] == w).sum()) for w in config.widths}
-                for i, factor in enumerate(layout.FACTORS)
+                for i, factor in enumerate(spec.shape.factors)
             },
             "expert_bits": widths.double().mean((0, 2)).tolist(),
             "kept_experts": list(spec.kept),
@@ -99,7 +101,7 @@ def inspect_checkpoint(directory: Path) -> dict[str, Any]:
         "expert_bytes": total // 8,
         "expert_weights": weights,
         "parts": {part: bits / weights for part, bits in parts.items()},
-        "projections": {factor: 3 * bits / weights for factor, bits in projections.items()},
+        "projections": {factor: bits / total_of[factor] for factor, bits in projections.items()},
         "calibration": config.calibration,
         "layers": layers,
         **whole_model(Path(directory), files, paths),
@@ -110,16 +112,16 @@ def _projection_bits(spec: PackedSpec, widths: Tensor) -> dict[str, int]:
     """What is stored for each projection alone: its rows with their codes and scales, and kept experts.
 
     Args:
-        widths: ``[3, E, r]`` bits of the rows.
+        widths: ``[f, E, r]`` bits of the rows.
     """
     sizes = {name: 8 * dtype.itemsize * math.prod(shape) for name, (dtype, shape) in spec.tensors().items()}
-    alike = sum(sizes.get(f"bitsmoe_{name}", 0) for name in _ALIKE) // len(layout.FACTORS)
+    alike = sum(sizes.get(f"bitsmoe_{name}", 0) for name in _ALIKE) // len(spec.shape.factors)
     scales = sum(sizes.get(f"bitsmoe_{name}", 0) for name in ("tile_scales", "row_gains"))
     stored = (widths > 0).sum((1, 2)).tolist()
     payload = (BLOCK * spec.shape.blocks * widths.sum((1, 2))).tolist()
     return {
         factor: alike + payload[i] + scales * stored[i] // max(1, sum(stored))
-        for i, factor in enumerate(layout.FACTORS)
+        for i, factor in enumerate(spec.shape.factors)
     }
 
 
@@ -177,7 +179,7 @@ def print_inspection(report: dict[str, Any], stream: TextIO) -> None:
     for position, (name, layer) in enumerate(report["layers"].items()):
         summary = _layer_summary(layer)
         for factor, histogram in layer["widths"].items():
-            first = factor == layout.FACTORS[0]
+            first = factor == next(iter(layer["widths"]))
             total = sum(histogram.values())
             table.add_row(
                 layer_label(name, position) if first else "",

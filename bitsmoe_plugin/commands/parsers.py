@@ -65,6 +65,11 @@ Convert a model that the authors of BitsMoE released
 (zjiayu064/...-BitsMoE-2bit) to one that loads in transformers and vLLM,
 without loss.
 """,
+    "env": """\
+Print what decides how fast this installation is, for bug reports: where the
+package was found, which compiled kernels run, how many threads may be busy,
+and versions.
+""",
     "doctor": """\
 Check versions, packages that do not fit torch, compiled code, and that vLLM's
 build for CPUs is found by the name that vLLM looks for (--fix sees to that).
@@ -137,6 +142,11 @@ def _add_method(parser: Any) -> None:
     parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help=text)
 
 
+def add_allow_slow(parser: Any) -> None:
+    """``--allow-slow``, of every command that quantizes."""
+    parser.add_argument("--allow-slow", action="store_true", help=OPTIONS["allow_slow"].help)
+
+
 def add_estimate(commands: Any, run: Run) -> None:
     parser = _add_command(
         commands,
@@ -166,6 +176,7 @@ def add_quantize(commands: Any, run: Run) -> None:
     _add_calibration(parser)
     _add_method(parser)
     _add_device(parser, "; with several processes each takes its own GPU")
+    add_allow_slow(parser)
     text = "afterwards measure the perplexity of the packed model on this text, and tell it in the model card"
     parser.add_argument("--eval", metavar="FILE", help=text)
     text = "also write OUT/report/report.html, see `bitsmoe report`"
@@ -270,6 +281,7 @@ def add_compare(commands: Any, run: Run) -> None:
     parser.add_argument("--checkpoint", metavar="DIR", help=text)
     parser.add_argument("--prompt", metavar="TEXT", help="also let each of them continue this text")
     _add_number(parser, "--new-tokens", "length of the continuation", 40)
+    add_allow_slow(parser)
     add_source(parser)
     _add_json(parser)
 
@@ -306,6 +318,12 @@ def add_doctor(commands: Any, run: Run) -> None:
     summary = "what is wrong with the installation, and what to do"
     parser = _add_command(commands, run, "doctor", summary, "--fix")
     parser.add_argument("--fix", action="store_true", help="do what a program can do about it")
+
+
+def add_env(commands: Any, run: Run) -> None:
+    summary = "where the package is, its kernels, threads and versions"
+    parser = _add_command(commands, run, "env", summary, "--json")
+    _add_json(parser)
 
 
 def add_bench(commands: Any) -> None:

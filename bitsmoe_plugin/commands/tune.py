@@ -16,6 +16,7 @@ from bitsmoe_plugin.commands.quantize import write_checkpoint
 from bitsmoe_plugin.config import BitsMoEConfig
 from bitsmoe_plugin.errors import QuantizationError
 from bitsmoe_plugin.models.model_source import ModelSource
+from bitsmoe_plugin.models.side_files import side_files
 from bitsmoe_plugin.models.tokenizer import load_tokenizer
 from bitsmoe_plugin.pipeline.tune_scales import Tuning, TuningSettings, tune
 
@@ -52,6 +53,7 @@ def tune_to_directory(
     documents = load_documents(dataset, max_tokens=calibration_tokens, sequence_length=sequence_length)
     tokenizer = load_tokenizer(packed_source)
     saved = copy.deepcopy(tokenizer)  # encoding leaves traces, which should not be saved
+    beside_weights = side_files(packed_source)
     work = out.with_name(f"{out.name}.work")
     with staging(work):  # from the start: what cannot be written should not show at the end
         packed = load_for_evaluation(packed_source, device)
@@ -72,5 +74,6 @@ def tune_to_directory(
                 "rate"
             )
         with writing(out):
-            write_checkpoint(packed.to("cpu"), saved, origin.name, dataset, work / OUTPUT, out)
+            partial = work / OUTPUT
+            write_checkpoint(packed.to("cpu"), saved, origin.name, dataset, partial, out, beside_weights)
     return result

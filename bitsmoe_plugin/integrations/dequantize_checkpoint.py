@@ -24,19 +24,21 @@ from bitsmoe_plugin.checkpoint.other_tensors import tied_by_record, verify_other
 from bitsmoe_plugin.checkpoint.packed_files import PackedFiles
 from bitsmoe_plugin.checkpoint.read import read_config
 from bitsmoe_plugin.errors import CheckpointError, ConfigError
+from bitsmoe_plugin.integrations.kept_names import keep_layer_names
 from bitsmoe_plugin.integrations.packed_loading import stored_names
 from bitsmoe_plugin.models.families import MoELayer, find_moe_layers, fused_parameters
 from bitsmoe_plugin.models.files import INDEX, SINGLE, open_tensors, safetensors_files
 from bitsmoe_plugin.models.json_objects import read_object
 from bitsmoe_plugin.models.model_class import auto_class
+from bitsmoe_plugin.models.model_source import ModelSource
+from bitsmoe_plugin.models.side_files import copy_side_files, side_files
+from bitsmoe_plugin.models.stored_names import StoredNames
 from bitsmoe_plugin.runtime.decoding import decode_biases, decode_weights
 from bitsmoe_plugin.runtime.dense_linear import read_weight
 
 DTYPES = ("bfloat16", "float16", "float32")
 FILE_BYTES = 2**32
 """Files are written once they have this size, or with a single larger layer."""
-_NOT_COPIED = ("config.json", INDEX, "README.md")
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 
 
 def dequantize_checkpoint(source: Path, out: Path, dtype: str | None = None) -> None:
@@ -67,6 +69,7 @@ def dequantize_checkpoint(source: Path, out: Path, dtype: str | None = None) -> 
     recorded = manifest.other_tensors
     verify_others(files, recorded, manifest.other_tensors_in_model, tied_by_record(recorded))
     conversion = _Conversion.plan(source, packed, dtype)
+    beside_weights = side_files(ModelSource(name=str(source)))
     work = out.with_name(f"{out.name}.work")
     with staging(work), writing(out):
         partial = work / OUTPUT
@@ -77,7 +80,7 @@ def dequantize_checkpoint(source: Path, out: Path, dtype: str | None = None) -> 
         for tensors in conversion.tensors(files):
             shards.add(tensors)
         shards.finish()
-        _copy_rest(source, partial)
+        copy_side_files(beside_weights, partial)
         text = json.dumps(conversion.config, indent=2) + "\n"
         (partial / "config.json").write_text(text, encoding="utf-8")
         publish(partial, out)
@@ -109,6 +112,8 @@ class _Conversion:
         del config["quantization_config"]
         model, former = _empty_model(source)
         layers = {layer.name: layer for layer in find_moe_layers(model)}
+        first = next(iter(layers.values())).layer_name
+        keep_layer_names(model, first, StoredNames(model), safetensors_files(source))
         stored = stored_names(list(layers), packed.config)
         if len(stored) != len(layers) or set(stored.values()) != set(packed.specs):
             raise CheckpointError(
@@ -210,10 +215,3 @@ class _Shards:
             size = sum(sum(tensors.values()) for tensors in self.written)
             text = json.dumps({"metadata": {"total_size": size}, "weight_map": where}, indent=2) + "\n"
             (self.directory / INDEX).write_text(text, encoding="utf-8")
-
-
-def _copy_rest(source: Path, partial: Path) -> None:
-    """Tokenizer, generation defaults, chat template, licence; not the model card, which is of packed ones."""
-    for path in sorted(source.iterdir()):
-        if path.is_file() and path.name not in _NOT_COPIED and path.suffix not in _WEIGHTS:
-            shutil.copyfile(path, partial / path.name)

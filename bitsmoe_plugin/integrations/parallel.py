@@ -80,7 +80,7 @@ class SplitLayers:
             module.to(device)
             if by != WHOLE:
                 first = shard.experts[0]
-                module.forward = partial(summed_forward, module.forward, group, first, len(shard.experts))
+                module.routed = partial(summed_forward, module.routed, group, first, len(shard.experts))
 
     def whole_tensors(self, model: Any) -> Iterator[tuple[str, Tensor]]:
         """Name and value of the packed tensors of all processes together, from the files.
@@ -214,7 +214,7 @@ def summed_forward(
         group: the processes.
         first: id of the first expert of this process in the whole layer.
         experts: number of experts of this process.
-        hidden, routing: see ``BitsMoEExperts.forward``, with ids of the whole layer.
+        hidden, routing: see ``BitsMoEExperts.routed``, with ids of the whole layer.
     """
     hidden = _SumOfGradients.apply(_local(hidden), group)
     if routing:

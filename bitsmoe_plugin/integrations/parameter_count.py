@@ -51,10 +51,16 @@ def num_parameters(model: Any, only_trainable: bool = False, exclude_embeddings:
     if only_trainable:
         return count
     packed = [module for module in model.modules() if isinstance(module, BitsMoEExperts)]
-    return count + sum(_original(module) - sum(p.numel() for p in module.parameters()) for module in packed)
+    return count + sum(_original(module) - _packed(module) for module in packed)
+
+
+def _packed(module: BitsMoEExperts) -> int:
+    return sum(tensor.numel() for _, tensor in module.packed().tensors())
 
 
 def _original(module: BitsMoEExperts) -> int:
     shape = module.whole_shape
-    biases = shape.num_experts * (2 * shape.intermediate_size + shape.hidden_size)
-    return shape.weights + (biases if module.spec.has_bias else 0)
+    biases = shape.num_experts * (shape.inputs * shape.intermediate_size + shape.hidden_size)
+    # Rows of the fused parameter that stand for experts which compute nothing.
+    unused = getattr(module.original, "zero_expert_num", 0) * shape.inputs * shape.intermediate_size
+    return shape.weights + (biases if module.spec.has_bias else 0) + unused * shape.hidden_size

@@ -16,11 +16,16 @@ from bitsmoe_plugin.pipeline.size_budget import whole_budget
 
 
 def planned_source(
-    model: nn.Module, files: list[str], config: BitsMoEConfig, carried_bytes: int = 0
+    model: nn.Module,
+    files: list[str],
+    config: BitsMoEConfig,
+    quantizer: Any = None,
+    carried_bytes: int = 0,
 ) -> ExpertSource:
     """Where the experts' weights will come from, for a model that is not loaded yet.
 
     Args:
+        quantizer: of transformers, if the files are in low precision.
         carried_bytes: see ``quantize_model``.
 
     Raises:
@@ -28,7 +33,7 @@ def planned_source(
         ConfigError: see ``planned_dense``.
     """
     if files and can_stream(files):
-        source: ExpertSource = StreamedExperts(model, files)
+        source: ExpertSource = StreamedExperts(model, files, quantizer)
     else:
         source = LoadedExperts(model)
         warnings.warn(

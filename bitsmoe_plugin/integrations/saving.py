@@ -7,7 +7,7 @@ on names alone, so it can be tried on tensors without data.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -22,6 +22,7 @@ from bitsmoe_plugin.integrations.spread_state import in_parts
 from bitsmoe_plugin.models.families import MoELayer
 from bitsmoe_plugin.models.layer_names import decoder_layer, stored_key
 from bitsmoe_plugin.models.stand_ins import is_stand_in, stand_in
+from bitsmoe_plugin.models.stored_names import StoredNames
 from bitsmoe_plugin.runtime.dense_linear import stored_names
 
 _PROBE = "bitsmoe_payload"
@@ -128,12 +129,22 @@ def check_save(model: Any, layers: Sequence[MoELayer], carried: Mapping[str, Ten
     found = {id(tensor): name for name, tensor in saved.items()}
     for name, tensor in packed.items():
         _check_packed_name(name, found.get(id(tensor), ""))
+    _check_found_again(model, saved.keys() - {found.get(id(t)) for t in packed.values()} - carried.keys())
     lost = sorted(carried.keys() - saved.keys())
     if lost:
         raise QuantizationError(
             f"{', '.join(lost[:3])} would get other names on saving; remove such tensors from a copy of the "
             "model's files first"
         )
+
+
+def _check_found_again(model: Any, saved: Iterable[str]) -> None:
+    """Refuse names that are read by the rules of a key_mapping alone."""
+    names = StoredNames(model)
+    names.use_rules_of_class(model)
+    lost = sorted(n for n in saved if not names.holds(names.target(n)) and not names.is_ignored(n))
+    if lost:
+        raise QuantizationError(_not_found_again("a tensor", lost[0]))
 
 
 def _empty(tensor: Tensor) -> Tensor:
@@ -143,11 +154,15 @@ def _empty(tensor: Tensor) -> Tensor:
 def _check_packed_name(name: str, saved: str) -> None:
     wanted = (decoder_layer(name.rpartition(".")[0]), _PROBE)
     if stored_key(saved) != wanted:
-        raise QuantizationError(
-            f"{name} would be saved as {saved or 'nothing'}, where it would not be found again without what "
-            "renamed it (key_mapping?); save the model under transformers' own names first "
-            "(save_original_format=False) and quantize that"
-        )
+        raise QuantizationError(_not_found_again(name, saved or "nothing"))
+
+
+def _not_found_again(name: str, saved: str) -> str:
+    return (
+        f"{name} would be saved as {saved}, where it would not be found again without what renamed it "
+        "(key_mapping?); save the model under transformers' own names first (save_original_format=False) and "
+        "quantize that"
+    )
 
 
 def _try_configs(model: Any) -> None:

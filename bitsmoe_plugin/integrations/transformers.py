@@ -23,6 +23,7 @@ from bitsmoe_plugin.config import QUANT_METHOD, BitsMoEConfig
 from bitsmoe_plugin.errors import ConfigError
 
 if TYPE_CHECKING:
+    from bitsmoe_plugin.calibration.blocks import Blocks
     from bitsmoe_plugin.codec.dense import DenseScheme
     from bitsmoe_plugin.commands.quantize import quantize_to_directory
     from bitsmoe_plugin.integrations.parallel import SplitLayers
@@ -48,12 +49,18 @@ class BitsMoEQuantizer(HfQuantizer):
 
     def __init__(self, quantization_config: BitsMoEConfig, **kwargs: Any) -> None:
         from bitsmoe_plugin.checkpoint.carried_tensors import CarriedTensors
+        from bitsmoe_plugin.integrations.low_precision_loading import LowPrecisionLoading
 
+        # With a checkpoint in low precision pre_quantized stays true: transformers' loader asks then in which
+        # dtype tensors are wanted.
+        self._low = LowPrecisionLoading.of(quantization_config)
+        quantization_config = self._low.options if self._low else quantization_config
         # A copy, because the manifest of this model is written into it: one config object given to
         # two models must not end up describing the second in both.
         super().__init__(BitsMoEConfig.checked_copy(quantization_config), **kwargs)
+        self._packed = self.pre_quantized and self._low is None
         self._source: ExpertSource | None = None
-        self._blocks: Tensor | None = None
+        self._blocks: Blocks | None = None
         self._carried = CarriedTensors({})
         self._split: SplitLayers | None = None
         self._device_map: Any = None
@@ -67,20 +74,30 @@ class BitsMoEQuantizer(HfQuantizer):
         """
         from bitsmoe_plugin.integrations.offloading import check_for_quantization
 
-        if not self.pre_quantized:
+        if not self._packed:
             check_for_quantization(kwargs.get("device_map"), None)
-        if not self.pre_quantized and self.quantization_config.dataset is None:
+        if not self._packed and self.quantization_config.dataset is None:
             raise ConfigError(
                 "BitsMoEConfig: dataset=None is not allowed when a model is quantized; give calibration "
                 "text as a list of strings, a list of token id lists, a datasets.Dataset, or a path to a "
                 ".txt or .jsonl file"
             )
+        if not self.pre_quantized:
+            self._refuse_slow(kwargs.get("device_map"))
+
+    def _refuse_slow(self, device_map: Any) -> None:
+        """Refuse to quantize without compiled kernels, where it is known on what device."""
+        from bitsmoe_plugin.codec.backends import refuse_slow
+
+        if device_map is None or isinstance(device_map, dict):
+            devices = {str(device) for device in (device_map or {"": "cpu"}).values()}
+            refuse_slow("cpu" if devices <= {"cpu"} else "cuda", self.quantization_config.allow_slow)
 
     def update_attn_implementation(self, config: Any) -> Any:
         """Refuse absurd sizes: no other hook sees config.json before a model is built from it."""
         from bitsmoe_plugin.checkpoint.model_sizes import check_model_sizes
 
-        if self.pre_quantized:
+        if self._packed:
             check_model_sizes(config.to_dict(), self.quantization_config)
         return config
 
@@ -88,7 +105,7 @@ class BitsMoEQuantizer(HfQuantizer):
         self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
         self._device_map = kwargs.get("device_map")
-        if self.pre_quantized:
+        if self._packed:
             from bitsmoe_plugin.integrations.dense_loading import empty_linears
             from bitsmoe_plugin.integrations.packed_loading import check_files, replace_experts
             from bitsmoe_plugin.models.stored_names import StoredNames
@@ -97,7 +114,9 @@ class BitsMoEQuantizer(HfQuantizer):
             check_files(model, files, config)
             self._dense = empty_linears(model, config, self._device_map)
             # Before experts are taken out: what the model has no name for is found by what it has.
-            self._carry(StoredNames(model), files)
+            names = StoredNames(model)
+            self._carry(model, names, files)
+            self._stored = names, files
             self._split = replace_experts(model, files, config)
         else:
             self._plan(model, checkpoint_files)
@@ -105,6 +124,7 @@ class BitsMoEQuantizer(HfQuantizer):
     def _plan(self, model: nn.Module, files: list[str] | None) -> None:
         """Refuse what cannot be quantized before weights are read."""
         from bitsmoe_plugin.integrations.calibration_blocks import calibration_blocks
+        from bitsmoe_plugin.integrations.low_precision_loading import unknown_method
         from bitsmoe_plugin.integrations.offloading import check_for_quantization
         from bitsmoe_plugin.integrations.parallel import distributed_config
         from bitsmoe_plugin.integrations.quantize_on_load import planned_source
@@ -112,19 +132,25 @@ class BitsMoEQuantizer(HfQuantizer):
         from bitsmoe_plugin.models.stored_names import StoredNames
 
         check_for_quantization(self._device_map, distributed_config(model))
-        names = StoredNames(model)
-        check_source(names, stored_dtypes(files or []))
-        self._carry(names, files or [])
+        if self._low is not None:
+            names = self._low.plan(model, files or [])
+        else:
+            names = StoredNames(model)
+            check_source(names, stored_dtypes(files or []), method=unknown_method(files or []))
+        self._carry(model, names, files or [])
         self._stored = names, files or []
-        self._source = planned_source(model, files or [], self.quantization_config, self._carried.bytes())
+        quantizer = self._low.quantizer if self._low else None
+        carried = self._carried.bytes()
+        self._source = planned_source(model, files or [], self.quantization_config, quantizer, carried)
         self._blocks = calibration_blocks(model, self.quantization_config, files)
 
-    def _carry(self, names: StoredNames, files: list[str]) -> None:
+    def _carry(self, model: Any, names: StoredNames, files: list[str]) -> None:
         """Keep what predicts and the model does not load, to save it with the model."""
         from bitsmoe_plugin.checkpoint.carried_tensors import CarriedTensors
         from bitsmoe_plugin.models.stored_names import without_module
 
-        self._carried = CarriedTensors(without_module(names, files)[0])
+        places = without_module(names, files)[0]
+        self._carried = self._low.carried(places, model) if self._low else CarriedTensors(places)
 
     @known_state()
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
@@ -137,13 +163,14 @@ class BitsMoEQuantizer(HfQuantizer):
         model.add_model_tags(list(TAGS))  # of the card that transformers writes on push_to_hub
         count_original_parameters(model)
         train_others_only(model)
-        if not self.pre_quantized:
+        if not self._packed:
             self._quantize(model)
         elif self._split is not None:
             self._split.load(model)
         else:
             verify_layers(model, self.quantization_config, self._device_map)
         fill_linears(model, self._dense)
+        self._keep_names(model)
         leave_to_each_process(model)
 
     def _quantize(self, model: Any) -> None:
@@ -154,11 +181,39 @@ class BitsMoEQuantizer(HfQuantizer):
         source = loaded_source(model, self._source)
         if self._stored is not None:
             tell_left_out(model, *self._stored)
-            self._stored = None
+        if self._low is not None:
+            self._low.loaded(model)
+            self.pre_quantized, self._low = False, None
+        self._keep_names(model)
         check_save(model, source.layers, self._carried.empty())
         assert self._blocks is not None
         quantize_model(model, self._blocks, self.quantization_config, source, self._carried.bytes())
         self._source = self._blocks = None  # they hold the model, and the text
+
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Called before a model is made: it computes in floating point, whatever it is stored in."""
+        return dtype if self._low is None else self._low.computed_dtype(dtype)
+
+    def update_weight_conversions(self, weight_conversions: list[Any], *args: Any) -> list[Any]:
+        """Called before weights are loaded: those in low precision are decoded."""
+        if self._low is None:
+            return super().update_weight_conversions(weight_conversions, *args)  # type: ignore[no-any-return]
+        return self._low.conversions(weight_conversions, *args)
+
+    def get_new_dtype(self, *args: Any) -> Any:
+        """Called for each tensor that is loaded: what is decoded must not be cast before."""
+        return self._low.new_dtype(*args) if self._low else super().get_new_dtype(*args)
+
+    def _keep_names(self, model: Any) -> None:
+        """Have the model saved by the names that it was read by; once."""
+        from bitsmoe_plugin.integrations.kept_names import keep_layer_names
+        from bitsmoe_plugin.models.families import decoder_layer_name
+
+        layers = self._source.layers if self._source is not None else []
+        names = [layer.name for layer in layers] or list(self.quantization_config.layers)
+        if self._stored is not None and names:
+            keep_layer_names(model, decoder_layer_name(model, names[0]), *self._stored)
+        self._stored = None
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Called before config and weights are saved: record what will be in the files."""
@@ -206,6 +261,9 @@ class BitsMoEQuantizer(HfQuantizer):
 
 def register() -> None:
     """Make transformers know ``quant_method: bitsmoe``. Safe to call more than once."""
+    from bitsmoe_plugin.integrations.merged_configs import install
+
+    install()
     known = AUTO_QUANTIZATION_CONFIG_MAPPING.get(QUANT_METHOD)
     if getattr(known, "stands_in_for", None) == QUANT_METHOD:  # of vllm_ext.autoload
         del AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD]

@@ -2,13 +2,14 @@
 
 transformers 5 stores routed experts fused: a module with ``gate_up_proj`` and ``down_proj`` that is called
 ``experts(hidden [T, H], top_k_index [T, k], top_k_weights [T, k])`` and declares how it deviates from
-``gate_up_proj [E, 2I, H]``, ``down_proj [E, H, I]``: transposed weights, interleaved gate and up, biases.
-Every model that does so is supported without an entry here; other modules need one in ``UNDECLARED``, or
-are refused by name.
+``gate_up_proj [E, 2I, H]``, ``down_proj [E, H, I]``: transposed weights, interleaved gate and up, biases, no
+gate (``up_proj [E, I, H]``), a norm of what each expert puts out. Every model that does so is supported
+without an entry here; other modules need one in ``UNDECLARED``, or are refused by name.
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,27 +23,42 @@ from bitsmoe_plugin.models.expert_weights import ExpertBiases, ExpertWeights
 
 @dataclass(frozen=True)
 class Layout:
-    """How an experts module stores its weights and is called; the first three as transformers names them.
+    """How an experts module stores its weights and is called; the first five as transformers names them.
 
     Attributes:
         is_transposed: ``[E, H, 2I]`` and ``[E, I, H]`` instead of ``[E, 2I, H]`` and ``[E, H, I]``.
         is_concatenated: gate above up, not row by row in turn.
         has_bias: ``gate_up_proj_bias [E, 2I]`` and ``down_proj_bias [E, H]``.
+        has_gate: otherwise there is ``up_proj [E, I, H]`` (and its bias) instead, an expert is down(act(up)).
+        has_post_expert_norm: ``post_expert_norm`` is applied to what each expert puts out.
         takes_copies: called with one copy of the hidden states per expert, ``[E * T, H]``, multiplied
             by the router's weights already and zero where a token is not routed.
+        has_identity_experts: an id from the number of experts on puts out the token itself.
     """
 
     is_transposed: bool = False
     is_concatenated: bool = True
     has_bias: bool = False
+    has_gate: bool = True
+    has_post_expert_norm: bool = False
     takes_copies: bool = False
+    has_identity_experts: bool = False
+
+    @property
+    def input_name(self) -> str:
+        """Parameter that reads the hidden states."""
+        return "gate_up_proj" if self.has_gate else "up_proj"
 
 
-UNDECLARED = {"Llama4TextExperts": Layout(is_transposed=True, takes_copies=True)}
+UNDECLARED = {
+    "Llama4TextExperts": Layout(is_transposed=True, takes_copies=True),
+    "LongcatFlashExperts": Layout(has_identity_experts=True),
+    "Step3p7Experts": Layout(),
+}
 """Class name -> layout of experts that do not declare it."""
 
-_AGREEMENT = 0.05
-"""Relative difference at which a module computes something else than it declares; bfloat16 gives 0.01."""
+_DECLARED = ("is_transposed", "is_concatenated", "has_bias", "has_gate")
+_NORM = "post_expert_norm"
 
 
 @dataclass(frozen=True)
@@ -59,14 +75,21 @@ class MoELayer:
 
 
 def looks_like_experts(module: nn.Module) -> bool:
-    """True for a module that holds fused expert parameters, of the convention or not."""
+    """True for a module that holds fused parameters of routed experts, of the convention or not.
+
+    Shared experts may be fused as well (Inkling); they declare nothing, and no router gives them ids.
+    """
     parameters = dict(module.named_parameters(recurse=False))
-    return "down_proj" in parameters and parameters["down_proj"].dim() == 3
+    if "down_proj" not in parameters or parameters["down_proj"].dim() != 3:
+        return False
+    if type(module).__name__ in UNDECLARED or any(hasattr(module, flag) for flag in _DECLARED):
+        return True
+    return "shared" not in type(module).__name__.lower()
 
 
 def layout_of(module: nn.Module) -> Layout:
     """Of a module that ``check_convention`` accepts."""
-    flags = ("is_transposed", "is_concatenated", "has_bias")
+    flags = (*_DECLARED, "has_post_expert_norm")
     declared = {flag: getattr(module, flag) for flag in flags if hasattr(module, flag)}
     return UNDECLARED.get(type(module).__name__) or Layout(**declared)
 
@@ -78,26 +101,24 @@ def check_convention(name: str, module: nn.Module, model_type: str) -> None:
         QuantizationError: naming the family and what deviates.
     """
     kind = type(module).__name__
-    problems = []
-    if "gate_up_proj" not in dict(module.named_parameters(recurse=False)):
-        problems.append("no fused gate_up_proj")
+    problems, layout = [], layout_of(module)
+    if layout.input_name not in dict(module.named_parameters(recurse=False)):
+        problems.append(f"no fused {layout.input_name}")
     if kind not in UNDECLARED:
-        flags = ("is_transposed", "is_concatenated", "has_bias", "has_gate")
         problems += [
-            f"unknown convention ({flag} is not declared)" for flag in flags if not hasattr(module, flag)
+            f"unknown convention ({flag} is not declared)" for flag in _DECLARED if not hasattr(module, flag)
         ]
-    if not getattr(module, "has_gate", True):
-        problems.append("experts without a gate")
-    if any("." in parameter for parameter, _ in module.named_parameters()):
+    if layout.has_post_expert_norm and not isinstance(getattr(module, _NORM, None), nn.Module):
+        problems.append(f"no {_NORM}")
+    others = {parameter.partition(".")[0] for parameter, _ in module.named_parameters() if "." in parameter}
+    if others - ({_NORM} if layout.has_post_expert_norm else set()):
         problems.append("an activation with parameters of its own")
-    if getattr(module, "has_post_expert_norm", False):
-        problems.append("a norm after each expert")
     if problems:
         raise QuantizationError(
             f"{name} ({kind}, model type {model_type!r}) cannot be quantized: {'; '.join(problems)}. "
             "Supported are experts that follow the fused convention of transformers "
             "(gate_up_proj [E, 2I, H], down_proj [E, H, I], as in Qwen3-MoE or Mixtral), and its transposed, "
-            "interleaved and biased variants."
+            "interleaved, biased and ungated variants."
         )
 
 
@@ -114,12 +135,24 @@ def find_moe_layers(model: nn.Module) -> list[MoELayer]:
             check_convention(name, module, model_type)
             layers.append(MoELayer(name, decoder_layer_name(model, name), module))
     if not layers:
+        _refuse_unfused(model, model_type)
         raise QuantizationError(
             f"model type {model_type!r} has no MoE layers that BitsMoE knows: no module holds fused "
             "routed experts (gate_up_proj [E, 2I, H] and down_proj [E, H, I]). "
             "BitsMoE quantizes routed experts only; use another method for a dense model."
         )
     return layers
+
+
+def _refuse_unfused(model: nn.Module, model_type: str) -> None:
+    """Name the experts of a model whose modules hold no fused ones."""
+    kinds = {type(module).__name__ for module in model.modules()}
+    unknown = sorted(kind for kind in kinds if re.search("experts|moe", kind, re.IGNORECASE))
+    if unknown:
+        raise QuantizationError(
+            f"model type {model_type!r} cannot be quantized: its experts ({', '.join(unknown)}) are not "
+            "stored as transformers' fused experts are: down_proj, and gate_up_proj or up_proj, all 3-D"
+        )
 
 
 def decoder_layer_name(model: nn.Module, experts_name: str) -> str:
@@ -138,7 +171,12 @@ def layer_shape(module: Any) -> LayerShape:
     experts, hidden, intermediate = module.down_proj.shape
     if layout_of(module).is_transposed:
         hidden, intermediate = intermediate, hidden
-    return LayerShape(experts, hidden, intermediate)
+    return LayerShape(experts, hidden, intermediate, layout_of(module).has_gate)
+
+
+def split_inputs(module: Any, fused: Tensor, dim: int) -> tuple[Tensor, ...]:
+    """Gate and up, or up alone, of what the module keeps along ``dim`` of one tensor."""
+    return split_gate_up(module, fused, dim) if layout_of(module).has_gate else (fused,)
 
 
 def split_gate_up(module: Any, gate_up: Tensor, dim: int) -> tuple[Tensor, Tensor]:
@@ -152,40 +190,46 @@ def split_gate_up(module: Any, gate_up: Tensor, dim: int) -> tuple[Tensor, Tenso
 
 def read_experts(module: Any) -> ExpertWeights:
     """The module's fused parameters, as views where they are."""
-    gate_up, down = module.gate_up_proj.detach(), module.down_proj.detach()
-    if layout_of(module).is_transposed:
-        gate_up, down = gate_up.transpose(1, 2), down.transpose(1, 2)
-    gate, up = split_gate_up(module, gate_up, 1)
-    return ExpertWeights(gate, up, down)
+    layout = layout_of(module)
+    fused, down = getattr(module, layout.input_name).detach(), module.down_proj.detach()
+    if layout.is_transposed:
+        fused, down = fused.transpose(1, 2), down.transpose(1, 2)
+    return ExpertWeights.of(split_inputs(module, fused[: len(down)], 1), down)
 
 
 def read_biases(module: Any) -> ExpertBiases | None:
     """The biases of the module's experts, None if they have none."""
-    if not layout_of(module).has_bias:
+    layout = layout_of(module)
+    if not layout.has_bias:
         return None
-    gate, up = split_gate_up(module, module.gate_up_proj_bias.detach(), 1)
-    return ExpertBiases(gate, up, module.down_proj_bias.detach())
+    fused = getattr(module, f"{layout.input_name}_bias").detach()
+    return ExpertBiases.of(split_inputs(module, fused, 1), module.down_proj_bias.detach())
 
 
 def fused_parameters(module: Any, weights: ExpertWeights, biases: ExpertBiases | None) -> dict[str, Tensor]:
     """The other way round: name -> tensor of the module's parameters, in its own layout, contiguous."""
     layout = layout_of(module)
 
-    def join(gate: Tensor, up: Tensor) -> Tensor:
-        if layout.is_concatenated:
-            return torch.cat([gate, up], 1)
-        return torch.stack([gate, up], 2).flatten(1, 2)
+    def join(inputs: tuple[Tensor, ...]) -> Tensor:
+        if layout.has_identity_experts:  # they have rows, of no effect
+            inputs = tuple(nn.functional.pad(x, (0, 0, 0, 0, 0, module.zero_expert_num)) for x in inputs)
+        if layout.is_concatenated or len(inputs) == 1:
+            return torch.cat(inputs, 1)
+        return torch.stack(inputs, 2).flatten(1, 2)
 
-    found = {"gate_up_proj": join(weights.gate, weights.up), "down_proj": weights.down}
+    found = {layout.input_name: join(weights.inputs), "down_proj": weights.down}
     if layout.is_transposed:
         found = {name: tensor.transpose(1, 2).contiguous() for name, tensor in found.items()}
     if biases is not None:
-        found |= {"gate_up_proj_bias": join(biases.gate, biases.up), "down_proj_bias": biases.down}
+        found |= {f"{layout.input_name}_bias": join(biases.inputs), "down_proj_bias": biases.down}
     return found
 
 
-def apply_gating(module: Any, gate: Tensor, up: Tensor) -> Tensor:
-    """The module's own gating, ``[n, I]`` and ``[n, I]`` -> ``[n, I]``."""
+def apply_gating(module: Any, *products: Tensor) -> Tensor:
+    """The module's own gating of gate and up, or its activation of up, all ``[n, I]``."""
+    if not layout_of(module).has_gate:
+        return module.act_fn(*products)
+    gate, up = products
     if not hasattr(module, "_apply_gate"):
         return module.act_fn(gate) * up
     if layout_of(module).is_concatenated:
@@ -211,38 +255,3 @@ def routed_inputs(module: nn.Module, arguments: list[Any]) -> tuple[Tensor, Tens
         )
     expert = routed.int().argmax(0)[:, None]
     return copies.sum(0), expert, torch.ones(expert.shape, device=expert.device)
-
-
-def check_computation(
-    name: str, module: Any, weights: ExpertWeights, inputs: tuple[Tensor, Tensor, Tensor]
-) -> None:
-    """Compare what a module computes with what its layout says, on a few tokens.
-
-    A class can follow the convention by its declaration and still compute something else.
-
-    Args:
-        inputs: from ``routed_inputs``, on any device.
-
-    Raises:
-        QuantizationError: naming the module.
-    """
-    if layout_of(module).takes_copies:  # an entry of ours, tested
-        return
-    hidden, index, share = (tensor[:4].to(module.down_proj.device) for tensor in inputs)
-    found = module(hidden, index, share.to(hidden.dtype)).float()
-    biases, wanted = read_biases(module), torch.zeros_like(found)
-    for token, slot in torch.nonzero(index < weights.num_experts).tolist():
-        expert, x = int(index[token, slot]), hidden[token].float()
-        gate, up = weights.gate[expert].float() @ x, weights.up[expert].float() @ x
-        if biases is not None:
-            gate, up = biases.add(gate, up, expert)
-        out = weights.down[expert].float() @ apply_gating(module, gate, up)
-        wanted[token] += float(share[token, slot]) * (
-            out if biases is None else out + biases.down[expert].float()
-        )
-    difference = float((found - wanted).norm() / wanted.norm().clamp_min(1e-30))
-    if difference > _AGREEMENT:
-        raise QuantizationError(
-            f"{name} ({type(module).__name__}) cannot be quantized: it declares the fused convention, but "
-            f"computes something else (outputs differ by {100 * difference:.0f} %)"
-        )

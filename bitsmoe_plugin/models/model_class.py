@@ -6,44 +6,75 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM, PreTrainedModel
 from transformers.utils import CONFIG_NAME, cached_file
 
 from bitsmoe_plugin.errors import QuantizationError
+from bitsmoe_plugin.models.low_precision import READ, method_of, stored_settings
+from bitsmoe_plugin.models.low_precision_source import source_in
 from bitsmoe_plugin.models.model_source import ModelSource
 from bitsmoe_plugin.models.source_tensors import check_source, folder_dtypes
 from bitsmoe_plugin.models.stored_names import StoredNames
 
-_LANGUAGE_ONLY = ("llama4",)
-"""Model types whose multimodal class of transformers 5.24 fails in its forward pass."""
+_OWN_LANGUAGE_MODEL = ("llama4",)
+"""Model types whose multimodal class of transformers 5.24 fails at the end of its forward pass; the language
+model that it holds is whole, and answers to text."""
 
 
 def auto_class(config: Any) -> Any:
     """The auto class that loads all of a model: a multimodal one too, with its other parts.
 
     Some families have a causal language model class beside the multimodal one, which leaves the other parts
-    out. It is taken if config.json names it, or if no other works.
+    out. It is taken if config.json names it, or names none.
 
     Args:
         config: transformers' config of the model.
 
     Raises:
-        QuantizationError: transformers knows no language model of this type.
+        QuantizationError: transformers knows no language model of this type, or config.json names a class
+            without a language model's head.
     """
-    causal: Any
-    whole: Any
-    causal, whole = (auto._model_mapping for auto in (AutoModelForCausalLM, AutoModelForMultimodalLM))
-    kind, named = type(config), getattr(config, "architectures", None) or [""]
-    named_whole = kind in causal and named[0] == whole.get(kind, kind).__name__ != causal[kind].__name__
-    if kind in whole and (kind not in causal or (named_whole and config.model_type not in _LANGUAGE_ONLY)):
+    kind, named = type(config), str((getattr(config, "architectures", None) or [""])[0])
+    whole, causal = (_class_name(auto, kind) for auto in (AutoModelForMultimodalLM, AutoModelForCausalLM))
+    if whole is None and causal is None:
+        raise QuantizationError(
+            f"model type {config.model_type!r} is no language model of transformers: it has no class that "
+            "AutoModelForCausalLM or AutoModelForMultimodalLM would load"
+        )
+    if named not in (whole, causal) and _is_other_class(named, kind):
+        raise QuantizationError(
+            f"config.json names {named}, which has no language model head; give a checkpoint of "
+            f"{' or '.join(name for name in (causal, whole) if name)}"
+        )
+    if whole is not None and (causal is None or named == whole):
         return AutoModelForMultimodalLM
-    if kind not in causal and not hasattr(config, "auto_map"):
-        raise QuantizationError(f"model type {config.model_type!r} is no language model of transformers")
     return AutoModelForCausalLM
 
 
+def _class_name(auto: Any, kind: type) -> str | None:
+    """Name of the class that an auto class loads for a config, None if it knows none."""
+    return str(auto._model_mapping[kind].__name__) if kind in auto._model_mapping else None
+
+
+def _is_other_class(name: str, kind: type) -> bool:
+    """Whether transformers has a model class of this name for a config."""
+    found = getattr(transformers, name, None) if name else None
+    return isinstance(found, type) and issubclass(found, PreTrainedModel) and found.config_class is kind
+
+
+def text_model(model: Any) -> Any:
+    """What is called with text alone: the model, or the language model that it holds.
+
+    Args:
+        model: of transformers, with its output layer.
+    """
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    return getattr(model, "language_model", model) if kind in _OWN_LANGUAGE_MODEL else model
+
+
 def load_model(model: str | Path | ModelSource, **options: Any) -> Any:
-    """A saved model by the class that ``auto_class`` chooses.
+    """A saved model by the class that ``auto_class`` chooses; dequantized if it is in low precision.
 
     Args:
         model: directory or hub name, or both with what else it takes to find it.
@@ -62,6 +93,10 @@ def load_model(model: str | Path | ModelSource, **options: Any) -> Any:
     if plain and local:
         check_folder(Path(source.name))
     found = {"trust_remote_code": False, **source.hub(), **options}
+    settings = stored_settings(config)
+    if plain and settings is not None and method_of(settings) in READ:
+        config.quantization_config = {**settings, "dequantize": True}
+        found["config"] = config
     loaded = auto_class(config).from_pretrained(source.name, **found)
     if plain and not local:  # now they are here
         check_folder(Path(str(cached_file(source.name, CONFIG_NAME, **source.hub()))).parent)
@@ -69,14 +104,23 @@ def load_model(model: str | Path | ModelSource, **options: Any) -> Any:
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse a model whose config.json says nothing of how its files are to be read, though they need it.
+    """Refuse a model whose config.json says nothing of how its files are to be read, though they need it, and
+    one in low precision whose files are not what it says.
 
     Raises:
-        QuantizationError: see ``source_tensors.check_source``; or no language model.
+        QuantizationError: see ``source_tensors.check_source`` and ``LowPrecisionSource``; or no language
+            model.
     """
     config = AutoConfig.from_pretrained(folder)
-    if getattr(config, "quantization_config", None):
+    settings = stored_settings(config)
+    if settings is not None and method_of(settings) not in READ:
         return
     with torch.device("meta"):
         model = auto_class(config).from_config(config)
-    check_source(StoredNames(model), folder_dtypes(folder))
+    if settings is None:
+        check_source(StoredNames(model), folder_dtypes(folder))
+        return
+    source = source_in(folder, model, settings)
+    if source is not None:
+        source.check_for_transformers()
+        source.check_finite()

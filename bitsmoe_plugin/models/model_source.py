@@ -138,10 +138,18 @@ class ModelSource:
         read_model_config(folder)
         return AutoConfig.from_pretrained(self.name, trust_remote_code=False, **self.hub())
 
-    def directory(self) -> Path:
-        """Where the files lie on this machine; downloads them if need be."""
+    def directory(self, patterns: Sequence[str] = (), but: Sequence[str] = ()) -> Path:
+        """Where the files lie on this machine; downloads them if need be.
+
+        Args:
+            patterns: of the names of files that are needed; none: all.
+            but: of those that are not, though they match.
+        """
         if Path(self.name).is_dir():
             return Path(self.name)
         options = {name: value for name, value in self.hub().items() if name != "subfolder"}
-        inside = f"{self.subfolder}/*" if self.subfolder else None
-        return Path(snapshot_download(self.name, allow_patterns=inside, **options)) / self.subfolder
+        inside = f"{self.subfolder}/" if self.subfolder else ""
+        wanted = [inside + pattern for pattern in patterns or ("*",)] if inside or patterns else None
+        unwanted = [inside + pattern for pattern in but] or None
+        found = snapshot_download(self.name, allow_patterns=wanted, ignore_patterns=unwanted, **options)
+        return Path(found) / self.subfolder

@@ -8,7 +8,7 @@ without their scales, which no later step can tell from real ones.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -88,12 +88,16 @@ def folder_dtypes(folder: Path) -> dict[str, str]:
     return {}
 
 
-def check_source(names: StoredNames, stored: Mapping[str, str]) -> None:
+def check_source(
+    names: StoredNames, stored: Mapping[str, str], decoded: Collection[str] = (), method: str | None = None
+) -> None:
     """Refuse files whose weights need something that nobody will apply to them.
 
     Args:
         names: of a model with its experts.
         stored: from ``stored_dtypes``.
+        decoded: names of tensors that belong to weights which the loader of ``method`` decodes.
+        method: ``quant_method`` that config.json names.
 
     Raises:
         QuantizationError: a weight is stored in low precision, or a tensor belongs to a module of the model
@@ -103,15 +107,20 @@ def check_source(names: StoredNames, stored: Mapping[str, str]) -> None:
     for name, dtype in stored.items():
         target = names.target(name)
         if names.holds(target):
-            if names.is_floating(target) and dtype not in _FLOATS and not names.is_decoded(name):
+            read = names.is_decoded(name) and (method is None or name in decoded)
+            if names.is_floating(target) and dtype not in _FLOATS and not read:
                 coarse[name] = dtype
         elif names.is_prediction_layer(name):
-            if dtype not in (*_FLOATS, "I64", "I32", "BOOL"):
+            if name not in decoded and dtype not in (*_FLOATS, "I64", "I32", "BOOL"):
                 coarse[name] = dtype
-        elif not names.is_ignored(name) and (_scheme(name) or _inside(target, names.modules)):
+        elif (
+            name not in decoded
+            and not names.is_ignored(name)
+            and (_scheme(name) or _inside(target, names.modules))
+        ):
             unused[name] = dtype
     if coarse or unused:
-        raise QuantizationError(_refusal(coarse, unused))
+        raise QuantizationError(_refusal(coarse, unused, method))
 
 
 def _inside(name: str, modules: set[str]) -> bool:
@@ -126,7 +135,7 @@ def _scheme(name: str) -> str | None:
     return next((scheme for end, scheme in _SCHEMES.items() if re.search(end, name)), None)
 
 
-def _refusal(coarse: dict[str, str], unused: dict[str, str]) -> str:
+def _refusal(coarse: dict[str, str], unused: dict[str, str], method: str | None) -> str:
     schemes = sorted({scheme for name in unused if (scheme := _scheme(name))})
     wrong = []
     if coarse:
@@ -135,9 +144,11 @@ def _refusal(coarse: dict[str, str], unused: dict[str, str]) -> str:
         wrong.append(f"used by nothing in the model: {_listed(unused)}")
     looks = f"; this looks like {' / '.join(schemes)}" if schemes else ""
     if coarse or schemes:
+        known = "config.json has no quantization_config that says how to read it"
+        if method is not None:
+            known = f"transformers does not read it by quant_method {method!r} of config.json"
         cure = (
-            "config.json has no quantization_config that says how to read it; give a checkpoint in bfloat16 "
-            "(the original, or this one dequantized by what made it)"
+            f"{known}; give a checkpoint in bfloat16 (the original, or this one dequantized by what made it)"
         )
     else:
         cure = "config.json belongs to another model, or these tensors have to be removed from the files"

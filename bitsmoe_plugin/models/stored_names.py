@@ -5,13 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from bitsmoe_plugin.models.files import read_header
 from bitsmoe_plugin.models.stand_ins import is_stand_in, stood_for
+
+if TYPE_CHECKING:
+    from bitsmoe_plugin.models.low_precision import LowPrecision
 
 _FAMILIAR = re.compile(r"rotary_emb\.inv_freq$|(^|\.)position_ids$")
 """Buffers of old releases, which transformers makes by itself and leaves out without a word."""
@@ -26,11 +29,13 @@ class StoredNames:
         modules: paths of the model's modules, without its own.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, precision: LowPrecision | None = None) -> None:
         """
         Args:
             model: of transformers, with its experts; on the meta device or loaded.
+            precision: how the checkpoint is stored, if it is in low precision.
         """
+        self._precision = precision
         self._known = {name: tensor.is_floating_point() for name, tensor in model.state_dict().items()}
         # The loader asks such a dict with get(), so values must not be false.
         self._names = dict.fromkeys(self._known, True)
@@ -43,7 +48,16 @@ class StoredNames:
     def use_rules_of(self, model: Any) -> None:
         """Take the rules that a model was loaded by, also those of a key_mapping; before, its class's."""
         rules = getattr(model, "_weight_conversions", None)
-        rules = get_model_conversion_mapping(model) if rules is None else rules
+        if rules is None:
+            rules = get_model_conversion_mapping(model)
+            rules = rules if self._precision is None else self._precision.conversions(rules, model)
+        self._use(rules)
+
+    def use_rules_of_class(self, model: Any) -> None:
+        """Take the rules that a model's class has by itself, whatever key_mapping it was loaded with."""
+        self._use(get_model_conversion_mapping(model))
+
+    def _use(self, rules: Iterable[Any]) -> None:
         self._renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
         self._converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
         self._targets: dict[str, tuple[str, str | None]] = {}

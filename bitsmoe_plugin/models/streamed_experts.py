@@ -39,12 +39,13 @@ def can_stream(files: Sequence[str] | None) -> bool:
 class StreamedExperts:
     """Expert weights on disk; an ``ExpertSource``."""
 
-    def __init__(self, model: Any, files: Sequence[str]) -> None:
+    def __init__(self, model: Any, files: Sequence[str], quantizer: Any = None) -> None:
         """Take the experts' parameters out of a model that has not been loaded yet.
 
         Args:
             model: on the meta device.
             files: its safetensors files.
+            quantizer: of transformers, by which they are dequantized; None: they are not quantized.
 
         Raises:
             QuantizationError: no MoE layers, or unknown ones.
@@ -54,6 +55,8 @@ class StreamedExperts:
         self.dtypes = [original_dtype(layer.module.down_proj.dtype) for layer in self.layers]
         self.files = [Path(file) for file in files]
         self._model = model
+        self._quantizer = quantizer
+        self._rules: list[Any] = []
         # Layer name -> its parameters, without data.
         self._empty = {
             layer.name: dict(layer.module.named_parameters(recurse=False)) for layer in self.layers
@@ -83,6 +86,7 @@ class StreamedExperts:
                     f"{name} is offloaded or distributed, and only experts may be during quantization; "
                     "load the model on the CPU alone or with a device_map of GPUs alone, without tp_plan"
                 )
+        self._rules = list(getattr(self._model, "_weight_conversions", None) or ())
         self._keys = self._find_keys()
         for layer in self.layers:
             if not self._keys[layer.name]:
@@ -110,7 +114,7 @@ class StreamedExperts:
 
         All tensors in the files were looked at then, the experts' too.
         """
-        return list(getattr(self._model, "_weight_conversions", None) or ())
+        return self._rules
 
     def _names(self) -> str:
         return ", ".join(path.name for path in self.files[:3]) + (", ..." if len(self.files) > 3 else "")
@@ -160,7 +164,9 @@ class StreamedExperts:
             slices = {key: files[path].get_slice(key) for key, path in keys.items()}
             info, _ = convert_and_load_state_dict_in_model(self._model, slices, self._load_config(layer))
         wrong = [f"{name.rpartition('.')[2]}: {a} for {b}" for name, a, b in info.mismatched_keys]
-        return [*info.conversion_errors.values(), *wrong]
+        # Each with a traceback before it, and one line after it that says where.
+        failed = [" ".join(text.strip().splitlines()[-2:]) for text in info.conversion_errors.values()]
+        return [*failed, *wrong]
 
     def _load_config(self, layer: MoELayer) -> LoadStateDictConfig:
         dtype = next(iter(self._empty[layer.name].values())).dtype
@@ -169,12 +175,14 @@ class StreamedExperts:
             dtype=dtype,
             dtype_plan=self._model._get_dtype_plan(dtype),
             weight_mapping=self._conversions(),
+            hf_quantizer=self._quantizer,
         )
 
     def _device(self, layer: MoELayer) -> torch.device:
         """Where the rest of the layer is."""
         decoder_layer: nn.Module = self._model.get_submodule(layer.layer_name)
-        return next(decoder_layer.parameters()).device
+        # The experts, without data, may stand first.
+        return next(tensor.device for tensor in decoder_layer.parameters() if not tensor.is_meta)
 
 
 @contextmanager

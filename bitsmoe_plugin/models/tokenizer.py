@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedConfig, ProcessorMixin
+from transformers import AutoTokenizer, PreTrainedConfig
 from transformers.models.auto import tokenization_auto
 
 from bitsmoe_plugin.base.error_lines import working_on
 from bitsmoe_plugin.errors import ConfigError
 from bitsmoe_plugin.models.model_source import ModelSource
+from bitsmoe_plugin.models.processor import SavedProcessor, is_processor, processor_template
 
 
 class UntrustedCodeError(ConfigError):
@@ -44,6 +45,8 @@ def load_tokenizer(model: str | Path | ModelSource) -> Any:
             f"no tokenizer was found at {source.name}: what transformers loads there has {len(tokenizer)} "
             "tokens; copy the model's tokenizer files (tokenizer.json, tokenizer_config.json, ...) there"
         )
+    if not getattr(tokenizer, "chat_template", None):
+        tokenizer.chat_template = processor_template(source)
     return tokenizer
 
 
@@ -105,7 +108,7 @@ def given_tokenizer(tokenizer: Any, source: ModelSource | None = None) -> Any:
     Raises:
         ConfigError: it is none of these, or there is no tokenizer of this name.
     """
-    if isinstance(tokenizer, ProcessorMixin):
+    if isinstance(tokenizer, SavedProcessor) or is_processor(tokenizer):
         tokenizer = getattr(tokenizer, "tokenizer", None)
     if isinstance(tokenizer, (str, Path)):
         try:

@@ -23,8 +23,8 @@ from bitsmoe_plugin.runtime.dense_linear import pack, unpack
 
 DenseCosts = list[list[float]]
 """Of each unit of a decoder layer at each of ``dense_units.CANDIDATES``."""
-_BATCHES = 1
-"""Batches of calibration blocks that errors are measured on; moments see all."""
+_TOKENS = 4096
+"""Errors are measured on batches with at least so many; moments see all."""
 
 
 def dense_costs(run: Run, index: int, outputs: Hidden) -> DenseCosts:
@@ -56,11 +56,13 @@ def _cost(
     moments: dict[str, Tensor],
     weights: Tensor,
 ) -> float:
+    sizes = [out.shape[:-1].numel() for out in outputs]
+    count = next((n for n in range(1, len(sizes)) if sum(sizes[:n]) >= _TOKENS), len(sizes))
     with _rounded(run, unit, bits, moments):
-        changed = run.forward.run(index, run.forward.hidden[:_BATCHES])
+        changed = run.forward.run(index, run.forward.hidden[:count])
     squares = [
         (a.float() - b.float()).square().mean(-1).flatten()
-        for a, b in zip(changed, outputs[:_BATCHES], strict=True)
+        for a, b in zip(changed, outputs[:count], strict=True)
     ]
     errors = torch.cat(squares)
     return float((errors * weights[: len(errors)].to(errors.device)).mean())

@@ -26,9 +26,9 @@ _TRIAL_EXPERTS = 8
 @dataclass(frozen=True)
 class LayerPlan:
     """Attributes:
-    costs: ``[3, E, r, widths]`` float32, estimated output error of each row at each width. This and all
+    costs: ``[f, E, r, widths]`` float32, estimated output error of each row at each width. This and all
         else is on the CPU.
-    energies: ``[3, E, r]`` float32, first-order output error of dropping each row.
+    energies: ``[f, E, r]`` float32, first-order output error of dropping each row.
     bases: quantized, to be reused when the layer is rounded.
     correction: measured over estimated error of a trial rounding; already inside ``costs``.
     output_energy: of the layer, see ``statistics.LayerStatistics``.

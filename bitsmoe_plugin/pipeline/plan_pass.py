@@ -10,9 +10,11 @@ from functools import partial
 
 from bitsmoe_plugin.calibration.coverage import warn_about_thin_calibration
 from bitsmoe_plugin.calibration.layerwise_forward import capture_layer
+from bitsmoe_plugin.calibration.post_norm import through_norm
 from bitsmoe_plugin.calibration.residual_gain import residual_gains
 from bitsmoe_plugin.calibration.super_experts import ExpertOutputs, forms_massive_activations
-from bitsmoe_plugin.models.families import apply_gating, check_computation, layer_shape, read_biases
+from bitsmoe_plugin.models.declared_computation import check_computation
+from bitsmoe_plugin.models.families import apply_gating, layer_shape, read_biases
 from bitsmoe_plugin.pipeline.dense_costs import DenseCosts, dense_costs
 from bitsmoe_plugin.pipeline.layer_plan import plan_layer
 from bitsmoe_plugin.pipeline.progress import Hidden, PlannedLayer
@@ -83,6 +85,7 @@ def _plan_layer(run: Run, index: int) -> tuple[PlannedLayer, DenseCosts, Hidden]
             layer.name, layer.module, weights, (seen.hidden, seen.top_k_index, seen.top_k_weights)
         )
         gating, biases = partial(apply_gating, layer.module), read_biases(layer.module)
+        seen = through_norm(layer.module, weights, biases, seen)
         problem = build_problem(layer.name, weights, seen, gating, run.config, biases=biases)
         plan = plan_layer(problem, run.share(index))
         costs = dense_costs(run, index, outputs)

@@ -8,30 +8,32 @@ a time if their source reads them from files.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from bitsmoe_plugin.allocation.row_widths import Widths, allocate_rows
 from bitsmoe_plugin.allocation.super_expert_policy import choose_kept, choose_wide, row_groups
 from bitsmoe_plugin.base.interruption import deferred_interrupt
 from bitsmoe_plugin.base.option_checks import check_choice
 from bitsmoe_plugin.base.process_state import known_state
+from bitsmoe_plugin.base.threads import within_limits
 from bitsmoe_plugin.base.work_directory import WorkDirectory, locked
 from bitsmoe_plugin.base.workers import Workers
+from bitsmoe_plugin.calibration.blocks import Blocks, blocks_digest, held_out_last, take, token_count
 from bitsmoe_plugin.calibration.layerwise_forward import LayerwiseForward
 from bitsmoe_plugin.calibration.super_experts import detect
-from bitsmoe_plugin.calibration.text import held_out_last
+from bitsmoe_plugin.codec.backends import refuse_slow
 from bitsmoe_plugin.codec.row_codec import GRIDS
 from bitsmoe_plugin.config import BitsMoEConfig
 from bitsmoe_plugin.errors import QuantizationError
 from bitsmoe_plugin.models.expert_source import ExpertSource, LoadedExperts
 from bitsmoe_plugin.models.families import MoELayer
+from bitsmoe_plugin.models.low_precision import check_loaded
 from bitsmoe_plugin.pipeline.dense_costs import chosen_dense, unit_costs
 from bitsmoe_plugin.pipeline.dense_pass import planned_dense
 from bitsmoe_plugin.pipeline.model_state import in_evaluation_mode, refused_if_it_fails
@@ -48,7 +50,7 @@ from bitsmoe_plugin.runtime.dense_linear import dense_manifest
 @known_state()
 def quantize_model(
     model: nn.Module,
-    blocks: Tensor,
+    blocks: Blocks,
     config: BitsMoEConfig,
     source: ExpertSource | None = None,
     carried_bytes: int = 0,
@@ -60,9 +62,9 @@ def quantize_model(
     are as they were; once experts were replaced, a call of the model says that it has to be loaded again.
 
     Args:
-        model: transformers causal language model; all weights loaded, those of the experts too if ``source``
+        model: transformers language model; all weights loaded, those of the experts too if ``source``
             is not given.
-        blocks: ``[blocks, sequence_length]`` int64 calibration tokens.
+        blocks: ``[blocks, sequence_length]`` int64 calibration tokens, or conversations with images.
         config: options; its manifest is replaced.
         source: where the experts' weights come from; default: the model.
         carried_bytes: of tensors that will be saved with the model, which has no module for them; they count
@@ -72,14 +74,17 @@ def quantize_model(
         the config with the manifest of the packed layers.
 
     Raises:
-        QuantizationError: no MoE layers, unknown family, NaN weights, budget out of reach, a work
-            directory of another run, or other arguments than another process's.
+        ConfigError: an option is wrong, or the compiled kernels are missing (``allow_slow``).
+        QuantizationError: a model in low precision, no MoE layers, unknown family, NaN weights, budget out of
+            reach, a work directory of another run, or other arguments than another process's.
         Interrupted: Ctrl-C, after a layer, if there is a work directory.
     """
     config.validate()
+    check_loaded(model)
     check_choice("grid", config.grid, GRIDS)  # not that of checkpoints that were imported
     source, workers = source or LoadedExperts(model), Workers.present()
-    with workers.together(), refused_if_it_fails(model):
+    refuse_slow(next(model.parameters()).device, config.allow_slow)
+    with within_limits(), workers.together(), refused_if_it_fails(model):
         _check_same(workers, source, blocks, config)
         budget = whole_budget(model, source, config, carried_bytes)
         manifest = _start(model, blocks, config, source, workers, budget)
@@ -99,7 +104,7 @@ class _Manifest:
 
 def _start(
     model: nn.Module,
-    blocks: Tensor,
+    blocks: Blocks,
     config: BitsMoEConfig,
     source: ExpertSource,
     workers: Workers,
@@ -118,10 +123,10 @@ def _start(
         return _quantize(model, blocks, config, source, progress, stop, workers, budget)
 
 
-def _check_same(workers: Workers, source: ExpertSource, blocks: Tensor, config: BitsMoEConfig) -> None:
+def _check_same(workers: Workers, source: ExpertSource, blocks: Blocks, config: BitsMoEConfig) -> None:
     """Refuse to mix what processes compute from different models, texts or options."""
     options = {key: value for key, value in config.to_dict().items() if key != "layers"}
-    own = repr((source.shapes, source.dtypes, options, _digest(blocks), torch.get_num_threads()))
+    own = repr((source.shapes, source.dtypes, options, blocks_digest(blocks), torch.get_num_threads()))
     if workers.from_main(lambda: own) != own:
         raise QuantizationError(
             f"process {workers.rank} of torch.distributed was given another model, calibration text, option "
@@ -129,13 +134,9 @@ def _check_same(workers: Workers, source: ExpertSource, blocks: Tensor, config: 
         )
 
 
-def _digest(blocks: Tensor) -> str:
-    return hashlib.sha256(blocks.contiguous().numpy().tobytes()).hexdigest()
-
-
 def _quantize(
     model: nn.Module,
-    blocks: Tensor,
+    blocks: Blocks,
     config: BitsMoEConfig,
     source: ExpertSource,
     progress: Progress,
@@ -148,7 +149,7 @@ def _quantize(
     dense = planned_dense(model, source.layers, config)
     with in_evaluation_mode(model), torch.no_grad():
         blocks, seen = held_out_last(blocks, config.held_out)
-        tokens = seen * blocks.shape[1]
+        tokens = token_count(take(blocks, seen))
         forward = LayerwiseForward(model, modules, blocks, config.batch_size)
         at_once = workers.from_main(lambda: progress.at_once)
         # Smaller than chosen now: before it was interrupted, the run had too little memory for more.
@@ -181,8 +182,8 @@ def _quantize(
         layers = round_layers(run, widths)
     calibration = {
         "tokens": tokens,
-        "held_out_tokens": blocks.numel() - tokens,
-        "sha256": _digest(blocks),
+        "held_out_tokens": token_count(blocks) - tokens,
+        "sha256": blocks_digest(blocks),
         "allocation_relative_gap": widths.relative_gap,
     }
     return _Manifest(layers, calibration, dense_manifest(model))

@@ -15,7 +15,8 @@ from torch import Tensor
 from bitsmoe_plugin.allocation.row_widths import Widths, experts_with_rows
 from bitsmoe_plugin.calibration.coverage import tokens_per_expert
 from bitsmoe_plugin.calibration.layerwise_forward import capture_layer
-from bitsmoe_plugin.calibration.residual_gain import residual_gains
+from bitsmoe_plugin.calibration.post_norm import through_norm
+from bitsmoe_plugin.calibration.residual_gain import measured_passage
 from bitsmoe_plugin.calibration.statistics import LayerActivations
 from bitsmoe_plugin.checkpoint.energy_summary import spectrum
 from bitsmoe_plugin.checkpoint.manifest import entry_spec, layer_manifest
@@ -149,11 +150,13 @@ def _fit_layer(run: Run, index: int, exact: Hidden, widths: Widths) -> _FittedLa
         shape, gating = layer_shape(layer.module), partial(apply_gating, layer.module)
         exact = run.agreed(partial(run.forward.run, index, exact))
         dense = round_dense(run, index, exact)
-        activations, outputs, gains = run.agreed(partial(_observe, run, index))
-        seen = run.seen(activations, gains)
-        drift = _drift(exact, outputs, gains)[: run.tokens] if config.compensation else None
-        counts = tokens_per_expert(seen, shape)
+        activations, outputs, (gains, direct) = run.agreed(partial(_observe, run, index))
         biases = read_biases(layer.module)
+        seen = through_norm(layer.module, weights, biases, run.seen(activations, gains))
+        # What is missing from the stream is in the experts' coordinates only if their output is added to it.
+        wanted = config.compensation and direct
+        drift = _drift(exact, outputs, gains)[: run.tokens] if wanted else None
+        counts = tokens_per_expert(seen, shape)
         energy, peaks = plan.output_energy, planned.outputs.peaks
         if plan.row_weights is not None:
             given = weights, row_bits, plan.bases, plan.energies, plan.row_weights, config, run.workers
@@ -189,16 +192,16 @@ def _fit_layer(run: Run, index: int, exact: Hidden, widths: Widths) -> _FittedLa
     )
 
 
-def _observe(run: Run, index: int) -> tuple[LayerActivations, Hidden, Tensor | None]:
+def _observe(run: Run, index: int) -> tuple[LayerActivations, Hidden, tuple[Tensor | None, bool]]:
     """What the experts of an MoE layer see after quantized layers, the layer's outputs there, and what
-    becomes of the experts' (``residual_gains``)."""
+    becomes of the experts' (``measured_passage``)."""
     experts = run.moe[index].module
     activations, outputs = capture_layer(run.forward, index, experts, run.config.token_weighting)
-    return activations, outputs, residual_gains(run.forward, index, experts, outputs)
+    return activations, outputs, measured_passage(run.forward, index, experts, outputs)
 
 
 def _estimated_error(plan: LayerPlan, row_bits: Tensor, others: Tensor, config: BitsMoEConfig) -> float:
-    index = torch.searchsorted(torch.tensor(config.widths), row_bits)
+    index = torch.searchsorted(torch.tensor(config.widths, device=row_bits.device), row_bits)
     costs = plan.costs.gather(-1, index[..., None])
     return float(costs[:, others].double().sum())
 

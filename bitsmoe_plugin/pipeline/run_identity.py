@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from bitsmoe_plugin.base import native
+from bitsmoe_plugin.calibration.blocks import Blocks, blocks_digest
 from bitsmoe_plugin.checkpoint.other_tensors import fingerprint
 from bitsmoe_plugin.config import BitsMoEConfig
 from bitsmoe_plugin.models.expert_source import ExpertSource
@@ -27,7 +28,7 @@ _NOT_OF_THE_MODEL = ("quantization_config", "_name_or_path", "transformers_versi
 _MANIFEST = ("layers", "dense", "calibration", "other_tensors", "other_tensors_in_model")
 
 
-def identity(model: nn.Module, blocks: Tensor, config: BitsMoEConfig, source: ExpertSource) -> dict[str, Any]:
+def identity(model: nn.Module, blocks: Blocks, config: BitsMoEConfig, source: ExpertSource) -> dict[str, Any]:
     """JSON-ready. Of files, header and size are looked at; a layer's weights are hashed when they are read.
 
     Args:
@@ -38,9 +39,7 @@ def identity(model: nn.Module, blocks: Tensor, config: BitsMoEConfig, source: Ex
         "code": {"bitsmoe-plugin": __version__, "sources": _sources(), **_libraries()},
         "machine": _machine(model),
         "config": {key: value for key, value in config.to_dict().items() if key not in _MANIFEST},
-        "calibration tokens": _digest(
-            f"{tuple(blocks.shape)}".encode(), blocks.contiguous().numpy().tobytes()
-        ),
+        "calibration tokens": f"{len(blocks)} blocks, {blocks_digest(blocks)[:16]}",
         "model": {
             "config": _digest(json.dumps(_model_config(model), sort_keys=True, default=str).encode()),
             "weights outside the experts": _other_weights(model, source),
@@ -96,7 +95,9 @@ def _model_config(model: Any) -> dict[str, Any]:
 
 
 def _other_weights(model: nn.Module, source: ExpertSource) -> str:
-    experts = {id(parameter) for layer in source.layers for parameter in layer.module.parameters()}
+    experts = {
+        id(parameter) for layer in source.layers for parameter in layer.module.parameters(recurse=False)
+    }
     tensors = sorted(model.state_dict(keep_vars=True).items())
     return _digest(*(f"{name} {fingerprint(t)} ".encode() for name, t in tensors if id(t) not in experts))
 

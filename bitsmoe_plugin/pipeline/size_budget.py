@@ -134,12 +134,12 @@ def _other_bytes(
     model: Any, source: ExpertSource, units: list[DenseUnit], schemes: Mapping[str, DenseScheme]
 ) -> int:
     """Files' bytes besides packed experts and ``units``: tied tensors once, headers included."""
-    experts = tuple(f"{layer.name}." for layer in source.layers)
+    experts = {layer.name for layer in source.layers}
     chosen = {f"{name}.weight" for unit in units for name in unit.schemes}
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     total, tensors = 0, _PACKED_TENSORS * len(source.layers) + 3 * len(chosen)
     for name, tensor in model.state_dict().items():
-        if name.startswith(experts) or name in chosen or name in tied:
+        if name.rpartition(".")[0] in experts or name in chosen or name in tied:
             continue
         scheme = schemes.get(name.removesuffix(".weight"))
         total += tensor.nbytes if scheme is None else _stored_bytes(tensor, scheme)

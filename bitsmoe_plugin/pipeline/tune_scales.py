@@ -9,6 +9,7 @@ QuIP#, arXiv 2402.04396, too; there norms and whole layers, here what belongs to
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,10 +22,11 @@ from torch.utils.checkpoint import checkpoint
 from transformers.utils import logging
 
 from bitsmoe_plugin.base.process_state import known_state
-from bitsmoe_plugin.calibration.text import held_out_last
+from bitsmoe_plugin.calibration.blocks import held_out_last
 from bitsmoe_plugin.checkpoint.manifest import tensor_digest
 from bitsmoe_plugin.codec.layout import PackedExperts
 from bitsmoe_plugin.errors import QuantizationError
+from bitsmoe_plugin.models.model_class import text_model
 from bitsmoe_plugin.pipeline.tuning_settings import TuningSettings
 from bitsmoe_plugin.runtime.experts import BitsMoEExperts
 from bitsmoe_plugin.runtime.reference_layer import ReferenceLayer
@@ -98,7 +100,8 @@ class _DifferentiableOriginals(WithOriginals):
 
 @known_state(gradients=True)
 def tune(model: Any, reference: nn.Module, blocks: Tensor, settings: TuningSettings) -> Tuning:
-    """Tune the basis scales of a packed model in place, with the hashes in its config, and note it there.
+    """Tune the basis scales of a packed model in place; a config that says so, with their hashes, takes the
+    place of its config.
 
     Args:
         model: a transformers causal language model with packed experts (``BitsMoEExperts``).
@@ -122,9 +125,12 @@ def tune(model: Any, reference: nn.Module, blocks: Tensor, settings: TuningSetti
     with _only_gains(model, reference), _computed_by(modules, layers):
         best = _learn(model, reference, learnt, held, list(layers.values()), settings)
     if best.epoch:
+        config = copy.copy(model.config.quantization_config)  # others may hold that one
         for name, module in modules.items():
-            _store(model, name, module, layers[name])
-        model.config.quantization_config.calibration["tuning"] = asdict(best)
+            _store(module, layers[name])
+            config.layers[name]["sha256"] = tensor_digest(module.packed())
+        config.calibration["tuning"] = asdict(best)
+        model.config.quantization_config = config
     return best
 
 
@@ -189,7 +195,7 @@ def _learn(
     try:
         with logging.tqdm(total=steps, desc="Tuning") as bar:
             for epoch in range(1, settings.epochs + 1):
-                shuffled = learnt[torch.randperm(len(learnt), generator=order)]
+                shuffled = learnt[torch.randperm(len(learnt), generator=order, device="cpu")]
                 for batch in shuffled.split(settings.batch_size):
                     loss = descent.step(_divergence(model, reference, batch))
                     bar.set_postfix(KL=f"{loss:.4f}", held_out=f"{best.after:.4f}", refresh=False)
@@ -238,8 +244,8 @@ def _held_out(model: nn.Module, reference: nn.Module, blocks: Tensor, batch_size
 def _divergence(model: nn.Module, reference: nn.Module, batch: Tensor) -> Tensor:
     """Mean KL(reference || model) per token, nats."""
     with torch.no_grad():
-        wanted = reference(input_ids=batch, use_cache=False).logits.float().log_softmax(-1)
-    found = model(input_ids=batch, use_cache=False).logits.float().log_softmax(-1)
+        wanted = text_model(reference)(input_ids=batch, use_cache=False).logits.float().log_softmax(-1)
+    found = text_model(model)(input_ids=batch, use_cache=False).logits.float().log_softmax(-1)
     loss = nn.functional.kl_div(found, wanted, log_target=True, reduction="none").sum(-1).mean()
     if not torch.isfinite(loss):
         raise QuantizationError(
@@ -249,8 +255,7 @@ def _divergence(model: nn.Module, reference: nn.Module, batch: Tensor) -> Tensor
     return loss
 
 
-def _store(model: Any, name: str, module: BitsMoEExperts, layer: TunableLayer) -> None:
-    """Put tuned scales into a module, and its hash into the config."""
+def _store(module: BitsMoEExperts, layer: TunableLayer) -> None:
+    """Put tuned scales into a module."""
     input_scales, output_scales = layer.scales()
     module.load_packed(replace(module.packed(), input_scales=input_scales, output_scales=output_scales))
-    model.config.quantization_config.layers[name]["sha256"] = tensor_digest(module.packed())

@@ -22,7 +22,7 @@ def round_layer(problem: LayerProblem, row_bits: Tensor, workers: Workers = ALON
     """Round all experts at the allocated widths and pack them.
 
     Args:
-        row_bits: ``[3, E, r]`` int64.
+        row_bits: ``[f, E, r]`` int64.
         workers: share the work; all must call this with the same arguments, and get the same.
 
     Returns:
@@ -46,43 +46,43 @@ def round_experts(
     """Round some experts at given widths, a group of bounded working set after the other.
 
     Args:
-        bits: ``[3, e, r]`` int64.
+        bits: ``[f, e, r]`` int64.
         experts: their ids.
         feedback: of each, if known.
         with_values: also return what the codes stand for.
         workers: share the groups, and get all of them.
 
     Returns:
-        the rows, and their scale grid ``[3, r]``.
+        the rows, and their scale grid ``[f, r]``.
     """
     config = problem.config
     groups = {i: part for i, part in enumerate(problem.chunks(len(experts))) if workers.takes(i)}
-    own = {i: _input_scales(problem, bits[:2, part], experts[part]) for i, part in groups.items()}
+    own = {i: _input_scales(problem, bits[:-1, part], experts[part]) for i, part in groups.items()}
     scales = _of_all(workers, own, problem.device)
-    input_grid = ScaleGrid.covering(scales, bits[:2] > 0)
+    input_grid = ScaleGrid.covering(scales, bits[:-1] > 0)
     first, waiting = {}, {}
     for i, part in groups.items():
         rows = feedback_rounding.round_along_rank(
             problem.input_factors(experts[part]),
-            bits[:2, part],
+            bits[:-1, part],
             _stacked_feedback(problem, experts[part], feedback),
             problem.statistics.neuron_weights[:, experts[part]],
             input_grid,
             scales[:, part],
             config.grid,
         )
-        first[i] = RoundedExperts.of(rows, bits[:2, part], with_values)
-        waiting[i] = _refitted(problem, rows.values, bits[2, part], experts[part])
+        first[i] = RoundedExperts.of(rows, bits[:-1, part], with_values)
+        waiting[i] = _refitted(problem, rows.values, bits[-1, part], experts[part])
         release_free_memory()
     # Down is refitted to gate and up, but the grid of its scales must be known before its first row.
     scales = _of_all(workers, {i: down.scales for i, down in waiting.items()}, problem.device)
-    grid = ScaleGrid.covering(scales, bits[2] > 0)
+    grid = ScaleGrid.covering(scales, bits[-1] > 0)
     done = {}
     for i, part in groups.items():
         down = waiting.pop(i)
-        given = down.factors, bits[2, part], down.feedback, grid, down.scales
+        given = down.factors, bits[-1, part], down.feedback, grid, down.scales
         rows = feedback_rounding.stacked(feedback_rounding.round_along_neurons(*given, config.grid))
-        last = RoundedExperts.of(rows, bits[2:, part], with_values)
+        last = RoundedExperts.of(rows, bits[-1:, part], with_values)
         done[i] = RoundedExperts.of_all_factors(first.pop(i), last)
     return merged_experts(done, workers, problem.device), input_grid.stacked_with(grid)
 
@@ -95,7 +95,7 @@ def _of_all(workers: Workers, scales: dict[int, Tensor], device: torch.device) -
 
 
 def _input_scales(problem: LayerProblem, bits: Tensor, experts: list[int]) -> Tensor:
-    """Scales ``[2, e, r]`` float32 of gate and up rows of ``bits`` alike."""
+    """Scales ``[n, e, r]`` float32 of gate and up rows of ``bits`` alike."""
     choose = row_scales.unbiased_scales if problem.config.widening else row_scales.best_scales
     neuron = problem.statistics.neuron_weights[:, experts, None]
     return choose(problem.input_factors(experts), neuron, bits, problem.config.grid)
@@ -119,7 +119,7 @@ class _Down:
 def _refitted(problem: LayerProblem, values: Tensor, bits: Tensor, experts: list[int]) -> _Down:
     """
     Args:
-        values: ``[2, e, r, I]``, decoded gate and up.
+        values: ``[n, e, r, I]``, decoded gate and up.
         bits: ``[e, r]``, of down.
     """
     factors, moments = refit_down(problem, values, experts)

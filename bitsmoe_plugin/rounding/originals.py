@@ -25,10 +25,10 @@ def with_originals(
     """
     found = {}
     if biases is not None:
-        found = {"input_bias": torch.stack([biases.gate, biases.up], 1), "output_bias": biases.down}
+        found = {"input_bias": torch.stack(biases.inputs, 1), "output_bias": biases.down}
     if kept:
         ids = list(kept)
-        found["kept_input"] = torch.stack([weights.gate[ids], weights.up[ids]], 1)
+        found["kept_input"] = torch.stack([matrix[ids] for matrix in weights.inputs], 1)
         found["kept_output"] = weights.down[ids]
     stored = {name: layout.store_bits(tensor.to(dtype)).cpu() for name, tensor in found.items()}
     return replace(packed, **stored)

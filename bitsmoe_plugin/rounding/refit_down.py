@@ -15,15 +15,13 @@ def _expert_hidden(problem: LayerProblem, expert: int, values: Tensor) -> tuple[
     """Exact and rounded hidden activations ``[n, I]`` of an expert on its calibration rows.
 
     Args:
-        values: ``[2, r, I]``, decoded gate and up.
+        values: ``[n, r, I]``, decoded gate and up, or up alone.
     """
-    tokens = problem.rows[expert].tokens
+    tokens = problem.tokens[expert].tokens
     x, z = problem.activations.hidden[tokens].float(), problem.z[:, tokens]
-    gate, up = problem.weights.gate[expert].float(), problem.weights.up[expert].float()
-    return (
-        problem.hidden(product(x, gate), product(x, up), expert),
-        problem.hidden(product(z[0], values[0].T), product(z[-1], values[1].T), expert),
-    )
+    exact = [product(x, matrix[expert].float()) for matrix in problem.weights.inputs]
+    rounded = [product(*pair) for pair in zip((z[0], z[-1]), values.mT, strict=False)]
+    return problem.hidden(*exact, expert=expert), problem.hidden(*rounded, expert=expert)
 
 
 def refit_down(problem: LayerProblem, values: Tensor, experts: list[int]) -> tuple[Tensor, Tensor]:
@@ -34,7 +32,7 @@ def refit_down(problem: LayerProblem, values: Tensor, experts: list[int]) -> tup
     F' = (E[a (F h + t) h'^T] + l F)(E[a h' h'^T] + l I)^-1, blended with F by tokens per neuron.
 
     Args:
-        values: ``[2, e, r, I]``, decoded gate and up.
+        values: ``[n, e, r, I]``, decoded gate and up, or up alone.
 
     Returns:
         factors ``[e, r, I]`` and second moments E[a h' h'^T] ``[e, I, I]`` to round them with.
@@ -47,11 +45,11 @@ def refit_down(problem: LayerProblem, values: Tensor, experts: list[int]) -> tup
     eye = torch.eye(size, device=problem.device)
     for i, expert in enumerate(experts):
         exact, rounded = _expert_hidden(problem, expert, values[:, i])
-        a = problem.rows[expert].weights / h
+        a = problem.tokens[expert].weights / h
         own, cross = weighted_products(rounded, rounded, a), weighted_products(exact, rounded, a)
         ridge = _REFIT_RIDGE * own.diagonal().mean().clamp_min(1e-30) * eye
         wanted = product(down[i], (cross + ridge).T)
-        routed = problem.rows[expert].routed
+        routed = problem.tokens[expert].routed
         if problem.drift is not None:
             missing = _missing_output(problem, expert, problem.drift)
             wanted += weighted_products(missing, rounded[:routed], a[:routed])
@@ -67,10 +65,10 @@ def _missing_output(problem: LayerProblem, expert: int, drift: Tensor) -> Tensor
     With p the router's weights of a token, drift * p / sum(p^2): the parts, weighted by p, add up
     to the whole drift. (GPTAQ, arXiv 2504.02692, aims at the unquantized model's outputs likewise.)
     """
-    rows = problem.rows[expert]
-    tokens = rows.tokens[: rows.routed]
+    own = problem.tokens[expert]
+    tokens = own.tokens[: own.routed]
     weights = problem.activations.top_k_weights[tokens]
-    share = weights.gather(1, rows.slots[:, None]) / weights.square().sum(-1, keepdim=True).clamp_min(1e-12)
+    share = weights.gather(1, own.slots[:, None]) / weights.square().sum(-1, keepdim=True).clamp_min(1e-12)
     return drift[tokens] * share
 
 
@@ -82,21 +80,21 @@ def sampled_error(problem: LayerProblem, experts: list[int], values: Tensor) -> 
     the cross terms are scaled up by the ratio.
 
     Args:
-        values: ``[3, e, r, I]``, decoded factors of ``experts``.
+        values: ``[f, e, r, I]``, decoded factors of ``experts``.
     """
     shape, acts = problem.shape, problem.activations
     total = torch.zeros(acts.hidden.shape[0], shape.hidden_size, device=problem.device)
     alone = routed_alone = 0.0
     for i, expert in enumerate(experts):
-        rows = problem.rows[expert]
-        exact, rounded = _expert_hidden(problem, expert, values[:2, i])
+        own = problem.tokens[expert]
+        exact, rounded = _expert_hidden(problem, expert, values[:-1, i])
         down = problem.weights.down[expert].float()
-        error = product(exact, down) - product(product(rounded, values[2, i]), problem.output_basis)
-        squares = error.square().mean(-1) * rows.weights
+        error = product(exact, down) - product(product(rounded, values[-1, i]), problem.output_basis)
+        squares = error.square().mean(-1) * own.weights
         alone += float(squares.sum())
-        routed_alone += float(squares[: rows.routed].sum())
-        tokens = rows.tokens[: rows.routed]
-        total.index_add_(0, tokens, error[: rows.routed] * acts.top_k_weights[tokens, rows.slots, None])
+        routed_alone += float(squares[: own.routed].sum())
+        tokens = own.tokens[: own.routed]
+        total.index_add_(0, tokens, error[: own.routed] * acts.top_k_weights[tokens, own.slots, None])
     together = float((total.square().mean(-1) * acts.token_weights).mean())
     pairs = (shape.num_experts - 1) / max(len(experts) - 1, 1)
     return alone + (together - routed_alone) * pairs

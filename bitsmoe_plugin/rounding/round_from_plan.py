@@ -12,7 +12,6 @@ from torch import Tensor
 from bitsmoe_plugin.base.devices import computing_on
 from bitsmoe_plugin.base.free_memory import release_free_memory
 from bitsmoe_plugin.base.workers import ALONE, Workers
-from bitsmoe_plugin.codec.layout import LayerShape
 from bitsmoe_plugin.codec.scale_grid import ScaleGrid
 from bitsmoe_plugin.config import BitsMoEConfig
 from bitsmoe_plugin.models.expert_weights import ExpertWeights
@@ -40,7 +39,7 @@ def round_as_planned(
     """``layer_rounding.round_layer`` from what the plan tells.
 
     Args:
-        row_bits: ``[3, E, r]`` int64.
+        row_bits: ``[f, E, r]`` int64.
         bases, energies, known: of the plan.
         workers: share the work; all must call this with the same arguments, and get the same.
         device: where to compute; the arguments may be elsewhere.
@@ -48,7 +47,7 @@ def round_as_planned(
     Returns:
         the layer, on the CPU.
     """
-    shape = LayerShape(weights.num_experts, weights.hidden_size, weights.intermediate_size)
+    shape = weights.shape
     with computing_on(device):
         weights, row_bits, bases = weights.to(device), row_bits.to(device), bases.to(device)
         inverses, known = BasisInverses.of(bases), known.to(device)
@@ -56,7 +55,7 @@ def round_as_planned(
         scales = _scales(energies.to(device), inner, outer, row_bits, config)
         grid = ScaleGrid.covering(scales, row_bits > 0)
         # What rows of down cost besides is added for the layer as a whole.
-        own = torch.stack([*known.rank.expand(2, -1, -1), torch.ones_like(known.rank[0])])
+        own = torch.stack([*known.rank.expand(shape.inputs, -1, -1), torch.ones_like(known.rank[0])])
         done = {}
         for i, part in enumerate(expert_groups(shape.num_experts, shape.rank**2, device)):
             if not workers.takes(i):
@@ -74,12 +73,12 @@ def round_as_planned(
 
 
 def _scales(energies: Tensor, inner: Tensor, outer: Tensor, bits: Tensor, config: BitsMoEConfig) -> Tensor:
-    """Scales ``[3, E, r]`` of Gaussian rows of these energies ``[3, E, r]``."""
+    """Scales ``[f, E, r]`` of Gaussian rows of these energies ``[f, E, r]``."""
     variances = energies / (outer * inner.sum(-1, keepdim=True)).clamp_min(1e-30)
     size = inner.shape[-1]
     return torch.stack(
         [
-            model_scales(variance, widths, config.grid, size, config.widening and factor < 2)
+            model_scales(variance, widths, config.grid, size, config.widening and factor < len(bits) - 1)
             for factor, (variance, widths) in enumerate(zip(variances, bits, strict=True))
         ]
     )

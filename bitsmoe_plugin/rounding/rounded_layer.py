@@ -17,13 +17,13 @@ from bitsmoe_plugin.spectral.bases import SharedBases
 
 @dataclass(frozen=True)
 class RoundedExperts:
-    """Some experts after rounding; first axis: gate, up, down.
+    """Some experts after rounding; the first axis is that of the f factors.
 
     Attributes:
-        words: payload of each ``[3][e]``, on the CPU.
-        scale_codes: ``[3, e, r]`` uint8.
-        errors: ``[3, e, r]`` float32, see ``feedback_rounding.RoundedRows``.
-        values: ``[3, e, r, I]`` float32, what is stored; None unless asked for.
+        words: payload of each ``[f][e]``, on the CPU.
+        scale_codes: ``[f, e, r]`` uint8.
+        errors: ``[f, e, r]`` float32, see ``feedback_rounding.RoundedRows``.
+        values: ``[f, e, r, I]`` float32, what is stored; None unless asked for.
     """
 
     words: list[list[Tensor]]
@@ -50,7 +50,8 @@ class RoundedExperts:
     @staticmethod
     def of_all_experts(groups: list[RoundedExperts]) -> RoundedExperts:
         """One group of experts after the other."""
-        words = [[word for group in groups for word in group.words[factor]] for factor in range(3)]
+        factors = range(len(groups[0].words))
+        words = [[word for group in groups for word in group.words[factor]] for factor in factors]
         return RoundedExperts(words, *_joined(groups, 1))
 
 
@@ -76,7 +77,7 @@ def merged_experts(
 class RoundedLayer:
     """Attributes:
     packed: the layer as it is stored.
-    errors: ``[3, E]`` first-order output error of gate, up and down of each expert.
+    errors: ``[f, E]`` first-order output error of each factor of each expert.
     """
 
     packed: PackedExperts
@@ -86,7 +87,7 @@ class RoundedLayer:
 def pack_layer(
     rounded: RoundedExperts, grid: ScaleGrid, bases: SharedBases, row_bits: Tensor, widths: tuple[int, ...]
 ) -> RoundedLayer:
-    """A layer of which all experts ``[3, E]`` are rounded, as it is stored: on the CPU."""
+    """A layer of which all experts ``[f, E]`` are rounded, as it is stored: on the CPU."""
     input_basis, input_scales = layout.pack_basis(bases.input_basis)
     output_basis, output_scales = layout.pack_basis(bases.output_basis)
     packed = PackedExperts(
@@ -99,5 +100,5 @@ def pack_layer(
         output_scales=output_scales,
     )
     errors = rounded.errors.sum(2)
-    errors[2] = rounded.errors[2] @ bases.output_basis.dequantize().square().sum(0)
+    errors[-1] = rounded.errors[-1] @ bases.output_basis.dequantize().square().sum(0)
     return RoundedLayer(packed.cpu(), errors.cpu())

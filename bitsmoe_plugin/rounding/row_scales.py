@@ -51,8 +51,8 @@ def unbiased_scales(rows: Tensor, weights: Tensor, bits: Tensor, grid: str) -> T
     scales = best_scales(rows, weights, bits, grid)
     rows, weights = _sample(rows), _sample(weights)
     values = row_codec.round_rows(rows, scales, weights, bits, grid)
-    energy, kept = rows.square().sum(-1), (values * rows).sum(-1)
-    ratio = (energy / kept.clamp_min(1e-30)).clamp(1.0, 2.0)
+    energy, found = rows.square().sum(-1), (values * rows).sum(-1)
+    ratio = (energy / found.clamp_min(1e-30)).clamp(1.0, 2.0)
     return torch.where(bits > 0, scales * ratio, scales)
 
 

@@ -53,7 +53,7 @@ _BASES = ("input_basis", "output_basis", "input_scales", "output_scales")
 
 class _Layer(ctypes.Structure):
     _fields_ = (
-        *((name, c_int32) for name in ("experts", "hidden", "rank", "size", "bases")),
+        *((name, c_int32) for name in ("experts", "hidden", "rank", "size", "inputs", "bases")),
         *((name, c_int32) for name in ("basis_bits", "basis_group", "widths")),
         ("width_bits", c_int32 * MAX_WIDTHS),
         ("falling", c_int32 * MAX_WIDTHS),
@@ -100,7 +100,7 @@ class CpuLayer:
     Attributes:
         spec: sizes.
         packed: the tensors, kept alive for the library.
-        starts: ``[2, 3, E]`` int64, first payload word and first stored row of every (factor, expert).
+        starts: ``[2, f, E]`` int64, first payload word and first stored row of every (factor, expert).
         gating: of the experts.
         layer: what the library reads.
     """
@@ -126,6 +126,7 @@ class CpuLayer:
             hidden=shape.hidden_size,
             rank=shape.rank,
             size=shape.intermediate_size,
+            inputs=shape.inputs,
             bases=spec.input_bases,
             basis_bits=spec.basis_bits,
             basis_group=spec.basis_group_size,
@@ -166,13 +167,13 @@ class CpuLayer:
         tokens, k = ids.shape
         chunked = -(-shape.intermediate_size // 64) * 64
         z = x.new_empty(tokens, self.spec.input_bases * shape.rank)
-        gate_up = x.new_empty(tokens * k, 2, chunked)
+        products = x.new_empty(tokens * k, shape.inputs, chunked)
         coordinates = x.new_empty(tokens, shape.rank)
         chosen = pointer(ids)
         failed = lib.bitsmoe_basis(layer, 0, pointer(x), tokens, pointer(z), *how)
-        failed |= lib.bitsmoe_gate_up(layer, pointer(z), chosen, tokens, k, pointer(gate_up), *how)
-        gate, up = self._add_bias(gate_up[:, :, : shape.intermediate_size], ids).unbind(1)
-        h = self.gating(gate, up).contiguous()
+        failed |= lib.bitsmoe_gate_up(layer, pointer(z), chosen, tokens, k, pointer(products), *how)
+        products = self._add_bias(products[:, :, : shape.intermediate_size], ids)
+        h = self.gating(*products.unbind(1)).contiguous()
         failed |= lib.bitsmoe_down(
             layer, pointer(h), pointer(weights), chosen, tokens, k, pointer(coordinates), *how
         )
@@ -180,9 +181,9 @@ class CpuLayer:
         if failed:
             raise MemoryError(f"no memory for the experts' intermediate results of {tokens} tokens")
 
-    def _add_bias(self, gate_up: Tensor, ids: Tensor) -> Tensor:
-        """``[tokens * k, 2, I]``, with the biases of gate and up of each slot's expert, if they have any."""
+    def _add_bias(self, products: Tensor, ids: Tensor) -> Tensor:
+        """``[tokens * k, inputs, I]`` with the biases of each slot's expert, if they have any."""
         if self.packed.input_bias is None:
-            return gate_up
+            return products
         here = ids.clamp(0, self.spec.shape.num_experts - 1).flatten()  # others' values are not used
-        return gate_up + self.spec.original(self.packed.input_bias)[here].float()
+        return products + self.spec.original(self.packed.input_bias)[here].float()

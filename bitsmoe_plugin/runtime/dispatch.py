@@ -6,12 +6,13 @@ import warnings
 from importlib.util import find_spec
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
-from bitsmoe_plugin.base.native import library
+from bitsmoe_plugin.base.native import absence, library
 from bitsmoe_plugin.codec.layout import PackedExperts
 from bitsmoe_plugin.codec.spec import PackedSpec
-from bitsmoe_plugin.models.gating import Gating, activation_of
+from bitsmoe_plugin.models.gating import Gating, GatingForm, form_of
 
 
 class Runtime(Protocol):
@@ -45,6 +46,39 @@ def prepare(spec: PackedSpec, packed: PackedExperts, gating: Gating) -> Runtime:
     return WithOriginals(runtime, spec, gating) if spec.has_bias or spec.kept else runtime
 
 
+def is_plain_torch(runtime: Runtime) -> bool:
+    """Whether ``prepare`` found nothing better than the reference, which waits for its device."""
+    from bitsmoe_plugin.runtime.reference_layer import ReferenceLayer
+    from bitsmoe_plugin.runtime.with_originals import WithOriginals
+
+    inner = runtime.runtime if isinstance(runtime, WithOriginals) else runtime
+    return isinstance(inner, ReferenceLayer)
+
+
+def warm_up(runtime: Runtime, slots: int, dtype: torch.dtype, most: int) -> None:
+    """Compile kernels now that calls would compile when they come. Nothing is compiled for a CPU.
+
+    Args:
+        slots: experts per token.
+        dtype: of the hidden states.
+        most: tokens of a call.
+    """
+    from bitsmoe_plugin.runtime.with_originals import WithOriginals
+
+    rows = runtime.runtime if isinstance(runtime, WithOriginals) else runtime
+    if find_spec("triton") is None:
+        return
+    from bitsmoe_plugin.runtime.triton.layer import TritonLayer
+    from bitsmoe_plugin.runtime.triton.warm_up import remaining
+
+    if not isinstance(rows, TritonLayer):
+        return
+    device, size = rows.packed.payload.device, rows.input_basis.columns
+    for tokens in remaining(rows, slots, dtype, most):
+        ids = torch.zeros(tokens, slots, dtype=torch.int32, device=device)
+        runtime.forward(torch.zeros(tokens, size, dtype=dtype, device=device), ids, ids.float())
+
+
 def _fastest(spec: PackedSpec, packed: PackedExperts, gating: Gating) -> Runtime:
     from bitsmoe_plugin.runtime.reference_layer import ReferenceLayer
 
@@ -56,27 +90,31 @@ def _fastest(spec: PackedSpec, packed: PackedExperts, gating: Gating) -> Runtime
     return ReferenceLayer.prepare(spec, packed, gating)
 
 
+def _lacks_registers(device: torch.device) -> bool:
+    """Whether it is an NVIDIA GPU on which the kernels would spill 6 to 22 KB for each thread."""
+    return (
+        device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) < (8, 0)
+    )
+
+
 def _on_cpu(spec: PackedSpec, packed: PackedExperts, gating: Gating) -> tuple[Runtime | None, str]:
     from bitsmoe_plugin.runtime import cpu_layer
 
     if library() is None:
-        return None, (
-            "the kernels were not compiled when bitsmoe-plugin was installed. Install a C compiler (gcc or "
-            "clang) and reinstall"
-        )
+        return None, absence.reason()
     return cpu_layer.CpuLayer.prepare(spec, packed, gating), ""
 
 
 def _on_gpu(spec: PackedSpec, packed: PackedExperts, gating: Gating) -> tuple[Runtime | None, str]:
-    if spec.has_bias:
-        return None, "the GPU kernels do not know biases of experts"
     if spec.is_tiled:
         return None, 'the GPU kernels do not know the grid "tiled" (of checkpoints that were converted)'
-    activation = activation_of(gating)
-    if activation is None:
-        return None, "the GPU kernels do not know their activation"
+    form = gating if isinstance(gating, GatingForm) else form_of(gating, spec.shape.has_gate)
+    if form is None:
+        return None, "the GPU kernels do not know their gating"
     if find_spec("triton") is None:
         return None, "Triton is not installed"
+    if _lacks_registers(packed.payload.device):
+        return None, "the GPU kernels need a GPU of compute capability 8.0 or newer"
     from bitsmoe_plugin.runtime.triton.layer import TritonLayer
 
-    return TritonLayer.prepare(spec, packed, activation), ""
+    return TritonLayer.prepare(spec, packed, form.text()), ""

@@ -11,7 +11,7 @@ from bitsmoe_plugin.codec import packed_values
 from bitsmoe_plugin.codec.layout import PackedExperts
 from bitsmoe_plugin.codec.spec import PackedSpec
 from bitsmoe_plugin.errors import CheckpointError, QuantizationError
-from bitsmoe_plugin.models.families import apply_gating
+from bitsmoe_plugin.models.families import apply_gating, layout_of
 from bitsmoe_plugin.runtime import dispatch, transforms
 from bitsmoe_plugin.runtime.layer_kind import LayerKind
 from bitsmoe_plugin.runtime.layer_states import STATES
@@ -35,6 +35,11 @@ class BitsMoEExperts(nn.Module):
         super().__init__()
         # In a tuple, so that it is no submodule and its parameters are not ours.
         self._original = (original,)
+        layout = layout_of(original)
+        # A module of the model's like any other: loaded, moved, trained and saved with it.
+        norm: Any = original.post_expert_norm if layout.has_post_expert_norm else None
+        self.post_expert_norm: nn.Module | None = norm
+        self._has_identity_experts = layout.has_identity_experts
         self.spec = spec
         self.whole_shape = spec.shape  # also where a shard is loaded, whose spec is smaller
         self.num_experts = spec.shape.num_experts
@@ -111,9 +116,8 @@ class BitsMoEExperts(nn.Module):
         Raises:
             CheckpointError: naming the tensor.
         """
-        others = {name.removeprefix(prefix) for name in state_dict if name.startswith(prefix)} - {
-            *self._names
-        }
+        own = {*self._names, *(f"{_NORM}.{name}" for name in self._norm_state())}
+        others = {name.removeprefix(prefix) for name in state_dict if name.startswith(prefix)} - own
         if others:  # weights of unquantized experts, or adapters on them
             raise CheckpointError(
                 f"{prefix}{min(others)} cannot be loaded: these experts are packed and have none. Load it "
@@ -144,9 +148,9 @@ class BitsMoEExperts(nn.Module):
         """Compute by another runtime of the same packed tensors; None: by the fastest, as ever."""
         self._runtime = runtime
 
-    def gating(self, gate: Tensor, up: Tensor) -> Tensor:
-        """``[..., I]`` of gate's and up's outputs alike, as the replaced module has it."""
-        return apply_gating(self._original[0], gate, up)
+    def gating(self, *products: Tensor) -> Tensor:
+        """``[..., I]`` of gate's and up's (or up's) outputs alike, as the replaced module has it."""
+        return apply_gating(self._original[0], *products)
 
     def runtime(self) -> dispatch.Runtime:
         """What computes the layer.
@@ -170,11 +174,34 @@ class BitsMoEExperts(nn.Module):
         parameters: dict[str, Any] = self._parameters
         return [parameters[name] for name in self._names]
 
+    def _norm_state(self) -> dict[str, Any]:
+        return {} if self.post_expert_norm is None else self.post_expert_norm.state_dict()
+
     def forward(self, hidden_states: Tensor, *routing: Tensor) -> Tensor:
         """``[T, H]`` from ``[T, H]`` and, as routing, ``[T, k]`` and ``[T, k]``, see ``dispatch``.
 
         ``[E * T, H]`` from ``[E * T, H]`` for families that pass one copy per expert (``families.Layout``).
         """
+        if self.post_expert_norm is not None:
+            return self._normed(hidden_states, *routing)
+        out = self.routed(hidden_states, *routing)
+        if not self._has_identity_experts:
+            return out
+        index, weights = routing
+        share = (weights * (index >= self.whole_shape.num_experts)).sum(-1, keepdim=True)
+        return out + (share * hidden_states).to(out.dtype)
+
+    def _normed(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        """Each expert's output by itself, through the norm, and then weighted and summed."""
+        assert self.post_expert_norm is not None
+        pairs = hidden.repeat_interleave(index.shape[1], 0)
+        single = self.routed(pairs, index.reshape(-1, 1), torch.ones_like(weights).reshape(-1, 1))
+        here = (index >= 0) & (index < self.whole_shape.num_experts)
+        each = self.post_expert_norm(single).view(*index.shape, -1)
+        return (each * (weights * here)[..., None]).sum(1).to(hidden.dtype)
+
+    def routed(self, hidden_states: Tensor, *routing: Tensor) -> Tensor:
+        """What the packed tensors compute of ``forward``."""
         index, weights = self._routing_of_copies(hidden_states) if self._takes_copies else routing
         if self._runtime is None:
             transformed = not torch.compiler.is_compiling() and transforms.active()
@@ -205,6 +232,9 @@ class BitsMoEExperts(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.spec = self._spec  # the name of its gating can be another in this process
+
+
+_NORM = "post_expert_norm"
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:

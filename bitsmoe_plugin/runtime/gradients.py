@@ -6,6 +6,8 @@ With z = A x (A: input basis), h = gating(G z, U z), y = B c, c = sum of p D h o
     dp = <h, v>                             (dgate, dup) = gating'(p v)
     dz = sum of G' dgate + U' dup           dx = A' dz
 
+Experts without a gate have no G.
+
 Everything is computed again from the packed tensors, the rows of one expert at a time, so nothing but the
 inputs has to be kept from the forward pass. The rounding of inputs in the kernels counts as the identity.
 """
@@ -89,30 +91,29 @@ class _Chunk:
         spec = self.layer.spec
         used = [e for e in torch.unique(self.index).tolist() if 0 <= e < spec.shape.num_experts]
         rows = [expert for expert in used if expert not in spec.kept]
-        rows_of = self.layer.rows_of(rows) if rows else None
+        rows_of, factors = self.layer.rows_of(rows) if rows else None, range(len(spec.shape.factors))
         for expert in used:
             token, slot = torch.where(self.index == expert)
             if expert in spec.kept:
                 self._add_kept(expert, token, slot)
             elif rows_of is not None:
                 position = rows.index(expert)
-                self._add_rows(expert, [rows_of(factor, position) for factor in range(3)], token, slot)
+                self._add_rows(expert, [rows_of(f, position) for f in factors], token, slot)
             if self.layer.packed.output_bias is not None:
                 bias = spec.original(self.layer.packed.output_bias)[expert].float()
                 self.dp[token, slot] += self.dy[token] @ bias
         return self.dx.addmm_(self.dz.flatten(1), self.input_basis), self.dp
 
     def _add_rows(self, expert: int, rows: list[tuple[Tensor, Tensor]], token: Tensor, slot: Tensor) -> None:
-        """What one expert contributes; ``rows`` are those of gate, up and down with their rank indices."""
-        (gate_rows, gate_order), (up_rows, up_order), (down_rows, down_order) = rows
+        """What one expert contributes; ``rows`` are those of each factor with their rank indices."""
+        *inputs, (down_rows, down_order) = rows
         z, dz = self.z[token], self.z.new_zeros((len(token), *self.z.shape[1:]))
         v = self.dc[token[:, None], down_order] @ down_rows
         # The last basis is up's, and the first gate's: the same where there is one.
-        dgate, dup = self._through_gating(
-            expert, z[:, 0, gate_order] @ gate_rows, z[:, -1, up_order] @ up_rows, v, token, slot
-        )
-        dz[:, 0, gate_order] += dgate @ gate_rows.T
-        dz[:, -1, up_order] += dup @ up_rows.T
+        products = [z[:, -factor, order] @ own for factor, (own, order) in enumerate(inputs)]
+        slopes = self._through_gating(expert, products, v, token, slot)
+        for factor, (slope, (own, order)) in enumerate(zip(slopes, inputs, strict=True)):
+            dz[:, -factor, order] += slope @ own.T
         self.dz.index_add_(0, token, dz)
 
     def _add_kept(self, expert: int, token: Tensor, slot: Tensor) -> None:
@@ -121,25 +122,26 @@ class _Chunk:
         assert packed.kept_input is not None
         assert packed.kept_output is not None
         position, x = spec.kept.index(expert), self.x[token]
-        gate_weight, up_weight = spec.original(packed.kept_input[position]).float()
+        inputs = spec.original(packed.kept_input[position]).float()
         v = self.dy[token] @ spec.original(packed.kept_output[position]).float()
-        dgate, dup = self._through_gating(expert, x @ gate_weight.T, x @ up_weight.T, v, token, slot)
-        self.dx.index_add_(0, token, dgate @ gate_weight + dup @ up_weight)
+        slopes = self._through_gating(expert, [x @ weight.T for weight in inputs], v, token, slot)
+        for slope, weight in zip(slopes, inputs, strict=True):
+            self.dx.index_add_(0, token, slope @ weight)
 
     def _through_gating(
-        self, expert: int, gate: Tensor, up: Tensor, v: Tensor, token: Tensor, slot: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Gradients ``[n, I]`` with respect to gate and up; notes that with respect to the router weight.
+        self, expert: int, products: list[Tensor], v: Tensor, token: Tensor, slot: Tensor
+    ) -> tuple[Tensor, ...]:
+        """Gradients ``[n, I]`` of gate and up, or up; notes that with respect to the router weight.
 
         Args:
-            gate, up: ``[n, I]`` without biases.
+            products: of gate and up, or up, ``[n, I]`` without biases.
             v: ``[n, I]``, gradient with respect to the gating's output at router weight 1.
         """
         if self.layer.packed.input_bias is not None:
             bias = self.layer.spec.original(self.layer.packed.input_bias)[expert].float()
-            gate, up = gate + bias[0], up + bias[1]
+            products = [product + own for product, own in zip(products, bias, strict=True)]
         # Of torch.func, because autograd is switched off where operators are computed.
-        h, pull_back = torch.func.vjp(self.layer.gating, gate, up)  # type: ignore[misc]
+        h, pull_back = torch.func.vjp(self.layer.gating, *products)  # type: ignore[misc]
         self.dp[token, slot] += (h * v).sum(-1)
-        dgate, dup = pull_back(self.p[token, slot, None] * v)
-        return dgate, dup
+        slopes: tuple[Tensor, ...] = pull_back(self.p[token, slot, None] * v)
+        return slopes

@@ -88,7 +88,10 @@ class LayerKind:
 
 def _is_sensible(kind: LayerKind) -> bool:
     spec, shape = kind.spec, kind.spec.shape
-    numbers = (*vars(shape).values(), spec.basis_bits, spec.basis_group_size, spec.input_bases)
+    sizes = (shape.num_experts, shape.hidden_size, shape.intermediate_size)
+    numbers = (*sizes, spec.basis_bits, spec.basis_group_size, spec.input_bases)
+    if type(shape.has_gate) is not bool or spec.input_bases > shape.inputs:
+        return False
     if not all(type(n) is int and 0 < n <= _LARGEST for n in (*numbers, *(e + 1 for e in spec.kept))):
         return False
     return (
@@ -118,16 +121,16 @@ class _OwnGating:
 
 
 _OWN: list[_OwnGating] = []
-"""Gatings that have no name in ``serving``, one for each that computes something else."""
+"""Gatings that have no ``GatingForm``, one for each that computes something else."""
 
 
 def gating_name(module: nn.Module) -> str:
-    """A name for the gating of an experts module; of one that ``serving`` does not know, in this process."""
-    gating = partial(apply_gating, module)
-    name = gating_functions.activation_of(gating)
-    if name is not None:
-        return name
-    values = gating(*gating_functions.probe())
+    """A name for the gating of an experts module: its form, or one that this process alone knows."""
+    gating, has_gate = partial(apply_gating, module), layout_of(module).has_gate
+    form = gating_functions.form_of(gating, has_gate)
+    if form is not None:
+        return form.text()
+    values = gating(*gating_functions.probe(has_gate))
     for number, known in enumerate(_OWN):
         if known.owner is type(module) and torch.equal(known.values, values):
             return f"{type(module).__name__}#{number}"

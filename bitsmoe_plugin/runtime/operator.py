@@ -59,10 +59,10 @@ def _check_call(
 def routed_only(
     forward: Callable[[Tensor, Tensor, Tensor], Tensor], hidden: Tensor, index: Tensor, weights: Tensor
 ) -> Tensor:
-    """``forward`` of the rows whose first expert is not negative, zero for the others."""
-    rows = torch.nonzero(index[:, 0] >= 0).flatten()
+    """``forward`` of the tokens whose first expert is not negative, zero for the others."""
+    tokens = torch.nonzero(index[:, 0] >= 0).flatten()
     out = torch.zeros_like(hidden, memory_format=torch.contiguous_format)
-    out[rows] = forward(hidden[rows], index[rows], weights[rows])
+    out[tokens] = forward(hidden[tokens], index[tokens], weights[tokens])
     return out
 
 
@@ -85,12 +85,12 @@ def _backward(
         reference = STATES.of(kind, packed, len(hidden)).reference
         if not layer.takes_copies:
             return gradients(reference, grad, hidden, index, weights)
-        rows = torch.nonzero(index[:, 0] >= 0).flatten()
+        tokens = torch.nonzero(index[:, 0] >= 0).flatten()
         by_hidden, by_weights = (
             torch.zeros(t.shape, dtype=t.dtype, device=t.device) for t in (hidden, weights)
         )
-        inputs = (tensor[rows] for tensor in (grad, hidden, index, weights))
-        by_hidden[rows], by_weights[rows] = gradients(reference, *inputs)
+        inputs = (tensor[tokens] for tensor in (grad, hidden, index, weights))
+        by_hidden[tokens], by_weights[tokens] = gradients(reference, *inputs)
         return by_hidden, by_weights
 
 

@@ -1,7 +1,7 @@
 """Reference forward pass of packed experts: pure torch, float32, one expert at a time.
 
 z = input_basis x (one basis for gate and up, or one each)
-h = gating(sum_k z_k gate_k, sum_k z_k up_k)
+h = gating(sum_k z_k gate_k, sum_k z_k up_k), or gating(sum_k z_k up_k) of experts without a gate
 c = sum over the token's experts of p * (down h)
 y = output_basis c
 """
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from bitsmoe_plugin.codec import layout
-from bitsmoe_plugin.codec.layout import LayerShape, PackedExperts
+from bitsmoe_plugin.codec.layout import PackedExperts
 from bitsmoe_plugin.codec.spec import PackedSpec
 from bitsmoe_plugin.models.gating import Gating
 
@@ -33,6 +33,7 @@ def moe_forward(
     input_basis: Tensor,
     output_basis: Tensor,
     gating: Gating,
+    inputs: int = 2,
     input_bias: Tensor | None = None,
 ) -> Tensor:
     """Output of the routed experts.
@@ -43,7 +44,8 @@ def moe_forward(
         top_k_weights: ``[T, k]``.
         input_basis: ``[r, H]`` float32, or ``[2 r, H]``: gate's above up's.
         output_basis: ``[H, r]`` float32.
-        input_bias: ``[E, 2, I]`` of gate and up.
+        inputs: factors that read the hidden states: 2, gate and up, or 1, up.
+        input_bias: ``[E, inputs, I]``.
 
     Returns:
         ``[T, H]`` in the dtype of ``hidden``; computed in float32.
@@ -55,14 +57,14 @@ def moe_forward(
             continue
         token, slot = torch.where(top_k_index == expert)
         selected = z[token]
-        gate, up = (
-            selected[:, -factor, order] @ rows
-            for factor, (rows, order) in ((f, rows_of(f, expert)) for f in (0, 1))
-        )
-        if input_bias is not None:
-            gate, up = gate + input_bias[expert, 0].float(), up + input_bias[expert, 1].float()
-        rows, order = rows_of(2, expert)
-        out = gating(gate, up) @ rows.T * top_k_weights[token, slot, None].float()
+        products = []
+        for factor in range(inputs):
+            rows, order = rows_of(factor, expert)
+            products.append(selected[:, -factor, order] @ rows)
+            if input_bias is not None:
+                products[factor] = products[factor] + input_bias[expert, factor].float()
+        rows, order = rows_of(inputs, expert)
+        out = gating(*products) @ rows.T * top_k_weights[token, slot, None].float()
         update = torch.zeros_like(selected[:, 0])
         update[:, order] = out
         coordinates.index_add_(0, token, update)
@@ -77,8 +79,8 @@ class ReferenceLayer:
     Attributes:
         spec: sizes.
         packed: the tensors.
-        starts: ``[3][E]`` first payload word of every (factor, expert).
-        row_starts: ``[3][E]`` stored rows before those of every (factor, expert).
+        starts: ``[f][E]`` first payload word of every (factor, expert).
+        row_starts: ``[f][E]`` stored rows before those of every (factor, expert).
         gating: of the experts.
     """
 
@@ -121,6 +123,7 @@ class ReferenceLayer:
             input_basis=input_basis,
             output_basis=output_basis,
             gating=self.gating,
+            inputs=self.spec.shape.inputs,
             input_bias=None if bias is None else self.spec.original(bias)[used],
         )
 
@@ -136,7 +139,7 @@ class ReferenceLayer:
         """Reads rows by the position of their expert in ``used``."""
         spec, packed = self.spec, self.packed
         row_codes, size = packed.row_codes[:, used], spec.shape.intermediate_size
-        shape = LayerShape(len(used), spec.shape.hidden_size, size)
+        shape = replace(spec.shape, num_experts=len(used))
         starts, row_starts = (
             [[places[e] for e in used] for places in factors] for factors in (self.starts, self.row_starts)
         )

@@ -64,10 +64,9 @@ class WithOriginals:
         assert stored_input is not None
         assert stored_output is not None
         weights = self.spec.original(stored_input[position])
-        gate, up = (hidden.to(weights.dtype) @ weight.T for weight in weights)
-        gate, up = gate.float(), up.float()
+        products = [(hidden.to(weights.dtype) @ weight.T).float() for weight in weights]
         if self.packed.input_bias is not None:
-            bias = self.spec.original(self.packed.input_bias[self.spec.kept[position]]).float()
-            gate, up = gate + bias[0], up + bias[1]
-        h = self.gating(gate, up).to(weights.dtype)
+            biases = self.spec.original(self.packed.input_bias[self.spec.kept[position]]).float()
+            products = [product + bias for product, bias in zip(products, biases, strict=True)]
+        h = self.gating(*products).to(weights.dtype)
         return (h @ self.spec.original(stored_output[position]).T).float()

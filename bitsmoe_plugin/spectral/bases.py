@@ -109,9 +109,9 @@ Experts = slice | list[int]
 
 
 def input_factors(weights: ExpertWeights, inverses: BasisInverses, experts: Experts) -> Tensor:
-    """Factors ``[2, e, rank, I]`` float32 that reproduce gate and up exactly in the quantized bases:
-    gate = factor^T input_basis."""
-    pairs = ((inverses.given[0], weights.gate), (inverses.given[-1], weights.up))
+    """Factors ``[n, e, rank, I]`` float32 that reproduce gate and up (n = 2), or up alone, exactly in the
+    quantized bases: gate = factor^T input_basis."""
+    pairs = zip((inverses.given[0], inverses.given[-1]), weights.inputs, strict=False)
     return torch.stack([_times_all(inverse.T, matrix[experts]) for inverse, matrix in pairs])
 
 

@@ -51,7 +51,7 @@ class LayerProblem:
     name: str
     weights: ExpertWeights
     activations: LayerActivations
-    rows: list[ExpertTokens]
+    tokens: list[ExpertTokens]
     gating: Gating
     statistics: LayerStatistics
     bases: SharedBases
@@ -65,8 +65,7 @@ class LayerProblem:
 
     @property
     def shape(self) -> LayerShape:
-        w = self.weights
-        return LayerShape(w.num_experts, w.hidden_size, w.intermediate_size)
+        return self.weights.shape
 
     @property
     def device(self) -> torch.device:
@@ -79,16 +78,16 @@ class LayerProblem:
         return self.bases.input_bases()
 
     def input_factors(self, experts: Experts) -> Tensor:
-        """``[2, e, r, I]`` float32, see ``bases.input_factors``."""
+        """``[n, e, r, I]`` float32, see ``bases.input_factors``."""
         return spectral_bases.input_factors(self.weights, self.inverses, experts)
 
     def down_factors(self, experts: Experts) -> Tensor:
         """``[e, r, I]`` float32, see ``bases.down_factors``."""
         return spectral_bases.down_factors(self.weights, self.inverses, experts)
 
-    def hidden(self, gate: Tensor, up: Tensor, expert: int) -> Tensor:
-        """Hidden activations ``[n, I]`` of an expert from its gate and up products ``[n, I]``."""
-        return self.gating(*((gate, up) if self.biases is None else self.biases.add(gate, up, expert)))
+    def hidden(self, *products: Tensor, expert: int) -> Tensor:
+        """Hidden activations ``[n, I]`` of an expert from its gate and up, or up, products ``[n, I]``."""
+        return self.gating(*(products if self.biases is None else self.biases.add(*products, expert=expert)))
 
     def chunks(self, experts: int) -> list[slice]:
         """Positions 0..experts in groups of bounded working set."""
@@ -114,6 +113,7 @@ def shared_bases(weights: ExpertWeights, stats: LayerStatistics, config: BitsMoE
     else:
         metric = torch.eye(weights.hidden_size, dtype=torch.float64, device=moments.gram.device)
         outputs = sum(down.double() @ down.double().T for down in weights.down)
+    # Of experts without a gate there is one.
     grams = moments.gram.sum(0, keepdim=True) if config.joint_basis else moments.gram
     given = torch.cat([spectral_bases.input_basis(gram, metric) for gram in grams])
     out = spectral_bases.output_basis(outputs)
@@ -171,11 +171,11 @@ def _collected(
 ) -> LayerProblem:
     """``build_problem`` of tensors on one device."""
     statistics.check_finite(name, weights, activations)
-    rows = statistics.expert_tokens(activations, weights.num_experts, config.seed, config.all_experts)
+    tokens = statistics.expert_tokens(activations, weights.num_experts, config.seed, config.all_experts)
     # Rounding with refitted down computes them from the rounded gate and up.
     moments = bases is None or not config.refit
     stats = statistics.collect(
-        weights, activations, rows, gating, config.neuron_weighting, biases, hidden_moments=moments
+        weights, activations, tokens, gating, config.neuron_weighting, biases, hidden_moments=moments
     )
     statistics.check_finite_statistics(name, stats)
     bases = bases or shared_bases(weights, stats, config)
@@ -184,7 +184,7 @@ def _collected(
         name=name,
         weights=weights,
         activations=activations,
-        rows=rows,
+        tokens=tokens,
         gating=gating,
         statistics=stats,
         bases=bases,
@@ -226,7 +226,7 @@ def rank_variances(problem: LayerProblem, known: dict[int, Feedback]) -> Tensor:
         return torch.stack([rank_feedback(problem, expert).variance for expert in experts], 1)
     total = torch.stack([input_variance(*_seen_by(problem, expert)) for expert in experts], 1)
     total += config.damping * total.mean(-1, keepdim=True).clamp_min(1e-30)
-    shares = [own_share(rows, rank, config.covariance_prior) for rows in problem.rows]
+    shares = [own_share(tokens, rank, config.covariance_prior) for tokens in problem.tokens]
     share = torch.tensor(shares, device=problem.device)
     exact = torch.stack([feedback.variance for feedback in known.values()], 1)
     sample = list(known)
@@ -246,6 +246,6 @@ def _seen_by(
         problem.z,
         problem.pooled,
         problem.statistics,
-        problem.rows[expert],
+        problem.tokens[expert],
         problem.config.covariance_prior,
     )

@@ -24,7 +24,7 @@ class BasisMoments:
     """What the bases of a layer are the principal directions of.
 
     Attributes:
-        gram: ``[2, H, H]`` float64, of gate and up: sum over experts and neurons of weight * w w^T.
+        gram: ``[n, H, H]`` float64, of gate and up, or up: sum over experts and neurons of weight * w w^T.
         output: ``[H, H]`` float64, E[sum_e a y_e y_e^T] of the experts' outputs.
     """
 
@@ -42,12 +42,12 @@ def basis_moments(
     """
     h = weights.hidden_size
     stride = max(1, weights.num_experts * weights.intermediate_size // (_NEURONS_PER_DIMENSION * h))
-    gram = torch.zeros(2, h, h, dtype=torch.float64, device=weights.gate.device)
+    gram = torch.zeros(len(weights.inputs), h, h, dtype=torch.float64, device=weights.up.device)
     output = torch.zeros_like(gram[0])
     for first in range(0, weights.num_experts, _TOGETHER * stride):
         some = slice(first, first + _TOGETHER * stride, stride)
-        for part, matrices in enumerate((weights.gate[some], weights.up[some])):
-            rows = matrices.float().flatten(0, 1)
+        for part, matrices in enumerate(weights.inputs):
+            rows = matrices[some].float().flatten(0, 1)
             share = statistics.neuron_weights[part, some].flatten()
             gram[part] += weighted_products(rows, rows, share if neuron_weighting else torch.ones_like(share))
         down = [matrix.float() for matrix in weights.down[some]]
@@ -62,25 +62,25 @@ def pooled_covariance(bases: Tensor, statistics: LayerStatistics) -> Tensor:
     return (exact @ statistics.second_moment @ exact.transpose(1, 2)).float()
 
 
-def _covariance_weights(statistics: LayerStatistics, rows: ExpertTokens, parts: int) -> Tensor:
+def _covariance_weights(statistics: LayerStatistics, tokens: ExpertTokens, parts: int) -> Tensor:
     """Weights ``[parts, routed]`` of an expert's tokens in its inputs' covariances, each adding up to 1.
 
     Of gate and up; where both are in one basis, the mean of the two: a covariance for each would double
     the work, which is most of the work there is, and gains nothing that could be measured.
     """
-    both = statistics.slot_weights[:, rows.tokens[: rows.routed], rows.slots]
+    both = statistics.slot_weights[:, tokens.tokens[: tokens.routed], tokens.slots]
     both = both / both.sum(1, keepdim=True).clamp_min(1e-30)
     return both if parts == 2 else both.mean(0, keepdim=True)
 
 
-def own_share(rows: ExpertTokens, rank: int, prior_strength: float) -> float:
+def own_share(tokens: ExpertTokens, rank: int, prior_strength: float) -> float:
     """Weight of an expert's own tokens in ``input_covariance``, 0 to 1; the rest is the layer's."""
     prior = prior_strength * rank
-    return rows.routed / max(rows.routed + prior, 1e-9)
+    return tokens.routed / max(tokens.routed + prior, 1e-9)
 
 
 def input_covariance(
-    z: Tensor, pooled: Tensor, statistics: LayerStatistics, rows: ExpertTokens, prior_strength: float
+    z: Tensor, pooled: Tensor, statistics: LayerStatistics, tokens: ExpertTokens, prior_strength: float
 ) -> Tensor:
     """Second moments of z = input basis times x as one expert's gate and up see it.
 
@@ -94,18 +94,18 @@ def input_covariance(
     Returns:
         ``[1 or 2, rank, rank]`` float32, normalised to unit total weight.
     """
-    share = own_share(rows, z.shape[-1], prior_strength)
-    weights = _covariance_weights(statistics, rows, len(z))
-    picked = z[:, rows.tokens[: rows.routed]]
+    share = own_share(tokens, z.shape[-1], prior_strength)
+    weights = _covariance_weights(statistics, tokens, len(z))
+    picked = z[:, tokens.tokens[: tokens.routed]]
     own = torch.stack([weighted_products(x, x, weight) for x, weight in zip(picked, weights, strict=True)])
     return share * own + (1 - share) * pooled
 
 
 def input_variance(
-    z: Tensor, pooled: Tensor, statistics: LayerStatistics, rows: ExpertTokens, prior_strength: float
+    z: Tensor, pooled: Tensor, statistics: LayerStatistics, tokens: ExpertTokens, prior_strength: float
 ) -> Tensor:
     """The diagonals ``[1 or 2, rank]`` of ``input_covariance`` alone."""
-    share = own_share(rows, z.shape[-1], prior_strength)
-    weights = _covariance_weights(statistics, rows, len(z))
-    own = torch.einsum("pn,pnr->pr", weights, z[:, rows.tokens[: rows.routed]].square())
+    share = own_share(tokens, z.shape[-1], prior_strength)
+    weights = _covariance_weights(statistics, tokens, len(z))
+    own = torch.einsum("pn,pnr->pr", weights, z[:, tokens.tokens[: tokens.routed]].square())
     return share * own + (1 - share) * pooled.diagonal(dim1=1, dim2=2)

@@ -17,7 +17,7 @@ class RowWeights:
     """What a unit of squared error in a factor's values costs at the layer's output, to first order.
 
     Attributes:
-        neuron: ``[2, E, I]`` float32, of gate and up: importance of each neuron.
+        neuron: ``[n, E, I]`` float32, of gate and up (n = 2), or up alone: importance of each neuron.
         hidden: ``[E, I]`` float32, variances of the hidden activations that down is multiplied with.
         rank: ``[1 or 2, E, r]`` float32, variances of what gate and up are multiplied with.
     """
@@ -31,7 +31,7 @@ class RowWeights:
         return RowWeights(self.neuron.to(device), self.hidden.to(device), self.rank.to(device))
 
     def of(self, chosen: Experts, output_basis: Tensor) -> tuple[Tensor, Tensor]:
-        """For gate, up and down the weights within a row, ``[3, e, I]``, and of whole rows, ``[3, e, r]``.
+        """For all factors the weights within a row, ``[f, e, I]``, and of whole rows, ``[f, e, r]``.
 
         Args:
             output_basis: ``[H, r]``.
@@ -40,7 +40,7 @@ class RowWeights:
         reach = output_basis.square().sum(0).expand(rank.shape[1], -1)
         return (
             torch.cat([self.neuron[:, chosen], self.hidden[None, chosen]]),
-            torch.stack([rank[0], rank[-1], reach]),
+            torch.stack([*rank.expand(len(self.neuron), -1, -1), reach]),
         )
 
 

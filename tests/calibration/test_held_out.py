@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bitsmoe_plugin.calibration.text import held_out_last
+from bitsmoe_plugin.calibration.blocks import held_out_last
 
 
 @pytest.mark.parametrize("blocks", [1, 2, 7, 16, 100])

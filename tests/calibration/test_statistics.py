@@ -35,7 +35,7 @@ def slopes(gating: Callable, gate: Tensor, up: Tensor, step: float = 1e-5) -> li
     return [by_gate, by_up]
 
 
-def slow_statistics(layer, rows) -> tuple[LayerStatistics, BasisMoments]:
+def slow_statistics(layer, tokens) -> tuple[LayerStatistics, BasisMoments]:
     """The sums of the module text, one token of one expert after another, in float64."""
     w, a = layer.weights, layer.activations
     second, outputs = (torch.zeros(H, H, dtype=torch.double) for _ in range(2))
@@ -48,7 +48,8 @@ def slow_statistics(layer, rows) -> tuple[LayerStatistics, BasisMoments]:
     for e in range(E):
         matrices = [w.gate[e].double(), w.up[e].double()]
         down = w.down[e].double()
-        for n, (t, weight) in enumerate(zip(rows[e].tokens.tolist(), rows[e].weights.tolist(), strict=True)):
+        own = tokens[e]
+        for n, (t, weight) in enumerate(zip(own.tokens.tolist(), own.weights.tolist(), strict=True)):
             x = a.hidden[t].double()
             gate, up = (m @ x for m in matrices)
             h = layer.gating(gate, up)
@@ -60,9 +61,9 @@ def slow_statistics(layer, rows) -> tuple[LayerStatistics, BasisMoments]:
             for part, slope in enumerate(slopes(layer.gating, gate, up)):
                 q = slope**2 * (down**2).sum(0) / H
                 neurons[part, e] += weight * q
-                if n < rows[e].routed:
+                if n < own.routed:
                     peaks[e] = max(peaks[e], y.abs().max())
-                    slots[part, t, rows[e].slots[n]] = weight * q.sum()
+                    slots[part, t, own.slots[n]] = weight * q.sum()
         for part in range(2):
             for i in range(SIZE):
                 gram[part] += neurons[part, e, i] * torch.outer(matrices[part][i], matrices[part][i])
@@ -77,38 +78,38 @@ def layer(make_layer):
     return make_layer(E, SIZE, H, T, K)
 
 
-def collect(layer, rows) -> LayerStatistics:
-    return statistics.collect(layer.weights, layer.activations, rows, layer.gating)
+def collect(layer, tokens) -> LayerStatistics:
+    return statistics.collect(layer.weights, layer.activations, tokens, layer.gating)
 
 
 def test_every_sum_agrees_with_a_slow_implementation(layer) -> None:
     """Guards against a transposed product, a lost weight or a wrong slope in any statistic."""
-    rows = statistics.expert_tokens(layer.activations, E, seed=0)
-    fast, (slow, slow_moments) = collect(layer, rows), slow_statistics(layer, rows)
+    tokens = statistics.expert_tokens(layer.activations, E, seed=0)
+    fast, (slow, slow_moments) = collect(layer, tokens), slow_statistics(layer, tokens)
     moments = basis_moments(layer.weights, fast)
     for name, value in {**vars(slow), **vars(slow_moments)}.items():
         got = torch.as_tensor((vars(fast) | vars(moments))[name], dtype=torch.double)
         torch.testing.assert_close(got, torch.as_tensor(value, dtype=torch.double), **TOLERANCE, msg=name)
 
 
-def test_rows_are_the_routed_tokens_and_their_weights(layer) -> None:
+def test_tokens_are_the_routed_ones_and_their_weights(layer) -> None:
     """Each (token, slot) belongs to exactly one expert, with weight omega p^2 / T, routed ones first."""
     a = layer.activations
     seen = torch.zeros(T, K)
-    for e, rows in enumerate(statistics.expert_tokens(a, E, seed=0)):
-        tokens = rows.tokens[: rows.routed]
-        seen[tokens, rows.slots] += 1
-        assert bool((a.top_k_index[tokens, rows.slots] == e).all())
-        wanted = a.token_weights[tokens] * a.top_k_weights[tokens, rows.slots] ** 2 / T
-        torch.testing.assert_close(rows.weights[: rows.routed], wanted)
+    for e, own in enumerate(statistics.expert_tokens(a, E, seed=0)):
+        tokens = own.tokens[: own.routed]
+        seen[tokens, own.slots] += 1
+        assert bool((a.top_k_index[tokens, own.slots] == e).all())
+        wanted = a.token_weights[tokens] * a.top_k_weights[tokens, own.slots] ** 2 / T
+        torch.testing.assert_close(own.weights[: own.routed], wanted)
     assert bool((seen == 1).all())
 
 
 def test_thin_experts_are_topped_up_to_the_median_expert(layer, make_layer) -> None:
     """Added tokens weigh (1 - n / 64) of the layer's median expert; experts with 64 tokens get none."""
-    rows = statistics.expert_tokens(layer.activations, E, seed=0)
-    typical = torch.stack([r.weights[: r.routed].sum() for r in rows]).median()
-    for r in rows:
+    tokens = statistics.expert_tokens(layer.activations, E, seed=0)
+    typical = torch.stack([r.weights[: r.routed].sum() for r in tokens]).median()
+    for r in tokens:
         assert len(r.tokens) == r.routed + PRIOR_TOKENS
         wanted = (1 - r.routed / PRIOR_TOKENS) * typical
         torch.testing.assert_close(r.weights[r.routed :].sum(), wanted)
@@ -116,10 +117,10 @@ def test_thin_experts_are_topped_up_to_the_median_expert(layer, make_layer) -> N
     assert all(len(r.tokens) == r.routed >= PRIOR_TOKENS for r in plenty)
 
 
-def covariance_of(bases: Tensor, stats, activations, rows, prior: float) -> Tensor:
+def covariance_of(bases: Tensor, stats, activations, tokens, prior: float) -> Tensor:
     pooled = pooled_covariance(bases, stats)
     z = activations.hidden.float() @ bases.transpose(1, 2)
-    return input_covariance(z, pooled, stats, rows, prior)
+    return input_covariance(z, pooled, stats, tokens, prior)
 
 
 def test_unrouted_expert_gets_the_statistics_of_a_typical_one(make_layer) -> None:
@@ -127,14 +128,14 @@ def test_unrouted_expert_gets_the_statistics_of_a_typical_one(make_layer) -> Non
     layer = make_layer(E, SIZE, H, 600, K)
     index = layer.activations.top_k_index
     activations = replace(layer.activations, top_k_index=torch.where(index == 2, 3, index))
-    rows = statistics.expert_tokens(activations, E, seed=0)
-    assert rows[2].routed == 0
-    stats = statistics.collect(layer.weights, activations, rows, layer.gating)
+    tokens = statistics.expert_tokens(activations, E, seed=0)
+    assert tokens[2].routed == 0
+    stats = statistics.collect(layer.weights, activations, tokens, layer.gating)
     for value in (stats.hidden_moment, stats.neuron_weights, stats.second_moment):
         assert bool(torch.isfinite(value).all())
     mass = stats.neuron_weights.sum(-1)
     assert bool((mass[:, 2] > mass[:, [0, 1, 3]].amin(1) / 4).all())
-    covariance = covariance_of(torch.eye(H)[None], stats, activations, rows[2], 1.0)
+    covariance = covariance_of(torch.eye(H)[None], stats, activations, tokens[2], 1.0)
     torch.testing.assert_close(covariance, stats.second_moment.float()[None])
 
 
@@ -148,8 +149,8 @@ def test_slots_that_point_nowhere_are_ignored(layer) -> None:
 
 def routed_only(layer, experts: int):
     """Rows without stand-in tokens, so that predictions speak of the routed tokens alone."""
-    rows = statistics.expert_tokens(layer.activations, experts, seed=0)
-    return [replace(r, tokens=r.tokens[: r.routed], weights=r.weights[: r.routed]) for r in rows]
+    tokens = statistics.expert_tokens(layer.activations, experts, seed=0)
+    return [replace(r, tokens=r.tokens[: r.routed], weights=r.weights[: r.routed]) for r in tokens]
 
 
 def measured_error(layer, changed: ExpertWeights) -> float:
@@ -174,13 +175,13 @@ def test_hidden_moment_predicts_the_error_of_a_down_row(layer) -> None:
 def test_neuron_weight_and_covariance_predict_the_error_of_a_neuron(make_layer, part: str) -> None:
     """To first order and for one neuron exact: E[a q] d^T C d. Error 1e-3 of the weights: 1 %."""
     layer = make_layer(E, 1, H, T, K)
-    rows = routed_only(layer, E)
-    stats = collect(layer, rows)
+    tokens = routed_only(layer, E)
+    stats = collect(layer, tokens)
     d = torch.randn(H) * 1e-3 * layer.weights.gate.std()
     changed = getattr(layer.weights, part).clone()
     changed[3, 0] += d
     index = ("gate", "up").index(part)
-    covariance = covariance_of(torch.eye(H).expand(2, H, H), stats, layer.activations, rows[3], 0.0)[index]
+    covariance = covariance_of(torch.eye(H).expand(2, H, H), stats, layer.activations, tokens[3], 0.0)[index]
     predicted = float(stats.neuron_weights[index, 3, 0] * (d @ covariance @ d))
     changed_weights = replace(layer.weights, **{part: changed})
     assert predicted == pytest.approx(measured_error(layer, changed_weights), rel=0.01)
@@ -189,43 +190,43 @@ def test_neuron_weight_and_covariance_predict_the_error_of_a_neuron(make_layer, 
 @pytest.mark.parametrize("bases", [1, 2])
 def test_covariance_blends_by_token_count(layer, bases: int) -> None:
     """n / (n + strength * rank) of the expert's own moment, the rest of the layer's."""
-    rows = routed_only(layer, E)
-    stats = collect(layer, rows)
+    tokens = routed_only(layer, E)
+    stats = collect(layer, tokens)
     basis = torch.randn(bases, H, H)
-    own = covariance_of(basis, stats, layer.activations, rows[0], 0.0)
-    blended = covariance_of(basis, stats, layer.activations, rows[0], 0.5)
+    own = covariance_of(basis, stats, layer.activations, tokens[0], 0.0)
+    blended = covariance_of(basis, stats, layer.activations, tokens[0], 0.5)
     pooled = basis @ stats.second_moment.float() @ basis.transpose(1, 2)
-    share = rows[0].routed / (rows[0].routed + 0.5 * H)
+    share = tokens[0].routed / (tokens[0].routed + 0.5 * H)
     torch.testing.assert_close(blended, share * own + (1 - share) * pooled, rtol=1e-4, atol=1e-4)
 
 
 def test_gate_and_up_have_the_covariance_of_their_own_basis(layer) -> None:
     """Guards the order of two bases, gate's first: each part as if its basis were the only one."""
-    rows = statistics.expert_tokens(layer.activations, E, seed=0)
-    stats = collect(layer, rows)
+    tokens = statistics.expert_tokens(layer.activations, E, seed=0)
+    stats = collect(layer, tokens)
     bases = torch.randn(2, H, H)
-    both = covariance_of(bases, stats, layer.activations, rows[1], 0.5)
+    both = covariance_of(bases, stats, layer.activations, tokens[1], 0.5)
     for part in range(2):
-        alone = covariance_of(bases[[part, part]], stats, layer.activations, rows[1], 0.5)
+        alone = covariance_of(bases[[part, part]], stats, layer.activations, tokens[1], 0.5)
         torch.testing.assert_close(both[part], alone[part], **TOLERANCE)
 
 
 def test_one_basis_has_the_mean_covariance_of_gate_and_up(layer) -> None:
     """Guards that neither of them is left out."""
-    rows = statistics.expert_tokens(layer.activations, E, seed=0)
-    stats, basis = collect(layer, rows), torch.randn(1, H, H)
-    each = covariance_of(basis.expand(2, H, H), stats, layer.activations, rows[1], 0.5)
-    one = covariance_of(basis, stats, layer.activations, rows[1], 0.5)
+    tokens = statistics.expert_tokens(layer.activations, E, seed=0)
+    stats, basis = collect(layer, tokens), torch.randn(1, H, H)
+    each = covariance_of(basis.expand(2, H, H), stats, layer.activations, tokens[1], 0.5)
+    one = covariance_of(basis, stats, layer.activations, tokens[1], 0.5)
     assert float((each[0] - each[1]).norm() / each[0].norm()) > 0.01, "they do not differ in the example"
     torch.testing.assert_close(one[0], each.mean(0), **TOLERANCE)
 
 
 @pytest.mark.parametrize("bases", [1, 2])
 def test_variances_are_the_diagonal_of_the_covariance(layer, bases: int) -> None:
-    rows = statistics.expert_tokens(layer.activations, E, seed=0)
-    stats, basis = collect(layer, rows), torch.randn(bases, H, H)
+    tokens = statistics.expert_tokens(layer.activations, E, seed=0)
+    stats, basis = collect(layer, tokens), torch.randn(bases, H, H)
     z = layer.activations.hidden.float() @ basis.transpose(1, 2)
-    given = z, pooled_covariance(basis, stats), stats, rows[1], 0.5
+    given = z, pooled_covariance(basis, stats), stats, tokens[1], 0.5
     covariance, variance = input_covariance(*given), input_variance(*given)
     torch.testing.assert_close(variance, covariance.diagonal(dim1=1, dim2=2), **TOLERANCE)
 
@@ -233,9 +234,9 @@ def test_variances_are_the_diagonal_of_the_covariance(layer, bases: int) -> None
 def test_neurons_weigh_alike_without_neuron_weighting(layer) -> None:
     """The switch changes two things: an expert's neurons all weigh its mean, so that its share in the
     layer stays, and the bases see the plain weights. All else is as before."""
-    rows = statistics.expert_tokens(layer.activations, E, seed=0)
-    weighted = collect(layer, rows)
-    plain = statistics.collect(layer.weights, layer.activations, rows, layer.gating, neuron_weighting=False)
+    tokens = statistics.expert_tokens(layer.activations, E, seed=0)
+    weighted = collect(layer, tokens)
+    plain = statistics.collect(layer.weights, layer.activations, tokens, layer.gating, neuron_weighting=False)
     mean = weighted.neuron_weights.mean(-1, keepdim=True).expand(2, E, SIZE)
     torch.testing.assert_close(plain.neuron_weights, mean)
     assert float((weighted.neuron_weights / mean).std()) > 0.1, "the example has nothing to switch off"

@@ -13,12 +13,11 @@ from typing import Any
 
 import pytest
 import torch
+from families_support import off_convention
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
-    NemotronHConfig,
-    NemotronHForCausalLM,
 )
 
 from bitsmoe_plugin import BitsMoEConfig, BitsMoEError, CheckpointError, QuantizationError
@@ -177,22 +176,7 @@ def _dense(path: Path) -> None:
 
 
 def _off_convention(path: Path) -> None:
-    sizes = {name: size for name, size in SMALL.items() if name != "num_hidden_layers"}
-    config = NemotronHConfig(
-        **sizes,
-        num_key_value_heads=2,
-        head_dim=16,
-        n_routed_experts=4,
-        moe_intermediate_size=32,
-        mamba_num_heads=8,
-        mamba_head_dim=16,
-        n_groups=1,
-        ssm_state_size=8,
-        layers_block_type=["moe"],
-        n_group=1,
-        topk_group=1,
-    )
-    NemotronHForCausalLM(config).save_pretrained(path)
+    off_convention().save_pretrained(path)
 
 
 def _edit_config(path: Path, **changes: Any) -> None:
@@ -217,9 +201,13 @@ def _write_index(path: Path, text: str) -> None:
         (lambda path: _write_index(path, '{"metadata": {"total_size": 1000000}}'), "do not belong together"),
         (lambda path: _edit_config(path, model_type="no_such_model"), "no_such_model"),
         (lambda path: _edit_config(path, hidden_size="wide"), r"config\.json cannot be used.*hidden_size"),
-        (lambda path: _edit_config(path, quantization_config={"quant_method": "fp8"}), "already.*'fp8'"),
+        (
+            lambda path: _edit_config(path, quantization_config={"quant_method": "gptq"}),
+            "'gptq'.*no operation",
+        ),
+        (lambda path: _edit_config(path, quantization_config={"bits": 4}), "has no quant_method"),
         (_dense, "'llama' has no MoE layers"),
-        (_off_convention, r"NemotronHExperts.*'nemotron_h'.*without a gate"),
+        (_off_convention, r"'jetmoe' cannot be quantized.*JetMoeMoE"),
     ],
 )
 def test_bad_input_is_refused(damage: Callable[[Path], None], message: str, description: Path) -> None:

@@ -5,13 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from families_support import off_convention
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
-    NemotronHConfig,
-    NemotronHForCausalLM,
 )
 
 from bitsmoe_plugin import BitsMoEConfig, ConfigError, QuantizationError
@@ -49,23 +48,8 @@ def test_dense_model_is_refused(tmp_path) -> None:
 
 
 def test_family_off_the_convention_is_refused_by_name(tmp_path) -> None:
-    sizes = {name: size for name, size in SMALL.items() if name != "num_hidden_layers"}
-    config = NemotronHConfig(
-        **sizes,
-        num_key_value_heads=2,
-        head_dim=16,
-        n_routed_experts=4,
-        moe_intermediate_size=32,
-        mamba_num_heads=8,
-        mamba_head_dim=16,
-        n_groups=1,
-        ssm_state_size=8,
-        layers_block_type=["moe"],
-        n_group=1,
-        topk_group=1,
-    )
-    with pytest.raises(QuantizationError, match=r"NemotronHExperts.*'nemotron_h'.*without a gate"):
-        _quantize(_save(NemotronHForCausalLM(config), tmp_path))
+    with pytest.raises(QuantizationError, match=r"'jetmoe' cannot be quantized.*JetMoeMoE"):
+        _quantize(_save(off_convention(), tmp_path))
 
 
 @pytest.mark.parametrize(

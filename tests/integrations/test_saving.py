@@ -123,17 +123,33 @@ def test_a_config_that_does_not_save_is_refused_before_the_first_layer(
         AutoModelForCausalLM.from_pretrained(dense, config=config, quantization_config=_config())
 
 
+def _renamed(dense: Path, source: Path, old: str, new: str) -> Path:
+    """The model with names that its class knows by a key_mapping only."""
+    shutil.copytree(dense, source)
+    tensors = load_file(source / "model.safetensors")
+    renamed = {name.replace(old, new): tensor for name, tensor in tensors.items()}
+    save_file(renamed, source / "model.safetensors", {"format": "pt"})
+    return source
+
+
 def test_packed_tensors_that_would_not_be_found_again_are_refused(
     dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Saving reverts key_mapping, so the packed model would need it on loading too."""
     monkeypatch.setattr(quantize, "plan_layers", _no_layer)
-    source = tmp_path / "source"
-    shutil.copytree(dense, source)
-    tensors = load_file(source / "model.safetensors")
-    renamed = {name.replace("model.layers.", "model.blocks."): t for name, t in tensors.items()}
-    save_file(renamed, source / "model.safetensors", {"format": "pt"})
-    mapping = {r"^model\.blocks\.": "model.layers."}
-    warnings.simplefilter("error")  # as would one say that all of model.blocks is left out
-    with pytest.raises(QuantizationError, match=r"would be saved as model\.blocks\.0\S+, where it would not"):
+    source = _renamed(dense, tmp_path / "source", "model.layers.", "decoder.layers.")
+    mapping = {r"^decoder\.": "model."}
+    warnings.simplefilter("error")  # as would one say that all of decoder is left out
+    with pytest.raises(QuantizationError, match=r"would be saved as decoder\.\S+, where it would not"):
         AutoModelForCausalLM.from_pretrained(source, quantization_config=_config(), key_mapping=mapping)
+
+
+@pytest.mark.filterwarnings("ignore:.*calibration token")
+def test_layers_of_another_name_are_saved_by_their_own(dense: Path, tmp_path: Path) -> None:
+    """Guards against a packed model that needs the key_mapping of its source: saving would revert it."""
+    source = _renamed(dense, tmp_path / "source", "model.layers.", "model.blocks.")
+    mapping = {r"^model\.blocks\.": "model.layers."}
+    model = AutoModelForCausalLM.from_pretrained(source, quantization_config=_config(), key_mapping=mapping)
+    model.save_pretrained(tmp_path / "packed")
+    packed = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+    assert torch.equal(packed(TOKENS).logits, model(TOKENS).logits)

@@ -6,14 +6,28 @@ from functools import partial
 
 import pytest
 import torch
+from forms_support import CAUSAL
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    DeepseekV4Config,
+    GptOssConfig,
+    NemotronHConfig,
+    Qwen3MoeConfig,
+)
+from transformers.activations import ACT2FN
+from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4Experts
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from bitsmoe_plugin.calibration.statistics import LayerActivations
 from bitsmoe_plugin.codec.layout import LayerShape
 from bitsmoe_plugin.commands.compare.rtn import quantize_rtn, round_to_nearest
-from bitsmoe_plugin.errors import QuantizationError
+from bitsmoe_plugin.errors import ConfigError, QuantizationError
+from bitsmoe_plugin.models.declared_computation import check_computation
 from bitsmoe_plugin.models.families import (
     apply_gating,
-    check_computation,
     decoder_layer_name,
     find_moe_layers,
     layer_shape,
@@ -21,6 +35,8 @@ from bitsmoe_plugin.models.families import (
     read_experts,
     routed_inputs,
 )
+from bitsmoe_plugin.models.gating import GatingForm, form_of, probe
+from bitsmoe_plugin.runtime.layer_kind import gating_name
 
 # model type -> decoder layers that have routed experts (DeepSeek-V3: the first one is dense)
 SUPPORTED = {
@@ -66,6 +82,82 @@ def test_dense_model_is_refused(tiny_model) -> None:
         find_moe_layers(tiny_model("llama"))
 
 
+def test_experts_that_are_not_fused_are_named() -> None:
+    """They hold no layer that would be found: "not an MoE model" would send the user looking elsewhere."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model("jetmoe"))
+    with pytest.raises(QuantizationError, match=r"'jetmoe' cannot be quantized.*JetMoeMoE"):
+        find_moe_layers(model)
+
+
+def test_shared_experts_are_no_routed_ones(tiny_model) -> None:
+    """Inkling's are 3-D as well, and no router chooses among them."""
+    model = tiny_model("inkling_text", **CAUSAL["3-D shared experts"][1])
+    assert [layer.name for layer in find_moe_layers(model)] == [
+        f"model.layers.{i}.mlp.experts" for i in (0, 1)
+    ]
+
+
+# Of transformers' families: what their own ``_apply_gate`` or activation says, by its constants.
+FORMS = {
+    "qwen3_moe": "silu",
+    "gpt_oss": "silu,alpha=1.702,limit=7,offset=1",
+    "deepseek_v4": "silu,limit=10",
+    "nemotron_h": "relu2,has_gate=0",
+}
+
+
+@pytest.mark.parametrize("family", FORMS)
+def test_gatings_are_found_by_trying(family: str) -> None:
+    """Guards the table that kernels know: a constant that is missed is a plausible, wrong number."""
+    kinds = {
+        "qwen3_moe": (Qwen3MoeExperts, Qwen3MoeConfig(num_experts=2)),
+        "gpt_oss": (GptOssExperts, GptOssConfig(num_local_experts=2)),
+        "deepseek_v4": (DeepseekV4Experts, DeepseekV4Config(n_routed_experts=2)),
+        "nemotron_h": (NemotronHExperts, NemotronHConfig(n_routed_experts=2)),
+    }
+    kind, config = kinds[family]
+    with torch.device("meta"):
+        module = kind(config)
+    assert gating_name(module) == FORMS[family]
+    form, products = GatingForm.parse(FORMS[family]), probe("has_gate=0" not in FORMS[family])
+    assert torch.equal(form(*products), apply_gating(module, *products))
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_pytorch_tanh", "quick_gelu", "relu", "relu2"])
+@pytest.mark.parametrize("gate", [True, False])
+def test_activations_of_transformers_have_a_form(activation: str, gate: bool) -> None:
+    act = ACT2FN[activation]
+    form = form_of((lambda g, u: act(g) * u) if gate else act, gate)
+    assert form is not None
+    assert GatingForm.parse(form.text()) == form
+    assert form_of(form, gate) == form
+
+
+def test_what_no_form_computes_has_none() -> None:
+    """Softcaps, other activations, other limits for gate and up: never the nearest form."""
+    for gating in (
+        lambda g, u: torch.tanh(g) * u,
+        lambda g, u: torch.nn.functional.silu(g.clamp(max=7)) * u.clamp(-5, 5),
+        lambda g, u: torch.nn.functional.silu(g.clamp(-7, 7)) * u.clamp(-7, 7),
+        lambda g, u: torch.nn.functional.silu(g) * u * u,
+        lambda g, u: torch.nn.functional.silu(g) * 0.5 * u,
+    ):
+        assert form_of(gating) is None
+    assert form_of(torch.nn.functional.mish, False) is None
+    for text in (
+        "mish",
+        "silu,limit=0",
+        "silu,limit=-1",
+        "silu,alpha=nan",
+        "silu,x=1",
+        "silu,has_gate",
+        "gelu,,",
+    ):
+        with pytest.raises(ConfigError):
+            GatingForm.parse(text)
+
+
 def test_biases_and_interleaved_rows_reproduce_the_module(tiny_model, make_layer) -> None:
     """Guards GPT-OSS: transposed weights, gate and up in turn, biases, clamped activation. Biases are
     strong here, and inputs large enough for the clamp, so that leaving one out fails. float32: 1e-5."""
@@ -79,7 +171,7 @@ def test_biases_and_interleaved_rows_reproduce_the_module(tiny_model, make_layer
     wanted = torch.zeros_like(x)
     for t, slot in torch.cartesian_prod(torch.arange(20), torch.arange(2)).tolist():
         e = int(a.top_k_index[t, slot])
-        products = biases.add(weights.gate[e] @ x[t], weights.up[e] @ x[t], e)
+        products = biases.add(weights.gate[e] @ x[t], weights.up[e] @ x[t], expert=e)
         assert float(products[0].max()) > module.limit or t > 0
         out = weights.down[e] @ apply_gating(module, *products) + biases.down[e]
         wanted[t] += a.top_k_weights[t, slot] * out
@@ -104,11 +196,11 @@ def test_copies_of_the_inputs_are_understood(tiny_model) -> None:
         routed_inputs(module, [copies.flatten(0, 1)])
 
 
-def test_experts_without_a_gate_or_with_a_norm_are_refused_by_name(tiny_model) -> None:
+def test_experts_that_are_not_as_they_declare_are_refused_by_name(tiny_model) -> None:
     """What deviates in more than layout computes something else: reading it as ours gives noise."""
     for flag, value, reason in (
-        ("has_gate", False, "without a gate"),
-        ("has_post_expert_norm", True, "a norm after each expert"),
+        ("has_gate", False, "no fused up_proj"),
+        ("has_post_expert_norm", True, "no post_expert_norm"),
         ("act_fn", torch.nn.PReLU(), "an activation with parameters of its own"),
     ):
         model = tiny_model("qwen3_moe")

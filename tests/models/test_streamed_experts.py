@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peak_memory import measured
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -250,29 +248,14 @@ def test_progress_bars_are_as_they_were(tiny_model: Any, tmp_path: Path) -> None
 def test_peak_memory_does_not_grow_with_depth(tmp_path: Path) -> None:
     """Guards the bound, from outside: 6 further layers are 28 MB of experts, 57 MB in the float32 of the
     computation. They have taken 2 MB of memory, and 9 MB with the pages of files that are mapped.
-
-    What is no memory of ours is kept out: torch's cache of compiled 16-bit products, which grows with the
-    number of shapes, and what the allocator has been given back, but not returned to the system.
     """
-    quiet = {
-        "LRU_CACHE_CAPACITY": "1",
-        "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "0",
-        "MALLOC_ARENA_MAX": "1",
-        "MALLOC_MMAP_THRESHOLD_": "524288",
-        "MALLOC_TRIM_THRESHOLD_": "524288",
-    }
     sizes = {"hidden_size": 64, "moe_intermediate_size": 512, "num_experts": 24, "num_experts_per_tok": 4}
     small = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 32, "vocab_size": 256}
     peaks = []
     for layers in (2, 8):
         model = tmp_path / f"model{layers}"
         write_checkpoint(model, qwen3_moe(layers, **sizes, **small))
-        script = Path(__file__).parents[1] / "support" / "peak_memory.py"
-        command = [sys.executable, str(script), str(model), f"{model}-out"]
-        environment = {**os.environ, **quiet}
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-        assert done.returncode == 0, done.stderr
-        peaks.append(json.loads(done.stdout))
+        peaks.append(measured(model, Path(f"{model}-out")))
     growth = {kind: peaks[1][kind] - peaks[0][kind] for kind in ("anonymous", "resident")}
     print(f"peak at 2 layers {peaks[0]}, at 8 layers {peaks[1]}")
     assert growth["anonymous"] < 12e6

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 from bitsmoe_plugin.integrations.optimum_commands.register_bitsmoe import COMMANDS
 
+ROOT = Path(__file__).parents[2]
 HEAVY = (
     *("highspy", "rich", "matplotlib", "jinja2", "datasets", "triton", "optimum", "vllm", "lm_eval"),
     *(f"bitsmoe_plugin.{room}" for room in ("allocation", "calibration", "commands", "models", "pipeline")),
@@ -70,6 +72,59 @@ sys.argv = ["bitsmoe", "inspect", "nowhere"]
 print(main())
 """
     assert run(code).splitlines() == ["0 True"] * len(ANSWERED_AT_ONCE) + ["2"]
+
+
+def test_the_package_as_a_program_answers_as_soon(packed_moe_tiny: Path, tmp_path: Path) -> None:
+    """``python -m bitsmoe_plugin``: as above, without what cannot be imported here, and with it for commands.
+    An error then is one line."""
+    broken = tmp_path / "transformers.py"
+    broken.write_text("raise ImportError('transformers is broken')")
+    for arguments, where, status in (
+        (["--version"], tmp_path, 0),
+        (["quantize", "--help"], tmp_path, 0),
+        (["inspect", str(packed_moe_tiny)], tmp_path, 2),
+        (["inspect", str(packed_moe_tiny), "--json"], None, 0),
+    ):
+        paths = [str(path) for path in (where, ROOT, os.environ.get("PYTHONPATH")) if path]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "BITSMOE_DISABLE_AUTOLOAD": "1"}
+        command = [sys.executable, "-m", "bitsmoe_plugin", *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+        assert done.returncode == status, done.stderr
+        assert "Traceback" not in done.stderr
+        assert ("transformers is broken" in done.stderr) == (status == 2)
+
+
+def test_only_the_program_itself_leaves_the_registration_out(tmp_path: Path) -> None:
+    """Guards ``python -m`` of other modules that import the package, ours and others'."""
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "__init__.py").write_text("import bitsmoe_plugin\n")
+    (tmp_path / "other" / "__main__.py").write_text(
+        "import bitsmoe_plugin as b; print(b.BitsMoEConfig.__name__)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    command = [sys.executable, "-m", "other", "bitsmoe_plugin"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    assert done.stdout.strip() == "BitsMoEConfig", done.stderr
+
+
+def test_help_in_optimum_is_as_quick() -> None:
+    """Guards commands of optimum-cli against two seconds before they say how they are called."""
+    file = ROOT / "bitsmoe_plugin/integrations/optimum_commands/register_bitsmoe.py"
+    code = f"""
+import argparse, importlib.util, sys
+spec = importlib.util.spec_from_file_location("register", {str(file)!r})
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+try:
+    given = argparse.Namespace(arguments=["quantize", "--help"])
+    parsers = argparse.ArgumentParser().add_subparsers()
+    module.BitsMoECommand(parsers, args=given).run()
+except SystemExit as end:
+    print(end.code, [name for name in ("torch", "transformers") if name in sys.modules])
+"""
+    *help_text, last = run(code).splitlines()
+    assert help_text[0].startswith("usage: optimum-cli bitsmoe quantize")
+    assert last == "0 []"
 
 
 def test_the_program_registers_before_a_command_runs(packed_moe_tiny: Path) -> None:

@@ -44,7 +44,7 @@ def test_the_core_imports_numbers_alone(room: str) -> None:
     assert not surplus
 
 
-@pytest.mark.parametrize("room", [*CORE, "calibration"])
+@pytest.mark.parametrize("room", [*CORE, "calibration", "pipeline"])
 def test_tensors_are_made_on_a_device_that_is_named(room: str) -> None:
     """Guards tensors that are right only where an ambient device is set, or none is."""
     made, unnamed = 0, set()

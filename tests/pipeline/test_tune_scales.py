@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from bitsmoe_plugin import BitsMoEConfig, ConfigError, QuantizationError
-from bitsmoe_plugin.calibration.text import held_out_last
+from bitsmoe_plugin.calibration.blocks import held_out_last
 from bitsmoe_plugin.commands.evaluate import EvaluationText, evaluate_model
 from bitsmoe_plugin.commands.inspect import inspect_checkpoint
 from bitsmoe_plugin.pipeline import tune_scales
@@ -107,12 +107,19 @@ def test_tuning_comes_closer_and_says_how_much(packed: Any, moe_tiny: Any, block
 
 
 def test_it_changes_basis_scales_alone(packed: Any, moe_tiny: Any, blocks: Tensor) -> None:
+    """And of the config that others may hold, nothing."""
     model = copy.deepcopy(packed)
+    held = model.config.quantization_config
+    assert held.to_dict() == packed.config.quantization_config.to_dict()
     tune(model, moe_tiny, blocks, TuningSettings(epochs=1, learning_rate=5e-3))
     old, new = packed.state_dict(), model.state_dict()
     changed = {name for name in old if not torch.equal(old[name], new[name])}
     assert {name.rsplit(".", 1)[-1] for name in changed} == {"bitsmoe_input_scales", "bitsmoe_output_scales"}
     assert len(changed) == 2 * 4
+    assert held.to_dict() == packed.config.quantization_config.to_dict()
+    noted = model.config.quantization_config
+    assert noted.calibration["tuning"]["epoch"] == 1
+    assert all(noted.layers[name]["sha256"] != entry["sha256"] for name, entry in held.layers.items())
     assert all(old[name].shape == new[name].shape and old[name].dtype == new[name].dtype for name in old)
 
 

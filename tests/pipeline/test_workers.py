@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,10 +14,12 @@ import pytest
 import resume_support
 import torch
 
+from bitsmoe_plugin.base import worker_links
 from bitsmoe_plugin.base.workers import ALONE, Workers, _portable
 from bitsmoe_plugin.errors import QuantizationError
 
 PROGRAM = Path(__file__).parents[1] / "support" / "workers_support.py"
+PIPES: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +96,96 @@ def test_an_error_in_one_process_ends_all_with_its_reason(dense: Path, tmp_path:
     assert result.returncode != 0
     assert result.stderr.count(f"ValueError: the disk burns in turn {turn}") >= 2, result.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_an_error_in_one_process_ends_another_in_the_middle_of_a_layer(dense: Path, tmp_path: Path) -> None:
+    """The other would compute for ten minutes before they exchange anything. Nothing half-written is left."""
+    result = run(dense, tmp_path / "endless", 2, dies_at=-6)
+    assert result.returncode != 0
+    assert "ToldError: worker 1 failed: ValueError: the disk burns in turn 6" in result.stderr, result.stderr
+    assert not (tmp_path / "endless").exists()
+    assert all(path.suffix != ".tmp" for path in (tmp_path / "endless.work").iterdir())
+
+
+def watched(what: str, directory: Path) -> list[str]:
+    """What the three processes of ``watch_support`` print."""
+    command = [sys.executable, str(PROGRAM.with_name("watch_support.py"))]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    together = [
+        subprocess.Popen([*command, str(rank), str(directory / "store"), what], env=environment, **PIPES)
+        for rank in range(3)
+    ]
+    try:
+        told = [process.communicate(timeout=200) for process in together]
+    finally:
+        for process in together:
+            process.kill()
+    dead = {"fail": None, "killed": 1, "first killed": 0}[what]
+    ends = [-signal.SIGKILL if rank == dead else 0 for rank in range(3)]
+    assert [process.returncode for process in together] == ends, told
+    return [line for out, _ in told for line in out.splitlines()]
+
+
+def test_a_failure_interrupts_the_others_wherever_they_are(tmp_path: Path) -> None:
+    """In Python, in a C library, where exceptions get lost, but not in the midst of a cleanup; in threads
+    other than the main one at the next exchange. Guards against hours of work for nothing."""
+    lines = watched("fail", tmp_path)
+    ways = (
+        "in_torch",
+        "in_c",
+        "in_sleep",
+        "where_exceptions_get_lost",
+        "while_it_cleans_up",
+        "another",
+        "thread",
+    )
+    for name in ways:
+        assert f"1 {name} ValueError: the disk burns" in lines
+        for rank in (0, 2):
+            assert f"{rank} {name} ToldError: worker 1 failed: ValueError: the disk burns" in lines, lines
+    assert {"0 cleaned up", "2 cleaned up"} <= set(lines)
+    assert "1 our own ConfigError: the disk burns" in lines
+    assert "0 our own ConfigError: worker 1 failed: the disk burns" in lines
+    assert {"0 end well", "1 end well", "2 end well"} <= set(lines)
+
+
+@pytest.mark.parametrize(("what", "dead"), [("killed", 1), ("first killed", 0)])
+def test_a_worker_that_is_killed_is_missed_at_once(tmp_path: Path, what: str, dead: int) -> None:
+    """It sends no message. While the others compute, or wait for it in an exchange."""
+    text = f"worker {dead} ended without a word: it was killed, or its machine is gone"
+    wanted = {f"{rank} killed QuantizationError: {text}" for rank in {0, 1, 2} - {dead}}
+    assert set(watched(what, tmp_path)) == wanted
+
+
+def test_workers_that_cannot_connect_are_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A firewall between machines: errors are then met at the next exchange, as the warning says."""
+    offered: list[Any] = []
+
+    def gathered(own: Any, size: int) -> list[Any]:
+        if isinstance(own, tuple):
+            offered.append(own)
+        return ["here", "there"] if isinstance(own, str) else [own] * size
+
+    monkeypatch.setattr(worker_links, "gathered", gathered)
+    monkeypatch.setattr(worker_links, "_SECONDS", 0.2)
+    with pytest.warns(UserWarning, match="not all of 2 processes can connect to the first one"):
+        assert worker_links.connect(0, 2) == {}
+    assert len(offered) == 1
+
+
+def test_strangers_are_no_workers() -> None:
+    """Whoever does not know the word, or claims the first one's rank."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        callers = []
+        for said in (b"wrong 1\n", b"word 0\n", b"word one\n", b"word 1\n"):
+            callers.append(socket.create_connection(("127.0.0.1", port)))
+            callers[-1].sendall(said)
+        links = worker_links._accepted(server, "word", 2)
+        assert list(links) == [1]
+        assert links[1].getpeername() == callers[-1].getsockname()
+        for link in (*callers, *links.values()):
+            link.close()
 
 
 def test_all_processes_take_fewer_blocks_when_one_has_too_little_memory(dense: Path, tmp_path: Path) -> None:

@@ -261,9 +261,9 @@ def test_spectral_costs_are_row_energy_times_input_energy(layer) -> None:
     relative to the projection's total. 1e-4."""
     problem = problem_of(layer, cost="spectral", joint_basis=False)
     costs, energies = costs_of(problem)
-    expert, rows = 2, problem.rows[2]
-    x = layer.activations.hidden[rows.tokens].double()
-    a = rows.weights.double()[:, None]
+    expert, tokens = 2, problem.tokens[2]
+    x = layer.activations.hidden[tokens.tokens].double()
+    a = tokens.weights.double()[:, None]
     z = [x @ basis.double().T for basis in problem.input_bases]
     gate, up = layer.weights.gate[expert].double(), layer.weights.up[expert].double()
     h = layer.gating(x @ gate.T, x @ up.T)
@@ -317,7 +317,7 @@ def test_trial_measures_the_error_of_the_layer(layer) -> None:
     alike = {name: weight[:1].expand_as(weight) for name, weight in vars(layer.weights).items()}
     layer = replace(layer, weights=ExpertWeights(**alike))
     problem = problem_of(layer)
-    assert all(rows.routed >= PRIOR_TOKENS for rows in problem.rows)
+    assert all(tokens.routed >= PRIOR_TOKENS for tokens in problem.tokens)
     row_bits = torch.full((3, E, H), 2)
     rounded, _ = round_experts(problem, row_bits, list(range(E)), with_values=True)
     trial = sampled_error(problem, list(range(E)), rounded.values)

@@ -329,8 +329,8 @@ def test_every_pair_is_in_one_tile_of_its_expert(seed: int, tile: int) -> None:
 def test_bad_arguments_are_refused() -> None:
     """Errors name what was given and what is possible."""
     spec, packed = random_layer(SHAPE, (0, 2))
-    with pytest.raises(ConfigError, match="'relu' are not supported; supported: silu, gelu, gelu_tanh"):
-        TritonLayer.prepare(spec, packed, "relu")
+    with pytest.raises(ConfigError, match="'elu' are not supported; supported: silu, gelu, gelu_tanh"):
+        TritonLayer.prepare(spec, packed, "elu")
     inputs = random_inputs(SHAPE, 1)
     with pytest.raises(ConfigError, match="float64"):
         TritonLayer.prepare(spec, packed, "silu").forward(inputs.hidden.double(), inputs.ids, inputs.weights)

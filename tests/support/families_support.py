@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, JetMoeConfig, JetMoeForCausalLM
 
 from bitsmoe_plugin import BitsMoEConfig
 
@@ -44,3 +44,10 @@ def quantize(directory: Path, **options: Any) -> Any:
         basis_group_size=16,
     )
     return AutoModelForCausalLM.from_pretrained(directory, quantization_config=config)
+
+
+def off_convention() -> JetMoeForCausalLM:
+    """A model whose experts follow no convention that this package knows."""
+    sizes = {"hidden_size": 64, "intermediate_size": 32, "kv_channels": 16, "num_key_value_heads": 2}
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2}
+    return JetMoeForCausalLM(JetMoeConfig(vocab_size=4096, num_hidden_layers=1, **sizes, **experts))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -30,9 +30,11 @@ class Inputs:
 
 
 def random_widths(shape: LayerShape, widths: tuple[int, ...], seed: int = 0) -> Tensor:
-    """``[3, E, r]`` int64, members of ``widths``."""
+    """``[f, E, r]`` int64, members of ``widths``."""
     generator = torch.Generator().manual_seed(seed)
-    choice = torch.randint(len(widths), (3, shape.num_experts, shape.rank), generator=generator)
+    choice = torch.randint(
+        len(widths), (len(shape.factors), shape.num_experts, shape.rank), generator=generator
+    )
     return torch.tensor(widths)[choice]
 
 
@@ -45,15 +47,16 @@ def random_layer(
     input_bases: int = 1,
     row_bits: Tensor | None = None,
     seed: int = 0,
+    has_bias: bool = False,
 ) -> tuple[PackedSpec, PackedExperts]:
-    """A layer of random codes and scales; ``row_bits`` ``[3, E, r]`` instead of random widths."""
+    """A layer of random codes and scales; ``row_bits`` ``[f, E, r]`` instead of random widths."""
     generator = torch.Generator().manual_seed(seed)
     h, size = shape.hidden_size, shape.intermediate_size
     row_bits = random_widths(shape, widths, seed) if row_bits is None else row_bits
     codes = torch.randint(2**16, (*row_bits.shape, row_codec.padded(size)), generator=generator)
     codes %= 2 ** row_bits[..., None]
     scale_codes = torch.randint(SCALE_LEVELS, row_bits.shape, generator=generator, dtype=torch.uint8)
-    low, step = torch.rand(2, 3, shape.rank, generator=generator)
+    low, step = torch.rand(2, len(shape.factors), shape.rank, generator=generator)
     scale_grid = ScaleGrid((low - 3).half(), (step / 16).half())
     bases = [
         quantize_basis(
@@ -71,7 +74,12 @@ def random_layer(
         *layout.pack_basis(bases[0]),
         *layout.pack_basis(bases[1]),
     )
-    spec = PackedSpec(shape, widths, basis_bits, group_size, input_bases, packed.payload.numel(), grid)
+    words = packed.payload.numel()
+    spec = PackedSpec(shape, widths, basis_bits, group_size, input_bases, words, grid, has_bias)
+    if has_bias:
+        sizes = (shape.num_experts, shape.inputs, size), (shape.num_experts, h)
+        stored = [torch.randn(s, generator=generator).bfloat16().view(torch.int16) for s in sizes]
+        packed = replace(packed, input_bias=stored[0], output_bias=stored[1])
     assert {name: (t.dtype, tuple(t.shape)) for name, t in packed.tensors()} == spec.tensors()
     return spec, packed
 

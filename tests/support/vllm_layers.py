@@ -25,7 +25,7 @@ class Experts(nn.Module):
     def __init__(self, shape: Any, expert_map: Tensor | None, fused: int = 0, **moe: Any) -> None:
         super().__init__()
         self.expert_map = expert_map
-        self.activation = SimpleNamespace(value="silu")
+        self.activation = SimpleNamespace(value="silu", is_gated=True)
         self.apply_router_weight_on_input = False
         self.expert_map_manager = SimpleNamespace(num_fused_shared_experts=fused)
         sizes = {"num_logical_experts": shape.num_experts, "num_experts": shape.num_experts}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,20 @@ def die_at(number: int) -> None:
     pipeline_run.release_free_memory = count
 
 
+def compute_without_end() -> None:
+    """In the sixth turn, over both passes, for ten minutes."""
+    calls, run = [0], pipeline_run.release_free_memory
+
+    def count() -> None:
+        calls[0] += 1
+        end = time.monotonic() + 600
+        while calls[0] == 6 and time.monotonic() < end:
+            torch.ones(100, 100) @ torch.ones(100, 100)
+        run()
+
+    pipeline_run.release_free_memory = count
+
+
 def run_out_of_memory() -> None:
     """Once, in the second layer that is run, with more than two blocks at once."""
     calls, run = [0], LayerwiseForward._run
@@ -53,6 +68,8 @@ if __name__ == "__main__":
     with connected() as workers:
         if workers.rank == 1:
             die_at(int(dies_at))
+        elif Path(out).name == "endless":
+            compute_without_end()
         if Path(out).name == "little" and workers.rank == workers.size - 1:
             run_out_of_memory()
         # Another text for one of the processes, if its rank is named.

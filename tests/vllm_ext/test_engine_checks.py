@@ -23,12 +23,15 @@ SHAPE = LayerShape(num_experts=4, hidden_size=64, intermediate_size=64)
 def _engine(**options: Any) -> Any:
     """vLLM's own configs of what ``check_engine`` looks at; the device alone is made up."""
     from vllm.config import LoadConfig, OffloadConfig, ParallelConfig, WeightTransferConfig
+    from vllm.config.quantization import resolve_quantization_config
 
     transfer = options.pop("transfer", None)
+    online = resolve_quantization_config("bitsmoe", options.pop("online", None))
     parallel = ParallelConfig()
     for name, value in options.pop("parallel", {}).items():
         setattr(parallel, name, value)
     return SimpleNamespace(
+        model_config=SimpleNamespace(quantization_config=online),
         load_config=LoadConfig(load_format=options.pop("load_format", "auto")),
         offload_config=OffloadConfig(**options.pop("offload", {})),
         weight_transfer_config=None if transfer is None else WeightTransferConfig(backend=transfer),
@@ -71,6 +74,7 @@ DATA = {"data_parallel_size": 2, "enable_expert_parallel": True}
         ),
         ({"offload": {"prefetch": {"offload_group_size": 4}}}, "--offload-group-size 4 .*--offload-params"),
         ({"transfer": "sparse_nccl"}, "'sparse_nccl'.*use nccl or ipc"),
+        ({"online": {"moe": "fp8_per_tensor"}}, '--quantization-config would .* once more.*"linear" alone'),
         ({"parallel": {"enable_eplb": True}}, "--enable-eplb.*drop it"),
         ({"parallel": {**DATA, "all2all_backend": "deepep_low_latency"}}, "'deepep_low_latency'.*--all2all"),
         ({"parallel": {**DATA, "all2all_backend": "nixl_ep"}}, "'nixl_ep'.*allgather_reducescatter"),
@@ -90,6 +94,8 @@ def test_options_that_leave_experts_behind_are_refused(options: dict[str, Any], 
         {"offload": {"uva": {"cpu_offload_gb": 2, "cpu_offload_params": {"self_attn", "mlp.gate"}}}},
         {"transfer": "nccl"},
         {"transfer": "ipc"},
+        {"online": {"linear": "fp8_per_tensor"}},
+        {"online": {"moe": "fp8_per_tensor", "ignore": ["re:.*experts"]}},
         {"parallel": DATA},
         {"parallel": {"tensor_parallel_size": 2, "all2all_backend": "deepep_low_latency"}},
         {"device": "cpu"},
@@ -127,7 +133,8 @@ def test_an_engine_is_checked_before_its_layers_are_made(tmp_path: Path, monkeyp
     [
         ({"fused": 1}, "fused 1 shared experts.*VLLM_ROCM_USE_AITER_FUSION_SHARED_EXPERTS=0"),
         ({"num_experts": 6}, "redundant copies of experts"),
-        ({"has_bias": True}, "expert biases"),
+        ({"num_experts": 3}, "1 of 4 experts replaced by constants .approximate_experts.* remove that"),
+        ({"has_bias": True}, "experts have biases, the packed ones no biases"),
     ],
 )
 def test_experts_that_compute_more_are_refused(options: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -136,8 +143,36 @@ def test_experts_that_compute_more_are_refused(options: dict[str, Any], message:
     from vllm_layers import Model
 
     write_random_packed(tmp_path, SHAPE, 1)
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises((ConfigError, CheckpointError), match=message):
         Model(tmp_path, **options)
+
+
+@pytest.mark.parametrize(
+    ("online", "applies"),
+    [
+        ({"moe": "fp8_per_tensor"}, True),
+        ({"targets": {"*.experts": "fp8_per_tensor"}}, True),
+        ({"moe": "fp8_per_tensor", "ignore": ["*.experts"]}, False),
+        ({"targets": {"*.self_attn.*": "fp8_per_tensor"}}, False),
+        ({"linear": "fp8_per_tensor"}, False),
+    ],
+)
+def test_experts_are_not_quantized_once_more(online: dict[str, Any], applies: bool) -> None:
+    """vLLM would ask packed experts for a dequantized copy, and fail without naming the option."""
+    from vllm.config.quantization import QuantizationConfigArgs
+    from vllm.model_executor.layers.fused_moe import RoutedExperts
+    from vllm.model_executor.layers.quantization.online.base import OnlineQuantizationConfig
+
+    from vllm_ext.layer_checks import check_online
+
+    layer = RoutedExperts.__new__(RoutedExperts)
+    asked = OnlineQuantizationConfig(QuantizationConfigArgs(**online))
+    prefix = "model.layers.0.mlp.experts"
+    if not applies:
+        check_online(prefix, layer, asked)
+        return
+    with pytest.raises(ConfigError, match=rf"{prefix} once more.*\"ignore\""):
+        check_online(prefix, layer, asked)
 
 
 def test_a_directory_without_weights_is_told_from_a_damaged_one(tmp_path: Path) -> None:

@@ -138,6 +138,43 @@ def test_experts_without_values_come_back(checkpoints: dict[str, Path], monkeypa
     _assert_serves(model, checkpoints["first"])
 
 
+def test_weights_may_be_processed_twice(checkpoints: dict[str, Path]) -> None:
+    """vLLM may process weights again without new ones (0.33 does where it replaces a kernel)."""
+    model = started(checkpoints["first"])
+    before = [dict(layer.named_parameters()) for layer in model.experts]
+    model.process()
+    model.process()
+    for layer, parameters in zip(model.experts, before, strict=True):
+        assert all(layer.get_parameter(name) is tensor for name, tensor in parameters.items())
+    _assert_serves(model, checkpoints["first"])
+
+
+def test_kernels_are_compiled_when_weights_are_loaded(checkpoints: dict[str, Path], monkeypatch) -> None:
+    """On a GPU, where requests of other sizes than graphs were captured for waited for the compiler."""
+    from vllm_ext.loaded_experts import LoadedExperts
+    from vllm_ext.moe_method import BitsMoEMethod
+
+    calls = []
+
+    def warm_up(experts: LoadedExperts, *given: object) -> None:
+        assert experts.spec is not None  # loaded
+        calls.append(given)
+
+    engine = SimpleNamespace(
+        scheduler_config=SimpleNamespace(max_num_batched_tokens=2048),
+        model_config=SimpleNamespace(enforce_eager=True),
+    )
+    monkeypatch.setattr("vllm_ext.layer_checks.get_current_vllm_config", lambda: engine)
+    monkeypatch.setattr("vllm_ext.moe_method.get_current_vllm_config", lambda: engine)
+    monkeypatch.setattr(LoadedExperts, "warm_up", warm_up)
+    options = {"experts_per_token": 8, "in_dtype": torch.bfloat16}
+    started(checkpoints["first"], **options)
+    assert not calls  # on a CPU
+    monkeypatch.setattr(BitsMoEMethod, "_is_on_gpu", lambda _: True)
+    layers = len(started(checkpoints["first"], **options).experts)
+    assert calls == [(8, torch.bfloat16, 2048)] * layers
+
+
 def test_files_that_were_replaced_are_read_with_their_manifest(
     checkpoints: dict[str, Path], tmp_path: Path, monkeypatch
 ) -> None:

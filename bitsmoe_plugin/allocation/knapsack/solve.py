@@ -114,11 +114,11 @@ def _find_core(contest: Contest, price: float, gap: float) -> _Core:
     allowed[choice, np.arange(len(units))] = True  # its slack may be that of a tie
     several = np.flatnonzero(allowed.sum(axis=0) > 1)
     second = np.sort(slack[:, several], axis=0)[1]  # NaN comes last
-    kept = several[np.argsort(second, kind="stable")]
-    kept = kept[np.cumsum(allowed[:, kept].sum(axis=0)) <= CORE_COLUMNS]
-    complete = len(kept) == len(several) and gap < contest.margin(price)
-    kept.sort()
-    return _Core(kept, allowed[:, kept].T, complete)
+    taken = several[np.argsort(second, kind="stable")]
+    taken = taken[np.cumsum(allowed[:, taken].sum(axis=0)) <= CORE_COLUMNS]
+    complete = len(taken) == len(several) and gap < contest.margin(price)
+    taken.sort()
+    return _Core(taken, allowed[:, taken].T, complete)
 
 
 def _improve(

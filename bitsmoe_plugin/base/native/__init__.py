@@ -11,16 +11,22 @@ from pathlib import Path
 from torch import Tensor
 
 
+def library_in(folder: Path) -> Path | None:
+    """The library that this Python would load from a folder, None if there is none."""
+    paths = (folder / f"_cpu{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES)
+    return next((path for path in paths if path.exists()), None)
+
+
 @cache
 def library() -> ctypes.CDLL | None:
-    """The library, None if the package was installed without a C compiler."""
-    for suffix in importlib.machinery.EXTENSION_SUFFIXES:
-        path = Path(__file__).parent / f"_cpu{suffix}"
-        if path.exists():
-            break
-    else:
+    """The library, None if there is none that can be loaded; ``absence`` says why."""
+    path = library_in(Path(__file__).parent)
+    if path is None:
         return None
-    lib = ctypes.CDLL(str(path))
+    try:
+        lib = ctypes.CDLL(str(path))
+    except OSError:
+        return None
     lib.bitsmoe_select.argtypes, lib.bitsmoe_select.restype = [c_char_p], c_char_p
     lib.bitsmoe_select(None)
     return lib

@@ -25,18 +25,19 @@ _INTERPRETED_BLOCKS = 32
 
 
 @cache
-def _has_triton() -> bool:
+def has_triton() -> bool:
+    """Whether there is what compiles the kernels."""
     return find_spec("triton") is not None
 
 
 def available(*tensors: Tensor) -> bool:
     """Whether the tensors are on a GPU that Triton compiles for."""
-    return all(tensor.device.type == "cuda" for tensor in tensors) and _has_triton()
+    return all(tensor.device.type == "cuda" for tensor in tensors) and has_triton()
 
 
 def _launch(
     kernel: str,
-    grid: tuple[int, ...],
+    launch_grid: tuple[int, ...],
     arguments: dict[str, Any],
     constants: dict[str, Any],
     warps: int,
@@ -48,7 +49,7 @@ def _launch(
 
     entry = Launch(
         kernel=getattr(triton_kernels, kernel),
-        launch_grid=grid,
+        launch_grid=launch_grid,
         arguments=arguments,
         constants=constants,
         num_warps=warps,
@@ -188,8 +189,8 @@ class TritonBackend(ReferenceBackend):
                 "starts": starts.flatten(),
                 "payload": payload,
             }
-            grid = (experts * bits.shape[1], programs)
-            _launch("pack_kernel", grid, {**arguments, "size": size}, {"BLOCKS": blocks}, 1, launch)
+            launch_grid = (experts * bits.shape[1], programs)
+            _launch("pack_kernel", launch_grid, {**arguments, "size": size}, {"BLOCKS": blocks}, 1, launch)
         return list(payload.cpu().split(own))
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from bitsmoe_plugin.commands.defaults import SHAPES
+from bitsmoe_plugin.options import OPTIONS
 from bitsmoe_plugin.presets import METHODS
 
 
@@ -59,6 +60,7 @@ def _add_quantize(commands: Any) -> None:
     parser.add_argument("--threads", type=int, default=None, help="default: torch's")
     text = "auto (a GPU if there is one), cpu or cuda, of both quantizers (default: %(default)s)"
     parser.add_argument("--device", default="auto", help=text)
+    parser.add_argument("--allow-slow", action="store_true", help=OPTIONS["allow_slow"].help)
 
 
 def _add_allocation(commands: Any) -> None:

@@ -28,6 +28,7 @@ from bitsmoe_plugin.base.devices import choose_device
 from bitsmoe_plugin.calibration import statistics
 from bitsmoe_plugin.calibration.statistics import LayerActivations
 from bitsmoe_plugin.codec import layout
+from bitsmoe_plugin.codec.backends import refuse_slow
 from bitsmoe_plugin.codec.layout import LayerShape, row_sizes
 from bitsmoe_plugin.commands.bench.output import Row
 from bitsmoe_plugin.commands.defaults import SHAPES
@@ -92,7 +93,7 @@ def _gating(gate: Tensor, up: Tensor) -> Tensor:
 
 def _quantize(weights: ExpertWeights, activations: LayerActivations, config: BitsMoEConfig) -> None:
     """What the pipeline does with a layer, in its two passes."""
-    shape = LayerShape(weights.num_experts, weights.hidden_size, weights.intermediate_size)
+    shape = weights.shape
     budget = plan_budget([shape], config).payload_bits
     first = layer_problem.build_problem("layer", weights, activations, _gating, config)
     plan = plan_layer(first, budget)
@@ -164,16 +165,16 @@ def _gptq_seconds(weights: ExpertWeights, activations: LayerActivations, experts
 
     from bitsmoe_plugin.commands.compare.gptq_quantize import GptqSettings, quantize_config
 
-    device = weights.gate.device
+    device = weights.up.device
     settings = GptqSettings() if search else GptqSettings(mse=0.0)
 
     slots = statistics.routed_slots(activations, weights.num_experts)
     total = 0.0
     for expert in range(experts):
         x = activations.hidden[slots[expert][0]]
-        gate, up, down = weights.gate[expert], weights.up[expert], weights.down[expert]
-        hidden = _gating(x @ gate.T, x @ up.T)
-        for weight, inputs in ((gate, x), (up, x), (down, hidden)):
+        first = [matrix[expert] for matrix in weights.inputs]
+        hidden = _gating(*(x @ weight.T for weight in first))
+        for weight, inputs in (*((weight, x) for weight in first), (weights.down[expert], hidden)):
             sizes = weight.shape[1], weight.shape[0]
             linear = torch.nn.Linear(*sizes, bias=False, dtype=weight.dtype, device=device)
             linear.weight.data.copy_(weight)
@@ -188,7 +189,7 @@ def _gptq_seconds(weights: ExpertWeights, activations: LayerActivations, experts
 
 def _first(weights: ExpertWeights) -> ExpertWeights:
     """The first two experts."""
-    return ExpertWeights(weights.gate[:2], weights.up[:2], weights.down[:2])
+    return ExpertWeights.of([matrix[:2] for matrix in weights.inputs], weights.down[:2])
 
 
 def _routed_to_first(activations: LayerActivations) -> LayerActivations:
@@ -211,6 +212,7 @@ def measure(args: argparse.Namespace) -> list[Row]:
     weights = weights.to(device)
     activations = LayerActivations(*(tensor.to(device) for tensor in vars(activations).values()))
     config = BitsMoEConfig(bits=args.bits, method=args.method)
+    refuse_slow(device, args.allow_slow)
     with torch.no_grad():
         if device.type == "cuda":  # kernels are compiled, and libraries loaded, at their first use
             plenty = BitsMoEConfig(bits=8.0, method=args.method)  # two experts have much of a basis each

@@ -1,15 +1,40 @@
-"""How the process of another quantizer answers ``bitsmoe compare``."""
+"""How the process of another quantizer is asked by ``bitsmoe compare``, and answers."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from bitsmoe_plugin.base.error_lines import told
 from bitsmoe_plugin.base.stdout import stdout_to_stderr
+
+
+class BaselineSettings(Protocol):
+    """What all quantizers have settings for."""
+
+    @property
+    def bits(self) -> int: ...
+    @property
+    def group_size(self) -> int: ...
+    @property
+    def seed(self) -> int: ...
+
+
+def baseline_parser(description: str, defaults: BaselineSettings) -> argparse.ArgumentParser:
+    """A parser of the arguments that all of them take."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--calibration", type=Path, required=True)
+    parser.add_argument("--bits", type=int, choices=(2, 3, 4, 8), default=defaults.bits)
+    parser.add_argument("--group-size", type=int, default=defaults.group_size)
+    parser.add_argument("--seed", type=int, default=defaults.seed)
+    parser.add_argument("--trust-remote-code", action="store_true")
+    return parser
 
 
 def answer(name: str, model: Path, quantize: Callable[[], dict[str, Any]]) -> int:

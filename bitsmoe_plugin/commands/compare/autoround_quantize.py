@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bitsmoe_plugin.commands.compare.answer import answer
+from bitsmoe_plugin.commands.compare.answer import answer, baseline_parser
 from bitsmoe_plugin.commands.compare.gptq_checkpoint import ROUTED_EXPERT, count_quantized_experts
 from bitsmoe_plugin.commands.compare.gptq_quantize import read_calibration, scratch_directory
 from bitsmoe_plugin.errors import BitsMoEError
@@ -95,9 +95,11 @@ def quantize_experts(
     model_dir, out_dir = model_dir.resolve(), out_dir.resolve()
     auto_round = _import_autoround()
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(model_dir)
+    from bitsmoe_plugin.models.model_class import load_model
+
+    model = load_model(model_dir)
     options = dataclasses.asdict(settings)
     options["enable_alg_ext"] = options.pop("alg_ext")
     rounder = auto_round.AutoRound(
@@ -127,19 +129,12 @@ def quantize_experts(
 def build_parser() -> argparse.ArgumentParser:
     """Describe the command line; defaults come from ``AutoRoundSettings``."""
     defaults = AutoRoundSettings()
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--calibration", type=Path, required=True)
-    parser.add_argument("--bits", type=int, choices=(2, 3, 4, 8), default=defaults.bits)
-    parser.add_argument("--group-size", type=int, default=defaults.group_size)
+    parser = baseline_parser(__doc__.splitlines()[0], defaults)
     parser.add_argument("--sym", action=argparse.BooleanOptionalAction, default=defaults.sym)
     parser.add_argument("--iters", type=int, default=defaults.iters)
     parser.add_argument("--lr", type=float, default=defaults.lr)
     parser.add_argument("--alg-ext", action=argparse.BooleanOptionalAction, default=defaults.alg_ext)
     parser.add_argument("--batch-size", type=int, default=defaults.batch_size)
-    parser.add_argument("--seed", type=int, default=defaults.seed)
-    parser.add_argument("--trust-remote-code", action="store_true")
     return parser
 
 

@@ -27,12 +27,15 @@ from bitsmoe_plugin.base.option_checks import check_number
 from bitsmoe_plugin.base.stdout import stdout_to_stderr
 from bitsmoe_plugin.calibration.text import load_documents, token_blocks, token_stream
 from bitsmoe_plugin.checkpoint.read import check_if_packed
+from bitsmoe_plugin.codec.backends import refuse_slow
 from bitsmoe_plugin.commands.evaluate import check_evaluation, evaluate_model, evaluation_text
 from bitsmoe_plugin.commands.tables import table_console
 from bitsmoe_plugin.config import BitsMoEConfig
 from bitsmoe_plugin.errors import BitsMoEError, ConfigError, QuantizationError
-from bitsmoe_plugin.models.families import find_moe_layers
-from bitsmoe_plugin.models.model_class import check_folder, load_model
+from bitsmoe_plugin.models.families import find_moe_layers, layer_shape
+from bitsmoe_plugin.models.low_precision import method_of, stored_settings
+from bitsmoe_plugin.models.low_precision_source import source_in
+from bitsmoe_plugin.models.model_class import check_folder, load_model, text_model
 from bitsmoe_plugin.models.model_source import ModelSource
 from bitsmoe_plugin.models.tokenizer import load_tokenizer
 
@@ -58,6 +61,7 @@ class ComparisonTask:
     dense_bits: Any = 16
     size: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    allow_slow: bool = False
     loading: dict[str, Any] = field(default_factory=dict)
     """Options of ``ModelSource`` for the model and its tokenizer."""
 
@@ -79,6 +83,7 @@ class ComparisonTask:
             dense_bits=self.dense_bits,
             size=self.size,
             chat_template_kwargs=self.chat_template_kwargs,
+            allow_slow=self.allow_slow,
         )
 
     def check(self) -> None:
@@ -110,9 +115,7 @@ class Quantized:
 
 
 def _expert_weights(model: Any) -> int:
-    return sum(
-        layer.module.gate_up_proj.numel() + layer.module.down_proj.numel() for layer in find_moe_layers(model)
-    )
+    return sum(layer_shape(layer.module).weights for layer in find_moe_layers(model))
 
 
 def _load(model: str | Path | ModelSource) -> Any:
@@ -123,6 +126,10 @@ def _load(model: str | Path | ModelSource) -> Any:
 
 def _full(task: ComparisonTask, scratch: Path) -> Quantized:
     model = _load(task.source)
+    settings = stored_settings(task.source.config())
+    files = source_in(task.source.directory(), model, settings) if settings is not None else None
+    if files is not None:  # as they are stored, in low precision
+        return Quantized(model, files.expert_bytes, 0.0)
     size = next(iter(find_moe_layers(model))).module.down_proj.element_size()
     return Quantized(model, size * _expert_weights(model), 0.0)
 
@@ -215,15 +222,16 @@ def _other_bytes(quantized: Quantized, reference: Any) -> int:
     """What is stored besides the experts; gptq, rtn and autoround leave it as it is here."""
     if quantized.other_bytes is not None:
         return quantized.other_bytes
-    experts = tuple(f"{layer.name}." for layer in find_moe_layers(reference))
-    others = {p.data_ptr(): p.nbytes for n, p in reference.named_parameters() if not n.startswith(experts)}
-    return sum(others.values())
+    experts = {layer.name for layer in find_moe_layers(reference)}
+    named = reference.named_parameters()
+    return sum({p.data_ptr(): p.nbytes for n, p in named if n.rpartition(".")[0] not in experts}.values())
 
 
 def _sample(model: Any, tokenizer: Any, task: ComparisonTask) -> str:
     inputs = tokenizer(task.prompt, return_tensors="pt", return_token_type_ids=False)
     # A repetition penalty, because small models repeat themselves under greedy search.
-    output = model.generate(**inputs, max_new_tokens=task.new_tokens, do_sample=False, repetition_penalty=1.3)
+    options = {"max_new_tokens": task.new_tokens, "do_sample": False, "repetition_penalty": 1.3}
+    output = text_model(model).generate(**inputs, **options)
     return str(tokenizer.decode(output[0], skip_special_tokens=True))
 
 
@@ -280,6 +288,8 @@ def compare(task: ComparisonTask, methods: tuple[str, ...], debug: bool = False)
     if ("checkpoint" in methods) != (task.checkpoint is not None):
         raise ConfigError("method checkpoint and option --checkpoint need each other")
     task.check()
+    if "bitsmoe" in methods:
+        refuse_slow("cpu", task.allow_slow)
     for method in methods:
         if find_spec(PACKAGES.get(method, "torch")) is None:
             raise ConfigError(
@@ -290,7 +300,13 @@ def compare(task: ComparisonTask, methods: tuple[str, ...], debug: bool = False)
     for path in (source.name, task.checkpoint):
         if path is not None:
             check_if_packed(path)
-    source.config()
+    settings = stored_settings(source.config())
+    peers = [method for method in methods if method in PACKAGES]
+    if settings is not None and peers:
+        raise ConfigError(
+            f"method {peers[0]} takes a model in bfloat16, and {source.name} is stored by quant_method "
+            f"{method_of(settings)!r}; leave it out, or give the model dequantized"
+        )
     if Path(source.name).is_dir():
         check_folder(Path(source.name))
     tokenizer, options = load_tokenizer(source), {"chat_template_kwargs": task.chat_template_kwargs}

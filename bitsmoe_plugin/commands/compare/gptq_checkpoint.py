@@ -256,10 +256,12 @@ def fuse_experts(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             part: [f"{module}.{expert}.{part}_proj.weight" for expert in range(max(experts) + 1)]
             for part in ("gate", "up", "down")
         }
+        if not any(name in weights for name in parts["gate"]):  # experts without one
+            del parts["gate"]
         if any(name not in weights for names in parts.values() for name in names):
             continue
-        gate, up, down = (torch.stack([fused.pop(name) for name in parts[part]]) for part in parts)
-        fused[f"{module}.gate_up_proj"] = torch.cat([gate, up], dim=1)
+        *inputs, down = (torch.stack([fused.pop(name) for name in names]) for names in parts.values())
+        fused[f"{module}.{'gate_up_proj' if len(inputs) > 1 else 'up_proj'}"] = torch.cat(inputs, dim=1)
         fused[f"{module}.down_proj"] = down
     return fused
 
@@ -280,7 +282,9 @@ def load_gptq_model(directory: Path | str, dtype: torch.dtype | None = None) -> 
 
     Raises CheckpointError if a parameter is missing (hence random), unexpected or misshapen.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
+
+    from bitsmoe_plugin.models.model_class import auto_class
 
     directory = Path(directory)
     config = AutoConfig.from_pretrained(directory)
@@ -288,7 +292,7 @@ def load_gptq_model(directory: Path | str, dtype: torch.dtype | None = None) -> 
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     with torch.device("meta"):  # the auto class itself accepts no state_dict
-        model_class = type(AutoModelForCausalLM.from_config(config))
+        model_class = type(auto_class(config).from_config(config))
     weights = fuse_experts(dict(dequantized_state_dict(directory, dtype)))
     _drop_empty_biases(weights, directory)
     try:

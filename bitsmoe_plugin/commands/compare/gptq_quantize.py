@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from bitsmoe_plugin.commands.compare.answer import answer
+from bitsmoe_plugin.commands.compare.answer import answer, baseline_parser
 from bitsmoe_plugin.commands.compare.gptq_checkpoint import count_quantized_experts
 from bitsmoe_plugin.errors import BitsMoEError
 
@@ -162,12 +162,7 @@ def scratch_directory() -> Iterator[None]:
 def build_parser() -> argparse.ArgumentParser:
     """Describe the command line; defaults come from ``GptqSettings``."""
     defaults = GptqSettings()
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--calibration", type=Path, required=True)
-    parser.add_argument("--bits", type=int, choices=(2, 3, 4, 8), default=defaults.bits)
-    parser.add_argument("--group-size", type=int, default=defaults.group_size)
+    parser = baseline_parser(__doc__.splitlines()[0], defaults)
     parser.add_argument("--sym", action="store_true", help="symmetric grid (default: zero points)")
     parser.add_argument("--damp-percent", type=float, default=defaults.damp_percent)
     order = parser.add_mutually_exclusive_group()
@@ -182,8 +177,6 @@ def build_parser() -> argparse.ArgumentParser:
         "--checkpoint-format", choices=("gptq", "gptq_v2"), default=defaults.checkpoint_format
     )
     parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--seed", type=int, default=defaults.seed)
-    parser.add_argument("--trust-remote-code", action="store_true")
     return parser
 
 

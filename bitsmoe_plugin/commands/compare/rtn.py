@@ -36,7 +36,7 @@ def quantize_rtn(model: nn.Module, bits: int, group_size: int) -> float:
         QuantizationError: ``group_size`` does not divide a weight's input size.
     """
     for layer in find_moe_layers(model):
-        for name in ("gate_up_proj", "down_proj"):
+        for name in (layout_of(layer.module).input_name, "down_proj"):
             weight = getattr(layer.module, name).data
             if layout_of(layer.module).is_transposed:
                 weight = weight.transpose(1, 2)

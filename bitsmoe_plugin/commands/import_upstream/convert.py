@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging
 
@@ -31,13 +30,14 @@ from bitsmoe_plugin.config import BitsMoEConfig
 from bitsmoe_plugin.errors import CheckpointError, QuantizationError
 from bitsmoe_plugin.models.families import find_moe_layers, layer_shape
 from bitsmoe_plugin.models.json_objects import read_object
+from bitsmoe_plugin.models.model_class import auto_class
+from bitsmoe_plugin.models.model_source import ModelSource
+from bitsmoe_plugin.models.side_files import copy_side_files, side_files
 from bitsmoe_plugin.presets import ALL_WIDTHS
 
 FILE_BYTES = 2**30
 """Tensors outside the MoE layers are written in files of about this size."""
 _TAGS = ("bitsmoe", "bitsmoe_model_type", "bitsmoe_vllm", "auto_map")
-_COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "NOTICE*")
-"""Files besides weights and config: tokenizer, generation defaults, chat template, licence."""
 
 
 @known_state()
@@ -99,13 +99,15 @@ def expert_shapes(config: dict[str, Any]) -> dict[str, LayerShape]:
 
     Raises:
         QuantizationError: the model has no MoE layers, or of another convention.
-        CheckpointError: neurons do not fill groups of 32.
+        CheckpointError: experts without a gate, or neurons that do not fill groups of 32.
     """
     base = CONFIG_MAPPING[config["model_type"]].from_dict(config)
     with torch.device("meta"):
-        layers = find_moe_layers(AutoModelForCausalLM.from_config(base))
+        layers = find_moe_layers(auto_class(base).from_config(base))
     shapes = {layer.name: layer_shape(layer.module) for layer in layers}
     for name, shape in shapes.items():
+        if not shape.has_gate:
+            raise CheckpointError(f"{name}: experts without a gate, which the format does not know")
         if shape.intermediate_size % GROUP:
             raise CheckpointError(
                 f"{name}: intermediate_size {shape.intermediate_size} is no multiple of {GROUP}, as the "
@@ -160,7 +162,7 @@ def _convert(source: Path, config: dict[str, Any], partial: Path) -> None:
     weights = sum(shape.weights for shape in shapes.values())
     with writing(partial):
         _name_files(manifest)
-        _copy_rest(source, partial)
+        copy_side_files(side_files(ModelSource(name=str(source))), partial, replace=True)
         config["quantization_config"] = _quantization_config(manifest, weights).to_dict()
         (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
@@ -189,14 +191,6 @@ def _name_files(manifest: _Manifest) -> None:
     size = sum(sum(tensors.values()) for tensors in manifest.files)
     index = {"metadata": {"total_size": size}, "weight_map": where}
     (manifest.directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def _copy_rest(source: Path, partial: Path) -> None:
-    """Tokenizer, generation defaults and licence."""
-    for pattern in _COPIED:
-        for path in sorted(source.glob(pattern)):
-            if path.is_file() and path.name not in ("config.json", INDEX):
-                shutil.copyfile(path, partial / path.name)
 
 
 def _quantization_config(manifest: _Manifest, weights: int) -> BitsMoEConfig:

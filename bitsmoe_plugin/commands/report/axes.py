@@ -102,6 +102,8 @@ def value_range(values: np.ndarray) -> Normalize:
 def write_in_cells(axes: Axes, drawn: Any, values: np.ndarray) -> None:
     """The number of each cell inside it."""
     for (row, column), value in np.ndenumerate(values):
+        if np.isnan(value):
+            continue
         colour = readable_on(drawn.cmap(drawn.norm(value)))
         axes.text(
             column + 0.5, row + 0.5, f"{value:.2f}", color=colour, ha="center", va="center", fontsize=8.5

@@ -46,8 +46,9 @@ class LayerData:
     Attributes:
         label: see ``layer_label``.
         bits: counted bits per expert weight.
-        projection_bits: ``[3]`` float64, mean width of the rows of gate, up and down.
-        width_shares: ``[3, widths, bins]`` float64, share of rows of each width along the ranks, weak ranks
+        factors: names of the f projections.
+        projection_bits: ``[f]`` float64, mean width of the rows of each.
+        width_shares: ``[f, widths, bins]`` float64, share of rows of each width along the ranks, weak ranks
             first; kept experts left out.
         expert_bits: ``[E]`` float64, mean width of each expert's rows, width of the original for kept ones.
         kept: ids of the experts in original precision.
@@ -55,7 +56,7 @@ class LayerData:
         errors: of ``ERRORS``, share of the output's energy.
         energy: mean square of the layer's output per token and hidden value, token-weighted.
         over_bound: bits per weight beyond the rate-distortion bound.
-        spectrum: ``[3, bins]`` float64, energy along the ranks, weak ranks first.
+        spectrum: ``[f, bins]`` float64, energy along the ranks, weak ranks first.
         tokens: ``[E]`` float64, calibration tokens of each expert.
         peaks: ``[E]`` float64, largest absolute output value of each expert.
         hidden_size: input dimensions of an expert.
@@ -64,6 +65,7 @@ class LayerData:
     name: str
     label: str
     bits: float
+    factors: tuple[str, ...]
     projection_bits: np.ndarray
     width_shares: np.ndarray
     expert_bits: np.ndarray
@@ -118,6 +120,11 @@ class CheckpointData:
     gap: float | None
     layers: tuple[LayerData, ...]
 
+    @property
+    def factors(self) -> tuple[str, ...]:
+        """Projections that any layer has."""
+        return max((layer.factors for layer in self.layers), key=len)
+
 
 def gather(directory: Path) -> CheckpointData:
     """Read manifest, headers and row codes of a packed checkpoint; no payload is read.
@@ -171,7 +178,7 @@ def _architecture(directory: Path) -> str:
 
 def _layer(name: str, position: int, rows: torch.Tensor, spec: PackedSpec, told: dict[str, Any]) -> LayerData:
     """Args:
-    rows: ``[3, E, r]`` int64, bits of every row.
+    rows: ``[f, E, r]`` int64, bits of every row.
     told: of the layer, by ``inspect_checkpoint``: what was counted and what was measured.
     """
     experts = spec.shape.num_experts
@@ -184,6 +191,7 @@ def _layer(name: str, position: int, rows: torch.Tensor, spec: PackedSpec, told:
         name=name,
         label=layer_label(name, position),
         bits=told["bits_per_weight"],
+        factors=spec.shape.factors,
         projection_bits=rows[:, packed].double().mean((1, 2)).nan_to_num().numpy(),
         width_shares=_width_shares(rows[:, packed], spec.widths),
         expert_bits=expert_bits.numpy(),
@@ -192,7 +200,7 @@ def _layer(name: str, position: int, rows: torch.Tensor, spec: PackedSpec, told:
         errors={error: _share(number(told, key), energy) for error, key in ERRORS.items()},
         energy=energy,
         over_bound=number(told, "bits_over_bound"),
-        spectrum=number_table(told, "spectrum", (3, min(BINS, spec.shape.rank))),
+        spectrum=number_table(told, "spectrum", (len(rows), min(BINS, spec.shape.rank))),
         tokens=number_list(told, "tokens_per_expert", experts),
         peaks=number_list(told, "output_peaks", experts),
         hidden_size=spec.shape.hidden_size,
@@ -204,7 +212,7 @@ def _share(error: float | None, energy: float | None) -> float | None:
 
 
 def _width_shares(rows: torch.Tensor, widths: tuple[int, ...]) -> np.ndarray:
-    """``[3, widths, bins]`` of ``rows`` ``[3, experts, r]``; zeros if there are no experts."""
+    """``[f, widths, bins]`` of ``rows`` ``[f, experts, r]``; zeros if there are no experts."""
     shares = [
         torch.stack([(piece == width).double().mean((1, 2)) for width in widths], 1)
         for piece in rank_bins(rows)

@@ -10,7 +10,6 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from bitsmoe_plugin.codec.layout import FACTORS
 from bitsmoe_plugin.commands.report.axes import (
     centre_ticks,
     colour_bar,
@@ -18,22 +17,28 @@ from bitsmoe_plugin.commands.report.axes import (
     layer_ticks,
     write_in_cells,
 )
-from bitsmoe_plugin.commands.report.checkpoint_data import PART_NAMES, CheckpointData
+from bitsmoe_plugin.commands.report.checkpoint_data import PART_NAMES, CheckpointData, LayerData
 from bitsmoe_plugin.commands.report.style import Look
 
 
 def bits_by_layer(data: CheckpointData, look: Look) -> Figure:
     """Heat map: mean width of the rows of each projection of each layer."""
-    values = np.stack([layer.projection_bits for layer in data.layers], 1)
+    values = np.stack([_by_factor(layer.projection_bits, layer, data) for layer in data.layers], 1)
     figure = look.figure(1.95 if not look.narrow else 2.35)
     axes = figure.subplots()
     drawn = heat_map(axes, values, look)
     if len(data.layers) <= (6 if look.narrow else 16):
         write_in_cells(axes, drawn, values)
-    axes.set_yticks(np.arange(3) + 0.5, FACTORS)
+    axes.set_yticks(np.arange(len(data.factors)) + 0.5, data.factors)
     _layer_columns(axes, data)
     colour_bar(axes, drawn, "bits per value", look)
     return figure
+
+
+def _by_factor(values: np.ndarray, layer: LayerData, data: CheckpointData) -> np.ndarray:
+    """``values`` ``[f, ...]`` of a layer for every projection of the model; NaN for those it lacks."""
+    absent = np.full((len(data.factors) - len(layer.factors), *values.shape[1:]), np.nan)
+    return np.concatenate([absent, values])
 
 
 def _layer_columns(axes: Axes, data: CheckpointData) -> None:
@@ -44,8 +49,9 @@ def _layer_columns(axes: Axes, data: CheckpointData) -> None:
 
 def widths_along_spectrum(data: CheckpointData, look: Look) -> Figure:
     """Stacked shares of rows of each width along the ranks, strong ones first; mean of all layers."""
-    shares = np.mean([layer.width_shares for layer in data.layers], 0)[:, :, ::-1]
-    panels = look.panels(3, 2.75 if not look.narrow else 2.1, sharey=True)
+    every = [_by_factor(layer.width_shares, layer, data) for layer in data.layers]
+    shares = np.nanmean(every, 0)[:, :, ::-1]
+    panels = look.panels(len(shares), 2.75 if not look.narrow else 2.1, sharey=True)
     edges = np.linspace(0, 100, shares.shape[-1] + 1)
     for factor, axes in enumerate(panels):
         bottom = np.zeros(shares.shape[-1])
@@ -57,7 +63,7 @@ def widths_along_spectrum(data: CheckpointData, look: Look) -> Figure:
                 axes.stairs(full, edges, baseline=bottom, fill=True, color=look.width_colour(width))
             bottom = bottom + 100 * share
         axes.set(xlim=(0, 100), ylim=(0, 100))
-        axes.set_title(FACTORS[factor])
+        axes.set_title(data.factors[factor])
         axes.grid(False)
         axes.set_xticks([0, 50, 100], ["strongest", "rank rows", "weakest"])
         _outer_labels_inwards(axes)

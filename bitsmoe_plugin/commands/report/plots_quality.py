@@ -12,7 +12,6 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
 from bitsmoe_plugin.calibration.coverage import THIN_TOKENS_PER_DIMENSION
-from bitsmoe_plugin.codec.layout import FACTORS
 from bitsmoe_plugin.commands.report.axes import (
     format_ticks,
     layer_ticks,
@@ -32,11 +31,11 @@ MANY_POINTS = 1000
 
 def spectrum(data: CheckpointData, look: Look) -> Figure:
     """Energy along the ranks of each projection of each layer, and the output energy of the layers."""
-    panels = look.panels(4, 2.3 if not look.narrow else 2.1, columns=2)
-    for factor, axes in enumerate(panels[:3]):
+    panels = look.panels(len(data.factors) + 1, 2.3 if not look.narrow else 2.1, columns=2)
+    for factor, axes in zip(data.factors, panels, strict=False):
         _spectra(axes, factor, data, look)
-        axes.set_title(FACTORS[factor])
-    _energies(panels[3], data, look)
+        axes.set_title(factor)
+    _energies(panels[-1], data, look)
     figure = panels[0].figure
     if len(data.layers) <= LAYERS_BY_NAME:
         handles = panels[0].get_lines()
@@ -44,7 +43,7 @@ def spectrum(data: CheckpointData, look: Look) -> Figure:
     else:
         norm = Normalize(0, len(data.layers) - 1)
         scale = ScalarMappable(norm, look.colours())
-        bar = figure.colorbar(scale, ax=panels[:3] if look.narrow else panels, location="top", aspect=50)
+        bar = figure.colorbar(scale, ax=panels[:-1] if look.narrow else panels, location="top", aspect=50)
         layer_ticks(bar.ax, [layer.label for layer in data.layers])
         bar.ax.tick_params(length=0)
         bar.outline.set_visible(False)  # type: ignore[operator]
@@ -52,12 +51,15 @@ def spectrum(data: CheckpointData, look: Look) -> Figure:
     return figure  # type: ignore[return-value]
 
 
-def _spectra(axes: Axes, factor: int, data: CheckpointData, look: Look) -> None:
+def _spectra(axes: Axes, factor: str, data: CheckpointData, look: Look) -> None:
     drawn = []
     for place, layer in enumerate(data.layers):
-        if layer.spectrum is None or layer.spectrum[factor].sum() <= 0:
+        if layer.spectrum is None or factor not in layer.factors:
             continue
-        share = 100 * layer.spectrum[factor][::-1] / layer.spectrum[factor].sum()
+        energies = layer.spectrum[layer.factors.index(factor)]
+        if energies.sum() <= 0:
+            continue
+        share = 100 * energies[::-1] / energies.sum()
         colour = look.line_colour(place / max(len(data.layers) - 1, 1))
         middles = 100 * (np.arange(len(share)) + 0.5) / len(share)
         width = 1.6 if len(data.layers) <= LAYERS_BY_NAME else 0.9

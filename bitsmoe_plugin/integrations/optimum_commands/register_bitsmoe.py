@@ -22,12 +22,13 @@ COMMANDS = (
     "dequantize",
     "import-upstream",
     "bench",
+    "env",
     "doctor",
 )
 
 
 class BitsMoECommand(BaseOptimumCLICommand):
-    """Hands its arguments on to ``bitsmoe_plugin.cli``, which defines and checks them."""
+    """Hands its arguments on to the program ``bitsmoe``, which defines and checks them."""
 
     COMMAND = CommandInfo(name="bitsmoe", help="Quantize Mixture-of-Experts language models to 2 bits.")
 
@@ -43,7 +44,7 @@ class BitsMoECommand(BaseOptimumCLICommand):
 
     def run(self) -> None:
         """Exits with the status of the command."""
-        from bitsmoe_plugin.cli import main
+        from vllm_ext.command import main
 
         sys.exit(main(self.args.arguments, program="optimum-cli bitsmoe"))
 

@@ -72,11 +72,11 @@ def multiply(x: Tensor, basis: PackedBasis, dtype: torch.dtype, target: Target, 
 def _matvec(x: Tensor, basis: PackedBasis, out: Tensor, target: Target) -> Launch:
     rows, words = target.blocks.matvec
     constants = {**basis.constants(), "ROWS": rows, "WORDS": words}
-    grid = (triton.cdiv(basis.codes.shape[0], rows), x.shape[0])
+    launch_grid = (triton.cdiv(basis.codes.shape[0], rows), x.shape[0])
     arguments = {"x": x, "codes": basis.codes, "scales": basis.scales, "out": out}
     return Launch(
         kernel=matvec_kernel,
-        launch_grid=grid,
+        launch_grid=launch_grid,
         arguments=arguments,
         constants=constants,
         num_warps=target.blocks.matvec_warps,
@@ -92,11 +92,11 @@ def _matmul(x: Tensor, basis: PackedBasis, out: Tensor, target: Target) -> Launc
     narrow = out.dtype if x.dtype == torch.float32 else x.dtype
     operand = str(target.operand(narrow)).removeprefix("torch.")
     constants |= {"OPERAND": getattr(tl, operand), "TOKENS": tokens, "ROWS": rows, "STEP_COLUMNS": step}
-    grid = (triton.cdiv(x.shape[0], tokens), triton.cdiv(basis.codes.shape[0], rows))
+    launch_grid = (triton.cdiv(x.shape[0], tokens), triton.cdiv(basis.codes.shape[0], rows))
     arguments = {"x": x, "codes": basis.codes, "scales": basis.scales, "out": out, "tokens": x.shape[0]}
     return Launch(
         kernel=matmul_kernel,
-        launch_grid=grid,
+        launch_grid=launch_grid,
         arguments=arguments,
         constants=constants,
         num_warps=target.blocks.matmul_warps,

@@ -87,10 +87,22 @@ def empty_layer(spec: PackedSpec) -> PackedExperts:
     return PackedExperts(**{name.removeprefix("bitsmoe_"): tensor for name, tensor in tensors.items()})
 
 
-def launches(spec: PackedSpec, capability: int, dtype: torch.dtype, tokens: int, slots: int) -> list[Launch]:
-    """What a forward pass over ``tokens`` tokens with ``slots`` experts each would launch."""
+def launches(
+    spec: PackedSpec,
+    capability: int,
+    dtype: torch.dtype,
+    tokens: int,
+    slots: int,
+    form: str | None = None,
+) -> list[Launch]:
+    """What a forward pass over ``tokens`` tokens with ``slots`` experts each would launch.
+
+    Args:
+        form: text of the ``GatingForm``; by default that of most families.
+    """
+    form = form or ("silu" if spec.shape.has_gate else "relu2,has_gate=0")
     target = Target(block_sizes(capability // 10), PROCESSORS)
-    layer = TritonLayer.prepare(spec, empty_layer(spec), "silu", target)
+    layer = TritonLayer.prepare(spec, empty_layer(spec), form, target)
     hidden = torch.zeros(tokens, spec.shape.hidden_size, dtype=dtype)
     ids = torch.zeros(tokens, slots, dtype=torch.int32)
     recorded: list[Launch] = []
@@ -179,14 +191,14 @@ def _code(launch: Launch) -> str:
 
 
 def all_launches(
-    specs: Iterable[PackedSpec], capability: int, dtypes: Iterable[str], slots: int
+    specs: Iterable[PackedSpec], capability: int, dtypes: Iterable[str], slots: int, form: str | None = None
 ) -> list[tuple[Launch, str]]:
     """What one token, the most that decode takes and a prefill launch, once each, with their dtypes."""
     found: dict[str, tuple[Launch, list[str]]] = {}
     for spec in specs:
         for dtype in dtypes:
             for tokens in TOKENS:
-                for launch in launches(spec, capability, getattr(torch, dtype), tokens, slots):
+                for launch in launches(spec, capability, getattr(torch, dtype), tokens, slots, form):
                     users = found.setdefault(_code(launch), (launch, []))[1]
                     if dtype not in users:
                         users.append(dtype)
@@ -204,12 +216,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--basis-bits", type=int, choices=(4, 8, 16), nargs="+", default=(4, 8, 16))
     parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument("--input-bases", type=int, choices=(1, 2), default=1)
+    parser.add_argument("--no-gate", action="store_true", help="experts without a gate")
+    parser.add_argument("--bias", action="store_true", help="experts with biases")
+    parser.add_argument("--gating", help='text of a GatingForm, e.g. "silu,alpha=1.702,limit=7,offset=1"')
     parser.add_argument("--capability", type=int, nargs="+", default=CAPABILITIES, help="80 for sm_80")
     parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=DTYPES[:2])
     parser.add_argument("--rounding", action="store_true", help="the kernels that quantize, instead")
     parser.add_argument("--json", action="store_true", help="one object per line")
     chosen = parser.parse_args(arguments)
-    shape = LayerShape(chosen.experts, chosen.hidden, chosen.intermediate)
+    shape = LayerShape(chosen.experts, chosen.hidden, chosen.intermediate, not chosen.no_gate)
     specs = [
         PackedSpec(
             shape=shape,
@@ -219,6 +234,7 @@ def main(arguments: list[str] | None = None) -> None:
             input_bases=chosen.input_bases,
             payload_words=0,
             grid=chosen.grid,
+            has_bias=chosen.bias,
         )
         for bits in chosen.basis_bits
     ]
@@ -229,7 +245,7 @@ def main(arguments: list[str] | None = None) -> None:
         for launch, dtypes in (
             [(launch, "float32") for launch in rounding_launches(chosen.intermediate, chosen.grid)]
             if chosen.rounding
-            else all_launches(specs, capability, chosen.dtype, chosen.slots)
+            else all_launches(specs, capability, chosen.dtype, chosen.slots, chosen.gating)
         ):
             values = asdict(compile_launch(launch, capability, dtypes))
             line = json.dumps(values) if chosen.json else f"| {' | '.join(map(str, values.values()))} |"

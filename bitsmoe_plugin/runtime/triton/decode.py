@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bitsmoe_plugin.base.triton_launch import Launch, Launcher
-from bitsmoe_plugin.runtime.triton.rows import decode_rows, gating, order_and_scales
+from bitsmoe_plugin.runtime.triton.rows import add_bias, decode_rows, gating, order_and_scales
 from bitsmoe_plugin.runtime.triton.state import LayerState
 from bitsmoe_plugin.runtime.triton.target import BlockSizes, Target
 
@@ -44,15 +44,16 @@ def coordinates(
     wanted = target.processors * sizes.programs_per_processor
     most = triton.cdiv(state.rank, rows)
 
-    splits = _splits(wanted, 2 * pairs * tiles, most)
+    inputs = state.inputs
+    splits = _splits(wanted, inputs * pairs * tiles, most)
     columns = 32 * state.blocks
-    partial = z.new_empty((splits, pairs, 2, columns))
+    partial = z.new_empty((splits, pairs, inputs, columns))
     arguments = {"z": z, "ids": ids, "partial": partial, **state.pointers()}
     constants = {**shared, "TOP_K": ids.shape[1], "BASES": state.bases(z)}
     launch(
         Launch(
             kernel=gate_up_kernel,
-            launch_grid=(pairs, 2 * tiles, splits),
+            launch_grid=(pairs, inputs * tiles, splits),
             arguments=arguments,
             constants=constants,
             num_warps=sizes.decode_warps,
@@ -60,9 +61,9 @@ def coordinates(
     )
 
     hidden = z.new_empty((pairs, columns))
-    arguments = {"partial": partial, "ids": ids, "hidden": hidden, "splits": splits}
-    constants = {"SIZE": state.size, "COLUMNS": columns, "EXPERTS": state.experts}
-    constants |= {"ACTIVATION": state.activation, "TILE": 1024}
+    arguments = {"partial": partial, "ids": ids, "bias": state.bias, "hidden": hidden, "splits": splits}
+    constants = {"COLUMNS": columns, "EXPERTS": state.experts, "INPUTS": inputs, "TILE": 1024}
+    constants |= state.gating_constants()
     launch(
         Launch(
             kernel=activate_kernel,
@@ -147,6 +148,7 @@ def gate_up_kernel(
     scale_grid,
     tables,
     EXPERTS: tl.constexpr,
+    INPUTS: tl.constexpr,
     RANK: tl.constexpr,
     ROW_BLOCKS: tl.constexpr,
     WIDTHS: tl.constexpr,
@@ -159,10 +161,10 @@ def gate_up_kernel(
 ):
     """partial[split, pair, factor]: sum of z_k times row k over a part of the rows, for some columns.
 
-    Grid: pairs, 2 factors times column tiles, splits.
+    Grid: pairs, factors times column tiles, splits.
     """
     pair, split = tl.program_id(0), tl.program_id(2)
-    factor, tile = tl.program_id(1) % 2, tl.program_id(1) // 2
+    factor, tile = tl.program_id(1) % INPUTS, tl.program_id(1) // INPUTS
     expert = tl.load(ids + pair)
     if (expert < 0) | (expert >= EXPERTS):
         return
@@ -192,7 +194,7 @@ def gate_up_kernel(
         start += count * (ROW_BLOCKS * WIDTHS[i])
         done += count
     column = tile * (32 * BLOCKS) + tl.arange(0, 32 * BLOCKS)
-    at = ((split * tl.num_programs(0) + pair) * 2 + factor) * (32 * ROW_BLOCKS) + column
+    at = ((split * tl.num_programs(0) + pair) * INPUTS + factor) * (32 * ROW_BLOCKS) + column
     tl.store(partial + at, tl.sum(total, 0), mask=column < 32 * ROW_BLOCKS)
 
 
@@ -200,15 +202,18 @@ def gate_up_kernel(
 def activate_kernel(
     partial,
     ids,
+    bias,
     hidden,
     splits,
     SIZE: tl.constexpr,
     COLUMNS: tl.constexpr,
     EXPERTS: tl.constexpr,
-    ACTIVATION: tl.constexpr,
+    INPUTS: tl.constexpr,
+    FORM: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """hidden[pair] = activation(gate) * up of the summed splits; 0 in the padding after ``SIZE``.
+    """hidden[pair] = gating of the summed splits plus biases; 0 in the padding after ``SIZE``.
 
     Grid: pairs, column tiles.
     """
@@ -221,10 +226,15 @@ def activate_kernel(
     gate = tl.zeros([TILE], tl.float32)
     up = tl.zeros([TILE], tl.float32)
     for split in range(splits):
-        at = partial + (split * tl.num_programs(0) + pair) * (2 * COLUMNS) + column
-        gate += tl.load(at, mask=keep, other=0.0)
-        up += tl.load(at + COLUMNS, mask=keep, other=0.0)
-    value = tl.where(keep, gating(gate, up, ACTIVATION), 0.0)
+        at = partial + (split * tl.num_programs(0) + pair) * (INPUTS * COLUMNS) + column
+        if INPUTS == 2:
+            gate += tl.load(at, mask=keep, other=0.0)
+        up += tl.load(at + (INPUTS - 1) * COLUMNS, mask=keep, other=0.0)
+    if HAS_BIAS:
+        if INPUTS == 2:
+            gate = add_bias(gate, bias, expert, column, keep, 0, INPUTS, SIZE)
+        up = add_bias(up, bias, expert, column, keep, INPUTS - 1, INPUTS, SIZE)
+    value = tl.where(keep, gating(gate, up, FORM), 0.0)
     tl.store(hidden + pair * COLUMNS + column, value, mask=column < COLUMNS)
 
 
@@ -242,6 +252,7 @@ def down_kernel(
     scale_grid,
     tables,
     EXPERTS: tl.constexpr,
+    INPUTS: tl.constexpr,
     RANK: tl.constexpr,
     ROW_BLOCKS: tl.constexpr,
     WIDTHS: tl.constexpr,
@@ -258,12 +269,12 @@ def down_kernel(
     expert = tl.load(ids + pair)
     if (expert < 0) | (expert >= EXPERTS):
         return
-    unit = 2 * EXPERTS + expert.to(tl.int32)
+    unit = INPUTS * EXPERTS + expert.to(tl.int32)
     counts += unit * len(WIDTHS)
     start = payload + tl.load(starts + unit)
     order += unit * RANK
     row_codes += unit * RANK
-    scale_grid += 2 * 2 * RANK
+    scale_grid += INPUTS * 2 * RANK
     parts += (pair * tl.num_programs(1) + tile) * RANK
     block = tile * BLOCKS + tl.arange(0, BLOCKS)
     column = tile * (32 * BLOCKS) + tl.arange(0, 32 * BLOCKS)

@@ -1,6 +1,6 @@
 """Forward pass of a packed layer by Triton kernels; the contract of ``dispatch.Runtime``.
 
-z = input basis x; rows of gate and up; activation; rows of down; sum over the token's experts;
+z = input basis x; rows of gate and up, or up; gating; rows of down; sum over the token's experts;
 y = output basis c. Up to ``DECODE_TOKENS`` tokens by ``decode``, more by ``prefill``.
 """
 
@@ -15,7 +15,7 @@ from bitsmoe_plugin.base.triton_launch import Launcher, run
 from bitsmoe_plugin.codec.layout import PackedExperts
 from bitsmoe_plugin.codec.spec import PackedSpec
 from bitsmoe_plugin.errors import ConfigError
-from bitsmoe_plugin.models.gating import gating
+from bitsmoe_plugin.models.gating import GatingForm
 from bitsmoe_plugin.runtime.triton import decode, prefill
 from bitsmoe_plugin.runtime.triton.basis import PackedBasis, multiply
 from bitsmoe_plugin.runtime.triton.state import LayerState
@@ -48,22 +48,21 @@ class TritonLayer:
 
     @classmethod
     def prepare(
-        cls, spec: PackedSpec, packed: PackedExperts, activation: str, target: Target | None = None
+        cls, spec: PackedSpec, packed: PackedExperts, form: str, target: Target | None = None
     ) -> TritonLayer:
         """Derive what the kernels need, on the device of the packed tensors. Waits for the device.
 
         Args:
-            activation: a name that ``gating.gating`` knows.
+            form: text of the ``GatingForm``.
             target: what to build for; by default the device.
 
         Raises:
-            ConfigError: an activation that is not known.
+            ConfigError: a form that is not known.
         """
-        gating(activation)
         bits, hidden = spec.basis_bits, spec.shape.hidden_size
         return cls(
             packed,
-            LayerState.derive(spec, packed, activation),
+            LayerState.derive(spec, packed, GatingForm.parse(form)),
             PackedBasis.of(packed.input_basis, packed.input_scales, bits, hidden),
             PackedBasis.of(packed.output_basis, packed.output_scales, bits, spec.shape.rank),
             target or target_of(packed.payload.device),

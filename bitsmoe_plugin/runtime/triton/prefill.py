@@ -18,7 +18,7 @@ from torch import Tensor
 
 from bitsmoe_plugin.base.triton_launch import Launch, Launcher
 from bitsmoe_plugin.runtime.triton.decode import combine
-from bitsmoe_plugin.runtime.triton.rows import decode_rows, gating, order_and_scales
+from bitsmoe_plugin.runtime.triton.rows import add_bias, decode_rows, gating, order_and_scales
 from bitsmoe_plugin.runtime.triton.state import LayerState
 from bitsmoe_plugin.runtime.triton.target import Target
 
@@ -82,13 +82,13 @@ def coordinates(
     blocks = min(blocks, triton.next_power_of_2(state.blocks))
     hidden = z.new_empty((ids.numel(), columns), dtype=operand)
     own = {"ROWS": rows, "BLOCKS": blocks, "BASES": state.bases(z), "TOP_K": ids.shape[1]}
-    own |= {"SIZE": state.size, "ACTIVATION": state.activation}
-    grid = (len(tiles.expert), triton.cdiv(state.blocks, blocks))
-    arguments = {"z": z, "hidden": hidden, **grouped, **state.pointers()}
+    own |= state.gating_constants()
+    launch_grid = (len(tiles.expert), triton.cdiv(state.blocks, blocks))
+    arguments = {"z": z, "hidden": hidden, "bias": state.bias, **grouped, **state.pointers()}
     launch(
         Launch(
             kernel=grouped_gate_up_kernel,
-            launch_grid=grid,
+            launch_grid=launch_grid,
             arguments=arguments,
             constants=constants | own,
             num_warps=sizes.gate_up_warps,
@@ -98,13 +98,13 @@ def coordinates(
     rows, blocks = sizes.down
     parts = z.new_empty((ids.numel(), 1, state.rank))
     # Every width, and the dropped rows, have one tile of rows that may not be full.
-    grid = (len(tiles.expert), state.rank // rows + len(state.widths) + 1)
+    launch_grid = (len(tiles.expert), state.rank // rows + len(state.widths) + 1)
     own = {"ROWS": rows, "BLOCKS": min(blocks, triton.next_power_of_2(state.blocks))}
     arguments = {"hidden": hidden, "weights": weights, "parts": parts, **grouped, **state.pointers()}
     launch(
         Launch(
             kernel=grouped_down_kernel,
-            launch_grid=grid,
+            launch_grid=launch_grid,
             arguments=arguments,
             constants=constants | own,
             num_warps=sizes.down_warps,
@@ -164,6 +164,7 @@ def _rows_product(
 def grouped_gate_up_kernel(
     z,
     hidden,
+    bias,
     pairs,
     ends,
     tile_expert,
@@ -176,6 +177,7 @@ def grouped_gate_up_kernel(
     scale_grid,
     tables,
     EXPERTS: tl.constexpr,
+    INPUTS: tl.constexpr,
     RANK: tl.constexpr,
     ROW_BLOCKS: tl.constexpr,
     WIDTHS: tl.constexpr,
@@ -188,9 +190,10 @@ def grouped_gate_up_kernel(
     BASES: tl.constexpr,
     TOP_K: tl.constexpr,
     SIZE: tl.constexpr,
-    ACTIVATION: tl.constexpr,
+    FORM: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
 ):
-    """hidden[position in ``pairs``] = activation(gate) * up; 0 in the padding after ``SIZE``.
+    """hidden[position in ``pairs``] = gating of gate and up with biases; 0 in the padding after ``SIZE``.
 
     Grid: tiles of pairs, column tiles.
     """
@@ -204,7 +207,7 @@ def grouped_gate_up_kernel(
     # A loop, not two calls: half the code, and half the compile time.
     gate = tl.zeros([TOKENS, 32 * BLOCKS], tl.float32)
     up = tl.zeros([TOKENS, 32 * BLOCKS], tl.float32)
-    for factor in range(2):
+    for factor in range(INPUTS):
         unit = factor * EXPERTS + expert
         gate, up = (
             up,
@@ -230,7 +233,12 @@ def grouped_gate_up_kernel(
             ),
         )
     column = tl.program_id(1) * (32 * BLOCKS) + tl.arange(0, 32 * BLOCKS)
-    value = tl.where((column < SIZE)[None, :], gating(gate, up, ACTIVATION), 0.0)
+    if HAS_BIAS:
+        inside = (column < SIZE)[None, :]
+        if INPUTS == 2:
+            gate = add_bias(gate, bias, expert, column[None, :], inside, 0, INPUTS, SIZE)
+        up = add_bias(up, bias, expert, column[None, :], inside, INPUTS - 1, INPUTS, SIZE)
+    value = tl.where((column < SIZE)[None, :], gating(gate, up, FORM), 0.0)
     at = hidden + position[:, None] * (32 * ROW_BLOCKS) + column[None, :]
     tl.store(at, value, mask=keep[:, None] & (column < 32 * ROW_BLOCKS)[None, :])
 
@@ -279,6 +287,7 @@ def grouped_down_kernel(
     scale_grid,
     tables,
     EXPERTS: tl.constexpr,
+    INPUTS: tl.constexpr,
     RANK: tl.constexpr,
     ROW_BLOCKS: tl.constexpr,
     WIDTHS: tl.constexpr,
@@ -302,7 +311,7 @@ def grouped_down_kernel(
     weight = tl.load(weights + pair, mask=keep, other=0.0).to(tl.float32)
     parts += pair * RANK
     hidden += position * (32 * ROW_BLOCKS)
-    unit = 2 * EXPERTS + expert
+    unit = INPUTS * EXPERTS + expert
     start = payload + tl.load(starts + unit)
     order += unit * RANK
     row_codes += unit * RANK
@@ -325,7 +334,9 @@ def grouped_down_kernel(
                 OPERAND,
                 BLOCKS,
             )
-            k, scale = order_and_scales(order, row_codes, scale_grid + 4 * RANK, done + rows, keep_rows, RANK)
+            k, scale = order_and_scales(
+                order, row_codes, scale_grid + 2 * INPUTS * RANK, done + rows, keep_rows, RANK
+            )
             total *= weight[:, None] * (scale * UNITS[i])[None, :]
             tl.store(parts[:, None] + k[None, :], total, mask=keep[:, None] & keep_rows[None, :])
         start += count * (ROW_BLOCKS * WIDTHS[i])

@@ -14,12 +14,15 @@ of one expert may have up to 2**31 words.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from bitsmoe_plugin.codec import trellis
+from bitsmoe_plugin.models.gating import GatingForm
 
 
 def pair_tables() -> Tensor:
@@ -107,14 +110,54 @@ def order_and_scales(order, row_codes, scale_grid, position, keep, RANK: tl.cons
 
 
 @triton.jit
-def gating(gate, up, ACTIVATION: tl.constexpr):
-    """``activation(gate) * up``, activations as ``gating.gating`` names them."""
+def _activated(x, ACTIVATION: tl.constexpr, ALPHA: tl.constexpr):
+    """Activations as ``GatingForm`` names them."""
     if ACTIVATION == "silu":
-        return gate * tl.sigmoid(gate) * up
+        return x * tl.sigmoid(ALPHA * x)
     elif ACTIVATION == "gelu":
-        return 0.5 * gate * (1 + tl.erf(gate * 0.7071067811865476)) * up
-    else:
+        return 0.5 * x * (1 + tl.erf(x * 0.7071067811865476))
+    elif ACTIVATION == "gelu_tanh":
         # (1 + tanh u) / 2 = sigmoid(2 u)
-        tl.static_assert(ACTIVATION == "gelu_tanh")
-        u = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
-        return gate * tl.sigmoid(2 * u) * up
+        u = 0.7978845608028654 * (x + 0.044715 * x * x * x)
+        return x * tl.sigmoid(2 * u)
+    else:
+        positive = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        if ACTIVATION == "relu":
+            return positive
+        else:
+            tl.static_assert(ACTIVATION == "relu2")
+            return positive * positive
+
+
+@triton.jit
+def gating(gate, up, FORM: tl.constexpr):
+    """A ``GatingForm``, see ``form_constants``; of experts without a gate only ``up`` is read."""
+    ACTIVATION: tl.constexpr = FORM[0]
+    ALPHA: tl.constexpr = FORM[2]
+    LIMIT: tl.constexpr = FORM[3]
+    if not FORM[1]:
+        return _activated(up, ACTIVATION, ALPHA)
+    if LIMIT > 0:
+        up = tl.minimum(up, LIMIT, propagate_nan=tl.PropagateNan.ALL)
+        up = tl.maximum(up, -LIMIT, propagate_nan=tl.PropagateNan.ALL)
+        if not FORM[4]:
+            gate = tl.minimum(gate, LIMIT, propagate_nan=tl.PropagateNan.ALL)
+    act = _activated(gate, ACTIVATION, ALPHA)
+    if LIMIT > 0 and FORM[4]:
+        act = tl.minimum(act, LIMIT, propagate_nan=tl.PropagateNan.ALL)
+    return act * (up + FORM[5])
+
+
+def form_constants(form: GatingForm) -> tuple[object, ...]:
+    """What kernels are compiled for: the fields of a form, with 0 for no limit."""
+    limit = form.limit if form.limit < math.inf else 0.0
+    return form.activation, form.has_gate, form.alpha, limit, form.clamps_activation, form.offset
+
+
+@triton.jit
+def add_bias(
+    value, bias, expert, column, keep, FACTOR: tl.constexpr, INPUTS: tl.constexpr, SIZE: tl.constexpr
+):
+    """``value`` ``[..., columns]`` plus the bias of a factor of an expert, of ``[E, INPUTS, SIZE]``."""
+    at = bias + (expert.to(tl.int64) * INPUTS + FACTOR) * SIZE + column
+    return value + tl.load(at, mask=keep, other=0.0).to(tl.float32)

@@ -12,28 +12,30 @@ from bitsmoe_plugin.codec.block import BLOCK
 from bitsmoe_plugin.codec.layout import PackedExperts
 from bitsmoe_plugin.codec.spec import PackedSpec
 from bitsmoe_plugin.codec.uniform import STEP
-from bitsmoe_plugin.runtime.triton.rows import pair_tables
+from bitsmoe_plugin.models.gating import GatingForm
+from bitsmoe_plugin.runtime.triton.rows import form_constants, pair_tables
 
 
 @dataclass(frozen=True)
 class LayerState:
     """Device tensors and sizes of the rows of one layer or shard.
 
-    ``order`` costs 6 E r bytes (int16; 1.5 MiB for 128 experts and rank 2048), the others next to
+    ``order`` costs 2 f E r bytes (int16; 1.5 MiB for 128 experts and rank 2048), the others next to
     nothing; scales are computed from the stored codes where they are used.
 
     Attributes:
         payload: ``[words]`` int32, as stored.
-        row_codes: ``[3, E, r]`` uint8, as stored.
-        scale_grid: ``[3, 2, r]`` float16.
-        starts: ``[3, E]`` int64, first payload word.
-        counts: ``[3, E, widths]`` int32, stored rows of each width.
-        order: ``[3, E, r]`` int16 (int32 from rank 2**15 on), rank indices by falling width.
+        row_codes: ``[f, E, r]`` uint8, as stored.
+        scale_grid: ``[f, 2, r]`` float16.
+        starts: ``[f, E]`` int64, first payload word.
+        counts: ``[f, E, widths]`` int32, stored rows of each width.
+        order: ``[f, E, r]`` int16 (int32 from rank 2**15 on), rank indices by falling width.
         tables: see ``rows.pair_tables``.
         widths: falling, without 0.
         trellis: whether rows of up to 4 bits are trellis-coded.
         size: intermediate_size.
-        activation: as in ``gating.gating``.
+        form: of the gating.
+        bias: ``[E, f - 1, I]`` of gate and up, or up, as stored; empty if the experts have none.
     """
 
     payload: Tensor
@@ -46,10 +48,11 @@ class LayerState:
     widths: tuple[int, ...]
     trellis: bool
     size: int
-    activation: str
+    form: GatingForm
+    bias: Tensor
 
     @classmethod
-    def derive(cls, spec: PackedSpec, packed: PackedExperts, activation: str) -> LayerState:
+    def derive(cls, spec: PackedSpec, packed: PackedExperts, form: GatingForm) -> LayerState:
         """From the packed tensors, on their device."""
         device = packed.payload.device
         index = layout.index_rows(packed.row_codes, spec.widths, spec.shape)
@@ -65,7 +68,10 @@ class LayerState:
             widths=index.widths,
             trellis=spec.grid == "trellis",
             size=spec.shape.intermediate_size,
-            activation=activation,
+            form=form,
+            bias=packed.payload.new_empty(0, dtype=torch.float32)
+            if packed.input_bias is None
+            else spec.original(packed.input_bias).contiguous(),
         )
 
     @property
@@ -75,6 +81,11 @@ class LayerState:
     @property
     def rank(self) -> int:
         return self.row_codes.shape[2]
+
+    @property
+    def inputs(self) -> int:
+        """Factors that read the hidden states."""
+        return self.row_codes.shape[0] - 1
 
     @property
     def blocks(self) -> int:
@@ -94,6 +105,7 @@ class LayerState:
         grid = "trellis" if self.trellis else "uniform"
         return {
             "EXPERTS": self.experts,
+            "INPUTS": self.inputs,
             "RANK": self.rank,
             "ROW_BLOCKS": self.blocks,
             "WIDTHS": self.widths,
@@ -102,3 +114,7 @@ class LayerState:
             ),
             "TRELLIS": self.trellis,
         }
+
+    def gating_constants(self) -> dict[str, object]:
+        """What every kernel that applies the gating is compiled for."""
+        return {"FORM": form_constants(self.form), "SIZE": self.size, "HAS_BIAS": self.bias.numel() > 0}

@@ -37,21 +37,22 @@ typedef struct {
 } Decoder;
 
 typedef struct {
-  int32_t experts, hidden, rank, size, bases; /* E, H, r, I, input bases */
+  int32_t experts, hidden, rank, size; /* E, H, r, I */
+  int32_t inputs, bases;             /* factors before down: gate and up, or up; their bases */
   int32_t basis_bits, basis_group;
   int32_t widths;                    /* number of them */
   int32_t width_bits[MAX_WIDTHS];    /* in the order that row codes count in */
   int32_t falling[MAX_WIDTHS];       /* indices of width_bits by falling bits */
   Decoder decoders[MAX_WIDTHS];      /* of width_bits; unused for 0 and 16 bits */
   Decoder basis;
-  const uint8_t *row_codes;          /* [3, E, r] */
-  const uint16_t *scale_grid;        /* [3, 2, r] float16 */
+  const uint8_t *row_codes;          /* [inputs + 1, E, r] */
+  const uint16_t *scale_grid;        /* [inputs + 1, 2, r] float16 */
   const uint32_t *payload;
-  const int64_t *starts;             /* [3, E] first word */
+  const int64_t *starts;             /* [inputs + 1, E] first word */
   const uint32_t *input_basis, *output_basis;
   const uint16_t *input_scales, *output_scales; /* float16 */
   const uint16_t *tile_scales, *row_gains; /* float16 [rows, ceil(I / TILE)], [rows]; NULL in other grids */
-  const int64_t *row_starts;               /* [3, E] first of those rows */
+  const int64_t *row_starts;               /* [inputs + 1, E] first of those rows */
 } Layer;
 
 /* What depends on the instruction set. Rows are decoded in chunks; `tail` says that a row's last chunk

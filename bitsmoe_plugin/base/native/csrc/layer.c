@@ -209,7 +209,7 @@ typedef struct {
   const int32_t *pair; /* [count], of the expert */
   int count, k, factor, planes;
   const float *z;
-  float *out; /* of pair p: out + p * 2 * padded, for one factor */
+  float *out; /* of pair p: out + p * inputs * padded, for one factor */
   int padded;
 } GateUp;
 
@@ -219,7 +219,7 @@ static void gate_up_wide(const GateUp *g, const Rows *rows, const Run *run) {
     for (int m = 0; m < g->count; m++) {
       int64_t token = g->pair[m] / g->k;
       float a = rows->scale[row] * g->z[token * l->bases * l->rank + rows->order[row]];
-      float *out = g->out + (int64_t)g->pair[m] * 2 * g->padded;
+      float *out = g->out + (int64_t)g->pair[m] * l->inputs * g->padded;
       const uint32_t *words = run->words + (row - run->from) * run->stride;
       for (int i = 0; i < l->size; i++) out[i] += a * wide_value(l, run->decoder, words, i);
     }
@@ -257,7 +257,7 @@ static void gate_up_rows(const GateUp *g, const Rows *rows, const Run *run, int 
     kernels->decode_tile(d, words + (int64_t)c * 2 * d->bits, run->stride, count, tail, tile);
     for (int i = 0; i < g->count * g->planes; i++)
       kernels->tile_dot(tile, count, inputs[i].q, d->offset2 * inputs[i].sum, inputs[i].scale * d->step / 2,
-                        g->out + (int64_t)g->pair[i / g->planes] * 2 * g->padded + c * CHUNK);
+                        g->out + (int64_t)g->pair[i / g->planes] * l->inputs * g->padded + c * CHUNK);
   }
 }
 
@@ -277,7 +277,7 @@ static int gate_up_part(const GateUp *g, const Rows *rows, int expert, int part,
   return 0;
 }
 
-/* out[p] = gate and up of pair p, [T k, 2, padded] with padded = I rounded up to chunks, from
+/* out[p] = gate and up, or up, of pair p, [T k, inputs, padded] with padded = I rounded up to chunks, from
  * z [T, bases r] and ids [T, k] (outside 0..E-1: zeros). */
 int bitsmoe_gate_up(const Layer *l, const float *z, const int64_t *ids, int64_t tokens, int64_t k, float *out,
                     int threads, int planes) {
@@ -285,11 +285,12 @@ int bitsmoe_gate_up(const Layer *l, const float *z, const int64_t *ids, int64_t 
   Index index;
   int64_t pairs = tokens * k;
   if (route(l, ids, pairs, &routing)) return -1;
-  int padded = chunks_of(l->size) * CHUNK, parts = parts_of(l, 2 * routing.active);
-  size_t values = (size_t)pairs * 2 * padded;
+  int padded = chunks_of(l->size) * CHUNK, inputs = l->inputs;
+  int parts = parts_of(l, inputs * routing.active);
+  size_t values = (size_t)pairs * inputs * padded;
   float *partial = parts > 1 ? malloc(values * parts * sizeof(float)) : out;
-  int failed = new_index(l, &routing, 0, 2, &index) || !partial;
-  int tasks = failed ? 0 : routing.active * 2 * parts;
+  int failed = new_index(l, &routing, 0, inputs, &index) || !partial;
+  int tasks = failed ? 0 : routing.active * inputs * parts;
 #pragma omp parallel num_threads(threads) if (tasks)
   if (tasks) {
     fill_index(l, &routing, &index);
@@ -297,19 +298,19 @@ int bitsmoe_gate_up(const Layer *l, const float *z, const int64_t *ids, int64_t 
     for (int i = 0; i < parts; i++) memset(partial + values * i, 0, values * sizeof(float));
 #pragma omp for schedule(dynamic)
     for (int task = 0; task < tasks; task++) {
-      int part = task % parts, factor = task / parts % 2, active = task / parts / 2;
+      int part = task % parts, factor = task / parts % inputs, active = task / parts / inputs;
       int first = routing.first[active];
       GateUp g = {l, routing.pair + first, routing.first[active + 1] - first, (int)k, factor,
                   planes, z + (l->bases == 2 && factor == 1 ? l->rank : 0),
                   partial + values * part + factor * padded, padded};
-      if (gate_up_part(&g, &index.rows[2 * active + factor], routing.expert[active], part, parts)) {
+      if (gate_up_part(&g, &index.rows[inputs * active + factor], routing.expert[active], part, parts)) {
 #pragma omp atomic write
         failed = 1;
       }
     }
     if (parts > 1) {
 #pragma omp for schedule(static)
-      for (int64_t p = 0; p < pairs * 2; p++) {
+      for (int64_t p = 0; p < pairs * inputs; p++) {
         float *sum = out + p * padded;
         memcpy(sum, partial + p * padded, padded * sizeof(float));
         for (int part = 1; part < parts; part++)
@@ -403,7 +404,7 @@ static int down_part(const Down *g, const Rows *rows, int expert, int part, int 
   int16_t *decoded = calloc(QUAD * sizeof(int16_t), g->hidden->padded);
   if (!decoded) return -1;
   Run runs[MAX_WIDTHS];
-  int count = runs_of(l, rows, 2, expert, part, parts, runs);
+  int count = runs_of(l, rows, l->inputs, expert, part, parts, runs);
   for (int i = 0; i < count; i++) {
     if (runs[i].bits == 16) down_wide(g, rows, &runs[i]);
     else
@@ -423,7 +424,7 @@ int bitsmoe_down(const Layer *l, const float *h, const float *weights, const int
   if (route(l, ids, pairs, &routing)) return -1;
   float *of_pair = calloc((size_t)pairs * l->rank, sizeof(float));
   Hidden hidden = new_hidden(pairs, l->size, PANEL, planes);
-  int failed = new_index(l, &routing, 2, 1, &index) || !of_pair || !hidden.q;
+  int failed = new_index(l, &routing, l->inputs, 1, &index) || !of_pair || !hidden.q;
   int parts = parts_of(l, routing.active), tasks = failed ? 0 : routing.active * parts, ready = !failed;
 #pragma omp parallel num_threads(threads) if (tasks)
   if (ready) {
