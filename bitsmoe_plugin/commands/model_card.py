@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from bitsmoe_plugin.base.atomic_output import replace_file
 from bitsmoe_plugin.checkpoint.manifest import TAGS
+from bitsmoe_plugin.checkpoint.prediction_layers import PredictionSize
 from bitsmoe_plugin.checkpoint.read import read_config
 from bitsmoe_plugin.checkpoint.untrusted_values import number
 from bitsmoe_plugin.codec.dense import dense_schemes
@@ -34,7 +35,7 @@ for the experts is counted; {dense}.
 |---|---|
 {parts}
 
-- Method `{method}`, budget `{budget}`; {experts:,} expert weights in {layers} layers, {size:,} bytes.
+- Method `{method}`, budget `{budget}`; {experts:,} expert weights in {layers} layers, {size}
 - Whole model: {total:,} bytes, {total_bits:.3f} bits per weight.
 - Calibration: {text}{tokens:,} tokens (SHA-256 of the token ids {digest}).{super_experts}{tuning}
 {errors}
@@ -114,7 +115,7 @@ def _facts(report: dict[str, Any], config: BitsMoEConfig, base: str) -> dict[str
         "budget": _budget(config),
         "experts": report["expert_weights"],
         "layers": len(layers),
-        "size": report["expert_bytes"],
+        "size": f"{report['expert_bytes']:,} bytes.{_prediction(report['prediction'])}",
         "dense": _dense(config),
         "total": report["total_bytes"],
         "total_bits": report["total_bits_per_weight"],
@@ -135,6 +136,11 @@ def _dense(config: BitsMoEConfig) -> str:
         f"of the linear layers outside of them {counts} (compressed-tensors, pack-quantized); all else is as "
         "it was"
     )
+
+
+def _prediction(sizes: dict[str, int]) -> str:
+    text = PredictionSize(**sizes).describe()
+    return f"\n- Besides: {text}." if text else ""
 
 
 def _super_experts(layers: list[dict[str, Any]]) -> str:
