@@ -52,7 +52,15 @@ class ProgressOnDisk:
         self._directory, self._device = directory, device
         if not directory.state:
             directory.state.update(
-                identity=identity, planned=0, rounded=0, entries={}, digests={}, gap=None, kept={}, found={}
+                identity=identity,
+                planned=0,
+                rounded=0,
+                entries={},
+                digests={},
+                gap=None,
+                kept={},
+                found={},
+                seconds={},
             )
             directory.commit()
         changes = _differences(directory.state["identity"], identity)
@@ -61,6 +69,11 @@ class ProgressOnDisk:
         self._state = directory.state
         self.planned, self.rounded = self._state["planned"], self._state["rounded"]
         self.widths = self._read_widths() if self._state["gap"] is not None else None
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        found: dict[str, float] = self._state["seconds"]
+        return found  # committed with the layer
 
     @property
     def at_once(self) -> int | None:
