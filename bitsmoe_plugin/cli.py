@@ -238,10 +238,13 @@ def _import(args: argparse.Namespace, stdout: TextIO) -> None:
 
 
 def _report_size(out: Path) -> None:
+    from bitsmoe_plugin.checkpoint.prediction_layers import PredictionSize
     from bitsmoe_plugin.commands.inspect import inspect_checkpoint
 
     size = inspect_checkpoint(out)
-    print(f"{out}: {size['bits_per_weight']:.4f} bits per expert weight", file=sys.stderr)
+    besides = PredictionSize(**size["prediction"]).describe()
+    text = f"{out}: {size['bits_per_weight']:.4f} bits per expert weight"
+    print(text + (f"; besides: {besides}" if besides else ""), file=sys.stderr)
 
 
 def _inspect(args: argparse.Namespace, stdout: TextIO) -> None:

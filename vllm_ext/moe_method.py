@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,30 +16,16 @@ from bitsmoe_plugin.checkpoint.packed_files import PackedFiles
 from bitsmoe_plugin.codec.layout import PackedExperts
 from bitsmoe_plugin.codec.sharding import Shard, local_experts, split_blocks
 from bitsmoe_plugin.errors import CheckpointError, ConfigError
-from bitsmoe_plugin.models.gating import GatingForm
 from vllm_ext import ops
 from vllm_ext.expert_gating import gating_of
 from vllm_ext.expert_parameters import layer_loader, placeholder
 from vllm_ext.layer_checks import check_experts, most_tokens
 from vllm_ext.loaded_experts import LoadedExperts
 from vllm_ext.reload import verify_streamed
+from vllm_ext.served_checkpoint import Checkpoint
 from vllm_ext.weight_loading import cut, load_shard
 
 logger = init_logger("vllm.bitsmoe_plugin")
-
-
-class Checkpoint(Protocol):
-    """What the engine serves."""
-
-    @property
-    def files(self) -> PackedFiles:
-        """Opened and checked; another object after a reload that names another checkpoint."""
-
-    def gating(self, name: str) -> GatingForm | None:
-        """Of a layer's experts in transformers."""
-
-    def note_loaded(self) -> None:
-        """Said when a layer was loaded from it."""
 
 
 class BitsMoEMethod(FusedMoEMethodBase):

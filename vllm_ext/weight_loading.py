@@ -89,7 +89,8 @@ class LayerNames:
     """Finds the manifest's entry of a layer by vLLM's name for it.
 
     What stands between decoder layer and experts differs (``block_sparse_moe``, ``mlp``), so decoder
-    layers are compared.
+    layers are compared; and what stands before them does where vLLM's mapper knows other names of the files
+    than transformers has for its modules (Kimi-K2.5), so then ``layers.3`` of the only list counts.
 
     Args:
         names: of the manifest.
@@ -98,6 +99,7 @@ class LayerNames:
 
     def __init__(self, names: Iterable[str], rename: Callable[[str], str | None] = str) -> None:
         self._by_layer = {self._layer(rename(name) or name): name for name in names}
+        self._by_number = {decoder_layer(name): name for name in self._by_layer.values()}
 
     @staticmethod
     def _layer(name: str) -> str:
@@ -111,7 +113,7 @@ class LayerNames:
 
     def find(self, prefix: str) -> str:
         """Raises CheckpointError if the manifest has no such layer."""
-        name = self._by_layer.get(self._layer(prefix))
+        name = self._by_layer.get(self._layer(prefix)) or self._by_number.get(decoder_layer(prefix))
         if name is None:
             raise CheckpointError(
                 f"the model has routed experts at {prefix}, but quantization_config describes "

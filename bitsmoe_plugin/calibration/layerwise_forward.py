@@ -171,7 +171,8 @@ def capture_layer(
         outputs = forward.run(index, again=seen.clear)
     finally:
         handle.remove()
-    residual = torch.cat([out.flatten(0, -2).to(seen[0][0].device) for out in outputs])
+    # Some families have several residual streams, [blocks, tokens, streams, H]: one token all the same.
+    residual = torch.cat([out.flatten(0, 1).flatten(1).to(seen[0][0].device) for out in outputs])
     weights = residual_weights(residual)
     if token_weighting == "none":
         alike = torch.full_like(weights, float(1 / residual.float().square().mean()))

@@ -4,7 +4,7 @@ layers are replaced by recorders that compute nothing."""
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -136,10 +136,26 @@ def _added(index: int, put_out: Any, received: Any, found: Any) -> Added:
 
 def _pass(model: Any, layers: nn.ModuleList, inputs: Inputs, zeros: bool) -> list[_Recorder]:
     base = getattr(model, "base_model", model)
-    device = next(model.parameters()).device
-    on_device = {name: tensor.to(device) for name, tensor in inputs.items()}
-    with _state_kept(model), _recording(layers, zeros) as recorders, suppress(_AllRecordedError):
-        base(**on_device, use_cache=False)
+    like = next(model.parameters())
+    # Pixels in the dtype of the model, as its first product of them wants.
+    on_device = {
+        name: tensor.to(like.device, like.dtype if tensor.is_floating_point() else None)
+        for name, tensor in inputs.items()
+    }
+    with _state_kept(model), _recording(layers, zeros) as recorders:
+        try:
+            base(**on_device, use_cache=False)
+        except _AllRecordedError:
+            pass
+        except (ValueError, TypeError) as error:  # of taking apart what a recorder put out
+            called = [index for index, recorder in enumerate(recorders) if recorder.received is not None]
+            if not called:
+                raise
+            raise QuantizationError(
+                f"{type(base).__name__}: after decoder layer {called[-1]} the model takes more than hidden "
+                f"states to the next one ({error}), which calibrating layer by layer does not carry; this "
+                "model class cannot be quantized"
+            ) from error
     return recorders
 
 

@@ -73,7 +73,8 @@ def _measure(
         changed = forward.run(index, forward.hidden[: len(outputs)], again=sizes.clear)
     finally:
         handle.remove()
-    changes = [a.float() - b.float() for a, b in zip(changed, outputs, strict=True)]
+    # Several residual streams, [blocks, tokens, streams, H], are one long one.
+    changes = [(a.float() - b.float()).flatten(2) for a, b in zip(changed, outputs, strict=True)]
     lengths = torch.cat([change.square().mean(-1).sqrt().flatten().cpu() for change in changes])
     size = torch.cat(sizes)
     along = lengths.new_zeros(lengths.shape)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from bitsmoe_plugin.calibration.coverage import THIN_TOKENS_PER_DIMENSION
 from bitsmoe_plugin.checkpoint.other_tensors import tied_by_record, verify_others
 from bitsmoe_plugin.checkpoint.packed_files import PackedFiles
+from bitsmoe_plugin.checkpoint.prediction_layers import PredictionSize, depth_of, prediction_size
 from bitsmoe_plugin.checkpoint.read import read_config
 from bitsmoe_plugin.checkpoint.untrusted_values import id_list, measured, number_list
 from bitsmoe_plugin.codec import layout
@@ -21,7 +23,7 @@ from bitsmoe_plugin.codec.block import BLOCK
 from bitsmoe_plugin.codec.spec import PackedSpec
 from bitsmoe_plugin.commands.tables import layer_label, table_console
 from bitsmoe_plugin.errors import CheckpointError
-from bitsmoe_plugin.models.files import safetensors_files
+from bitsmoe_plugin.models.files import read_model_config, safetensors_files
 
 _PARTS = {
     "bitsmoe_payload": "payload",
@@ -53,7 +55,8 @@ def inspect_checkpoint(directory: Path) -> dict[str, Any]:
         -> width -> rows), ``expert_bits`` (mean width of each expert's rows), ``kept_experts`` (ids),
         ``tokens_per_dimension`` and what was measured while quantizing: errors (absolute, per token and
         hidden value, token-weighted), ``output_energy``, ``bits_over_bound``, ``tokens_per_expert``,
-        ``output_peaks``, ``super_experts`` (ids of those that were found, kept or not).
+        ``output_peaks``, ``super_experts`` (ids of those that were found, kept or not). ``prediction``: what
+        layers for multi-token prediction take beside all that, see ``PredictionSize``.
     """
     config = read_config(directory)
     if not config.layers:
@@ -99,6 +102,7 @@ def inspect_checkpoint(directory: Path) -> dict[str, Any]:
         "expert_weights": weights,
         "parts": {part: bits / weights for part, bits in parts.items()},
         "projections": {factor: bits / total_of[factor] for factor, bits in projections.items()},
+        "prediction": asdict(prediction_size(paths, depth_of(read_model_config(Path(directory))))),
         "calibration": config.calibration,
         "layers": layers,
     }
@@ -158,6 +162,9 @@ def print_inspection(report: dict[str, Any], stream: TextIO) -> None:
         f"{report['expert_bytes']:,} bytes for {report['expert_weights']:,} expert weights",
         highlight=False,
     )
+    prediction = PredictionSize(**report["prediction"]).describe()
+    if prediction:
+        console.print(f"besides: {prediction}", highlight=False)
     for name, layer in report["layers"].items():
         kept = layer["kept_experts"]
         if kept:

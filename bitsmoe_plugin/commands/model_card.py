@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from bitsmoe_plugin.base.atomic_output import replace_file
 from bitsmoe_plugin.checkpoint.manifest import TAGS
+from bitsmoe_plugin.checkpoint.prediction_layers import PredictionSize
 from bitsmoe_plugin.checkpoint.read import read_config
 from bitsmoe_plugin.checkpoint.untrusted_values import number
 from bitsmoe_plugin.commands.inspect import inspect_checkpoint, quantized_super_experts
@@ -32,7 +33,7 @@ for the experts is counted; attention, router, embeddings, shared experts and de
 |---|---|
 {parts}
 
-- Method `{method}`, budget `{budget}`; {experts:,} expert weights in {layers} layers, {size:,} bytes.
+- Method `{method}`, budget `{budget}`; {experts:,} expert weights in {layers} layers, {size}
 - Calibration: {text}{tokens:,} tokens (SHA-256 of the token ids {digest}).{super_experts}{tuning}
 {errors}
 
@@ -111,13 +112,18 @@ def _facts(report: dict[str, Any], config: BitsMoEConfig, base: str) -> dict[str
         "budget": _budget(config),
         "experts": report["expert_weights"],
         "layers": len(layers),
-        "size": report["expert_bytes"],
+        "size": f"{report['expert_bytes']:,} bytes.{_prediction(report['prediction'])}",
         "tokens": calibration.get("tokens", 0),
         "digest": calibration.get("sha256", "unknown")[:16],
         "super_experts": _super_experts(list(layers)),
         "tuning": _tuning(calibration.get("tuning")),
         "errors": _errors(list(layers)),
     }
+
+
+def _prediction(sizes: dict[str, int]) -> str:
+    text = PredictionSize(**sizes).describe()
+    return f"\n- Besides: {text}." if text else ""
 
 
 def _super_experts(layers: list[dict[str, Any]]) -> str:

@@ -24,7 +24,7 @@ from bitsmoe_plugin.checkpoint.other_tensors import tied_by_record, verify_other
 from bitsmoe_plugin.checkpoint.packed_files import PackedFiles
 from bitsmoe_plugin.checkpoint.read import read_config
 from bitsmoe_plugin.errors import CheckpointError, ConfigError
-from bitsmoe_plugin.integrations.kept_names import keep_layer_names
+from bitsmoe_plugin.integrations.kept_names import keep_layer_names, stored_prefix
 from bitsmoe_plugin.integrations.packed_loading import stored_names
 from bitsmoe_plugin.models.families import MoELayer, find_moe_layers, fused_parameters
 from bitsmoe_plugin.models.files import INDEX, SINGLE, open_tensors, safetensors_files
@@ -112,7 +112,7 @@ class _Conversion:
         model, former = _empty_model(source)
         layers = {layer.name: layer for layer in find_moe_layers(model)}
         first = next(iter(layers.values())).layer_name
-        keep_layer_names(model, first, StoredNames(model), safetensors_files(source))
+        keep_layer_names(model, first, stored_prefix(first, StoredNames(model), safetensors_files(source)))
         stored = stored_names(list(layers), packed.config)
         if len(stored) != len(layers) or set(stored.values()) != set(packed.specs):
             raise CheckpointError(

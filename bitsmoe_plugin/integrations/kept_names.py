@@ -38,18 +38,34 @@ class _KeptPrefix(WeightRenaming):
         return _KeptPrefix(self.new, self.old)
 
 
-def keep_layer_names(model: Any, layer: str, names: StoredNames, files: Iterable[str | Path]) -> None:
-    """Have ``save_pretrained`` write decoder layers by the name that they were read by.
+def stored_prefix(layer: str, names: StoredNames, files: Iterable[str | Path]) -> str | None:
+    """What stands before the number of decoder layers in a model's files, with a dot at its end.
 
-    If such a rule had been at work before, that is the model's own.
+    If such a rule had been at work when they were saved, the model's own name for it. None: no tensor of the
+    layer is there, by the rules of the model's class.
+
+    Args:
+        layer: path of a decoder layer.
+        names: of the model's class; not with rules of a key_mapping, which a packed model would need again.
+        files: that the model is loaded from.
+    """
+    for path in (Path(file) for file in files if str(file).endswith(".safetensors")):
+        for name in read_header(path):
+            target = names.target(name)
+            end = target.removeprefix(layer)
+            if end != target and name.endswith(end):
+                return _unharmed(layer, name.removesuffix(end), end, names)
+    return None
+
+
+def keep_layer_names(model: Any, layer: str, stored: str | None) -> None:
+    """Have ``save_pretrained`` write decoder layers by the name that they have in the files.
 
     Args:
         model: loaded, or on the meta device.
         layer: path of a decoder layer.
-        names: of the model's class, or with the rules that it was loaded by.
-        files: that it is loaded from.
+        stored: from ``stored_prefix``.
     """
-    stored = _stored_prefix(layer, names, files)
     saved = _saved_prefix(model, layer)
     if stored is None or saved is None or stored.split(".")[-2:] == saved.split(".")[-2:]:
         return  # they differ by no more than what stands before all names
@@ -58,17 +74,6 @@ def keep_layer_names(model: Any, layer: str, names: StoredNames, files: Iterable
         rules = get_model_conversion_mapping(model, add_legacy=False)
         rules = [rule for rule in rules if not isinstance(rule, PrefixChange)]
     model._weight_conversions = [_KeptPrefix(stored, saved), *rules]  # first here is last when reversed
-
-
-def _stored_prefix(layer: str, names: StoredNames, files: Iterable[str | Path]) -> str | None:
-    """What stands before the number of a decoder layer in the files, with a dot at its end."""
-    for path in (Path(file) for file in files if str(file).endswith(".safetensors")):
-        for name in read_header(path):
-            target = names.target(name)
-            end = target.removeprefix(layer)
-            if end != target and name.endswith(end):
-                return _unharmed(layer, name.removesuffix(end), end, names)
-    return None
 
 
 def _unharmed(layer: str, stored: str, end: str, names: StoredNames) -> str:
@@ -84,6 +89,7 @@ def _saved_prefix(model: Any, layer: str) -> str | None:
     for name, tensor in model.state_dict().items():
         if not name.startswith(f"{layer}."):
             continue
+        # Of its own shape: some conversions take tensors apart.
         saved = next(iter(revert_weight_conversion(model, {name: torch.empty_like(tensor, device="meta")})))
         end = name.removeprefix(layer)
         if saved.endswith(end):

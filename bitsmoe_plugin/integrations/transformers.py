@@ -64,6 +64,7 @@ class BitsMoEQuantizer(HfQuantizer):
         self._split: SplitLayers | None = None
         self._device_map: Any = None
         self._stored: tuple[StoredNames, list[str]] | None = None
+        self._layer_names: tuple[str, str | None] | None = None
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Refuse to quantize without calibration text, or offloaded, before any weight is read.
@@ -112,7 +113,7 @@ class BitsMoEQuantizer(HfQuantizer):
             # Before experts are taken out: what the model has no name for is found by what it has.
             names = StoredNames(model)
             self._carry(model, names, files)
-            self._stored = names, files
+            self._note_names(model, names, files)
             self._split = replace_experts(model, files, config)
         else:
             self._plan(model, checkpoint_files)
@@ -135,6 +136,7 @@ class BitsMoEQuantizer(HfQuantizer):
             check_source(names, stored_dtypes(files or []), method=unknown_method(files or []))
         self._carry(model, names, files or [])
         self._stored = names, files or []
+        self._note_names(model, names, files or [])
         quantizer = self._low.quantizer if self._low else None
         self._source = planned_source(model, files or [], self.quantization_config, quantizer)
         self._blocks = calibration_blocks(model, self.quantization_config, files, self._source.shapes)
@@ -174,6 +176,7 @@ class BitsMoEQuantizer(HfQuantizer):
         source = loaded_source(model, self._source)
         if self._stored is not None:
             tell_left_out(model, *self._stored)
+            self._stored = None
         if self._low is not None:
             self._low.loaded(model)
             self.pre_quantized, self._low = False, None
@@ -197,16 +200,21 @@ class BitsMoEQuantizer(HfQuantizer):
         """Called for each tensor that is loaded: what is decoded must not be cast before."""
         return self._low.new_dtype(*args) if self._low else super().get_new_dtype(*args)
 
-    def _keep_names(self, model: Any) -> None:
-        """Have the model saved by the names that it was read by; once."""
-        from bitsmoe_plugin.integrations.kept_names import keep_layer_names
-        from bitsmoe_plugin.models.families import decoder_layer_name
+    def _note_names(self, model: Any, names: StoredNames, files: list[str]) -> None:
+        """Look what decoder layers are called in the files, by the rules of the model's class alone."""
+        from bitsmoe_plugin.integrations.kept_names import stored_prefix
+        from bitsmoe_plugin.models.families import find_moe_layers
 
-        layers = self._source.layers if self._source is not None else []
-        names = [layer.name for layer in layers] or list(self.quantization_config.layers)
-        if self._stored is not None and names:
-            keep_layer_names(model, decoder_layer_name(model, names[0]), *self._stored)
-        self._stored = None
+        layer = find_moe_layers(model)[0].layer_name
+        self._layer_names = layer, stored_prefix(layer, names, files)
+
+    def _keep_names(self, model: Any) -> None:
+        """Have the model saved by the names that it was read by."""
+        from bitsmoe_plugin.integrations.kept_names import keep_layer_names
+
+        if self._layer_names is not None:
+            keep_layer_names(model, *self._layer_names)
+            self._layer_names = None
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Called before config and weights are saved: record what will be in the files."""

@@ -197,6 +197,7 @@ def _output_errors(exact: list[Tensor], rounded: list[Tensor], token_weights: Te
     Everything but the routed experts is the same in both, so this is the experts' output error.
     """
     squares = [
-        (a.float() - b.float()).square().mean(-1).flatten() for a, b in zip(exact, rounded, strict=True)
+        (a.float() - b.float()).flatten(2).square().mean(-1).flatten()
+        for a, b in zip(exact, rounded, strict=True)
     ]
     return torch.cat(squares) * token_weights.to(squares[0].device)

@@ -30,7 +30,7 @@ def main() -> None:
     entries = measure(names, options.folder, options.vllm)
     found = {"versions": table.versions(options.vllm), "classes": entries}
     if options.write:
-        table.write(found)
+        table.write(table.merged(json.loads(table.DATA.read_text(encoding="utf-8")), found))
     options.folder.joinpath("results.json").write_text(json.dumps(found, indent=1))
     print(table.markdown(found))
 

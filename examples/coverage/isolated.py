@@ -20,7 +20,7 @@ ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
 }
 """Of all workers; what is set already stays."""
-SECONDS = 300
+SECONDS = 1200
 """That one class may take, loading included."""
 
 

@@ -16,7 +16,7 @@ from model_classes import ModelClass
 from vllm import LLM, SamplingParams
 
 STEPS = ("served unquantized", "served")
-SECONDS = 200
+SECONDS = 500
 """That one engine may take."""
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25}
 _DTYPE = re.compile(r"dtype|b?float|half", re.IGNORECASE)

@@ -73,8 +73,8 @@ class _Run:
         if packed != self.layers:
             raise Failed(f"{packed} of {self.layers} MoE layers are packed")
         self.error = _relative(_logits(self.packed), self.dense)
-        if not self.error < 0.5:
-            raise Failed(f"logits of the 4-bit model differ by {self.error:.2f}")
+        if not self.error < 0.3:
+            raise Failed(f"logits of the 8-bit model differ by {self.error:.2f}")
 
     def reloaded(self) -> None:
         """Saved and loaded it gives the same bits; written densely it keeps its tensors."""
@@ -106,7 +106,7 @@ class _Run:
 
 def _options() -> BitsMoEConfig:
     tokens = torch.randint(2, 64, (16, 32), generator=torch.Generator().manual_seed(1))
-    return BitsMoEConfig(bits=4, dataset=tokens.tolist(), sequence_length=32)
+    return BitsMoEConfig(bits=8, basis_group_size=16, dataset=tokens.tolist(), sequence_length=32)
 
 
 def _logits(model: Any) -> torch.Tensor:

@@ -47,6 +47,18 @@ def write(found: dict[str, Any]) -> None:
     PAGE.write_text(before + START + markdown(found) + END + rest.partition(END)[2], encoding="utf-8")
 
 
+def merged(known: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
+    """What was known, with the classes and the sides that were measured now in its place."""
+    classes = dict(known["classes"])
+    for name, steps in found["classes"].items():
+        kept = {} if "vllm" in found["versions"] else classes.get(name, {})
+        classes[name] = {**{step: text for step, text in kept.items() if step not in STEPS}, **steps}
+    return {
+        "versions": {**known["versions"], **found["versions"]},
+        "classes": dict(sorted(classes.items())),
+    }
+
+
 def works(text: str | None) -> bool:
     """Whether a step was passed."""
     return text is not None and text.startswith("yes")

@@ -45,6 +45,7 @@ TEXT = {
     "linear_num_value_heads": 2,
 }
 VISION = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 32}
+PREDICTION_EXPERTS = 4 * 32 * 32
 PREDICTION = {"mtp.fc.weight": (32, 64), "mtp.layers.0.mlp.experts.gate_up_proj": (4, 32, 32)}
 
 
@@ -87,7 +88,13 @@ def test_it_is_quantized_whole(dense: Path, tmp_path: Path) -> None:
     quantize_to_directory(str(dense), out, _config())
     for part in ("visual", "mtp."):
         assert _names(out, part) == _names(dense, part)
-    assert estimate(dense, _config()).layers == len(inspect_checkpoint(out)["layers"]) == 2
+    report = inspect_checkpoint(out)
+    assert estimate(dense, _config()).layers == len(report["layers"]) == 2
+    experts = 4 * PREDICTION_EXPERTS if _names(dense, "mtp.") else 0
+    assert report["prediction"]["experts"] == experts
+    assert (f"{experts:,} of them their unquantized experts" in (out / "README.md").read_text()) == (
+        experts > 0
+    )
     packed, reference = load_for_evaluation(str(out)), load_for_evaluation(str(dense))
     assert type(packed) is type(reference)
     assert "ConditionalGeneration" in type(packed).__name__

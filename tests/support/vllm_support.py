@@ -74,13 +74,40 @@ SMALL = {
 }
 
 
+# As in every published DeepSeek. Without scaling, vLLM 0.32 on a CPU rotates DeepSeek's interleaved positions
+# otherwise than transformers does, in unquantized models too.
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "mscale": 0.707,
+    "mscale_all_dim": 0.707,
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "original_max_position_embeddings": 64,
+}
+# The last two: vLLM reads them, transformers' class does not know them.
+DEEPSEEK_V3 = {
+    "head_dim": 64,  # that of the rotated part
+    "n_group": 2,
+    "rope_parameters": YARN,
+    "routed_scaling_factor": 2.5,
+    "topk_method": "noaux_tc",
+    "scoring_func": "sigmoid",
+}
+
+
 def small_model(model_type: str, **changes: Any) -> Any:
     """A random causal language model of a family, in sizes that vLLM serves on a CPU."""
     known = AutoConfig.for_model(model_type)
     sizes = {name: value for name, value in SMALL.items() if hasattr(known, name)}
     torch.manual_seed(0)
     config = AutoConfig.for_model(model_type, **{**sizes, **changes})
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    for name, parameter in model.named_parameters():
+        if "experts" in name and name.endswith("_bias"):  # made as zeros
+            parameter.data.normal_(std=0.1)
+    return model
 
 
 def pack_small(model: Any, directory: Path, extra: dict[str, Tensor] | None = None) -> Path:

@@ -10,7 +10,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from vllm_support import (
+    DEEPSEEK_V3,
     TOLERANCE,
+    YARN,
     compare,
     differences,
     needs_vllm,
@@ -25,18 +27,6 @@ from bitsmoe_plugin.commands.inspect import inspect_checkpoint
 
 pytestmark = [needs_vllm, pytest.mark.filterwarnings("ignore:.*calibration token")]
 
-# As in every published DeepSeek-V2. Without scaling, vLLM 0.32 on a CPU rotates DeepSeek's interleaved
-# positions otherwise than transformers does, in unquantized models too.
-YARN = {
-    "rope_type": "yarn",
-    "rope_theta": 10000.0,
-    "factor": 4.0,
-    "mscale": 0.707,
-    "mscale_all_dim": 0.707,
-    "beta_fast": 32,
-    "beta_slow": 1,
-    "original_max_position_embeddings": 64,
-}
 FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3_moe": {},
     "qwen2_moe": {"layer_types": ["full_attention"] * 2},
@@ -46,6 +36,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mixtral": {},
     "granitemoe": {},
     "glm4_moe": {"head_dim": 32},
+    "deepseek_v3": DEEPSEEK_V3,  # group-limited routing, shared experts
+    "gpt_oss": {"layer_types": ["sliding_attention", "full_attention"]},  # biases, a clamped gating
+    "llama4_text": {  # router weights on the inputs
+        "num_experts_per_tok": 1,
+        "moe_layers": [0, 1],
+        "intermediate_size_mlp": 64,
+        "no_rope_layers": [1, 0],
+        "layer_types": ["chunked_attention", "full_attention"],
+    },
 }
 # vLLM's linear attention for the CPU exists in bfloat16 only.
 BFLOAT16 = {"qwen3_next"}

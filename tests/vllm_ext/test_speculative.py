@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from vllm_support import needs_vllm, pack_small, run_vllm, small_model
+from vllm_support import DEEPSEEK_V3, needs_vllm, pack_small, run_vllm, small_model
 
 from bitsmoe_plugin import CheckpointError, ConfigError
 
@@ -19,7 +19,8 @@ PROMPTS = [[5, 6, 7, 11, 13, 60, 61, 62, 3, 9], [17, 30, 2], [44, 45] * 20]
 
 
 def prediction_layer(model: Any) -> dict[str, Tensor]:
-    """Tensors of a layer for multi-token prediction behind a GLM4-MoE of two layers, experts dense.
+    """Tensors of a layer for multi-token prediction behind a GLM4-MoE or DeepSeek-V3 of two layers, experts
+    dense.
 
     It hands on the state that it is given, so that it drafts the token before again: right in loops, which
     greedy texts of random models end in.
@@ -40,6 +41,8 @@ def prediction_layer(model: Any) -> dict[str, Tensor]:
     norms = {f"model.layers.2.{n}.weight": torch.ones(size) for n in ("enorm", "hnorm", "shared_head.norm")}
     layer["model.layers.2.eh_proj.weight"] = torch.cat([torch.zeros(size, size), torch.eye(size)], 1)
     layer["model.layers.2.shared_head.head.weight"] = model.lm_head.weight.data.clone()
+    if model.config.model_type == "deepseek_v3":  # published files have a copy
+        layer["model.layers.2.embed_tokens.weight"] = model.model.embed_tokens.weight.data.clone()
     return {**layer, **norms}
 
 
@@ -48,13 +51,16 @@ def results(packed_moe_tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     """Each target without and with drafts."""
     folder = tmp_path_factory.mktemp("speculative")
     glm = small_model("glm4_moe", head_dim=32, num_nextn_predict_layers=1)
+    deepseek = small_model("deepseek_v3", num_nextn_predict_layers=1, **DEEPSEEK_V3)
     models = {
-        "glm": pack_small(glm, folder, prediction_layer(glm)),
+        "glm": pack_small(glm, folder / "glm", prediction_layer(glm)),
+        "deepseek": pack_small(deepseek, folder / "deepseek", prediction_layer(deepseek)),
         "packed": packed_moe_tiny,
         "dense": DENSE,
     }
     drafts: dict[str, dict[str, Any]] = {
         "glm": {"method": "mtp", "num_speculative_tokens": 1},
+        "deepseek": {"method": "mtp", "num_speculative_tokens": 1},
         "packed": {"model": str(DENSE), "num_speculative_tokens": 3},
         "dense": {"model": str(packed_moe_tiny), "num_speculative_tokens": 3},
     }
@@ -65,10 +71,11 @@ def results(packed_moe_tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     return dict(zip(jobs, run_vllm(list(jobs.values()), folder), strict=True))
 
 
-@pytest.mark.parametrize("target", ["glm", "packed", "dense"])
+@pytest.mark.parametrize("target", ["glm", "deepseek", "packed", "dense"])
 def test_drafts_change_no_token(target: str, results) -> None:
-    """glm: the prediction layer's experts are dense, and no layer of the manifest. packed: the draft must not
-    be taken for packed. dense: the draft's layers have names of their own, and come from its own files."""
+    """glm, deepseek: the prediction layer's experts are dense, and no layer of the manifest. packed: the
+    draft must not be taken for packed. dense: the draft's layers have names of their own, and come from its
+    own files."""
     plain, drafted = results[target], results[f"{target} with drafts"]
     assert [s["tokens"] for s in drafted["sequences"]] == [s["tokens"] for s in plain["sequences"]]
     assert drafted["drafted"] > 0

@@ -14,6 +14,7 @@ import torch
 from bitsmoe_plugin.checkpoint.energy_summary import BINS, rank_bins
 from bitsmoe_plugin.checkpoint.headers import stored_tensors
 from bitsmoe_plugin.checkpoint.manifest import packed_spec
+from bitsmoe_plugin.checkpoint.prediction_layers import PredictionSize
 from bitsmoe_plugin.checkpoint.read import read_config
 from bitsmoe_plugin.checkpoint.untrusted_values import id_list, number, number_list, number_table
 from bitsmoe_plugin.codec import layout
@@ -96,6 +97,7 @@ class CheckpointData:
     expert_bytes: everything stored for the experts.
     expert_weights: of the unquantized model.
     file_bytes: all safetensors files.
+    prediction: what layers for multi-token prediction take of them, empty if there are none.
     parts: part of what is stored for the experts -> bits per weight, largest first.
     calibration_tokens, held_out_tokens: None if it was not told.
     gap: certified relative gap of the allocation; None likewise.
@@ -112,6 +114,7 @@ class CheckpointData:
     expert_bytes: int
     expert_weights: int
     file_bytes: int
+    prediction: str
     parts: dict[str, float]
     calibration_tokens: float | None
     held_out_tokens: float | None
@@ -154,6 +157,7 @@ def gather(directory: Path) -> CheckpointData:
         expert_bytes=inspected["expert_bytes"],
         expert_weights=inspected["expert_weights"],
         file_bytes=sum(file.stat().st_size for file in files),
+        prediction=PredictionSize(**inspected["prediction"]).describe(),
         parts={part: bits for part, bits in parts if bits},
         calibration_tokens=number(calibration, "tokens"),
         held_out_tokens=number(calibration, "held_out_tokens"),
