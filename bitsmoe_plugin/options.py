@@ -122,10 +122,10 @@ class Options:
         shared=True,
         convert=_tokenizer,
     )
-    calibration_tokens: int = option(
-        "use at most this many tokens of the calibration text, sampled from all its documents",
-        check=number(1, 10**12, whole=True),
-        default=131_072,
+    calibration_tokens: int | None = option(
+        "use at most this many tokens of the calibration text, sampled from all its documents; if not given, "
+        "as many as give an expert 4 x hidden_size on average, but 131,072 to 524,288",
+        check=number(1, 10**12, whole=True).or_none(),
         flag="N",
     )
     sequence_length: int = option(
@@ -242,6 +242,7 @@ class Options:
     )
     damping: float = option(
         "share of the mean diagonal added to second moments before they are inverted",
+        "Of those of fewer than about three tokens per dimension more, up to ten times as much.",
         check=number(1e-6, 1.0),
         default=0.01,
     )
@@ -276,6 +277,13 @@ class Options:
         "If the process ends, the same call continues after the last of them, with the same result. Remove "
         "it when the packed model is saved: until then it holds the model's packed tensors. Not stored.",
         check=Check("the path of a directory, or None", lambda value: value is None or _is_path(value)),
+        stored="never",
+    )
+    allow_thin: bool = option(
+        "go on where calibration text is so short that leaving a layer's experts out would err less on other "
+        "text",
+        check=_FLAG,
+        default=False,
         stored="never",
     )
     allow_slow: bool = option(
