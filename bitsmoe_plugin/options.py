@@ -319,7 +319,7 @@ class Options:
         stored="never",
     )
     dense_bits: int | dict[str, int] = option(
-        "bits of the linear layers outside the routed experts (attention, shared experts, dense layers; "
+        "bits of the linear layers outside the routed experts (attention, shared experts, dense MLPs; "
         "never routers): 16 leaves them as they are, 8 or 4 stores them as compressed-tensors does; or "
         '{"pattern": bits}, the first pattern that fits a layer counts',
         'A pattern is a part of a layer\'s name between dots, like "self_attn" or "q_proj", or has signs '
