@@ -122,10 +122,10 @@ class Options:
         shared=True,
         convert=_tokenizer,
     )
-    calibration_tokens: int = option(
-        "use at most this many tokens of the calibration text, sampled from all its documents",
-        check=number(1, 10**12, whole=True),
-        default=131_072,
+    calibration_tokens: int | None = option(
+        "use at most this many tokens of the calibration text, sampled from all its documents; if not given, "
+        "as many as give an expert 4 x hidden_size on average, but 131,072 to 524,288",
+        check=number(1, 10**12, whole=True).or_none(),
         flag="N",
     )
     sequence_length: int = option(
@@ -242,6 +242,7 @@ class Options:
     )
     damping: float = option(
         "share of the mean diagonal added to second moments before they are inverted",
+        "Of those of fewer than about three tokens per dimension more, up to ten times as much.",
         check=number(1e-6, 1.0),
         default=0.01,
     )
@@ -278,6 +279,13 @@ class Options:
         check=Check("the path of a directory, or None", lambda value: value is None or _is_path(value)),
         stored="never",
     )
+    allow_thin: bool = option(
+        "go on where calibration text is so short that leaving a layer's experts out would err less on other "
+        "text",
+        check=_FLAG,
+        default=False,
+        stored="never",
+    )
     allow_slow: bool = option(
         "quantize also where the compiled kernels are missing, which takes about 20 times as long",
         check=_FLAG,
@@ -311,7 +319,7 @@ class Options:
         stored="never",
     )
     dense_bits: int | dict[str, int] = option(
-        "bits of the linear layers outside the routed experts (attention, shared experts, dense layers; "
+        "bits of the linear layers outside the routed experts (attention, shared experts, dense MLPs; "
         "never routers): 16 leaves them as they are, 8 or 4 stores them as compressed-tensors does; or "
         '{"pattern": bits}, the first pattern that fits a layer counts',
         'A pattern is a part of a layer\'s name between dots, like "self_attn" or "q_proj", or has signs '

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from bitsmoe_plugin.base.free_memory import release_free_memory
+from bitsmoe_plugin.base.spans import span
 from bitsmoe_plugin.calibration.blocks import Blocks, batches, pieces
 from bitsmoe_plugin.calibration.recording import RecordedCall, after_layers, record_call
 from bitsmoe_plugin.calibration.statistics import LayerActivations
@@ -62,6 +63,7 @@ class LayerwiseForward:
             self._calls += calls
         return embedded
 
+    @span("forward passes")
     def run(
         self, index: int, inputs: list[Tensor] | None = None, again: Callable[[], None] = lambda: None
     ) -> list[Tensor]:

@@ -98,7 +98,9 @@ def _layer(
             )
     size = sum(dtype.itemsize * torch.Size(shape).numel() for dtype, shape in headers.values() if dtype)
     files = {part: path for part, (_, path, _) in parts.items()}
-    return DenseLayer(parts[PACKED][0], scheme, outputs, inputs, files, size)
+    return DenseLayer(
+        name=parts[PACKED][0], scheme=scheme, outputs=outputs, inputs=inputs, files=files, bytes=size
+    )
 
 
 def _sizes(entry: dict[str, object]) -> tuple[int, ...]:

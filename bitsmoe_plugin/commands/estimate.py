@@ -25,6 +25,11 @@ from bitsmoe_plugin.allocation.super_expert_policy import (
 )
 from bitsmoe_plugin.base.process_state import known_state
 from bitsmoe_plugin.base.sizes import readable_size as _size
+from bitsmoe_plugin.calibration.coverage import (
+    THIN_TOKENS_PER_DIMENSION,
+    tokens_per_dimension,
+    wanted_tokens,
+)
 from bitsmoe_plugin.commands.estimate_resources import Workload, peak_memory, rough_seconds
 from bitsmoe_plugin.commands.tables import table_console
 from bitsmoe_plugin.config import QUANT_METHOD, BitsMoEConfig
@@ -37,6 +42,7 @@ from bitsmoe_plugin.models.json_objects import read_object
 from bitsmoe_plugin.models.low_precision import method_of, stored_settings
 from bitsmoe_plugin.models.low_precision_source import LowPrecisionSource, source_in
 from bitsmoe_plugin.models.model_class import auto_class
+from bitsmoe_plugin.models.routing import experts_per_token
 from bitsmoe_plugin.models.source_tensors import check_source, folder_dtypes
 from bitsmoe_plugin.models.stored_names import StoredNames
 from bitsmoe_plugin.pipeline.size_budget import dense_bytes_saved, uniform_choices, whole_budget
@@ -76,6 +82,8 @@ class Estimate:
         choices: with ``size`` or ``fit``, bits of the linear layers outside the experts -> counted bits that
             are left for an expert weight; quantizing chooses for each layer, all else here is for the largest
             of them up to 8.
+        calibration_tokens: that are used.
+        tokens_per_dimension: of an expert on average, over hidden_size, least of all layers; None if unknown.
     """
 
     model_type: str
@@ -96,6 +104,8 @@ class Estimate:
     peak_memory_bytes: int
     seconds: float | None
     choices: dict[int, float]
+    calibration_tokens: int
+    tokens_per_dimension: float | None
 
 
 def stored_bytes(directory: Path) -> int:
@@ -186,12 +196,19 @@ def _workload(
 ) -> Workload:
     return Workload(
         shapes=source.shapes,
-        tokens=config.calibration_tokens,
-        experts_per_token=getattr(model.config.get_text_config(), "num_experts_per_tok", None),
+        tokens=config.calibration_tokens or wanted_tokens(source.shapes, experts_per_token(model.config)),
+        experts_per_token=experts_per_token(model.config),
         other_bytes=sum(map(_bytes, others)),
         active_weights=sum(tensor.numel() for tensor in others),
         itemsize=source.dtypes[0].itemsize,
     )
+
+
+def _tokens_per_dimension(work: Workload) -> float | None:
+    chosen = work.experts_per_token
+    if chosen is None:
+        return None
+    return min(tokens_per_dimension(work.tokens, shape, chosen) for shape in work.shapes)
 
 
 def _packed_tensors(source: LoadedExperts, kept: list[tuple[int, ...]]) -> int:
@@ -207,7 +224,7 @@ def estimate(directory: Path, config: BitsMoEConfig) -> Estimate:
     """Sizes, memory and time of quantizing the model in ``directory``; no weight is read.
 
     Args:
-        config: as for quantization; ``dataset`` is not needed, ``calibration_tokens`` is taken as given.
+        config: as for quantization; ``dataset`` is not needed, its text is taken to be long enough.
             Super experts that quantization would find by itself are not counted, only those named here.
 
     Raises:
@@ -256,6 +273,8 @@ def estimate(directory: Path, config: BitsMoEConfig) -> Estimate:
         peak_memory_bytes=sum(memory.values()),
         seconds=rough_seconds(work, config),
         choices=choices,
+        calibration_tokens=work.tokens,
+        tokens_per_dimension=_tokens_per_dimension(work),
     )
 
 
@@ -295,11 +314,21 @@ def print_estimate(result: Estimate, stream: TextIO) -> None:
         memory.add_row(part, _size(size))
     memory.add_row("together", _size(result.peak_memory_bytes), style="bold")
     console.print(memory)
+    console.print(_calibration(result), highlight=False)
     if result.seconds is not None:
         hours = result.seconds / 3600
         rough = f"{hours:.1f} hours" if hours >= 1 else f"{result.seconds / 60:.1f} minutes"
         gpu = ", on its CPU (a GPU takes less)" if torch.cuda.is_available() else ""
         console.print(f"time on this machine{gpu}: of the order of {rough}", highlight=False)
+
+
+def _calibration(result: Estimate) -> str:
+    text = f"calibration: {result.calibration_tokens:,} tokens"
+    found = result.tokens_per_dimension
+    if found is None:
+        return text
+    text += f", {found:.2g} x hidden_size per expert on average"
+    return text if found >= THIN_TOKENS_PER_DIMENSION else f"{text}: few, errors on other text will be larger"
 
 
 def _storage_table(result: Estimate) -> Table:

@@ -9,7 +9,7 @@ from typing import Any
 
 from bitsmoe_plugin.commands.bench.parsers import BENCHMARKS
 from bitsmoe_plugin.commands.compare import METHODS as COMPARED
-from bitsmoe_plugin.commands.defaults import BLOCK
+from bitsmoe_plugin.commands.defaults import BLOCK, TOKENS
 from bitsmoe_plugin.commands.source_options import add_chat_template, add_source
 from bitsmoe_plugin.options import OPTIONS
 from bitsmoe_plugin.pipeline.tuning_settings import TuningSettings
@@ -177,6 +177,7 @@ def add_quantize(commands: Any, run: Run) -> None:
     _add_method(parser)
     _add_device(parser, "; with several processes each takes its own GPU")
     add_allow_slow(parser)
+    parser.add_argument("--allow-thin", action="store_true", help=OPTIONS["allow_thin"].help)
     text = "afterwards measure the perplexity of the packed model on this text, and tell it in the model card"
     parser.add_argument("--eval", metavar="FILE", help=text)
     text = "also write OUT/report/report.html, see `bitsmoe report`"
@@ -192,7 +193,7 @@ def add_tune(commands: Any, run: Run) -> None:
     parser.add_argument("model", help=_PACKED)
     parser.add_argument("out", type=Path, help=_OUT)
     parser.add_argument("--reference", required=True, metavar="MODEL", help="what it was quantized from")
-    _add_calibration(parser, batch_size=defaults.batch_size)
+    _add_calibration(parser, batch_size=defaults.batch_size, calibration_tokens=TOKENS)
     _add_number(parser, "--epochs", "how often all of the text is seen", defaults.epochs)
     text = "largest relative change of a scale per step, about"
     _add_number(parser, "--learning-rate", text, defaults.learning_rate, float)
@@ -272,7 +273,7 @@ def add_compare(commands: Any, run: Run) -> None:
     )
     parser.add_argument("model", help=_MODEL)
     _add_options(parser, "bits", "factor_bits", "dense_bits", "size")
-    _add_calibration(parser)
+    _add_calibration(parser, calibration_tokens=TOKENS)
     _add_evaluation_text(parser, "--eval")
     text = f"of {', '.join(COMPARED)} (default: %(default)s); full: not quantized, rtn: rounded to nearest"
     parser.add_argument("--methods", default="full,rtn,bitsmoe", metavar="NAMES", help=text)

@@ -144,7 +144,7 @@ class BitsMoEQuantizer(HfQuantizer):
         quantizer = self._low.quantizer if self._low else None
         carried = self._carried.bytes()
         self._source = planned_source(model, files or [], self.quantization_config, quantizer, carried)
-        self._blocks = calibration_blocks(model, self.quantization_config, files)
+        self._blocks = calibration_blocks(model, self.quantization_config, files, self._source.shapes)
 
     def _carry(self, model: Any, names: StoredNames, files: list[str]) -> None:
         """Keep what predicts and the model does not load, to save it with the model."""

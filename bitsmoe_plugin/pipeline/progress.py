@@ -60,6 +60,10 @@ class Progress(Protocol):
     """Blocks that layers are given at once, as of the last finished layer; None: none is finished. How
     products are rounded may depend on it."""
 
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Of the parts of all finished work, see ``base.spans``; added to while more is done."""
+
     def check_weights(self, name: str, digest: str) -> None:
         """Refuse weights other than those that were read for this layer before."""
 
@@ -131,6 +135,7 @@ class ProgressInMemory:
         self.widths: Widths | None = None
         self.at_once: int | None = None
         self.dense_costs: dict[int, list[list[float]]] = {}
+        self.seconds: dict[str, float] = {}
         self._digests: dict[str, str] = {}
         self._plans: dict[int, PlannedLayer] = {}
         self._packed: dict[int, PackedLayer] = {}

@@ -52,7 +52,15 @@ class ProgressOnDisk:
         self._directory, self._device = directory, device
         if not directory.state:
             directory.state.update(
-                identity=identity, planned=0, rounded=0, entries={}, digests={}, gap=None, kept={}, found={}
+                identity=identity,
+                planned=0,
+                rounded=0,
+                entries={},
+                digests={},
+                gap=None,
+                kept={},
+                found={},
+                seconds={},
             )
             directory.commit()
         changes = _differences(directory.state["identity"], identity)
@@ -63,6 +71,11 @@ class ProgressOnDisk:
         stored = self._state.setdefault("dense_costs", {})
         self.dense_costs = {int(index): costs for index, costs in stored.items()}
         self.widths = self._read_widths() if self._state["gap"] is not None else None
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        found: dict[str, float] = self._state["seconds"]
+        return found  # committed with the layer
 
     @property
     def at_once(self) -> int | None:

@@ -21,10 +21,12 @@ from bitsmoe_plugin.allocation.super_expert_policy import choose_kept, choose_wi
 from bitsmoe_plugin.base.interruption import deferred_interrupt
 from bitsmoe_plugin.base.option_checks import check_choice
 from bitsmoe_plugin.base.process_state import known_state
+from bitsmoe_plugin.base.spans import recorded
 from bitsmoe_plugin.base.threads import within_limits
 from bitsmoe_plugin.base.work_directory import WorkDirectory, locked
 from bitsmoe_plugin.base.workers import Workers
 from bitsmoe_plugin.calibration.blocks import Blocks, blocks_digest, held_out_last, take, token_count
+from bitsmoe_plugin.calibration.coverage import warn_about_few_tokens
 from bitsmoe_plugin.calibration.layerwise_forward import LayerwiseForward
 from bitsmoe_plugin.calibration.super_experts import detect
 from bitsmoe_plugin.codec.backends import refuse_slow
@@ -34,6 +36,7 @@ from bitsmoe_plugin.errors import QuantizationError
 from bitsmoe_plugin.models.expert_source import ExpertSource, LoadedExperts
 from bitsmoe_plugin.models.families import MoELayer
 from bitsmoe_plugin.models.low_precision import check_loaded
+from bitsmoe_plugin.models.routing import experts_per_token
 from bitsmoe_plugin.pipeline.dense_costs import chosen_dense, unit_costs
 from bitsmoe_plugin.pipeline.dense_pass import planned_dense
 from bitsmoe_plugin.pipeline.model_state import in_evaluation_mode, refused_if_it_fails
@@ -147,9 +150,12 @@ def _quantize(
     """``quantize_model`` from what ``progress`` has on."""
     modules, moe = _moe_by_index(model, source.layers)
     dense = planned_dense(model, source.layers, config)
-    with in_evaluation_mode(model), torch.no_grad():
+    timed = recorded(progress.seconds, next(model.parameters()).device)
+    with timed, in_evaluation_mode(model), torch.no_grad():
         blocks, seen = held_out_last(blocks, config.held_out)
         tokens = token_count(take(blocks, seen))
+        if workers.main and not config.all_experts:
+            warn_about_few_tokens(tokens, source.shapes, experts_per_token(model.config))
         forward = LayerwiseForward(model, modules, blocks, config.batch_size)
         at_once = workers.from_main(lambda: progress.at_once)
         # Smaller than chosen now: before it was interrupted, the run had too little memory for more.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bitsmoe_plugin.allocation.row_widths import Widths, experts_with_rows
-from bitsmoe_plugin.calibration.coverage import tokens_per_expert
+from bitsmoe_plugin.calibration.coverage import refuse_thin_calibration, tokens_per_expert
 from bitsmoe_plugin.calibration.layerwise_forward import capture_layer
 from bitsmoe_plugin.calibration.post_norm import through_norm
 from bitsmoe_plugin.calibration.residual_gain import measured_passage
@@ -132,6 +132,8 @@ def _round_layer(run: Run, index: int, exact: Hidden, widths: Widths) -> _Rounde
     fitted.report["calibration_error"] = float(errors[: run.tokens].mean())
     unseen = errors[run.tokens :]
     fitted.report["unseen_error"] = float(unseen.mean()) if len(unseen) else None
+    if not run.config.allow_thin:
+        refuse_thin_calibration(layer.name, fitted.report)
     return _RoundedLayer(layer, fitted.exact, _passed_on(run, fitted.exact, rounded), fitted.dense)
 
 
@@ -157,14 +159,12 @@ def _fit_layer(run: Run, index: int, exact: Hidden, widths: Widths) -> _FittedLa
         wanted = config.compensation and direct
         drift = _drift(exact, outputs, gains)[: run.tokens] if wanted else None
         counts = tokens_per_expert(seen, shape)
-        energy, peaks = plan.output_energy, planned.outputs.peaks
         if plan.row_weights is not None:
             given = weights, row_bits, plan.bases, plan.energies, plan.row_weights, config, run.workers
             result = round_as_planned(*given, device=seen.hidden.device)
         else:
             problem = build_problem(layer.name, weights, seen, gating, config, plan.bases, drift, biases)
             result = round_layer(problem, row_bits, run.workers)
-            energy, peaks = problem.statistics.output_energy, problem.statistics.output_peaks
         dtype = run.source.dtypes[list(run.moe).index(index)]
         packed = with_originals(result.packed, weights, biases, kept, dtype)
         entry = layer_manifest(shape, packed, dtype, kept)
@@ -175,9 +175,9 @@ def _fit_layer(run: Run, index: int, exact: Hidden, widths: Widths) -> _FittedLa
         "calibration_error": None,
         "unseen_error": None,
         "bits_over_bound": over,
-        "output_energy": energy,
+        "output_energy": plan.output_energy,
         "tokens_per_expert": counts.tolist(),
-        "output_peaks": peaks.tolist(),
+        "output_peaks": planned.outputs.peaks.tolist(),
         "super_experts": list(widths.super_experts[index]),
         "spectrum": spectrum(plan.energies, others),
     }

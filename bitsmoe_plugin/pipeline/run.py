@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -16,6 +16,7 @@ from bitsmoe_plugin.allocation.sub_budgets import layer_share
 from bitsmoe_plugin.allocation.super_expert_policy import row_groups
 from bitsmoe_plugin.base.free_memory import release_free_memory
 from bitsmoe_plugin.base.interruption import Interrupted
+from bitsmoe_plugin.base.spans import span
 from bitsmoe_plugin.base.workers import Workers
 from bitsmoe_plugin.calibration.layerwise_forward import LayerwiseForward
 from bitsmoe_plugin.calibration.residual_gain import as_seen_by_the_stream
@@ -64,8 +65,10 @@ class Run:
     @contextmanager
     def loaded(self, layer: MoELayer) -> Iterator[ExpertWeights]:
         """The weights of a layer, the same as when it was loaded before."""
-        with self.source.loaded(layer) as weights:
-            self.progress.check_weights(layer.name, weights_digest(layer))
+        with ExitStack() as stack:
+            with span("reading weights"):
+                weights = stack.enter_context(self.source.loaded(layer))
+                self.progress.check_weights(layer.name, weights_digest(layer))
             yield weights
 
     def share(self, index: int) -> int:

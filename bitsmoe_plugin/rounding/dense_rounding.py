@@ -8,7 +8,7 @@ from torch import Tensor
 from bitsmoe_plugin.codec.dense import DenseScheme
 from bitsmoe_plugin.spectral.error_feedback import Feedback
 
-_CANDIDATES = torch.linspace(0.7, 1.1, 21)
+_CANDIDATES = torch.linspace(0.7, 1.1, 21, dtype=torch.float32, device="cpu")
 """Scales that are tried for a group, over the one at which its largest weight has the largest code."""
 _BLOCK = 64
 """Inputs between which errors are passed on at once; those further on get theirs in one product."""

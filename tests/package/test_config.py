@@ -23,7 +23,7 @@ INVALID: dict[str, tuple[list[Any], str]] = {
     "bits": ([0, -1, 0.09, 16.5, math.nan, math.inf, "2", None, True], "a number from 0.1 to 16"),
     "layer_bits": ([2.0, [3], {"a": 0}, {"a": "2"}, {"a": True}, {1: 2.0}, {"a": math.nan}], "bits from 0.1"),
     "projection_bits": ([2.0, {"gate_up": 2}, {"down": 17}, {"up": None}], '"gate", "up" or "down"'),
-    "calibration_tokens": ([0, -5, 1e5, "9", None, True], "a whole number from 1 to"),
+    "calibration_tokens": ([0, -5, 1e5, "9", True], "a whole number from 1 to"),
     "sequence_length": ([0, 7, 512.0, None], "a whole number from 8 to"),
     "batch_size": ([0, 2.5, "8", True], "a whole number from 1 to"),
     "widths": (
@@ -64,6 +64,7 @@ INVALID: dict[str, tuple[list[Any], str]] = {
     "damping": ([0, -1, 1.5, math.nan, "0.01", None], "a number from 1e-06 to 1"),
     "super_experts": (["none", None, True, ["a"], {"a": 1}, {"a": [-1]}, {"a": [True]}], '"keep", {} or'),
     "all_experts": ([1, 0, "yes"], "True, False"),
+    "allow_thin": ([1, 0, "yes"], "True, False"),
     "allow_slow": ([1, 0, "yes"], "True, False"),
     "seed": ([-1, 0.5, 2**63, "0", None, True], "a whole number from 0 to"),
     "dense_bits": ([0, 2, 8.0, "x", True, None, {}, {"q_proj": 3}, {3: 8}], '16, 8, 4 or {"pattern"'),
@@ -112,7 +113,7 @@ def test_every_option_is_covered_above() -> None:
     dense |= {"size": "2GB", "fit": "3GB", "fit_context": 9, "fit_batch": 2}
     # Those are not stored if empty, or as they are by default.
     stored = set(BitsMoEConfig(**budgets, **dense).to_dict()) - {"quant_method"}
-    assert stored == set(INVALID) - {"allow_slow"}
+    assert stored == set(INVALID) - {"allow_slow", "allow_thin"}
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from bitsmoe_plugin.codec import layout
 from bitsmoe_plugin.codec.spec import PackedSpec
 from bitsmoe_plugin.commands.inspect import inspect_checkpoint
 from bitsmoe_plugin.commands.tables import layer_label
+from bitsmoe_plugin.commands.times import read_times
 from bitsmoe_plugin.commands.whole_model import told as told_of_model
 from bitsmoe_plugin.config import BitsMoEConfig
 from bitsmoe_plugin.models.files import safetensors_files
@@ -104,6 +105,7 @@ class CheckpointData:
     calibration_tokens, held_out_tokens: None if it was not told.
     gap: certified relative gap of the allocation; None likewise.
     layers: in forward order.
+    seconds: that quantizing took, by part, the longest first; empty if it was not kept.
     """
 
     title: str
@@ -122,6 +124,7 @@ class CheckpointData:
     held_out_tokens: float | None
     gap: float | None
     layers: tuple[LayerData, ...]
+    seconds: dict[str, float]
 
     @property
     def factors(self) -> tuple[str, ...]:
@@ -163,6 +166,7 @@ def gather(directory: Path) -> CheckpointData:
         held_out_tokens=number(calibration, "held_out_tokens"),
         gap=number(calibration, "allocation_relative_gap"),
         layers=tuple(layers),
+        seconds=read_times(Path(directory)),
     )
 
 
