@@ -369,6 +369,8 @@ def _compare(args: argparse.Namespace, stdout: TextIO) -> None:
         prompt=args.prompt,
         new_tokens=args.new_tokens,
         checkpoint=args.checkpoint,
+        dense_bits=args.dense_bits,
+        size=args.size,
         chat_template_kwargs=args.chat_template_kwargs,
         allow_slow=args.allow_slow,
         loading={name: getattr(args, name) for name in (*OWN, "cache_dir", "trust_remote_code")},

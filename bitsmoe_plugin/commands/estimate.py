@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -33,6 +34,7 @@ from bitsmoe_plugin.commands.estimate_resources import Workload, peak_memory, ro
 from bitsmoe_plugin.commands.tables import table_console
 from bitsmoe_plugin.config import QUANT_METHOD, BitsMoEConfig
 from bitsmoe_plugin.errors import CheckpointError, QuantizationError
+from bitsmoe_plugin.models.dense_layers import planned_schemes
 from bitsmoe_plugin.models.expert_source import LoadedExperts
 from bitsmoe_plugin.models.families import layout_of
 from bitsmoe_plugin.models.files import read_header, read_model_config
@@ -43,6 +45,7 @@ from bitsmoe_plugin.models.model_class import auto_class
 from bitsmoe_plugin.models.routing import experts_per_token
 from bitsmoe_plugin.models.source_tensors import check_source, folder_dtypes
 from bitsmoe_plugin.models.stored_names import StoredNames
+from bitsmoe_plugin.pipeline.size_budget import dense_bytes_saved, uniform_choices, whole_budget
 
 _HEADER_BYTES = 128
 """Per tensor in the header of a safetensors file; 110 to 120 measured, more with longer names."""
@@ -78,6 +81,9 @@ class Estimate:
         seconds: order of magnitude on this machine; None if unknown.
         calibration_tokens: that are used.
         tokens_per_dimension: of an expert on average, over hidden_size, least of all layers; None if unknown.
+        choices: with ``size`` or ``fit``, bits of the linear layers outside the experts -> counted bits that
+            are left for an expert weight; quantizing chooses for each layer, all else here is for the largest
+            of them up to 8.
     """
 
     model_type: str
@@ -99,6 +105,7 @@ class Estimate:
     seconds: float | None
     calibration_tokens: int
     tokens_per_dimension: float | None
+    choices: dict[int, float]
 
 
 def stored_bytes(directory: Path) -> int:
@@ -229,6 +236,9 @@ def estimate(directory: Path, config: BitsMoEConfig) -> Estimate:
     model, files = empty_model(Path(directory), stored)
     settings = stored_settings(model.config)
     source = LoadedExperts(model)
+    choices = uniform_choices(model, source, config) if config.size or config.fit else {}
+    if config.size or config.fit:
+        config = _at_size(model, source, config, choices)
     layers, shapes = source.layers, source.shapes
     kept = named_kept(source, config) or [()] * len(layers)
     budget = model_budget(source, config)
@@ -239,8 +249,9 @@ def estimate(directory: Path, config: BitsMoEConfig) -> Estimate:
     expert_bytes, floor = sum(parts.values()), find_floor(shapes, config, sum(bias_bits(source)))
     experts = {id(tensor) for layer in layers for tensor in layer.module.parameters(recurse=False)}
     others = [tensor for tensor in _tensors(model) if id(tensor) not in experts]
-    other_bytes = sum(map(_bytes, others))
-    header = _HEADER_BYTES * (len(others) + _packed_tensors(source, kept))
+    schemes = planned_schemes(model, layers, config)
+    other_bytes = sum(map(_bytes, others)) - dense_bytes_saved(model, schemes)
+    header = _HEADER_BYTES * (len(others) + 2 * len(schemes) + _packed_tensors(source, kept))
     work = _workload(model, source, others, config)
     memory = peak_memory(work, config)
     return Estimate(
@@ -263,7 +274,23 @@ def estimate(directory: Path, config: BitsMoEConfig) -> Estimate:
         seconds=rough_seconds(work, config),
         calibration_tokens=work.tokens,
         tokens_per_dimension=_tokens_per_dimension(work),
+        choices=choices,
     )
+
+
+def _at_size(
+    model: Any, source: LoadedExperts, config: BitsMoEConfig, choices: dict[int, float]
+) -> BitsMoEConfig:
+    """Options with ``bits``, and ``dense_bits``, that come to the size that is asked for."""
+    config = copy.copy(config)
+    if choices:
+        config.dense_bits = max((bits for bits in choices if bits <= 8), default=min(choices))
+        config.bits = choices[config.dense_bits]
+    else:
+        rows = whole_budget(model, source, config, 0).rows
+        config.bits = (rows.payload_bits + sum(rows.fixed.values())) / rows.weights
+    config.size = config.fit = None
+    return config
 
 
 def print_estimate(result: Estimate, stream: TextIO) -> None:
@@ -275,6 +302,12 @@ def print_estimate(result: Estimate, stream: TextIO) -> None:
         f"(smallest reachable {result.smallest_bits:.4f})",
         highlight=False,
     )
+    for bits, left in sorted(result.choices.items(), reverse=True):
+        console.print(
+            f"with the linear layers outside the experts in {bits} bits, {left:.3f} bits are left for an "
+            "expert weight",
+            highlight=False,
+        )
     console.print(_storage_table(result))
     memory = Table("peak memory of quantization", "bytes")
     for part, size in result.memory.items():

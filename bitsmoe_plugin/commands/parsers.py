@@ -78,6 +78,8 @@ build for CPUs is found by the name that vLLM looks for (--fix sees to that).
 _MODEL = "the model: a directory, or its name on the hub"
 _PACKED = "directory that `quantize` wrote"
 _OUT = "directory to write; must not exist, or be empty"
+_WHOLE = ("dense_bits", "size", "fit", "fit_context", "fit_batch")
+"""Options about more than the experts."""
 _JSON = "print JSON instead of tables"
 
 
@@ -155,7 +157,7 @@ def add_estimate(commands: Any, run: Run) -> None:
     )
     text = "directory of the model; without its weights, their .index.json is enough"
     parser.add_argument("model", type=Path, help=text)
-    _add_options(parser, "bits", "factor_bits", "calibration_tokens")
+    _add_options(parser, "bits", "factor_bits", *_WHOLE, "calibration_tokens")
     _add_method(parser)
     _add_json(parser)
 
@@ -170,7 +172,7 @@ def add_quantize(commands: Any, run: Run) -> None:
     )
     parser.add_argument("model", help=_MODEL)
     parser.add_argument("out", type=Path, help=_OUT)
-    _add_options(parser, "bits", "factor_bits")
+    _add_options(parser, "bits", "factor_bits", *_WHOLE)
     _add_calibration(parser)
     _add_method(parser)
     _add_device(parser, "; with several processes each takes its own GPU")
@@ -270,7 +272,7 @@ def add_compare(commands: Any, run: Run) -> None:
         "Qwen3-30B-A3B --dataset calibration.jsonl --eval eval.jsonl --methods full,rtn,bitsmoe",
     )
     parser.add_argument("model", help=_MODEL)
-    _add_options(parser, "bits", "factor_bits")
+    _add_options(parser, "bits", "factor_bits", "dense_bits", "size")
     _add_calibration(parser, calibration_tokens=TOKENS)
     _add_evaluation_text(parser, "--eval")
     text = f"of {', '.join(COMPARED)} (default: %(default)s); full: not quantized, rtn: rounded to nearest"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
@@ -21,8 +21,10 @@ from bitsmoe_plugin.base.workers import Workers
 from bitsmoe_plugin.calibration.layerwise_forward import LayerwiseForward
 from bitsmoe_plugin.calibration.residual_gain import as_seen_by_the_stream
 from bitsmoe_plugin.calibration.statistics import LayerActivations
+from bitsmoe_plugin.codec.dense import DenseScheme
 from bitsmoe_plugin.config import BitsMoEConfig
 from bitsmoe_plugin.errors import QuantizationError
+from bitsmoe_plugin.models.dense_units import DenseUnit
 from bitsmoe_plugin.models.expert_source import ExpertSource, weights_digest
 from bitsmoe_plugin.models.expert_weights import ExpertWeights
 from bitsmoe_plugin.models.families import MoELayer
@@ -38,6 +40,9 @@ class Run:
     Attributes:
         layers: number of decoder layers.
         moe: index of a decoder layer -> its MoE layer, in forward order; dense ones are left out.
+        dense: index of a decoder layer, or -1 for what is in none -> its linear layers that are stored in
+            fewer bits, by name, and how.
+        units: linear layers whose widths are chosen after the first pass.
         tokens: statistics see the first so many, the others are held out.
         stop: tells whether to stop at the next layer's edge; the first of ``workers`` is asked.
         progress: of the first of ``workers``; the others' stays empty.
@@ -54,6 +59,8 @@ class Run:
     config: BitsMoEConfig
     stop: Callable[[], bool]
     workers: Workers
+    dense: dict[int, dict[str, DenseScheme]] = field(default_factory=dict)
+    units: list[DenseUnit] = field(default_factory=list)
 
     @contextmanager
     def loaded(self, layer: MoELayer) -> Iterator[ExpertWeights]:
