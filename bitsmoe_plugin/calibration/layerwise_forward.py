@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from bitsmoe_plugin.base.free_memory import release_free_memory
 from bitsmoe_plugin.base.spans import span
 from bitsmoe_plugin.calibration.blocks import Blocks, batches, pieces
+from bitsmoe_plugin.calibration.carried import Carried, Left, joined, left_beside, left_in, with_left
 from bitsmoe_plugin.calibration.recording import RecordedCall, after_layers, record_call
 from bitsmoe_plugin.calibration.statistics import LayerActivations
 from bitsmoe_plugin.errors import QuantizationError
@@ -67,7 +68,8 @@ class LayerwiseForward:
     def run(
         self, index: int, inputs: list[Tensor] | None = None, again: Callable[[], None] = lambda: None
     ) -> list[Tensor]:
-        """Outputs of layer ``index`` for every batch of ``inputs`` (default: ``hidden``), which stay.
+        """Outputs of layer ``index`` for every batch of ``inputs`` (default: ``hidden``), which stay; and
+        beside them what layers left for later ones (see ``carried``).
 
         Args:
             again: called before the layer is run on all inputs once more, with fewer blocks at once.
@@ -92,21 +94,34 @@ class LayerwiseForward:
             again()
 
     @torch.no_grad()
-    def _run(self, index: int, inputs: list[Tensor]) -> list[Tensor]:
+    def _run(self, index: int, inputs: list[Tensor]) -> Carried:
         calls = iter(self._calls)
-        outputs = []
-        for batch in inputs:
-            parts = []
-            for hidden in batch.split(self._at_once):
-                call = next(calls)
-                args, kwargs = call.arguments[index]
-                added = call.added.get(index)
-                given = hidden if added is None else added.to(hidden)
-                out = self._layers[index](given, *args, **kwargs)
-                parts.append(out[0] if isinstance(out, tuple) else out)
+        outputs, left = [], []
+        for batch, before in zip(inputs, left_beside(inputs), strict=True):
+            parts, left_of_parts = [], []
+            for start in range(0, len(batch), self._at_once):
+                blocks = slice(start, start + self._at_once)
+                out, beside = self._run_part(index, next(calls), batch[blocks], before, blocks)
+                parts.append(out)
+                left_of_parts.append(beside)
             # Contiguous, as hidden states are when they are read from a file: see ``progress_on_disk``.
             outputs.append(parts[0].contiguous() if len(parts) == 1 else torch.cat(parts))
-        return outputs
+            left.append(joined(left_of_parts))
+        return Carried(outputs, left)
+
+    def _run_part(
+        self, index: int, call: RecordedCall, hidden: Tensor, before: Left, blocks: slice
+    ) -> tuple[Tensor, Left]:
+        """Outputs of a layer for blocks of a batch, and what it and layers before left beside them.
+
+        Args:
+            before: what those left, for the whole batch.
+        """
+        args, kwargs = call.arguments[index]
+        kwargs, places = with_left(kwargs, before, blocks)
+        added = call.added.get(index)
+        out = self._layers[index](hidden if added is None else added.to(hidden), *args, **kwargs)
+        return out[0] if isinstance(out, tuple) else out, left_in(places, index, len(hidden))
 
     def _give_fewer(self, index: int) -> None:
         fewer = self._at_once // 2

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bitsmoe_plugin.calibration.carried import first_batches
 from bitsmoe_plugin.calibration.layerwise_forward import LayerwiseForward
 from bitsmoe_plugin.calibration.statistics import LayerActivations
 from bitsmoe_plugin.models.families import layer_shape, layout_of
@@ -70,7 +71,7 @@ def _measure(
 
     handle = experts.register_forward_hook(change)
     try:
-        changed = forward.run(index, forward.hidden[: len(outputs)], again=sizes.clear)
+        changed = forward.run(index, first_batches(forward.hidden, len(outputs)), again=sizes.clear)
     finally:
         handle.remove()
     # Several residual streams, [blocks, tokens, streams, H], are one long one.

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from bitsmoe_plugin.allocation.row_widths import Widths
 from bitsmoe_plugin.base.work_directory import WorkDirectory
+from bitsmoe_plugin.calibration.carried import Carried, Left, left_beside
 from bitsmoe_plugin.calibration.super_experts import ExpertOutputs
 from bitsmoe_plugin.codec.basis import QuantizedBasis
 from bitsmoe_plugin.codec.layout import PackedExperts
@@ -198,9 +199,22 @@ class ProgressOnDisk:
 
     def _listed(self, name: str, tensors: dict[str, Tensor]) -> Hidden:
         """The inverse of ``_numbered``; copies, for the reason given in ``plan``."""
-        count = sum(key.startswith(f"{name}.") for key in tensors)
-        return [tensors[f"{name}.{i}"].clone().to(self._device) for i in range(count)]
+        own = {
+            tuple(key.split(".", 3)[1:]): tensor.clone().to(self._device)
+            for key, tensor in tensors.items()
+            if key.startswith(f"{name}.")
+        }
+        batches = range(sum(len(place) == 1 for place in own))
+        left: list[Left] = [{} for _ in batches]
+        for number, part, key in sorted((p for p in own if len(p) == 3), key=lambda p: int(p[1])):
+            left[int(number)][key] = (*left[int(number)].get(key, ()), own[number, part, key])
+        return Carried((own[(str(number),)] for number in batches), left)
 
 
 def _numbered(name: str, hidden: Hidden) -> dict[str, Tensor]:
-    return {f"{name}.{i}": tensor for i, tensor in enumerate(hidden)}
+    """Names in a file: ``name.batch``, and ``name.batch.part.key`` of what was left beside it."""
+    numbered = {f"{name}.{i}": tensor for i, tensor in enumerate(hidden)}
+    for i, left in enumerate(left_beside(hidden)):
+        for key, tensors in left.items():
+            numbered |= {f"{name}.{i}.{j}.{key}": tensor for j, tensor in enumerate(tensors)}
+    return numbered

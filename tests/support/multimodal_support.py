@@ -160,11 +160,15 @@ _OTHERS: dict[str, dict[str, Any]] = {
 }
 
 
-def build(family: str) -> Any:
-    """With weights so large that an image, and every layer, matters."""
+def build(family: str, **text: Any) -> Any:
+    """With weights so large that an image, and every layer, matters.
+
+    Args:
+        text: changes of the config of the language model.
+    """
     torch.manual_seed(0)
     config = CONFIG_MAPPING[family](
-        text_config={**_TEXT, **_TEXTS[family]}, vision_config=_VISIONS[family], **_OTHERS[family]
+        text_config={**_TEXT, **_TEXTS[family], **text}, vision_config=_VISIONS[family], **_OTHERS[family]
     )
     model = AutoModelForMultimodalLM.from_config(config, dtype=torch.float32).eval()
     g = torch.Generator().manual_seed(1)
