@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from bitsmoe_plugin.allocation.row_widths import Widths, experts_with_rows
+from bitsmoe_plugin.calibration.carried import copied
 from bitsmoe_plugin.calibration.coverage import refuse_thin_calibration, tokens_per_expert
 from bitsmoe_plugin.calibration.layerwise_forward import capture_layer
 from bitsmoe_plugin.calibration.post_norm import through_norm
@@ -139,7 +140,7 @@ def _round_layer(run: Run, index: int, exact: Hidden, widths: Widths) -> _Rounde
 
 def _passed_on(run: Run, exact: Hidden, rounded: Hidden) -> Hidden:
     """What the next layer is calibrated on; copies, because both are written to one file."""
-    return rounded if run.config.sequential else [tensor.clone() for tensor in exact]
+    return rounded if run.config.sequential else copied(exact)
 
 
 def _fit_layer(run: Run, index: int, exact: Hidden, widths: Widths) -> _FittedLayer:
