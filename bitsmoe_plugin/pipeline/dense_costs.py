@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bitsmoe_plugin.calibration.carried import first_batches
 from bitsmoe_plugin.calibration.dense_inputs import input_moments
 from bitsmoe_plugin.codec.dense import BITS, DenseScheme
 from bitsmoe_plugin.models.dense_units import DenseUnit
@@ -59,7 +60,7 @@ def _cost(
     sizes = [out.shape[:-1].numel() for out in outputs]
     count = next((n for n in range(1, len(sizes)) if sum(sizes[:n]) >= _TOKENS), len(sizes))
     with _rounded(run, unit, bits, moments):
-        changed = run.forward.run(index, run.forward.hidden[:count])
+        changed = run.forward.run(index, first_batches(run.forward.hidden, count))
     squares = [
         (a.float() - b.float()).square().mean(-1).flatten()
         for a, b in zip(changed, outputs[:count], strict=True)
