@@ -257,6 +257,32 @@ def test_layers_are_found_under_other_names(prefix: str, found: str) -> None:
 
 
 @needs_vllm
+@pytest.mark.parametrize("known", [{}, {"language_model.layers.": "language_model.model.layers."}])
+def test_layers_are_found_by_number_where_a_mapper_knows_other_names(known: dict[str, str]) -> None:
+    """Guards multimodal models (Kimi-K2.5): transformers' names of its modules are not those of the published
+    files, which vLLM's mapper renames. Packed tensors of the stream go the same way, others stay away."""
+    from vllm.model_executor.models.utils import WeightsMapper
+
+    from vllm_ext.stream_names import StreamNames
+    from vllm_ext.weight_loading import LayerNames
+
+    manifest = [f"model.language_model.layers.{number}.mlp.experts" for number in (1, 12)]
+    names = LayerNames(manifest, WeightsMapper(orig_to_new_prefix=known).map_name)
+    prefix = "language_model.model.layers.12.mlp.experts"
+    assert names.find(prefix) == manifest[1]
+    with pytest.raises(CheckpointError, match=r"layers\.2\.mlp"):
+        names.find("language_model.model.layers.2.mlp.experts")
+    stream = StreamNames()
+    stream.add(prefix)
+    here, elsewhere = (f"{name}.bitsmoe_payload" for name in manifest[::-1])
+    assert (
+        stream.mapper().map_name(here)
+        == "model.language_model.layers.12.mlp.experts.routed_experts.bitsmoe_payload"
+    )
+    assert stream.mapper().map_name(elsewhere) is None
+
+
+@needs_vllm
 def test_options_of_the_checkpoint_are_checked(copy: Path) -> None:
     entries = json.loads((copy / "config.json").read_text())["quantization_config"]
     _edit(copy, quantization_config={**entries, "basis_bits": 5})
