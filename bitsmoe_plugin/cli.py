@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 _FLAGS = tuple(name for name, option in OPTIONS.items() if option.flag)
 """Options of BitsMoEConfig that have a flag of their own; ``--option`` leaves them to it."""
-SWITCHES = ("allow_slow",)
+SWITCHES = ("allow_slow", "allow_thin")
 """Options that a switch turns on."""
 _SESSION = """\
 a first session:
@@ -117,9 +117,11 @@ def _quantize(args: argparse.Namespace, stdout: TextIO) -> None:
     from transformers.utils import logging
 
     from bitsmoe_plugin.base.devices import choose_device
+    from bitsmoe_plugin.base.spans import recorded
     from bitsmoe_plugin.base.workers import connected
     from bitsmoe_plugin.commands.estimate_resources import KERNELS
     from bitsmoe_plugin.commands.quantize import quantize_to_directory
+    from bitsmoe_plugin.commands.times import told_times, write_times
 
     if args.report:  # what is missing should not show after hours
         from bitsmoe_plugin.commands.report import check_report_extra
@@ -129,13 +131,16 @@ def _quantize(args: argparse.Namespace, stdout: TextIO) -> None:
         _check_evaluation_text(args)
     device = choose_device(args.device)
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(KERNELS))  # read at the first product
-    with connected() as workers:
+    seconds: dict[str, float] = {}
+    with connected() as workers, recorded(seconds, device):
         if not workers.main:
             logging.disable_progress_bar()
         quantize_to_directory(source_of(args), args.out, _config(args), device)
         main = workers.main
     if main:
         _report_size(args.out)
+        write_times(args.out, seconds)
+        print(told_times(seconds), file=sys.stderr)
         evaluation = _evaluate_packed(args, device) if args.eval is not None else None
         if args.report:
             _write_report(args.out, evaluation)
@@ -364,6 +369,8 @@ def _compare(args: argparse.Namespace, stdout: TextIO) -> None:
         prompt=args.prompt,
         new_tokens=args.new_tokens,
         checkpoint=args.checkpoint,
+        dense_bits=args.dense_bits,
+        size=args.size,
         chat_template_kwargs=args.chat_template_kwargs,
         allow_slow=args.allow_slow,
         loading={name: getattr(args, name) for name in (*OWN, "cache_dir", "trust_remote_code")},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,11 @@ from bitsmoe_plugin.base.option_checks import (
     one_of,
 )
 from bitsmoe_plugin.base.option_table import option, rows_of
+from bitsmoe_plugin.base.sizes import size_in_bytes
 from bitsmoe_plugin.codec.names import FACTORS, FORMAT_VERSION, GRIDS
 
 ALL_WIDTHS = (0, 1, 2, 3, 4, 6, 8, 16)
+DENSE_BITS = (4, 8, 16)
 METHOD_NAMES = ("default", "fast", "paper-v1", "paper-v2")
 _SAME = object()
 _FLAG = one_of(True, False)
@@ -43,6 +46,20 @@ def _are_projection_bits(value: Any) -> bool:
     return is_budget_table(value) and set(value) <= set(FACTORS)
 
 
+def _is_size(value: Any) -> bool:
+    return value is None or size_in_bytes(value) is not None
+
+
+def _are_dense_bits(value: Any) -> bool:
+    bits = value.values() if isinstance(value, dict) else (value,)
+    names = value if isinstance(value, dict) else ("*",)
+    return bool(names) and all(type(b) is int and b in DENSE_BITS for b in bits) and all(map(_is_name, names))
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and bool(value)
+
+
 def _is_path(value: Any) -> bool:
     return isinstance(value, (str, Path)) and bool(str(value))
 
@@ -53,6 +70,16 @@ def _table(value: Any) -> Any:
 
 def _widths(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
+
+
+def _dense_bits(value: Any) -> Any:
+    """A number or a table; of the text of a flag, that is JSON."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value  # which is refused
 
 
 def _tokenizer(value: Any) -> Any:
@@ -95,10 +122,10 @@ class Options:
         shared=True,
         convert=_tokenizer,
     )
-    calibration_tokens: int = option(
-        "use at most this many tokens of the calibration text, sampled from all its documents",
-        check=number(1, 10**12, whole=True),
-        default=131_072,
+    calibration_tokens: int | None = option(
+        "use at most this many tokens of the calibration text, sampled from all its documents; if not given, "
+        "as many as give an expert 4 x hidden_size on average, but 131,072 to 524,288",
+        check=number(1, 10**12, whole=True).or_none(),
         flag="N",
     )
     sequence_length: int = option(
@@ -215,6 +242,7 @@ class Options:
     )
     damping: float = option(
         "share of the mean diagonal added to second moments before they are inverted",
+        "Of those of fewer than about three tokens per dimension more, up to ten times as much.",
         check=number(1e-6, 1.0),
         default=0.01,
     )
@@ -251,6 +279,13 @@ class Options:
         check=Check("the path of a directory, or None", lambda value: value is None or _is_path(value)),
         stored="never",
     )
+    allow_thin: bool = option(
+        "go on where calibration text is so short that leaving a layer's experts out would err less on other "
+        "text",
+        check=_FLAG,
+        default=False,
+        stored="never",
+    )
     allow_slow: bool = option(
         "quantize also where the compiled kernels are missing, which takes about 20 times as long",
         check=_FLAG,
@@ -283,6 +318,59 @@ class Options:
         flag="JSON",
         stored="never",
     )
+    dense_bits: int | dict[str, int] = option(
+        "bits of the linear layers outside the routed experts (attention, shared experts, dense MLPs; "
+        "never routers): 16 leaves them as they are, 8 or 4 stores them as compressed-tensors does; or "
+        '{"pattern": bits}, the first pattern that fits a layer counts',
+        'A pattern is a part of a layer\'s name between dots, like "self_attn" or "q_proj", or has signs '
+        'like "*". The head (``lm_head``) is stored in fewer bits only if a pattern names it. Layers that '
+        "vLLM computes as one (query, key and value; gate and up) have the same.",
+        check=Check('16, 8, 4 or {"pattern": 16, 8 or 4}', _are_dense_bits),
+        default=16,
+        flag="N",
+        stored="if changed",
+        convert=_dense_bits,
+    )
+    dense_group_size: int = option(
+        "values that share a scale in the layers of ``dense_bits``; 32 where it does not divide their inputs",
+        check=one_of(128, 32),
+        default=128,
+        stored="if changed",
+    )
+    size: str | int | None = option(
+        "instead of bits: size of all weight files, like 11GB (1e9 bytes) or 10GiB; widths of the experts' "
+        "rows and of other linear layers are chosen together",
+        "Of linear layers outside the experts each (or those that vLLM computes as one) gets 4, 8 or 16 "
+        "bits, by how much its error changes the output of its decoder layer; with another ``dense_bits`` "
+        "than 16 that is taken as it is. All else (embeddings, norms, routers, the head) keeps its dtype.",
+        check=Check("a size like 11GB, 10.5GiB or a number of bytes, or None", _is_size),
+        flag="SIZE",
+        stored="if filled",
+    )
+    fit: str | int | None = option(
+        "instead of size: memory that weights and the KV cache of fit_context times fit_batch tokens take "
+        "together",
+        "The cache takes 2 x layers with attention x key-value heads x head_dim x 2 bytes per token, with "
+        "latent attention layers x (kv_lora_rank + qk_rope_head_dim) x 2 bytes. What a server needs besides "
+        "is not counted.",
+        check=Check("a size like 24GB, 22GiB or a number of bytes, or None", _is_size),
+        flag="SIZE",
+        stored="if filled",
+    )
+    fit_context: int = option(
+        "tokens of a sequence, for fit",
+        check=number(1, 10**8, whole=True),
+        default=8192,
+        flag="N",
+        stored="if changed",
+    )
+    fit_batch: int = option(
+        "sequences at once, for fit",
+        check=number(1, 10**6, whole=True),
+        default=1,
+        flag="N",
+        stored="if changed",
+    )
     format_version: int = option(
         "of the packed tensors",
         check=number(FORMAT_VERSION, FORMAT_VERSION, whole=True),
@@ -306,6 +394,13 @@ class Options:
     )
     other_tensors_in_model: dict[str, str] = option(
         "the same, by their names in the model",
+        check=_WRITTEN,
+        manifest=True,
+        stored="if filled",
+        convert=_table,
+    )
+    dense: dict[str, Any] = option(
+        "which other layers are stored in fewer bits: a quantization_config of compressed-tensors",
         check=_WRITTEN,
         manifest=True,
         stored="if filled",

@@ -5,10 +5,10 @@
 torchao quantizes the attention of a packed model after it was loaded: here weights alone, to int8 with a
 scale per row. The router, embeddings and norms stay as they are (they are small, and the router decides).
 
-One checkpoint cannot hold both: config.json names one quantization method, and that is ours. Save the packed
+What torchao does is not saved: config.json names one quantization method, and that is ours. Save the packed
 model, and apply torchao each time it is loaded (it needs no calibration and gives the same values each time).
-Do not call save_pretrained on the mixed model. For the same reason vLLM serves packed experts with the rest
-in 16 bits.
+Do not call save_pretrained on the mixed model. For attention in 8 or 4 bits in the checkpoint and in vLLM,
+quantize with dense_bits instead (docs/using.md).
 
 Run it from the root of the repository (a minute on 2 CPU cores), after quickstart.py, which writes the model.
 """

@@ -10,16 +10,19 @@ from vllm.config import ParallelConfig, VllmConfig, get_current_vllm_config
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.models.utils import WeightsMapper
 
 from bitsmoe_plugin.checkpoint.model_sizes import check_model_sizes, check_planned
 from bitsmoe_plugin.checkpoint.other_tensors import stored_shapes, tied_by_record, verify_others
 from bitsmoe_plugin.checkpoint.packed_files import PackedFiles
+from bitsmoe_plugin.codec.dense import with_unpacked
 from bitsmoe_plugin.config import QUANT_METHOD, BitsMoEConfig
 from bitsmoe_plugin.errors import CheckpointError, ConfigError
 from bitsmoe_plugin.models.gating import GatingForm
 from bitsmoe_plugin.models.layer_names import decoder_layer
 from vllm_ext import lora, prediction
+from vllm_ext.dense import DenseLayers
 from vllm_ext.engine_checks import check_engine
 from vllm_ext.layer_checks import check_online
 from vllm_ext.moe_method import BitsMoEMethod
@@ -54,6 +57,7 @@ class BitsMoEServingConfig(QuantizationConfig):
         self._gatings: dict[str, GatingForm | None] = {}
         self._opened: tuple[str, str | None] | None = None
         self._stream = StreamNames()
+        self.dense = DenseLayers(manifest.dense)
         self._is_served = False
 
     @classmethod
@@ -88,6 +92,7 @@ class BitsMoEServingConfig(QuantizationConfig):
     def get_checkpoint_weight_mapper(self) -> WeightsMapper:  # type: ignore[override]
         """Lead packed tensors to their layers; vLLM asks each time that it loads weights into the model."""
         self._follow_engine()
+        self.dense.check_asked()
         return self._stream.mapper()
 
     def _follow_engine(self) -> None:
@@ -99,6 +104,7 @@ class BitsMoEServingConfig(QuantizationConfig):
         named = type(self).from_config(entries)
         if (model.model, model.revision) == self._opened and named.manifest.layers == self.manifest.layers:
             return
+        self.dense.check_same(named.manifest.dense)
         named.maybe_update_config(model.model, hf_config)
         self._files, self.manifest = named.files, named.manifest
         self._gatings = named._gatings
@@ -107,6 +113,7 @@ class BitsMoEServingConfig(QuantizationConfig):
     def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
         """Learn how vLLM's model names its modules."""
         self.names = LayerNames(self.manifest.layers, hf_to_vllm_mapper.map_name)
+        self.dense.rename(hf_to_vllm_mapper)
 
     def maybe_update_config(
         self, model_name: str, hf_config: Any = None, revision: str | None = None
@@ -122,7 +129,9 @@ class BitsMoEServingConfig(QuantizationConfig):
     def _open(self, paths: list[Path], hf_config: Any) -> PackedFiles:
         files = PackedFiles.open(paths, self.manifest)
         planned = Planned.of(hf_config)
-        check_planned(planned.shapes, stored_shapes(paths))
+        schemes = {layer.name: layer.scheme for layer in files.dense}
+        check_planned(planned.shapes, with_unpacked(stored_shapes(paths), schemes))
+        files.check_dense()
         self._gatings = planned.gatings
         recorded = self.manifest.other_tensors
         # vLLM would leave what it finds under no other name as its memory is.
@@ -170,13 +179,16 @@ class BitsMoEServingConfig(QuantizationConfig):
         check_degrees(self.files.specs, parallel)
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
-        """Routed experts are packed, everything else is as it was: None is vLLM's own method."""
+        """Routed experts are packed, some linear layers are in fewer bits, everything else is as it was: None
+        is vLLM's own method."""
         config = get_current_vllm_config()
         check_engine(config)
         self.check_parallel(config.parallel_config)
         if isinstance(layer, LinearBase):
             self._linear.append(prefix)
-            return UnquantizedLinearMethod()
+        if isinstance(layer, (LinearBase, ParallelLMHead)):
+            dense = self.dense.method(layer, prefix, self.packed_modules_mapping)
+            return dense or (UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None)
         return self._experts(layer, prefix, config) if isinstance(layer, RoutedExperts) else None
 
     def _experts(self, layer: Any, prefix: str, config: VllmConfig) -> BitsMoEMethod | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from bitsmoe_plugin.base.spans import span
 from bitsmoe_plugin.codec import row_codec, uniform
 from bitsmoe_plugin.spectral.bases import down_factors, input_factors
 from bitsmoe_plugin.spectral.layer_problem import LayerProblem
@@ -42,6 +43,7 @@ def _spectral_weights(problem: LayerProblem, chosen: slice) -> tuple[Tensor, Ten
     return ones, torch.stack([*z_energy.expand(shape.inputs, -1, -1), hidden])
 
 
+@span("costs")
 def row_costs(problem: LayerProblem, own: RowWeights | None = None) -> tuple[Tensor, Tensor]:
     """What the rows of a layer cost at every width.
 

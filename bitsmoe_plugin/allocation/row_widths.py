@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from bitsmoe_plugin.allocation.dense_choice import as_unit
 from bitsmoe_plugin.allocation.knapsack.solve import allocate
 from bitsmoe_plugin.allocation.sub_budgets import RowGroup, in_scope, own_factors
 from bitsmoe_plugin.allocation.super_expert_policy import wide_row
@@ -22,6 +24,7 @@ def allocate_rows(
     config: BitsMoEConfig,
     kept: dict[int, tuple[int, ...]],
     wide: dict[int, tuple[int, ...]],
+    dense: Sequence[tuple[Sequence[float], Sequence[int]]] = (),
 ) -> Widths:
     """Widths of all rows of all layers; one allocation for each group, or for each of its layers.
 
@@ -30,6 +33,8 @@ def allocate_rows(
         groups: what rows may spend.
         kept: experts of each layer that have no rows.
         wide: experts of each layer whose rows get at least ``wide_row`` bits.
+        dense: cost and stored bits, at each of its candidates, of each unit of other layers that share the
+            budget of the only group, which holds the least that they take apart.
     """
     indices, bits = list(costs), np.array(config.widths, dtype=np.uint8)
     rows = {
@@ -37,20 +42,26 @@ def allocate_rows(
     }
     narrow = config.widths.index(wide_row(config))
     costs = {index: _without_narrow(cost, wide[index], narrow) for index, cost in costs.items()}
-    gap = 0.0
+    gap, units = 0.0, tuple[int, ...]()
     for group in in_scope(groups, shapes, config):
         own = [indices[position] for position in group.layers]
         factors = [own_factors(group.factors, shapes[position]) for position in group.layers]
         tables = [_table(costs[index], some, kept[index]) for index, some in zip(own, factors, strict=True)]
         sizes = [row_sizes(shapes[position], config.widths) for position in group.layers]
-        result = allocate(tables, sizes, group.payload_bits)
+        extra = [as_unit(*unit, len(config.widths)) for unit in dense]
+        result = allocate(
+            [*tables, *(table for table, _ in extra)],
+            [*sizes, *(size for _, size in extra)],
+            group.payload_bits + sum(size[0] for _, size in dense),
+        )
         gap = max(gap, result.relative_gap)
-        pieces = np.split(result.choice, np.cumsum([len(table) for table in tables])[:-1])
+        pieces = np.split(result.choice, np.cumsum([len(table) for table in tables]))
+        units = tuple(int(choice) for choice in pieces.pop())
         for index, some, piece in zip(own, factors, pieces, strict=True):
             experts = torch.nonzero(experts_with_rows(costs[index], kept[index])).flatten()
             widths = torch.from_numpy(bits[piece]).view(len(some), len(experts), -1)
             rows[index][torch.tensor(some, device="cpu")[:, None], experts] = widths
-    return Widths(rows, kept, gap)
+    return Widths(rows, kept, gap, dense=units)
 
 
 def _without_narrow(costs: Tensor, wide: tuple[int, ...], narrow: int) -> Tensor:
@@ -85,9 +96,11 @@ class Widths:
         kept: index of the decoder layer -> experts that keep their original weights; their rows have 0 bits.
         relative_gap: see ``Allocation``; the largest, if there were several.
         super_experts: index of the decoder layer -> those that were found, kept or not.
+        dense: candidate of each unit of other layers.
     """
 
     rows: dict[int, Tensor]
     kept: dict[int, tuple[int, ...]]
     relative_gap: float
     super_experts: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    dense: tuple[int, ...] = ()

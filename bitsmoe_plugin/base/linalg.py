@@ -12,6 +12,8 @@ _MULTIPLE = 64
 """Token counts are filled up to a multiple: oneDNN compiles, and keeps, a kernel for every shape."""
 
 _BLOCK = 256
+_SQUARE = 512
+"""Rows of a symmetric product that are multiplied at once."""
 
 
 @cache
@@ -30,6 +32,31 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     filled = pad(a, (0, 0, 0, -len(a) % _MULTIPLE)) if len(a) % _MULTIPLE else a.contiguous()
     result: Tensor = torch.ops.mkldnn._linear_pointwise(filled, b.contiguous(), None, "none", [], "")
     return result[: len(a)]
+
+
+def weighted_columns(a: Tensor, weights: Tensor) -> Tensor:
+    """``[m, n or a little more]``: the columns are the rows of float32 ``[n, m]``, times the roots of their
+    weights, which are not negative, and zeros."""
+    missing = (0, -len(weights) % _MULTIPLE)
+    return pad(a.T, missing).contiguous().mul_(pad(weights.sqrt(), missing))
+
+
+def second_moment(a: Tensor, weights: Tensor) -> Tensor:
+    """``sum_n weights[n] a[n] a[n]^T``, ``[m, m]``, of float32 ``[n, m]`` and weights of at least 0."""
+    return squared(weighted_columns(a, weights))
+
+
+def squared(a: Tensor) -> Tensor:
+    """``a a^T`` of float32 ``[m, n]``; on the CPU of large ones only one half is multiplied."""
+    m = len(a)
+    if a.device.type != "cpu" or m < 2 * _SQUARE:
+        return product(a, a)
+    result = a.new_empty(m, m)
+    for first in range(0, m, _SQUARE):
+        last = min(first + _SQUARE, m)
+        part = product(a[first:last], a[first:])
+        result[first:last, first:], result[last:, first:last] = part, part[:, last - first :].T
+    return result
 
 
 def weighted_products(a: Tensor, b: Tensor, weights: Tensor) -> Tensor:

@@ -24,8 +24,8 @@ class Option:
         by_method: instead of ``default``, and of None: {method: what it sets the option to}, the default
             method first.
         flag: what stands for the value of its flag on the command line; "" if it has none.
-        stored: in checkpoints "always", "if filled" (older releases can read those where it is not), or
-            "never".
+        stored: in checkpoints "always", "if filled" or "if changed" (from the default; older releases can
+            read those where it is not), or "never".
         shared: the object that was given is what is kept, and copies have the same.
         manifest: written by this package, not for users.
         convert: what is kept, of what was given.
@@ -57,6 +57,8 @@ class Option:
 
     def is_stored(self, value: Any) -> bool:
         """Whether checkpoints have the option where it has ``value``."""
+        if self.stored == "if changed":
+            return bool(value != self.default)
         return self.stored == "always" or (self.stored == "if filled" and bool(value))
 
 

@@ -40,6 +40,15 @@ def first_batches(hidden: list[Tensor], count: int) -> Carried:
     return Carried(hidden[:count], left_beside(hidden)[:count])
 
 
+def copied(hidden: list[Tensor]) -> Carried:
+    """Hidden states and what belongs to them, in memory of their own."""
+    left = [
+        {key: tuple(tensor.clone() for tensor in tensors) for key, tensors in batch.items()}
+        for batch in left_beside(hidden)
+    ]
+    return Carried((tensor.clone() for tensor in hidden), left)
+
+
 def with_left(kwargs: dict[str, Any], left: Left, blocks: slice) -> tuple[dict[str, Any], dict[str, Any]]:
     """Arguments of a layer, with mappings of its own in the place of those that the model made empty: a layer
     reads there what layers before it left.

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from bitsmoe_plugin.base.free_memory import release_free_memory
+from bitsmoe_plugin.base.spans import span
 from bitsmoe_plugin.calibration.blocks import Blocks, batches, pieces
 from bitsmoe_plugin.calibration.carried import Carried, Left, joined, left_beside, left_in, with_left
-from bitsmoe_plugin.calibration.recording import RecordedCall, record_call
+from bitsmoe_plugin.calibration.recording import RecordedCall, after_layers, record_call
 from bitsmoe_plugin.calibration.statistics import LayerActivations
 from bitsmoe_plugin.errors import QuantizationError
 from bitsmoe_plugin.models.families import routed_inputs
@@ -63,6 +64,7 @@ class LayerwiseForward:
             self._calls += calls
         return embedded
 
+    @span("forward passes")
     def run(
         self, index: int, inputs: list[Tensor] | None = None, again: Callable[[], None] = lambda: None
     ) -> list[Tensor]:
@@ -140,6 +142,19 @@ class LayerwiseForward:
         """Give layers so many blocks at once from here on."""
         self._at_once = blocks
         self._record()
+
+    def layer(self, index: int) -> nn.Module:
+        """A decoder layer."""
+        return self._layers[index]
+
+    @torch.no_grad()
+    def head_inputs(self) -> list[Tensor]:
+        """What the model makes of ``hidden``, the outputs of its last layer, before its head."""
+        found = []
+        for batch, hidden in zip(self._batches, self.hidden, strict=True):
+            parts = zip(pieces(batch, self._at_once), hidden.split(self._at_once), strict=True)
+            found += [after_layers(self._model, self._layers, inputs, given) for inputs, given in parts]
+        return found
 
     def restart(self) -> None:
         """Back to the inputs of the first layer."""

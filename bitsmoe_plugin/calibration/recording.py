@@ -25,12 +25,13 @@ class _AllRecordedError(Exception):
 class _Recorder(nn.Module):
     """Stands in for a decoder layer: keeps the arguments of each call and computes nothing."""
 
-    def __init__(self, layer: nn.Module, is_last: bool, zeros: bool) -> None:
+    def __init__(self, layer: nn.Module, is_last: bool, zeros: bool, answer: Tensor | None = None) -> None:
         super().__init__()
         self.call: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
         self.received: Tensor | None = None
         self.returned: Tensor | None = None
         self._is_last, self._zeros = is_last, zeros
+        self._answer = answer  # the last one puts this out
         self._layer = [layer]
 
     def __getattr__(self, name: str) -> Any:
@@ -42,6 +43,8 @@ class _Recorder(nn.Module):
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         self.call, self.received = (args, kwargs), hidden
         if self._is_last:
+            if self._answer is not None:
+                return self._answer
             raise _AllRecordedError
         self.returned = torch.zeros_like(hidden) if self._zeros else hidden
         return self.returned
@@ -109,6 +112,17 @@ def record_call(model: Any, layers: nn.ModuleList, inputs: Inputs) -> RecordedCa
     return call
 
 
+@torch.no_grad()
+def after_layers(model: Any, layers: nn.ModuleList, inputs: Inputs, hidden: Tensor) -> Tensor:
+    """What the base model puts out if its last decoder layer puts out ``hidden``."""
+    device = next(model.parameters()).device
+    on_device = {name: tensor.to(device) for name, tensor in inputs.items()}
+    base = getattr(model, "base_model", model)
+    with _state_kept(model), _recording(layers, False, hidden):
+        result: Tensor = base(**on_device, use_cache=False).last_hidden_state
+    return result
+
+
 def _changed(pair: list[_Recorder]) -> bool:
     """Whether a layer gets something else than the one before puts out."""
     before, after = pair
@@ -160,9 +174,9 @@ def _pass(model: Any, layers: nn.ModuleList, inputs: Inputs, zeros: bool) -> lis
 
 
 @contextmanager
-def _recording(layers: nn.ModuleList, zeros: bool) -> Iterator[list[_Recorder]]:
+def _recording(layers: nn.ModuleList, zeros: bool, answer: Tensor | None = None) -> Iterator[list[_Recorder]]:
     originals = list(layers)
-    recorders = [_Recorder(layer, layer is originals[-1], zeros) for layer in originals]
+    recorders = [_Recorder(layer, layer is originals[-1], zeros, answer) for layer in originals]
     try:
         for index, recorder in enumerate(recorders):
             layers[index] = recorder

@@ -20,7 +20,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bitsmoe_plugin.base.linalg import product, weighted_products
+from bitsmoe_plugin.base.linalg import product, second_moment
+from bitsmoe_plugin.base.spans import span
+from bitsmoe_plugin.calibration.expert_activity import expert_activity
 from bitsmoe_plugin.errors import QuantizationError
 from bitsmoe_plugin.models.expert_weights import ExpertBiases, ExpertWeights
 from bitsmoe_plugin.models.gating import Gating
@@ -49,6 +51,16 @@ class LayerActivations:
         """The first ``tokens`` tokens."""
         return LayerActivations(*(tensor[:tokens] for tensor in vars(self).values()))
 
+    def sampled(self, tokens: int, seed: int) -> LayerActivations:
+        """So many tokens, drawn at random; all, where there are no more."""
+        total, device = len(self.hidden), self.hidden.device
+        if tokens >= total:
+            return self
+        generator = torch.Generator().manual_seed(seed)
+        order = torch.randperm(total, generator=generator, device="cpu")
+        chosen = order[:tokens].sort().values.to(device)
+        return LayerActivations(*(tensor[chosen] for tensor in vars(self).values()))
+
 
 @dataclass(frozen=True)
 class LayerStatistics:
@@ -57,9 +69,9 @@ class LayerStatistics:
     hidden_moment: ``[E, I, I]`` float32, E[a h h^T] / H per expert; of no expert if it was not asked for.
     neuron_weights: ``[n, E, I]`` float32, E[a q_i] for gate and up (n = 2), or up alone.
     slot_weights: ``[n, T, k]`` float32, a sum_i q_ti of each routed (token, slot).
-    output_energy: E[omega |y|^2 / H] of the whole layer.
+    output_energy: E[omega |y|^2 / H] of the whole layer; 0 if it was not asked for.
     output_peaks: ``[E]`` float32, largest absolute output value of each expert over the tokens routed to
-        it, before the router's weight; 0 without any.
+        it, before the router's weight; 0 without any, or if they were not asked for.
     """
 
     second_moment: Tensor
@@ -78,15 +90,6 @@ def routed_slots(activations: LayerActivations, num_experts: int) -> list[tuple[
     k = activations.top_k_index.shape[1]
     pieces = order[: sum(counts)].split(counts)
     return [(piece // k, piece % k) for piece in pieces]
-
-
-def _gating_with_slopes(gating: Gating, *products: Tensor) -> tuple[Tensor, ...]:
-    """hidden, and its slope by each of the products (gate and up, or up), all ``[n, I]``."""
-    with torch.enable_grad():
-        products = tuple(product.detach().requires_grad_() for product in products)
-        hidden = gating(*products)
-        slopes = torch.autograd.grad(hidden.sum(), products)
-    return hidden.detach(), *slopes
 
 
 @dataclass(frozen=True)
@@ -178,6 +181,7 @@ def check_finite_statistics(name: str, statistics: LayerStatistics) -> None:
             )
 
 
+@span("statistics")
 def collect(
     weights: ExpertWeights,
     activations: LayerActivations,
@@ -186,6 +190,7 @@ def collect(
     neuron_weighting: bool = True,
     biases: ExpertBiases | None = None,
     hidden_moments: bool = True,
+    outputs: bool = True,
 ) -> LayerStatistics:
     """Accumulate the statistics of one layer, one expert at a time.
 
@@ -193,6 +198,7 @@ def collect(
         biases: of the experts; those of down are in no statistic, ``output_energy`` included.
         neuron_weighting: if not, the neurons of an expert weigh alike.
         hidden_moments: whether ``hidden_moment`` is needed.
+        outputs: whether ``output_energy`` and ``output_peaks`` are.
     """
     num_experts, size, h = weights.num_experts, weights.intermediate_size, weights.hidden_size
     device = activations.hidden.device
@@ -200,33 +206,32 @@ def collect(
     inputs = len(weights.inputs)
     neuron_weights = torch.empty(inputs, num_experts, size, device=device)
     slot_weights = torch.zeros(inputs, *activations.top_k_index.shape, device=device)
-    output = torch.zeros(activations.hidden.shape[0], h, device=device)
+    output = torch.zeros(activations.hidden.shape[0] if outputs else 0, h, device=device)
     peaks = torch.zeros(num_experts, device=device)
     token_mass = torch.zeros(activations.hidden.shape[0], device=device)
     for expert, picked in enumerate(tokens):
-        down = weights.down[expert].float()
-        x, a, routed = activations.hidden[picked.tokens].float(), picked.weights, picked.routed
-        products = tuple(product(x, matrix[expert].float()) for matrix in weights.inputs)
-        products = products if biases is None else biases.add(*products, expert=expert)
-        hidden, *slopes = _gating_with_slopes(gating, *products)
-        reach = down.square().sum(0) / h
-        for part, slope in enumerate(slopes):
-            q = slope.square_().mul_(reach)
+        a, routed = picked.weights, picked.routed
+        seen = expert_activity(weights, biases, gating, activations.hidden[picked.tokens], expert)
+        for part, q in enumerate(seen.importance):
             slot_weights[part, picked.tokens[:routed], picked.slots] = (a * q.sum(-1))[:routed]
             neuron_weights[part, expert] = a @ q if neuron_weighting else (a @ q).mean()
         if hidden_moments:
-            hidden_moment[expert] = weighted_products(hidden, hidden, a) / h
+            hidden_moment[expert] = second_moment(seen.hidden, a) / h
         token_mass.index_add_(0, picked.tokens, a)
+        if not outputs:
+            continue
         p = activations.top_k_weights[picked.tokens[:routed], picked.slots, None]
-        single = product(hidden[:routed], down)
+        single = product(seen.hidden[:routed], weights.down[expert].float())
         peaks[expert] = single.abs().max() if routed else 0.0
         output.index_add_(0, picked.tokens[:routed], single * p)
     x = activations.hidden.float()
     return LayerStatistics(
-        second_moment=weighted_products(x, x, token_mass / token_mass.sum()).double(),
+        second_moment=second_moment(x, token_mass / token_mass.sum()).double(),
         hidden_moment=hidden_moment,
         neuron_weights=neuron_weights,
         slot_weights=slot_weights,
-        output_energy=float((output.square().mean(-1) * activations.token_weights).mean()),
+        output_energy=float((output.square().mean(-1) * activations.token_weights).mean())
+        if outputs
+        else 0.0,
         output_peaks=peaks,
     )

@@ -41,6 +41,10 @@ class CarriedTensors:
         }
         return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
 
+    def bytes(self) -> int:
+        """Of all of them."""
+        return sum(tensor.nbytes for tensor in self.read().values())
+
     def read(self) -> dict[str, Tensor]:
         """Name -> tensor.
 

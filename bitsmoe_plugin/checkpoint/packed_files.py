@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from torch import Tensor
 
+from bitsmoe_plugin.checkpoint.dense_headers import DenseLayer, dense_layers
 from bitsmoe_plugin.checkpoint.headers import StoredTensor, stored_tensors, verify_headers
 from bitsmoe_plugin.checkpoint.manifest import packed_spec, verify_packed
+from bitsmoe_plugin.codec.dense import check_stored, dense_schemes
 from bitsmoe_plugin.codec.layout import PackedExperts
 from bitsmoe_plugin.codec.sharding import Shard, shard_kept, shard_shape, slice_packed
 from bitsmoe_plugin.codec.spec import PackedSpec
@@ -25,11 +27,13 @@ class PackedFiles:
         config: with the manifest.
         specs: layer name of the manifest -> sizes.
         tensors: from ``stored_tensors``.
+        dense: other layers in fewer bits.
     """
 
     config: BitsMoEConfig
     specs: dict[str, PackedSpec]
     tensors: dict[tuple[str, str], StoredTensor]
+    dense: list[DenseLayer] = field(default_factory=list)
 
     @classmethod
     def open(cls, files: Iterable[str | Path], config: BitsMoEConfig) -> PackedFiles:
@@ -40,9 +44,19 @@ class PackedFiles:
                 file is truncated.
         """
         specs = {name: packed_spec(name, config) for name in config.layers}
+        files = list(files)
         tensors = stored_tensors(files)
         verify_headers(tensors, specs)
-        return cls(config, specs, tensors)
+        return cls(config, specs, tensors, dense_layers(files, dense_schemes(config.dense)))
+
+    def check_dense(self) -> None:
+        """Read the other layers in fewer bits.
+
+        Raises:
+            CheckpointError: values of one do not make a sound layer.
+        """
+        for layer in self.dense:
+            check_stored(layer.name, layer.read(), layer.scheme, (layer.outputs, layer.inputs))
 
     def read(self, name: str) -> PackedExperts:
         """The packed tensors of a layer, mapped from the file and verified.

@@ -2,6 +2,8 @@
 
 BLOCK = 512
 """Tokens per block of text on which perplexity is measured, unless another number is asked for."""
+TOKENS = 131_072
+"""Of calibration, of commands that know no model before they read the text."""
 SHAPES = {
     "qwen3-30b-a3b": ((128, 2048, 768), 8),
     "deepseek-v2-lite": ((64, 2048, 1408), 6),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -24,10 +25,16 @@ from bitsmoe_plugin.allocation.super_expert_policy import (
 )
 from bitsmoe_plugin.base.process_state import known_state
 from bitsmoe_plugin.base.sizes import readable_size as _size
+from bitsmoe_plugin.calibration.coverage import (
+    THIN_TOKENS_PER_DIMENSION,
+    tokens_per_dimension,
+    wanted_tokens,
+)
 from bitsmoe_plugin.commands.estimate_resources import Workload, peak_memory, rough_seconds
 from bitsmoe_plugin.commands.tables import table_console
 from bitsmoe_plugin.config import QUANT_METHOD, BitsMoEConfig
 from bitsmoe_plugin.errors import CheckpointError, QuantizationError
+from bitsmoe_plugin.models.dense_layers import planned_schemes
 from bitsmoe_plugin.models.expert_source import LoadedExperts
 from bitsmoe_plugin.models.families import layout_of
 from bitsmoe_plugin.models.files import read_header, read_model_config
@@ -35,8 +42,10 @@ from bitsmoe_plugin.models.json_objects import read_object
 from bitsmoe_plugin.models.low_precision import method_of, stored_settings
 from bitsmoe_plugin.models.low_precision_source import LowPrecisionSource, source_in
 from bitsmoe_plugin.models.model_class import auto_class
+from bitsmoe_plugin.models.routing import experts_per_token
 from bitsmoe_plugin.models.source_tensors import check_source, folder_dtypes
 from bitsmoe_plugin.models.stored_names import StoredNames
+from bitsmoe_plugin.pipeline.size_budget import dense_bytes_saved, uniform_choices, whole_budget
 
 _HEADER_BYTES = 128
 """Per tensor in the header of a safetensors file; 110 to 120 measured, more with longer names."""
@@ -70,6 +79,11 @@ class Estimate:
         memory: at the peak of quantization, by part; see ``estimate_resources.peak_memory``.
         peak_memory_bytes: their sum.
         seconds: order of magnitude on this machine; None if unknown.
+        choices: with ``size`` or ``fit``, bits of the linear layers outside the experts -> counted bits that
+            are left for an expert weight; quantizing chooses for each layer, all else here is for the largest
+            of them up to 8.
+        calibration_tokens: that are used.
+        tokens_per_dimension: of an expert on average, over hidden_size, least of all layers; None if unknown.
     """
 
     model_type: str
@@ -89,6 +103,9 @@ class Estimate:
     memory: dict[str, int]
     peak_memory_bytes: int
     seconds: float | None
+    choices: dict[int, float]
+    calibration_tokens: int
+    tokens_per_dimension: float | None
 
 
 def stored_bytes(directory: Path) -> int:
@@ -179,12 +196,19 @@ def _workload(
 ) -> Workload:
     return Workload(
         shapes=source.shapes,
-        tokens=config.calibration_tokens,
-        experts_per_token=getattr(model.config.get_text_config(), "num_experts_per_tok", None),
+        tokens=config.calibration_tokens or wanted_tokens(source.shapes, experts_per_token(model.config)),
+        experts_per_token=experts_per_token(model.config),
         other_bytes=sum(map(_bytes, others)),
         active_weights=sum(tensor.numel() for tensor in others),
         itemsize=source.dtypes[0].itemsize,
     )
+
+
+def _tokens_per_dimension(work: Workload) -> float | None:
+    chosen = work.experts_per_token
+    if chosen is None:
+        return None
+    return min(tokens_per_dimension(work.tokens, shape, chosen) for shape in work.shapes)
 
 
 def _packed_tensors(source: LoadedExperts, kept: list[tuple[int, ...]]) -> int:
@@ -200,7 +224,7 @@ def estimate(directory: Path, config: BitsMoEConfig) -> Estimate:
     """Sizes, memory and time of quantizing the model in ``directory``; no weight is read.
 
     Args:
-        config: as for quantization; ``dataset`` is not needed, ``calibration_tokens`` is taken as given.
+        config: as for quantization; ``dataset`` is not needed, its text is taken to be long enough.
             Super experts that quantization would find by itself are not counted, only those named here.
 
     Raises:
@@ -212,6 +236,9 @@ def estimate(directory: Path, config: BitsMoEConfig) -> Estimate:
     model, files = empty_model(Path(directory), stored)
     settings = stored_settings(model.config)
     source = LoadedExperts(model)
+    choices = uniform_choices(model, source, config) if config.size or config.fit else {}
+    if config.size or config.fit:
+        config = _at_size(model, source, config, choices)
     layers, shapes = source.layers, source.shapes
     kept = named_kept(source, config) or [()] * len(layers)
     budget = model_budget(source, config)
@@ -222,8 +249,9 @@ def estimate(directory: Path, config: BitsMoEConfig) -> Estimate:
     expert_bytes, floor = sum(parts.values()), find_floor(shapes, config, sum(bias_bits(source)))
     experts = {id(tensor) for layer in layers for tensor in layer.module.parameters(recurse=False)}
     others = [tensor for tensor in _tensors(model) if id(tensor) not in experts]
-    other_bytes = sum(map(_bytes, others))
-    header = _HEADER_BYTES * (len(others) + _packed_tensors(source, kept))
+    schemes = planned_schemes(model, layers, config)
+    other_bytes = sum(map(_bytes, others)) - dense_bytes_saved(model, schemes)
+    header = _HEADER_BYTES * (len(others) + 2 * len(schemes) + _packed_tensors(source, kept))
     work = _workload(model, source, others, config)
     memory = peak_memory(work, config)
     return Estimate(
@@ -244,7 +272,25 @@ def estimate(directory: Path, config: BitsMoEConfig) -> Estimate:
         memory=memory,
         peak_memory_bytes=sum(memory.values()),
         seconds=rough_seconds(work, config),
+        choices=choices,
+        calibration_tokens=work.tokens,
+        tokens_per_dimension=_tokens_per_dimension(work),
     )
+
+
+def _at_size(
+    model: Any, source: LoadedExperts, config: BitsMoEConfig, choices: dict[int, float]
+) -> BitsMoEConfig:
+    """Options with ``bits``, and ``dense_bits``, that come to the size that is asked for."""
+    config = copy.copy(config)
+    if choices:
+        config.dense_bits = max((bits for bits in choices if bits <= 8), default=min(choices))
+        config.bits = choices[config.dense_bits]
+    else:
+        rows = whole_budget(model, source, config, 0).rows
+        config.bits = (rows.payload_bits + sum(rows.fixed.values())) / rows.weights
+    config.size = config.fit = None
+    return config
 
 
 def print_estimate(result: Estimate, stream: TextIO) -> None:
@@ -256,17 +302,33 @@ def print_estimate(result: Estimate, stream: TextIO) -> None:
         f"(smallest reachable {result.smallest_bits:.4f})",
         highlight=False,
     )
+    for bits, left in sorted(result.choices.items(), reverse=True):
+        console.print(
+            f"with the linear layers outside the experts in {bits} bits, {left:.3f} bits are left for an "
+            "expert weight",
+            highlight=False,
+        )
     console.print(_storage_table(result))
     memory = Table("peak memory of quantization", "bytes")
     for part, size in result.memory.items():
         memory.add_row(part, _size(size))
     memory.add_row("together", _size(result.peak_memory_bytes), style="bold")
     console.print(memory)
+    console.print(_calibration(result), highlight=False)
     if result.seconds is not None:
         hours = result.seconds / 3600
         rough = f"{hours:.1f} hours" if hours >= 1 else f"{result.seconds / 60:.1f} minutes"
         gpu = ", on its CPU (a GPU takes less)" if torch.cuda.is_available() else ""
         console.print(f"time on this machine{gpu}: of the order of {rough}", highlight=False)
+
+
+def _calibration(result: Estimate) -> str:
+    text = f"calibration: {result.calibration_tokens:,} tokens"
+    found = result.tokens_per_dimension
+    if found is None:
+        return text
+    text += f", {found:.2g} x hidden_size per expert on average"
+    return text if found >= THIN_TOKENS_PER_DIMENSION else f"{text}: few, errors on other text will be larger"
 
 
 def _storage_table(result: Estimate) -> Table:

@@ -22,6 +22,7 @@ from bitsmoe_plugin.codec import layout
 from bitsmoe_plugin.codec.block import BLOCK
 from bitsmoe_plugin.codec.spec import PackedSpec
 from bitsmoe_plugin.commands.tables import layer_label, table_console
+from bitsmoe_plugin.commands.whole_model import told, whole_model
 from bitsmoe_plugin.errors import CheckpointError
 from bitsmoe_plugin.models.files import read_model_config, safetensors_files
 
@@ -56,7 +57,8 @@ def inspect_checkpoint(directory: Path) -> dict[str, Any]:
         ``tokens_per_dimension`` and what was measured while quantizing: errors (absolute, per token and
         hidden value, token-weighted), ``output_energy``, ``bits_over_bound``, ``tokens_per_expert``,
         ``output_peaks``, ``super_experts`` (ids of those that were found, kept or not). ``prediction``: what
-        layers for multi-token prediction take beside all that, see ``PredictionSize``.
+        layers for multi-token prediction take beside all that, see ``PredictionSize``. Further what
+        ``whole_model`` returns.
     """
     config = read_config(directory)
     if not config.layers:
@@ -66,6 +68,7 @@ def inspect_checkpoint(directory: Path) -> dict[str, Any]:
     verify_others(
         paths, config.other_tensors, config.other_tensors_in_model, tied_by_record(config.other_tensors)
     )
+    files.check_dense()
     specs = files.specs
     parts: Counter[str] = Counter()
     projections: Counter[str] = Counter()
@@ -105,6 +108,7 @@ def inspect_checkpoint(directory: Path) -> dict[str, Any]:
         "prediction": asdict(prediction_size(paths, depth_of(read_model_config(Path(directory))))),
         "calibration": config.calibration,
         "layers": layers,
+        **whole_model(Path(directory), files, paths),
     }
 
 
@@ -159,7 +163,7 @@ def print_inspection(report: dict[str, Any], stream: TextIO) -> None:
     console.print(
         f"{report['bits_per_weight']:.4f} bits per expert weight = {parts}\n"
         f"bits per weight of each projection, without bases and biases: {projections}\n"
-        f"{report['expert_bytes']:,} bytes for {report['expert_weights']:,} expert weights",
+        f"{report['expert_bytes']:,} bytes for {report['expert_weights']:,} expert weights\n{told(report)}",
         highlight=False,
     )
     prediction = PredictionSize(**report["prediction"]).describe()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import statistics
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from bitsmoe_plugin.checkpoint.manifest import TAGS
 from bitsmoe_plugin.checkpoint.prediction_layers import PredictionSize
 from bitsmoe_plugin.checkpoint.read import read_config
 from bitsmoe_plugin.checkpoint.untrusted_values import number
+from bitsmoe_plugin.codec.dense import dense_schemes
 from bitsmoe_plugin.commands.inspect import inspect_checkpoint, quantized_super_experts
 from bitsmoe_plugin.commands.report.checkpoint_data import PART_NAMES
 from bitsmoe_plugin.commands.report.evaluation_data import task_rows
@@ -27,13 +29,14 @@ _TEXT = """
 
 The routed experts of {base} in {bits:.3f} bits per weight, quantized with BitsMoE
 ([arXiv 2606.00079](https://arxiv.org/abs/2606.00079)) by bitsmoe-plugin {version}. Everything that is stored
-for the experts is counted; attention, router, embeddings, shared experts and dense layers are as they were.
+for the experts is counted; {dense}.
 
 | stored for the experts | bits per weight |
 |---|---|
 {parts}
 
 - Method `{method}`, budget `{budget}`; {experts:,} expert weights in {layers} layers, {size}
+- Whole model: {total:,} bytes, {total_bits:.3f} bits per weight.
 - Calibration: {text}{tokens:,} tokens (SHA-256 of the token ids {digest}).{super_experts}{tuning}
 {errors}
 
@@ -113,12 +116,26 @@ def _facts(report: dict[str, Any], config: BitsMoEConfig, base: str) -> dict[str
         "experts": report["expert_weights"],
         "layers": len(layers),
         "size": f"{report['expert_bytes']:,} bytes.{_prediction(report['prediction'])}",
+        "dense": _dense(config),
+        "total": report["total_bytes"],
+        "total_bits": report["total_bits_per_weight"],
         "tokens": calibration.get("tokens", 0),
         "digest": calibration.get("sha256", "unknown")[:16],
         "super_experts": _super_experts(list(layers)),
         "tuning": _tuning(calibration.get("tuning")),
         "errors": _errors(list(layers)),
     }
+
+
+def _dense(config: BitsMoEConfig) -> str:
+    schemes = Counter(scheme.bits for scheme in dense_schemes(config.dense).values())
+    if not schemes:
+        return "attention, router, embeddings, shared experts and dense layers are as they were"
+    counts = " and ".join(f"{count} in {bits} bits" for bits, count in sorted(schemes.items()))
+    return (
+        f"of the linear layers outside of them {counts} (compressed-tensors, pack-quantized); all else is as "
+        "it was"
+    )
 
 
 def _prediction(sizes: dict[str, int]) -> str:
@@ -150,6 +167,8 @@ def _tuning(told: Any) -> str:
 
 def _budget(config: BitsMoEConfig) -> str:
     total = f"bits={config.bits:g}" if config.factor_bits is None else f"factor_bits={config.factor_bits:g}"
+    if config.size or config.fit:
+        total = f"size={config.size}" if config.size else f"fit={config.fit}"
     tables = {"layer_bits": config.layer_bits, "projection_bits": config.projection_bits}
     return ", ".join([total, *(f"{option}={table}" for option, table in tables.items() if table)])
 

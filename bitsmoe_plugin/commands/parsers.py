@@ -9,7 +9,7 @@ from typing import Any
 
 from bitsmoe_plugin.commands.bench.parsers import BENCHMARKS
 from bitsmoe_plugin.commands.compare import METHODS as COMPARED
-from bitsmoe_plugin.commands.defaults import BLOCK
+from bitsmoe_plugin.commands.defaults import BLOCK, TOKENS
 from bitsmoe_plugin.commands.source_options import add_chat_template, add_source
 from bitsmoe_plugin.options import OPTIONS
 from bitsmoe_plugin.pipeline.tuning_settings import TuningSettings
@@ -78,6 +78,8 @@ build for CPUs is found by the name that vLLM looks for (--fix sees to that).
 _MODEL = "the model: a directory, or its name on the hub"
 _PACKED = "directory that `quantize` wrote"
 _OUT = "directory to write; must not exist, or be empty"
+_WHOLE = ("dense_bits", "size", "fit", "fit_context", "fit_batch")
+"""Options about more than the experts."""
 _JSON = "print JSON instead of tables"
 
 
@@ -155,7 +157,7 @@ def add_estimate(commands: Any, run: Run) -> None:
     )
     text = "directory of the model; without its weights, their .index.json is enough"
     parser.add_argument("model", type=Path, help=text)
-    _add_options(parser, "bits", "factor_bits", "calibration_tokens")
+    _add_options(parser, "bits", "factor_bits", *_WHOLE, "calibration_tokens")
     _add_method(parser)
     _add_json(parser)
 
@@ -170,11 +172,12 @@ def add_quantize(commands: Any, run: Run) -> None:
     )
     parser.add_argument("model", help=_MODEL)
     parser.add_argument("out", type=Path, help=_OUT)
-    _add_options(parser, "bits", "factor_bits")
+    _add_options(parser, "bits", "factor_bits", *_WHOLE)
     _add_calibration(parser)
     _add_method(parser)
     _add_device(parser, "; with several processes each takes its own GPU")
     add_allow_slow(parser)
+    parser.add_argument("--allow-thin", action="store_true", help=OPTIONS["allow_thin"].help)
     text = "afterwards measure the perplexity of the packed model on this text, and tell it in the model card"
     parser.add_argument("--eval", metavar="FILE", help=text)
     text = "also write OUT/report/report.html, see `bitsmoe report`"
@@ -190,7 +193,7 @@ def add_tune(commands: Any, run: Run) -> None:
     parser.add_argument("model", help=_PACKED)
     parser.add_argument("out", type=Path, help=_OUT)
     parser.add_argument("--reference", required=True, metavar="MODEL", help="what it was quantized from")
-    _add_calibration(parser, batch_size=defaults.batch_size)
+    _add_calibration(parser, batch_size=defaults.batch_size, calibration_tokens=TOKENS)
     _add_number(parser, "--epochs", "how often all of the text is seen", defaults.epochs)
     text = "largest relative change of a scale per step, about"
     _add_number(parser, "--learning-rate", text, defaults.learning_rate, float)
@@ -269,8 +272,8 @@ def add_compare(commands: Any, run: Run) -> None:
         "Qwen3-30B-A3B --dataset calibration.jsonl --eval eval.jsonl --methods full,rtn,bitsmoe",
     )
     parser.add_argument("model", help=_MODEL)
-    _add_options(parser, "bits", "factor_bits")
-    _add_calibration(parser)
+    _add_options(parser, "bits", "factor_bits", "dense_bits", "size")
+    _add_calibration(parser, calibration_tokens=TOKENS)
     _add_evaluation_text(parser, "--eval")
     text = f"of {', '.join(COMPARED)} (default: %(default)s); full: not quantized, rtn: rounded to nearest"
     parser.add_argument("--methods", default="full,rtn,bitsmoe", metavar="NAMES", help=text)

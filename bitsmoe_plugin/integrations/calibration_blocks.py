@@ -16,13 +16,16 @@ from bitsmoe_plugin.calibration.conversations import (
     holds_images,
     image_tokens,
 )
+from bitsmoe_plugin.calibration.coverage import wanted_tokens
 from bitsmoe_plugin.calibration.dataset_rows import Document
 from bitsmoe_plugin.calibration.documents import load_documents
 from bitsmoe_plugin.calibration.text import token_blocks
+from bitsmoe_plugin.codec.layout import LayerShape
 from bitsmoe_plugin.config import BitsMoEConfig
 from bitsmoe_plugin.errors import ConfigError
 from bitsmoe_plugin.models.model_source import ModelSource
 from bitsmoe_plugin.models.processor import SavedProcessor, is_processor, load_processor
+from bitsmoe_plugin.models.routing import experts_per_token
 from bitsmoe_plugin.models.tokenizer import (
     UntrustedCodeError,
     given_tokenizer,
@@ -31,12 +34,17 @@ from bitsmoe_plugin.models.tokenizer import (
 )
 
 
-def calibration_blocks(model: Any, config: BitsMoEConfig, files: Sequence[str] | None) -> Blocks:
+def calibration_blocks(
+    model: Any, config: BitsMoEConfig, files: Sequence[str] | None, shapes: Sequence[LayerShape]
+) -> Blocks:
     """Read the dataset of ``config`` with the tokenizer or, if there are images, the processor of the model.
+
+    If it does not say how many tokens are used, that is written into it.
 
     Args:
         model: of transformers; its weights need not be there.
         files: of its weights. The tokenizer is that beside them, whatever options they were found by.
+        shapes: of its MoE layers.
 
     Returns:
         ``[blocks, sequence_length]`` int64, see ``token_blocks``; or see ``conversation_blocks``.
@@ -45,6 +53,8 @@ def calibration_blocks(model: Any, config: BitsMoEConfig, files: Sequence[str] |
         ConfigError: text, and no tokenizer to read it with; or images that the model does not take.
         QuantizationError: text that cannot be read, or too little of it.
     """
+    if config.calibration_tokens is None:
+        config.calibration_tokens = wanted_tokens(shapes, experts_per_token(model.config))
     with torch.device("cpu"):  # models without weights are made on another one
         documents = load_documents(
             config.dataset, max_tokens=config.calibration_tokens, sequence_length=config.sequence_length

@@ -11,6 +11,7 @@ from bitsmoe_plugin.errors import ConfigError
 from bitsmoe_plugin.integrations.parameter_count import as_unpacked
 from bitsmoe_plugin.models.families import fused_parameters
 from bitsmoe_plugin.runtime.decoding import decode_biases, decode_weights
+from bitsmoe_plugin.runtime.dense_linear import make_dense, quantized_linears
 from bitsmoe_plugin.runtime.experts import BitsMoEExperts, replace_module
 
 
@@ -29,6 +30,8 @@ def dequantize_model(model: Any, dtype: torch.dtype) -> None:
     layers = {name: m for name, m in model.named_modules() if isinstance(m, BitsMoEExperts)}
     for name, module in layers.items():
         _check_whole(name, module)
+    for linear in quantized_linears(model).values():
+        make_dense(linear)
     _convert_others(model, dtype)
     for name, module in layers.items():
         replace_module(model, name, dense_experts(module, dtype))

@@ -34,6 +34,7 @@ from bitsmoe_plugin.models.model_source import ModelSource
 from bitsmoe_plugin.models.side_files import copy_side_files, side_files
 from bitsmoe_plugin.models.stored_names import StoredNames
 from bitsmoe_plugin.runtime.decoding import decode_biases, decode_weights
+from bitsmoe_plugin.runtime.dense_linear import read_weight
 
 DTYPES = ("bfloat16", "float16", "float32")
 FILE_BYTES = 2**32
@@ -129,11 +130,15 @@ class _Conversion:
 
     def tensors(self, files: list[Path]) -> Iterator[dict[str, Tensor]]:
         """By the names that they are saved by: those that are not packed, one by one, then layer by layer."""
+        stored = {f"{layer.name}.{part}" for layer in self.packed.dense for part in layer.files}
         for path in files:
             with open_tensors(path) as file:
                 for name in sorted(file.keys()):
-                    if ".bitsmoe_" not in name:
+                    if ".bitsmoe_" not in name and name not in stored:
                         yield {name: self._converted(file.get_tensor(name))}
+        for layer in self.packed.dense:
+            weight = read_weight(layer.name, layer.read(), layer.scheme)
+            yield {f"{layer.name}.weight": self._converted(weight)}
         for name in logging.tqdm(self.layers, desc="Dequantizing layers"):
             yield self._layer(name)
 

@@ -7,11 +7,13 @@ from pathlib import Path
 
 from torch import nn
 
+from bitsmoe_plugin.checkpoint.dense_headers import dense_layers
 from bitsmoe_plugin.checkpoint.headers import stored_tensors, verify_headers
 from bitsmoe_plugin.checkpoint.manifest import check_shape, packed_spec
 from bitsmoe_plugin.checkpoint.model_sizes import check_planned
 from bitsmoe_plugin.checkpoint.other_tensors import stored_shapes, verify_others
 from bitsmoe_plugin.checkpoint.packed_files import PackedFiles
+from bitsmoe_plugin.codec.dense import dense_schemes
 from bitsmoe_plugin.config import BitsMoEConfig
 from bitsmoe_plugin.errors import CheckpointError
 from bitsmoe_plugin.integrations.parallel import SplitLayers, distributed_config, empty_split_layers
@@ -34,6 +36,7 @@ def check_files(model: nn.Module, files: list[str], config: BitsMoEConfig) -> No
     if files:
         check_loaded_files(files, Path(getattr(model.config, "_name_or_path", "")))
         tied = getattr(model, "all_tied_weights_keys", {})
+        dense_layers(files, dense_schemes(config.dense))
         verify_others(files, config.other_tensors, config.other_tensors_in_model, tied)
 
 

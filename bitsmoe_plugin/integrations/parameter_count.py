@@ -11,6 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from bitsmoe_plugin.runtime.dense_linear import quantized_linears
 from bitsmoe_plugin.runtime.experts import BitsMoEExperts
 
 
@@ -30,8 +31,9 @@ def train_others_only(model: PreTrainedModel) -> None:
 
 def requires_grad_(model: Any, requires_grad: bool = True) -> Any:
     """See ``torch.nn.Module.requires_grad_``."""
+    stored = {id(module.weight) for module in quantized_linears(model).values()}  # saved in fewer bits
     for parameter in model.parameters():
-        if parameter.is_floating_point():
+        if parameter.is_floating_point() and id(parameter) not in stored:
             parameter.requires_grad_(requires_grad)
     return model
 

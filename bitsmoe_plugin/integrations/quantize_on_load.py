@@ -7,23 +7,30 @@ from typing import Any
 
 from torch import nn
 
-from bitsmoe_plugin.allocation.super_expert_policy import model_budget
 from bitsmoe_plugin.config import BitsMoEConfig
 from bitsmoe_plugin.models.expert_source import ExpertSource, LoadedExperts
 from bitsmoe_plugin.models.stored_names import StoredNames, describe_left_out, without_module
 from bitsmoe_plugin.models.streamed_experts import StreamedExperts, can_stream
+from bitsmoe_plugin.pipeline.dense_pass import planned_dense
+from bitsmoe_plugin.pipeline.size_budget import whole_budget
 
 
 def planned_source(
-    model: nn.Module, files: list[str], config: BitsMoEConfig, quantizer: Any = None
+    model: nn.Module,
+    files: list[str],
+    config: BitsMoEConfig,
+    quantizer: Any = None,
+    carried_bytes: int = 0,
 ) -> ExpertSource:
     """Where the experts' weights will come from, for a model that is not loaded yet.
 
     Args:
         quantizer: of transformers, if the files are in low precision.
+        carried_bytes: see ``quantize_model``.
 
     Raises:
         QuantizationError: the budget is too small.
+        ConfigError: see ``planned_dense``.
     """
     if files and can_stream(files):
         source: ExpertSource = StreamedExperts(model, files, quantizer)
@@ -33,7 +40,8 @@ def planned_source(
             "the model is not loaded from safetensors files, so all of it is in memory while it is quantized",
             stacklevel=2,
         )
-    model_budget(source, config)
+    whole_budget(model, source, config, carried_bytes)
+    planned_dense(model, source.layers, config)
     return source
 
 

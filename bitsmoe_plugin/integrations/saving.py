@@ -23,6 +23,7 @@ from bitsmoe_plugin.models.families import MoELayer
 from bitsmoe_plugin.models.layer_names import decoder_layer, stored_key
 from bitsmoe_plugin.models.stand_ins import is_stand_in, stand_in
 from bitsmoe_plugin.models.stored_names import StoredNames
+from bitsmoe_plugin.runtime.dense_linear import stored_names
 
 _PROBE = "bitsmoe_payload"
 """All packed tensors of a layer are renamed alike."""
@@ -90,7 +91,7 @@ def records(model: Any, state: Mapping[str, Tensor]) -> tuple[dict[str, str], di
     for part in in_parts(model, own):
         saved |= record(revert_weight_conversion(model, dict(part)))
         in_model |= record(part)
-    names = model.state_dict().keys()
+    names = model.state_dict().keys() | stored_names(model)
     in_model = {name: value for name, value in in_model.items() if name in names or is_stand_in(name)}
     return saved, ({} if in_model == saved else in_model)
 

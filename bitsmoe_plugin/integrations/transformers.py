@@ -24,6 +24,7 @@ from bitsmoe_plugin.errors import ConfigError
 
 if TYPE_CHECKING:
     from bitsmoe_plugin.calibration.blocks import Blocks
+    from bitsmoe_plugin.codec.dense import DenseScheme
     from bitsmoe_plugin.commands.quantize import quantize_to_directory
     from bitsmoe_plugin.integrations.parallel import SplitLayers
     from bitsmoe_plugin.models.expert_source import ExpertSource
@@ -63,6 +64,7 @@ class BitsMoEQuantizer(HfQuantizer):
         self._carried = CarriedTensors({})
         self._split: SplitLayers | None = None
         self._device_map: Any = None
+        self._dense: dict[str, DenseScheme] = {}
         self._stored: tuple[StoredNames, list[str]] | None = None
         self._layer_names: tuple[str, str | None] | None = None
 
@@ -105,11 +107,13 @@ class BitsMoEQuantizer(HfQuantizer):
     ) -> None:
         self._device_map = kwargs.get("device_map")
         if self._packed:
+            from bitsmoe_plugin.integrations.dense_loading import empty_linears
             from bitsmoe_plugin.integrations.packed_loading import check_files, replace_experts
             from bitsmoe_plugin.models.stored_names import StoredNames
 
             files, config = checkpoint_files or [], self.quantization_config
             check_files(model, files, config)
+            self._dense = empty_linears(model, config, self._device_map)
             # Before experts are taken out: what the model has no name for is found by what it has.
             names = StoredNames(model)
             self._carry(model, names, files)
@@ -138,8 +142,9 @@ class BitsMoEQuantizer(HfQuantizer):
         self._stored = names, files or []
         self._note_names(model, names, files or [])
         quantizer = self._low.quantizer if self._low else None
-        self._source = planned_source(model, files or [], self.quantization_config, quantizer)
-        self._blocks = calibration_blocks(model, self.quantization_config, files)
+        carried = self._carried.bytes()
+        self._source = planned_source(model, files or [], self.quantization_config, quantizer, carried)
+        self._blocks = calibration_blocks(model, self.quantization_config, files, self._source.shapes)
 
     def _carry(self, model: Any, names: StoredNames, files: list[str]) -> None:
         """Keep what predicts and the model does not load, to save it with the model."""
@@ -153,6 +158,7 @@ class BitsMoEQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         from bitsmoe_plugin.checkpoint.manifest import TAGS
         from bitsmoe_plugin.integrations.data_parallel import leave_to_each_process
+        from bitsmoe_plugin.integrations.dense_loading import fill_linears
         from bitsmoe_plugin.integrations.offloading import verify_layers
         from bitsmoe_plugin.integrations.parameter_count import count_original_parameters, train_others_only
 
@@ -165,6 +171,7 @@ class BitsMoEQuantizer(HfQuantizer):
             self._split.load(model)
         else:
             verify_layers(model, self.quantization_config, self._device_map)
+        fill_linears(model, self._dense)
         self._keep_names(model)
         leave_to_each_process(model)
 
@@ -183,7 +190,7 @@ class BitsMoEQuantizer(HfQuantizer):
         self._keep_names(model)
         check_save(model, source.layers, self._carried.empty())
         assert self._blocks is not None
-        quantize_model(model, self._blocks, self.quantization_config, source)
+        quantize_model(model, self._blocks, self.quantization_config, source, self._carried.bytes())
         self._source = self._blocks = None  # they hold the model, and the text
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
@@ -219,8 +226,10 @@ class BitsMoEQuantizer(HfQuantizer):
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Called before config and weights are saved: record what will be in the files."""
         from bitsmoe_plugin.integrations.current_manifest import describe_current
+        from bitsmoe_plugin.integrations.dense_loading import with_packed_linears
         from bitsmoe_plugin.integrations.saving import carry, records
         from bitsmoe_plugin.integrations.spread_state import check_saving, whole_state
+        from bitsmoe_plugin.runtime.dense_linear import dense_manifest
 
         if getattr(model, "_hf_peft_config_loaded", False):  # adapters are saved, of which we record nothing
             return model.state_dict(), {}
@@ -228,6 +237,7 @@ class BitsMoEQuantizer(HfQuantizer):
         config = model.config.quantization_config
         describe_current(model, config)
         state = whole_state(model, self._split) | carry(model, self._carried.read())
+        state, config.dense = with_packed_linears(model, state), dense_manifest(model)
         config.validate()
         config.other_tensors, config.other_tensors_in_model = records(model, state)
         return state, {}

@@ -13,11 +13,12 @@ from bitsmoe_plugin.allocation.row_costs import row_costs
 from bitsmoe_plugin.base.devices import computing_on
 from bitsmoe_plugin.codec.layout import LayerShape, row_sizes
 from bitsmoe_plugin.rounding.layer_rounding import round_experts
-from bitsmoe_plugin.rounding.refit_down import sampled_error
+from bitsmoe_plugin.rounding.refit_down import exact, sampled_error
 from bitsmoe_plugin.rounding.rounded_layer import RoundedLayer
 from bitsmoe_plugin.spectral.bases import SharedBases
 from bitsmoe_plugin.spectral.error_feedback import Feedback
-from bitsmoe_plugin.spectral.layer_problem import LayerProblem, rank_feedback
+from bitsmoe_plugin.spectral.layer_feedback import rank_feedback
+from bitsmoe_plugin.spectral.layer_problem import LayerProblem
 from bitsmoe_plugin.spectral.row_weights import RowWeights, row_weights
 
 _TRIAL_EXPERTS = 8
@@ -89,10 +90,11 @@ def _corrected_costs(problem: LayerProblem, payload_bits: int) -> tuple[Tensor, 
     trial = allocate([costs.view(-1, len(widths)).cpu().numpy()], [sizes], max(payload_bits, least))
     choice = torch.from_numpy(trial.choice).to(costs.device).long().view(costs.shape[:-1])
     bits = torch.tensor(widths, device=choice.device)[choice[:, experts]]
-    rounded, _ = round_experts(problem, bits, experts, feedback, with_values=True)
+    given = {expert: exact(problem, expert) for expert in experts}
+    rounded, _ = round_experts(problem, bits, experts, feedback, given, with_values=True)
     assert rounded.values is not None
     estimated = costs[:, experts].gather(-1, choice[:, experts, :, None]).sum()
-    measured = sampled_error(problem, experts, rounded.values)
+    measured = sampled_error(problem, experts, rounded.values, list(given.values()))
     correction = measured / float(estimated) if float(estimated) > 0 and measured > 0 else 1.0
     return costs * correction, energies, correction
 

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from bitsmoe_plugin.errors import QuantizationError
+from bitsmoe_plugin.runtime.dense_linear import scheme_of
 from bitsmoe_plugin.runtime.experts import BitsMoEExperts
 
 
@@ -35,7 +36,7 @@ def refused_if_it_fails(model: nn.Module) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if any(isinstance(module, BitsMoEExperts) for module in model.modules()):
+        if any(isinstance(m, BitsMoEExperts) or scheme_of(m) is not None for m in model.modules()):
             _refuse_use(model, error)
         raise
 
@@ -43,7 +44,7 @@ def refused_if_it_fails(model: nn.Module) -> Iterator[None]:
 def _refuse_use(model: nn.Module, error: BaseException) -> None:
     text = (
         f"quantizing this model stopped part way ({type(error).__name__}: {error}), and its unquantized "
-        "experts are gone; load it again"
+        "weights are gone; load it again"
     )
 
     def refuse(*_: Any) -> None:

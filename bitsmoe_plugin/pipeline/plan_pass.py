@@ -15,6 +15,7 @@ from bitsmoe_plugin.calibration.residual_gain import residual_gains
 from bitsmoe_plugin.calibration.super_experts import ExpertOutputs, forms_massive_activations
 from bitsmoe_plugin.models.declared_computation import check_computation
 from bitsmoe_plugin.models.families import apply_gating, layer_shape, read_biases
+from bitsmoe_plugin.pipeline.dense_costs import DenseCosts, dense_costs
 from bitsmoe_plugin.pipeline.layer_plan import plan_layer
 from bitsmoe_plugin.pipeline.progress import Hidden, PlannedLayer
 from bitsmoe_plugin.pipeline.run import Run, finite
@@ -29,31 +30,38 @@ def plan_layers(run: Run) -> None:
         run.forward.advance(carried)
     for turn in run.in_turns(first, workers.size, "Calibrating layers"):
         # Not after each layer: none waits for another while it plans.
-        planned, passed = run.agreed(partial(_plan_turn, run, turn, run.forward.hidden))
+        planned, costs, passed = run.agreed(partial(_plan_turn, run, turn, run.forward.hidden))
         plans = workers.merged(planned)
+        progress.dense_costs.update(workers.merged(costs))
         progress.at_once = run.forward.at_once
         for index, hidden in zip(turn, passed, strict=True):
             if workers.main:
                 progress.finish_plan(index, plans.get(index), hidden)
 
 
-def _plan_turn(run: Run, turn: list[int], hidden: Hidden) -> tuple[dict[int, PlannedLayer], list[Hidden]]:
-    """What this worker's part of a turn is planned to, and the outputs of all of its layers.
+def _plan_turn(
+    run: Run, turn: list[int], hidden: Hidden
+) -> tuple[dict[int, PlannedLayer], dict[int, DenseCosts], list[Hidden]]:
+    """What this worker's part of a turn is planned to, costs of linear layers in it, and the outputs of all
+    of its layers.
 
     Args:
         hidden: inputs of the first of them.
     """
     planned: dict[int, PlannedLayer] = {}
     passed: list[Hidden] = []
+    costs: dict[int, DenseCosts] = {}
     run.forward.advance(hidden)
     for index in turn:
         if index in run.moe and run.workers.takes(list(run.moe).index(index)):
-            planned[index], outputs = _plan_layer(run, index)
+            planned[index], costs[index], outputs = _plan_layer(run, index)
         else:
             outputs = _pass_layer(run, index)
+            if index not in run.moe and run.workers.main:
+                costs[index] = dense_costs(run, index, outputs)
         run.forward.advance(outputs)
         passed.append(outputs)
-    return planned, passed
+    return planned, {index: found for index, found in costs.items() if found}, passed
 
 
 def _pass_layer(run: Run, index: int) -> Hidden:
@@ -65,8 +73,8 @@ def _pass_layer(run: Run, index: int) -> Hidden:
         return run.forward.run(index)
 
 
-def _plan_layer(run: Run, index: int) -> tuple[PlannedLayer, Hidden]:
-    """What is found out about a decoder layer's experts, and the layer's outputs."""
+def _plan_layer(run: Run, index: int) -> tuple[PlannedLayer, DenseCosts, Hidden]:
+    """What is found out about a decoder layer's experts and linear layers, and the layer's outputs."""
     layer = run.moe[index]
     with run.loaded(layer) as weights:
         activations, outputs = capture_layer(run.forward, index, layer.module, run.config.token_weighting)
@@ -80,5 +88,7 @@ def _plan_layer(run: Run, index: int) -> tuple[PlannedLayer, Hidden]:
         seen = through_norm(layer.module, weights, biases, seen)
         problem = build_problem(layer.name, weights, seen, gating, run.config, biases=biases)
         plan = plan_layer(problem, run.share(index))
+        costs = dense_costs(run, index, outputs)
     massive = forms_massive_activations(run.forward.hidden, outputs)
-    return PlannedLayer(plan, ExpertOutputs(problem.statistics.output_peaks.cpu(), massive)), outputs
+    peaks = problem.statistics.output_peaks.cpu()
+    return PlannedLayer(plan, ExpertOutputs(peaks, massive)), costs, outputs

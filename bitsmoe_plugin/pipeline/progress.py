@@ -60,8 +60,16 @@ class Progress(Protocol):
     """Blocks that layers are given at once, as of the last finished layer; None: none is finished. How
     products are rounded may depend on it."""
 
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Of the parts of all finished work, see ``base.spans``; added to while more is done."""
+
     def check_weights(self, name: str, digest: str) -> None:
         """Refuse weights other than those that were read for this layer before."""
+
+    dense_costs: dict[int, list[list[float]]]
+    """Index of a decoder layer -> costs of its units of linear layers, see ``dense_costs``; written before
+    ``finish_plan`` of the layer."""
 
     def finish_plan(self, index: int, layer: PlannedLayer | None, hidden: Hidden) -> None:
         """Layer ``index`` is planned and puts out ``hidden``."""
@@ -75,11 +83,20 @@ class Progress(Protocol):
     def finish_widths(self, widths: Widths) -> None:
         """The allocation is done."""
 
-    def finish_layer(self, index: int, layer: PackedLayer | None, exact: Hidden, hidden: Hidden) -> None:
-        """Layer ``index`` is rounded; the unquantized model puts out ``exact`` there, this one ``hidden``."""
+    def finish_layer(
+        self, index: int, layer: PackedLayer | None, exact: Hidden, hidden: Hidden, dense: dict[str, Tensor]
+    ) -> None:
+        """Layer ``index`` is rounded; the unquantized model puts out ``exact`` there, this one ``hidden``.
+
+        Args:
+            dense: stored tensors of its linear layers, by name.
+        """
 
     def packed(self, index: int) -> PackedLayer:
         """An MoE layer that is rounded."""
+
+    def dense(self, index: int) -> dict[str, Tensor]:
+        """Stored tensors of the linear layers of a layer that is rounded, by name."""
 
     def layer_hidden(self) -> tuple[Hidden, Hidden] | None:
         """``exact`` and ``hidden`` of the last rounded layer; None as for ``plan_hidden``."""
@@ -117,6 +134,8 @@ class ProgressInMemory:
         self.planned = self.rounded = 0
         self.widths: Widths | None = None
         self.at_once: int | None = None
+        self.dense_costs: dict[int, list[list[float]]] = {}
+        self.seconds: dict[str, float] = {}
         self._digests: dict[str, str] = {}
         self._plans: dict[int, PlannedLayer] = {}
         self._packed: dict[int, PackedLayer] = {}
@@ -138,7 +157,9 @@ class ProgressInMemory:
     def finish_widths(self, widths: Widths) -> None:
         self.widths = widths
 
-    def finish_layer(self, index: int, layer: PackedLayer | None, exact: Hidden, hidden: Hidden) -> None:
+    def finish_layer(
+        self, index: int, layer: PackedLayer | None, exact: Hidden, hidden: Hidden, dense: dict[str, Tensor]
+    ) -> None:
         self._plans.pop(index, None)
         if layer is not None:
             self._packed[index] = layer
@@ -146,6 +167,9 @@ class ProgressInMemory:
 
     def packed(self, index: int) -> PackedLayer:
         return self._packed[index]
+
+    def dense(self, index: int) -> dict[str, Tensor]:
+        return {}  # asked for by runs that go on; this one ends with its process
 
     def layer_hidden(self) -> tuple[Hidden, Hidden] | None:
         return None

@@ -53,7 +53,15 @@ class ProgressOnDisk:
         self._directory, self._device = directory, device
         if not directory.state:
             directory.state.update(
-                identity=identity, planned=0, rounded=0, entries={}, digests={}, gap=None, kept={}, found={}
+                identity=identity,
+                planned=0,
+                rounded=0,
+                entries={},
+                digests={},
+                gap=None,
+                kept={},
+                found={},
+                seconds={},
             )
             directory.commit()
         changes = _differences(directory.state["identity"], identity)
@@ -61,7 +69,14 @@ class ProgressOnDisk:
             raise directory.damaged(f"it holds the progress of another run: {'; '.join(changes)}")
         self._state = directory.state
         self.planned, self.rounded = self._state["planned"], self._state["rounded"]
+        stored = self._state.setdefault("dense_costs", {})
+        self.dense_costs = {int(index): costs for index, costs in stored.items()}
         self.widths = self._read_widths() if self._state["gap"] is not None else None
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        found: dict[str, float] = self._state["seconds"]
+        return found  # committed with the layer
 
     @property
     def at_once(self) -> int | None:
@@ -93,6 +108,7 @@ class ProgressOnDisk:
         self._directory.write(f"calibrated-{index}.safetensors", _numbered("hidden", hidden))
         self._directory.forget(f"calibrated-{index - 1}.safetensors")
         self.planned = self._state["planned"] = index + 1
+        self._state["dense_costs"] = {str(i): costs for i, costs in self.dense_costs.items()}
         self._directory.commit()
 
     def plan(self, index: int) -> PlannedLayer:
@@ -133,6 +149,7 @@ class ProgressOnDisk:
         self._directory.write("widths.safetensors", tensors)
         self._directory.forget(f"calibrated-{self.planned - 1}.safetensors")
         self._state["gap"] = widths.relative_gap
+        self._state["units"] = list(widths.dense)
         for name, experts in (("kept", widths.kept), ("found", widths.super_experts)):
             self._state[name] = {str(index): list(ids) for index, ids in experts.items()}
         self._directory.commit()
@@ -144,9 +161,14 @@ class ProgressOnDisk:
             {int(index): tuple(ids) for index, ids in self._state[name].items()} for name in ("kept", "found")
         )
         rows = {int(index): row_bits for index, row_bits in tensors.items()}
-        return Widths(rows, kept, self._state["gap"], found)
+        return Widths(rows, kept, self._state["gap"], found, tuple(self._state.get("units", ())))
 
-    def finish_layer(self, index: int, layer: PackedLayer | None, exact: Hidden, hidden: Hidden) -> None:
+    def finish_layer(
+        self, index: int, layer: PackedLayer | None, exact: Hidden, hidden: Hidden, dense: dict[str, Tensor]
+    ) -> None:
+        if dense:
+            self._directory.write(f"dense-{index}.safetensors", dense)
+            self._state.setdefault("dense", []).append(index)
         if layer is not None:
             self._directory.write(f"packed-{index}.safetensors", dict(layer.packed.tensors()))
             self._state["entries"][str(index)] = {"name": layer.name, "entry": layer.entry}
@@ -162,6 +184,12 @@ class ProgressOnDisk:
         packed = PackedExperts(**{name.removeprefix("bitsmoe_"): tensor for name, tensor in tensors.items()})
         entry = self._state["entries"][str(index)]
         return PackedLayer(entry["name"], packed, entry["entry"])
+
+    def dense(self, index: int) -> dict[str, Tensor]:
+        if index not in self._state.get("dense", []):
+            return {}
+        tensors, _ = self._directory.read(f"dense-{index}.safetensors")
+        return {name: tensor.clone() for name, tensor in tensors.items()}
 
     def layer_hidden(self) -> tuple[Hidden, Hidden] | None:
         if self.rounded == 0:

@@ -17,14 +17,16 @@ import torch
 from torch import nn
 
 from bitsmoe_plugin.allocation.row_widths import Widths, allocate_rows
-from bitsmoe_plugin.allocation.super_expert_policy import choose_kept, choose_wide, model_budget, row_groups
+from bitsmoe_plugin.allocation.super_expert_policy import choose_kept, choose_wide, row_groups
 from bitsmoe_plugin.base.interruption import deferred_interrupt
 from bitsmoe_plugin.base.option_checks import check_choice
 from bitsmoe_plugin.base.process_state import known_state
+from bitsmoe_plugin.base.spans import recorded
 from bitsmoe_plugin.base.threads import within_limits
 from bitsmoe_plugin.base.work_directory import WorkDirectory, locked
 from bitsmoe_plugin.base.workers import Workers
 from bitsmoe_plugin.calibration.blocks import Blocks, blocks_digest, held_out_last, take, token_count
+from bitsmoe_plugin.calibration.coverage import warn_about_few_tokens
 from bitsmoe_plugin.calibration.layerwise_forward import LayerwiseForward
 from bitsmoe_plugin.calibration.super_experts import detect
 from bitsmoe_plugin.codec.backends import refuse_slow
@@ -34,6 +36,9 @@ from bitsmoe_plugin.errors import QuantizationError
 from bitsmoe_plugin.models.expert_source import ExpertSource, LoadedExperts
 from bitsmoe_plugin.models.families import MoELayer
 from bitsmoe_plugin.models.low_precision import check_loaded
+from bitsmoe_plugin.models.routing import experts_per_token
+from bitsmoe_plugin.pipeline.dense_costs import chosen_dense, unit_costs
+from bitsmoe_plugin.pipeline.dense_pass import planned_dense
 from bitsmoe_plugin.pipeline.model_state import in_evaluation_mode, refused_if_it_fails
 from bitsmoe_plugin.pipeline.plan_pass import plan_layers
 from bitsmoe_plugin.pipeline.progress import Progress, ProgressInMemory
@@ -41,6 +46,8 @@ from bitsmoe_plugin.pipeline.progress_on_disk import ProgressOnDisk
 from bitsmoe_plugin.pipeline.round_pass import round_layers
 from bitsmoe_plugin.pipeline.run import Run
 from bitsmoe_plugin.pipeline.run_identity import identity
+from bitsmoe_plugin.pipeline.size_budget import WholeBudget, whole_budget
+from bitsmoe_plugin.runtime.dense_linear import dense_manifest
 
 
 @known_state()
@@ -49,6 +56,7 @@ def quantize_model(
     blocks: Blocks,
     config: BitsMoEConfig,
     source: ExpertSource | None = None,
+    carried_bytes: int = 0,
 ) -> BitsMoEConfig:
     """Quantize the routed experts of a model in place; goes on where ``config.work_dir`` says it ended.
 
@@ -62,6 +70,8 @@ def quantize_model(
         blocks: ``[blocks, sequence_length]`` int64 calibration tokens, or conversations with images.
         config: options; its manifest is replaced.
         source: where the experts' weights come from; default: the model.
+        carried_bytes: of tensors that will be saved with the model, which has no module for them; they count
+            for ``size``.
 
     Returns:
         the config with the manifest of the packed layers.
@@ -79,8 +89,10 @@ def quantize_model(
     refuse_slow(next(model.parameters()).device, config.allow_slow)
     with within_limits(), workers.together(), refused_if_it_fails(model):
         _check_same(workers, source, blocks, config)
-        manifest = _start(model, blocks, config, source, workers)
+        budget = whole_budget(model, source, config, carried_bytes)
+        manifest = _start(model, blocks, config, source, workers, budget)
     config.layers, config.calibration = manifest.layers, manifest.calibration
+    config.dense = manifest.dense
     return config
 
 
@@ -90,22 +102,28 @@ class _Manifest:
 
     layers: dict[str, dict[str, Any]]
     calibration: dict[str, Any]
+    dense: dict[str, Any]
 
 
 def _start(
-    model: nn.Module, blocks: Blocks, config: BitsMoEConfig, source: ExpertSource, workers: Workers
+    model: nn.Module,
+    blocks: Blocks,
+    config: BitsMoEConfig,
+    source: ExpertSource,
+    workers: Workers,
+    budget: WholeBudget,
 ) -> _Manifest:
     """Quantize, with progress where the options say that it is kept."""
     if config.work_dir is None:
-        return _quantize(model, blocks, config, source, ProgressInMemory(), lambda: False, workers)
+        return _quantize(model, blocks, config, source, ProgressInMemory(), lambda: False, workers, budget)
     path = Path(config.work_dir)
     if not workers.main:
         with deferred_interrupt() as stop:
-            return _quantize(model, blocks, config, source, ProgressInMemory(), stop, workers)
+            return _quantize(model, blocks, config, source, ProgressInMemory(), stop, workers, budget)
     with locked(path), deferred_interrupt() as stop:
         bound_to = identity(model, blocks, config, source)
         progress = ProgressOnDisk(WorkDirectory(path), bound_to, next(model.parameters()).device)
-        return _quantize(model, blocks, config, source, progress, stop, workers)
+        return _quantize(model, blocks, config, source, progress, stop, workers, budget)
 
 
 def _check_same(workers: Workers, source: ExpertSource, blocks: Blocks, config: BitsMoEConfig) -> None:
@@ -127,13 +145,17 @@ def _quantize(
     progress: Progress,
     stop: Callable[[], bool],
     workers: Workers,
+    budget: WholeBudget,
 ) -> _Manifest:
     """``quantize_model`` from what ``progress`` has on."""
-    budget = model_budget(source, config)
     modules, moe = _moe_by_index(model, source.layers)
-    with in_evaluation_mode(model), torch.no_grad():
+    dense = planned_dense(model, source.layers, config)
+    timed = recorded(progress.seconds, next(model.parameters()).device)
+    with timed, in_evaluation_mode(model), torch.no_grad():
         blocks, seen = held_out_last(blocks, config.held_out)
         tokens = token_count(take(blocks, seen))
+        if workers.main and not config.all_experts:
+            warn_about_few_tokens(tokens, source.shapes, experts_per_token(model.config))
         forward = LayerwiseForward(model, modules, blocks, config.batch_size)
         at_once = workers.from_main(lambda: progress.at_once)
         # Smaller than chosen now: before it was interrupted, the run had too little memory for more.
@@ -146,11 +168,13 @@ def _quantize(
             moe=moe,
             source=source,
             progress=progress,
-            budget=budget,
+            budget=budget.rows,
             tokens=tokens,
             config=config,
             stop=stop,
             workers=workers,
+            dense=dense,
+            units=budget.units,
         )
         widths = workers.from_main(lambda: progress.widths)
         if widths is None:
@@ -158,6 +182,8 @@ def _quantize(
             widths = workers.from_main(lambda: _allocate(run))
             if workers.main:
                 progress.finish_widths(widths)
+        if run.units:
+            run = replace(run, dense=chosen_dense(run.units, widths.dense))
         forward.restart()
         layers = round_layers(run, widths)
     calibration = {
@@ -166,7 +192,7 @@ def _quantize(
         "sha256": blocks_digest(blocks),
         "allocation_relative_gap": widths.relative_gap,
     }
-    return _Manifest(layers, calibration)
+    return _Manifest(layers, calibration, dense_manifest(model))
 
 
 def _moe_by_index(model: nn.Module, layers: list[MoELayer]) -> tuple[nn.ModuleList, dict[int, MoELayer]]:
@@ -194,6 +220,7 @@ def _allocate(run: Run) -> Widths:
     kept = choose_kept(run.source, found, run.budget, run.config)
     wide = choose_wide(run.source, found, run.budget, run.config)
     groups = row_groups(run.source, run.config, run.budget, kept)
-    chosen = (dict(zip(run.moe, experts, strict=True)) for experts in (kept, wide))
-    widths = allocate_rows(costs, run.source.shapes, groups, run.config, *chosen)
+    chosen = [dict(zip(run.moe, experts, strict=True)) for experts in (kept, wide)]
+    dense = [(cost, unit.sizes) for unit, cost in zip(run.units, unit_costs(run), strict=True)]
+    widths = allocate_rows(costs, run.source.shapes, groups, run.config, chosen[0], chosen[1], dense)
     return replace(widths, super_experts=dict(zip(run.moe, found, strict=True)))

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from bitsmoe_plugin.allocation.row_widths import Widths, experts_with_rows
-from bitsmoe_plugin.calibration.coverage import tokens_per_expert
+from bitsmoe_plugin.calibration.carried import copied
+from bitsmoe_plugin.calibration.coverage import refuse_thin_calibration, tokens_per_expert
 from bitsmoe_plugin.calibration.layerwise_forward import capture_layer
 from bitsmoe_plugin.calibration.post_norm import through_norm
 from bitsmoe_plugin.calibration.residual_gain import measured_passage
@@ -23,6 +24,7 @@ from bitsmoe_plugin.checkpoint.manifest import entry_spec, layer_manifest
 from bitsmoe_plugin.codec.layout import PackedExperts
 from bitsmoe_plugin.config import BitsMoEConfig
 from bitsmoe_plugin.models.families import MoELayer, apply_gating, layer_shape, read_biases
+from bitsmoe_plugin.pipeline.dense_pass import put_dense, round_dense, round_head
 from bitsmoe_plugin.pipeline.layer_plan import LayerPlan, bits_over_bound
 from bitsmoe_plugin.pipeline.progress import Hidden, PackedLayer
 from bitsmoe_plugin.pipeline.run import Run, finite
@@ -43,6 +45,7 @@ def round_layers(run: Run, widths: Widths) -> dict[str, dict[str, Any]]:
     carried, first = workers.from_main(lambda: (progress.layer_hidden(), progress.rounded))
     entries = {}
     for index in range(first):
+        put_dense(run, workers.from_main(partial(progress.dense, index)))
         if index in run.moe:
             packed = workers.from_main(partial(progress.packed, index))
             _replace(run, run.moe[index], packed)
@@ -52,15 +55,17 @@ def round_layers(run: Run, widths: Widths) -> dict[str, dict[str, Any]]:
         run.forward.advance(hidden)
     for (index,) in run.in_turns(first, 1, "Rounding layers"):
         # exact: as the unquantized model goes on; forward.hidden is the quantized one's.
-        layer, exact, hidden = _round_layer(run, index, exact, widths)
-        run.forward.advance(hidden)
+        rounded = _round_layer(run, index, exact, widths)
+        layer, exact = rounded.layer, rounded.exact
+        run.forward.advance(rounded.hidden)
         progress.at_once = run.forward.at_once
         if layer is not None:
             entries[layer.name] = layer.entry
         if workers.main:
-            progress.finish_layer(index, layer, exact, hidden)
+            progress.finish_layer(index, layer, exact, rounded.hidden, rounded.dense)
             if layer is not None:  # from now on computed from where the progress keeps it
                 _replace(run, run.moe[index], progress.packed(index))
+    round_head(run)
     return entries
 
 
@@ -74,12 +79,27 @@ def _replace(run: Run, layer: MoELayer, packed: PackedLayer) -> None:
 
 
 @dataclass(frozen=True)
+class _RoundedLayer:
+    """Attributes:
+    layer: None if it has no experts.
+    exact, hidden: its outputs in the unquantized and in the quantized model.
+    dense: stored tensors of its linear layers, see ``round_dense``.
+    """
+
+    layer: PackedLayer | None
+    exact: Hidden
+    hidden: Hidden
+    dense: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
 class _FittedLayer:
     """Experts rounded and packed, and what is needed to judge them.
 
     Attributes:
         entry: of the layer in ``BitsMoEConfig.layers``, without the report.
         exact: outputs of the decoder layer in the unquantized model.
+        dense: see ``round_dense``.
         outputs: of the same with unquantized experts after quantized layers.
         token_weights: ``[T]``.
         report: of the layer, but for what must be measured.
@@ -88,25 +108,23 @@ class _FittedLayer:
     packed: PackedExperts
     entry: dict[str, Any]
     exact: Hidden
+    dense: dict[str, Tensor]
     outputs: Hidden
     token_weights: Tensor
     report: dict[str, Any]
 
 
-def _round_layer(
-    run: Run, index: int, exact: Hidden, widths: Widths
-) -> tuple[PackedLayer | None, Hidden, Hidden]:
-    """Quantize a decoder layer's experts; those of the model are replaced.
+def _round_layer(run: Run, index: int, exact: Hidden, widths: Widths) -> _RoundedLayer:
+    """Quantize the experts and linear layers of a decoder layer; those of the model are replaced.
 
     Args:
         exact: inputs of the layer in the unquantized model.
-
-    Returns:
-        None if it is dense; its outputs in the unquantized and in the quantized model.
     """
     if index not in run.moe:
-        both = run.agreed(lambda: [run.forward.run(index, given) for given in (exact, run.forward.hidden)])
-        return None, both[0], finite(index, both[1])
+        exact = run.agreed(lambda: run.forward.run(index, exact))
+        dense = round_dense(run, index, exact)
+        hidden = finite(index, run.agreed(lambda: run.forward.run(index)))
+        return _RoundedLayer(None, exact, _passed_on(run, exact, hidden), dense)
     fitted = _fit_layer(run, index, exact, widths)
     layer = PackedLayer(run.moe[index].name, fitted.packed, {**fitted.entry, "report": fitted.report})
     _replace(run, run.moe[index], layer)
@@ -115,7 +133,14 @@ def _round_layer(
     fitted.report["calibration_error"] = float(errors[: run.tokens].mean())
     unseen = errors[run.tokens :]
     fitted.report["unseen_error"] = float(unseen.mean()) if len(unseen) else None
-    return layer, fitted.exact, rounded if run.config.sequential else fitted.outputs
+    if not run.config.allow_thin:
+        refuse_thin_calibration(layer.name, fitted.report)
+    return _RoundedLayer(layer, fitted.exact, _passed_on(run, fitted.exact, rounded), fitted.dense)
+
+
+def _passed_on(run: Run, exact: Hidden, rounded: Hidden) -> Hidden:
+    """What the next layer is calibrated on; copies, because both are written to one file."""
+    return rounded if run.config.sequential else copied(exact)
 
 
 def _fit_layer(run: Run, index: int, exact: Hidden, widths: Widths) -> _FittedLayer:
@@ -126,21 +151,21 @@ def _fit_layer(run: Run, index: int, exact: Hidden, widths: Widths) -> _FittedLa
     row_bits, kept = widths.rows[index].long(), widths.kept[index]
     with run.loaded(layer) as weights:
         shape, gating = layer_shape(layer.module), partial(apply_gating, layer.module)
-        exact, activations, outputs, (gains, direct) = run.agreed(partial(_observe, run, index, exact))
+        exact = run.agreed(partial(run.forward.run, index, exact))
+        dense = round_dense(run, index, exact)
+        activations, outputs, (gains, direct) = run.agreed(partial(_observe, run, index))
         biases = read_biases(layer.module)
         seen = through_norm(layer.module, weights, biases, run.seen(activations, gains))
         # What is missing from the stream is in the experts' coordinates only if their output is added to it.
         wanted = config.compensation and direct
         drift = _drift(exact, outputs, gains)[: run.tokens] if wanted else None
         counts = tokens_per_expert(seen, shape)
-        energy, peaks = plan.output_energy, planned.outputs.peaks
         if plan.row_weights is not None:
             given = weights, row_bits, plan.bases, plan.energies, plan.row_weights, config, run.workers
             result = round_as_planned(*given, device=seen.hidden.device)
         else:
             problem = build_problem(layer.name, weights, seen, gating, config, plan.bases, drift, biases)
             result = round_layer(problem, row_bits, run.workers)
-            energy, peaks = problem.statistics.output_energy, problem.statistics.output_peaks
         dtype = run.source.dtypes[list(run.moe).index(index)]
         packed = with_originals(result.packed, weights, biases, kept, dtype)
         entry = layer_manifest(shape, packed, dtype, kept)
@@ -151,9 +176,9 @@ def _fit_layer(run: Run, index: int, exact: Hidden, widths: Widths) -> _FittedLa
         "calibration_error": None,
         "unseen_error": None,
         "bits_over_bound": over,
-        "output_energy": energy,
+        "output_energy": plan.output_energy,
         "tokens_per_expert": counts.tolist(),
-        "output_peaks": peaks.tolist(),
+        "output_peaks": planned.outputs.peaks.tolist(),
         "super_experts": list(widths.super_experts[index]),
         "spectrum": spectrum(plan.energies, others),
     }
@@ -161,21 +186,19 @@ def _fit_layer(run: Run, index: int, exact: Hidden, widths: Widths) -> _FittedLa
         packed=packed,
         entry=entry,
         exact=exact,
+        dense=dense,
         outputs=outputs,
         token_weights=activations.token_weights,
         report=report,
     )
 
 
-def _observe(
-    run: Run, index: int, exact: Hidden
-) -> tuple[Hidden, LayerActivations, Hidden, tuple[Tensor | None, bool]]:
-    """Outputs of an MoE layer in the unquantized model; what its experts see after quantized layers, the
-    layer's outputs there, and what becomes of the experts' (``measured_passage``)."""
+def _observe(run: Run, index: int) -> tuple[LayerActivations, Hidden, tuple[Tensor | None, bool]]:
+    """What the experts of an MoE layer see after quantized layers, the layer's outputs there, and what
+    becomes of the experts' (``measured_passage``)."""
     experts = run.moe[index].module
-    exact = run.forward.run(index, exact)
     activations, outputs = capture_layer(run.forward, index, experts, run.config.token_weighting)
-    return exact, activations, outputs, measured_passage(run.forward, index, experts, outputs)
+    return activations, outputs, measured_passage(run.forward, index, experts, outputs)
 
 
 def _estimated_error(plan: LayerPlan, row_bits: Tensor, others: Tensor, config: BitsMoEConfig) -> float:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
@@ -16,12 +16,15 @@ from bitsmoe_plugin.allocation.sub_budgets import layer_share
 from bitsmoe_plugin.allocation.super_expert_policy import row_groups
 from bitsmoe_plugin.base.free_memory import release_free_memory
 from bitsmoe_plugin.base.interruption import Interrupted
+from bitsmoe_plugin.base.spans import span
 from bitsmoe_plugin.base.workers import Workers
 from bitsmoe_plugin.calibration.layerwise_forward import LayerwiseForward
 from bitsmoe_plugin.calibration.residual_gain import as_seen_by_the_stream
 from bitsmoe_plugin.calibration.statistics import LayerActivations
+from bitsmoe_plugin.codec.dense import DenseScheme
 from bitsmoe_plugin.config import BitsMoEConfig
 from bitsmoe_plugin.errors import QuantizationError
+from bitsmoe_plugin.models.dense_units import DenseUnit
 from bitsmoe_plugin.models.expert_source import ExpertSource, weights_digest
 from bitsmoe_plugin.models.expert_weights import ExpertWeights
 from bitsmoe_plugin.models.families import MoELayer
@@ -37,6 +40,9 @@ class Run:
     Attributes:
         layers: number of decoder layers.
         moe: index of a decoder layer -> its MoE layer, in forward order; dense ones are left out.
+        dense: index of a decoder layer, or -1 for what is in none -> its linear layers that are stored in
+            fewer bits, by name, and how.
+        units: linear layers whose widths are chosen after the first pass.
         tokens: statistics see the first so many, the others are held out.
         stop: tells whether to stop at the next layer's edge; the first of ``workers`` is asked.
         progress: of the first of ``workers``; the others' stays empty.
@@ -53,12 +59,16 @@ class Run:
     config: BitsMoEConfig
     stop: Callable[[], bool]
     workers: Workers
+    dense: dict[int, dict[str, DenseScheme]] = field(default_factory=dict)
+    units: list[DenseUnit] = field(default_factory=list)
 
     @contextmanager
     def loaded(self, layer: MoELayer) -> Iterator[ExpertWeights]:
         """The weights of a layer, the same as when it was loaded before."""
-        with self.source.loaded(layer) as weights:
-            self.progress.check_weights(layer.name, weights_digest(layer))
+        with ExitStack() as stack:
+            with span("reading weights"):
+                weights = stack.enter_context(self.source.loaded(layer))
+                self.progress.check_weights(layer.name, weights_digest(layer))
             yield weights
 
     def share(self, index: int) -> int:

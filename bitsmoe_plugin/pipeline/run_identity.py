@@ -25,7 +25,7 @@ _ROOT = Path(__file__).parents[1]  # the package
 _SOURCES = (".py", ".c", ".h", ".so")
 _LIBRARIES = ("torch", "transformers", "numpy", "highspy")
 _NOT_OF_THE_MODEL = ("quantization_config", "_name_or_path", "transformers_version")
-_MANIFEST = ("layers", "calibration", "other_tensors", "other_tensors_in_model")
+_MANIFEST = ("layers", "dense", "calibration", "other_tensors", "other_tensors_in_model")
 
 
 def identity(model: nn.Module, blocks: Blocks, config: BitsMoEConfig, source: ExpertSource) -> dict[str, Any]:

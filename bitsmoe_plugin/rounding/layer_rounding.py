@@ -9,13 +9,15 @@ from torch import Tensor
 
 from bitsmoe_plugin.base.devices import computing_on
 from bitsmoe_plugin.base.free_memory import release_free_memory
+from bitsmoe_plugin.base.spans import span
 from bitsmoe_plugin.base.workers import ALONE, Workers
 from bitsmoe_plugin.codec.scale_grid import ScaleGrid
 from bitsmoe_plugin.rounding import feedback_rounding, row_scales
-from bitsmoe_plugin.rounding.refit_down import refit_down
+from bitsmoe_plugin.rounding.refit_down import Exact, exact, refit_down
 from bitsmoe_plugin.rounding.rounded_layer import RoundedExperts, RoundedLayer, merged_experts, pack_layer
 from bitsmoe_plugin.spectral.error_feedback import Feedback, stacked_feedback
-from bitsmoe_plugin.spectral.layer_problem import LayerProblem, feedback_of, rank_feedback
+from bitsmoe_plugin.spectral.layer_feedback import hidden_feedback, rank_feedback
+from bitsmoe_plugin.spectral.layer_problem import LayerProblem
 
 
 def round_layer(problem: LayerProblem, row_bits: Tensor, workers: Workers = ALONE) -> RoundedLayer:
@@ -40,6 +42,7 @@ def round_experts(
     bits: Tensor,
     experts: list[int],
     feedback: dict[int, Feedback] | None = None,
+    given: dict[int, Exact] | None = None,
     with_values: bool = False,
     workers: Workers = ALONE,
 ) -> tuple[RoundedExperts, ScaleGrid]:
@@ -49,6 +52,7 @@ def round_experts(
         bits: ``[f, e, r]`` int64.
         experts: their ids.
         feedback: of each, if known.
+        given: likewise.
         with_values: also return what the codes stand for.
         workers: share the groups, and get all of them.
 
@@ -62,17 +66,21 @@ def round_experts(
     input_grid = ScaleGrid.covering(scales, bits[:-1] > 0)
     first, waiting = {}, {}
     for i, part in groups.items():
-        rows = feedback_rounding.round_along_rank(
-            problem.input_factors(experts[part]),
-            bits[:-1, part],
-            _stacked_feedback(problem, experts[part], feedback),
-            problem.statistics.neuron_weights[:, experts[part]],
-            input_grid,
-            scales[:, part],
-            config.grid,
-        )
+        seen = [given[e] if given else exact(problem, e) for e in experts[part]]
+        factors = problem.input_factors(experts[part])
+        known = _stacked_feedback(problem, experts[part], seen, feedback)
+        with span("rounding of gate and up"):
+            rows = feedback_rounding.round_along_rank(
+                factors,
+                bits[:-1, part],
+                known,
+                problem.statistics.neuron_weights[:, experts[part]],
+                input_grid,
+                scales[:, part],
+                config.grid,
+            )
         first[i] = RoundedExperts.of(rows, bits[:-1, part], with_values)
-        waiting[i] = _refitted(problem, rows.values, bits[-1, part], experts[part])
+        waiting[i] = _refitted(problem, rows.values, bits[-1, part], experts[part], seen)
         release_free_memory()
     # Down is refitted to gate and up, but the grid of its scales must be known before its first row.
     scales = _of_all(workers, {i: down.scales for i, down in waiting.items()}, problem.device)
@@ -80,8 +88,9 @@ def round_experts(
     done = {}
     for i, part in groups.items():
         down = waiting.pop(i)
-        given = down.factors, bits[-1, part], down.feedback, grid, down.scales
-        rows = feedback_rounding.stacked(feedback_rounding.round_along_neurons(*given, config.grid))
+        inputs = down.factors, bits[-1, part], down.feedback, grid, down.scales
+        with span("rounding of down"):
+            rows = feedback_rounding.stacked(feedback_rounding.round_along_neurons(*inputs, config.grid))
         last = RoundedExperts.of(rows, bits[-1:, part], with_values)
         done[i] = RoundedExperts.of_all_factors(first.pop(i), last)
     return merged_experts(done, workers, problem.device), input_grid.stacked_with(grid)
@@ -94,6 +103,7 @@ def _of_all(workers: Workers, scales: dict[int, Tensor], device: torch.device) -
     return torch.cat([part.to(device) for part in scales.values()], dim=-2)
 
 
+@span("scales")
 def _input_scales(problem: LayerProblem, bits: Tensor, experts: list[int]) -> Tensor:
     """Scales ``[n, e, r]`` float32 of gate and up rows of ``bits`` alike."""
     choose = row_scales.unbiased_scales if problem.config.widening else row_scales.best_scales
@@ -116,21 +126,26 @@ class _Down:
     scales: Tensor
 
 
-def _refitted(problem: LayerProblem, values: Tensor, bits: Tensor, experts: list[int]) -> _Down:
+def _refitted(
+    problem: LayerProblem, values: Tensor, bits: Tensor, experts: list[int], given: list[Exact]
+) -> _Down:
     """
     Args:
         values: ``[n, e, r, I]``, decoded gate and up.
         bits: ``[e, r]``, of down.
     """
-    factors, moments = refit_down(problem, values, experts)
-    feedback = feedback_of(moments, problem.config)
+    factors, moments = refit_down(problem, values, experts, given)
+    feedback = hidden_feedback(problem, moments, experts)
     scales = row_scales.best_scales(factors, feedback.variance[:, None], bits, problem.config.grid)
     return _Down(factors, feedback, scales)
 
 
 def _stacked_feedback(
-    problem: LayerProblem, experts: list[int], known: dict[int, Feedback] | None
+    problem: LayerProblem, experts: list[int], given: list[Exact], known: dict[int, Feedback] | None
 ) -> Feedback:
     """Feedback of gate and up of some experts, ``[1 or 2, e]``."""
-    found = [known[e] if known else rank_feedback(problem, e) for e in experts]
+    found = [
+        known[e] if known else rank_feedback(problem, e, seen.slot_weights)
+        for e, seen in zip(experts, given, strict=True)
+    ]
     return stacked_feedback(found, dim=1)

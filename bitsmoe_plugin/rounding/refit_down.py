@@ -2,29 +2,54 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from bitsmoe_plugin.base.linalg import product, weighted_products
+from bitsmoe_plugin.base.linalg import product, second_moment, squared, weighted_columns
+from bitsmoe_plugin.base.spans import span
+from bitsmoe_plugin.calibration.expert_activity import expert_activity
 from bitsmoe_plugin.spectral.layer_problem import LayerProblem
 
 _REFIT_RIDGE = 0.003
 
 
-def _expert_hidden(problem: LayerProblem, expert: int, values: Tensor) -> tuple[Tensor, Tensor]:
-    """Exact and rounded hidden activations ``[n, I]`` of an expert on its calibration rows.
+@dataclass(frozen=True)
+class Exact:
+    """What an unquantized expert computes for its calibration tokens.
 
-    Args:
-        values: ``[n, r, I]``, decoded gate and up, or up alone.
+    Attributes:
+        hidden: ``[n, I]`` float32.
+        slot_weights: ``[n, routed]`` float32, see ``statistics.LayerStatistics``.
     """
-    tokens = problem.tokens[expert].tokens
-    x, z = problem.activations.hidden[tokens].float(), problem.z[:, tokens]
-    exact = [product(x, matrix[expert].float()) for matrix in problem.weights.inputs]
-    rounded = [product(*pair) for pair in zip((z[0], z[-1]), values.mT, strict=False)]
-    return problem.hidden(*exact, expert=expert), problem.hidden(*rounded, expert=expert)
+
+    hidden: Tensor
+    slot_weights: Tensor
 
 
-def refit_down(problem: LayerProblem, values: Tensor, experts: list[int]) -> tuple[Tensor, Tensor]:
+def exact(problem: LayerProblem, expert: int) -> Exact:
+    """Computed from the unquantized weights, once for feedback and refit."""
+    own = problem.tokens[expert]
+    inputs = problem.activations.hidden[own.tokens]
+    seen = expert_activity(problem.weights, problem.biases, problem.gating, inputs, expert)
+    a = own.weights[: own.routed]
+    return Exact(seen.hidden, torch.stack([a * q[: own.routed].sum(-1) for q in seen.importance]))
+
+
+def _rounded_hidden(problem: LayerProblem, expert: int, values: Tensor) -> Tensor:
+    """Hidden activations ``[n, I]`` of an expert with rounded gate and up, or up alone, decoded
+    ``[n, r, I]``."""
+    z = problem.z[:, problem.tokens[expert].tokens]
+    products = [product(*pair) for pair in zip((z[0], z[-1]), values.mT, strict=False)]
+    return problem.hidden(*products, expert=expert)
+
+
+@span("refit of down")
+def refit_down(
+    problem: LayerProblem, values: Tensor, experts: list[int], given: list[Exact]
+) -> tuple[Tensor, Tensor]:
     """Down factors that fit the wanted outputs from the rounded hidden activations.
 
     Ridge regression towards the exact factor F: with h the exact and h' the rounded activations and
@@ -33,26 +58,28 @@ def refit_down(problem: LayerProblem, values: Tensor, experts: list[int]) -> tup
 
     Args:
         values: ``[n, e, r, I]``, decoded gate and up, or up alone.
+        given: of each of ``experts``.
 
     Returns:
         factors ``[e, r, I]`` and second moments E[a h' h'^T] ``[e, I, I]`` to round them with.
     """
     down = problem.down_factors(experts)
-    if not problem.config.refit:
-        return down, problem.statistics.hidden_moment[experts]
     size, h = problem.shape.intermediate_size, problem.shape.hidden_size
     moments = torch.empty(len(experts), size, size, device=problem.device)
     eye = torch.eye(size, device=problem.device)
     for i, expert in enumerate(experts):
-        exact, rounded = _expert_hidden(problem, expert, values[:, i])
         a = problem.tokens[expert].weights / h
-        own, cross = weighted_products(rounded, rounded, a), weighted_products(exact, rounded, a)
+        if not problem.config.refit:
+            moments[i] = second_moment(given[i].hidden, a)
+            continue
+        rounded = weighted_columns(_rounded_hidden(problem, expert, values[:, i]), a)
+        own, cross = squared(rounded), product(weighted_columns(given[i].hidden, a), rounded)
         ridge = _REFIT_RIDGE * own.diagonal().mean().clamp_min(1e-30) * eye
         wanted = product(down[i], (cross + ridge).T)
         routed = problem.tokens[expert].routed
         if problem.drift is not None:
-            missing = _missing_output(problem, expert, problem.drift)
-            wanted += weighted_products(missing, rounded[:routed], a[:routed])
+            missing = weighted_columns(_missing_output(problem, expert, problem.drift), a[:routed])
+            wanted += product(pad(missing, (0, rounded.shape[1] - missing.shape[1])), rounded)
         fitted = product(wanted, torch.cholesky_inverse(torch.linalg.cholesky(own + ridge)))
         down[i] += routed / (routed + 2 * size) * (fitted - down[i])
         moments[i] = own
@@ -72,7 +99,8 @@ def _missing_output(problem: LayerProblem, expert: int, drift: Tensor) -> Tensor
     return drift[tokens] * share
 
 
-def sampled_error(problem: LayerProblem, experts: list[int], values: Tensor) -> float:
+@span("trial")
+def sampled_error(problem: LayerProblem, experts: list[int], values: Tensor, given: list[Exact]) -> float:
     """Share of some experts in the layer's output error, errors of different experts included.
 
     A token's experts err in related ways, so their errors add up to more than the sum of squares.
@@ -81,15 +109,17 @@ def sampled_error(problem: LayerProblem, experts: list[int], values: Tensor) -> 
 
     Args:
         values: ``[f, e, r, I]``, decoded factors of ``experts``.
+        given: of each of them.
     """
     shape, acts = problem.shape, problem.activations
     total = torch.zeros(acts.hidden.shape[0], shape.hidden_size, device=problem.device)
     alone = routed_alone = 0.0
     for i, expert in enumerate(experts):
         own = problem.tokens[expert]
-        exact, rounded = _expert_hidden(problem, expert, values[:-1, i])
+        rounded = _rounded_hidden(problem, expert, values[:-1, i])
         down = problem.weights.down[expert].float()
-        error = product(exact, down) - product(product(rounded, values[-1, i]), problem.output_basis)
+        error = product(given[i].hidden, down)
+        error -= product(product(rounded, values[-1, i]), problem.output_basis)
         squares = error.square().mean(-1) * own.weights
         alone += float(squares.sum())
         routed_alone += float(squares[: own.routed].sum())

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bitsmoe_plugin.base.devices import computing_on
 from bitsmoe_plugin.base.free_memory import release_free_memory
+from bitsmoe_plugin.base.spans import span
 from bitsmoe_plugin.base.workers import ALONE, Workers
 from bitsmoe_plugin.codec.scale_grid import ScaleGrid
 from bitsmoe_plugin.config import BitsMoEConfig
@@ -63,9 +64,10 @@ def round_as_planned(
             given = input_factors(weights, inverses, part)
             factors = torch.cat([given, down_factors(weights, inverses, part)[None]])
             feedback, bits = Feedback(None, own[:, part]), row_bits[:, part]
-            rows = round_along_rank(
-                factors, bits, feedback, inner[:, part], grid, scales[:, part], config.grid, in_place=True
-            )
+            with span("rounding"):
+                rows = round_along_rank(
+                    factors, bits, feedback, inner[:, part], grid, scales[:, part], config.grid, in_place=True
+                )
             done[i] = RoundedExperts.of(rows, bits, with_values=False)
             release_free_memory()
         rounded = merged_experts(done, workers, device)

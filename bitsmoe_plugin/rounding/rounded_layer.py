@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bitsmoe_plugin.base.spans import span
 from bitsmoe_plugin.base.workers import Workers
 from bitsmoe_plugin.codec import layout
 from bitsmoe_plugin.codec.layout import PackedExperts
@@ -32,6 +33,7 @@ class RoundedExperts:
     values: Tensor | None
 
     @staticmethod
+    @span("packing")
     def of(rows: feedback_rounding.RoundedRows, bits: Tensor, with_values: bool) -> RoundedExperts:
         """Packed rows of some factors ``[factors, e, r, ...]`` at ``bits`` alike."""
         words = [layout.pack_experts(codes, width) for codes, width in zip(rows.codes, bits, strict=True)]
@@ -84,6 +86,7 @@ class RoundedLayer:
     errors: Tensor
 
 
+@span("packing")
 def pack_layer(
     rounded: RoundedExperts, grid: ScaleGrid, bases: SharedBases, row_bits: Tensor, widths: tuple[int, ...]
 ) -> RoundedLayer:

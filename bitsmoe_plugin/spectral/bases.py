@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from bitsmoe_plugin.base.linalg import product
+from bitsmoe_plugin.base.spans import span
 from bitsmoe_plugin.codec.basis import QuantizedBasis
 from bitsmoe_plugin.models.expert_weights import ExpertWeights
 
@@ -108,6 +109,7 @@ class BasisInverses:
 Experts = slice | list[int]
 
 
+@span("factors")
 def input_factors(weights: ExpertWeights, inverses: BasisInverses, experts: Experts) -> Tensor:
     """Factors ``[n, e, rank, I]`` float32 that reproduce gate and up (n = 2), or up alone, exactly in the
     quantized bases: gate = factor^T input_basis."""
@@ -115,6 +117,7 @@ def input_factors(weights: ExpertWeights, inverses: BasisInverses, experts: Expe
     return torch.stack([_times_all(inverse.T, matrix[experts]) for inverse, matrix in pairs])
 
 
+@span("factors")
 def down_factors(weights: ExpertWeights, inverses: BasisInverses, experts: Experts) -> Tensor:
     """Factors ``[e, rank, I]`` float32 that reproduce down exactly: down = output_basis factor."""
     return _times_all(inverses.output, weights.down[experts].transpose(1, 2)).contiguous()

@@ -29,13 +29,16 @@ class Feedback:
     variance: Tensor
 
     @staticmethod
-    def of(moments: Tensor, damping: float) -> Feedback:
-        """Of damped second moments ``[..., n, n]``; ``damping`` is the share of the mean diagonal added."""
+    def of(moments: Tensor, damping: float | list[float]) -> Feedback:
+        """Of damped second moments ``[..., n, n]``; ``damping`` is the share of the mean diagonal added, to
+        all or to each."""
         n = moments.shape[-1]
         units, variances = [], []
-        for matrix in moments.reshape(-1, n, n):
+        flat = moments.reshape(-1, n, n)
+        shares = damping if isinstance(damping, list) else [damping] * len(flat)
+        for matrix, share in zip(flat, shares, strict=True):
             diagonal = matrix.diagonal()
-            floor = damping * diagonal.mean().clamp_min(1e-30)
+            floor = share * diagonal.mean().clamp_min(1e-30)
             root = upper_root(matrix + torch.diag(floor.expand(n)))
             scale = root.diagonal().clone()
             units.append(root.div_(scale))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bitsmoe_plugin.base.linalg import product, weighted_products
+from bitsmoe_plugin.base.linalg import product, second_moment, weighted_products
 from bitsmoe_plugin.calibration.statistics import ExpertTokens, LayerStatistics
 from bitsmoe_plugin.models.expert_weights import ExpertWeights
 
@@ -62,13 +62,17 @@ def pooled_covariance(bases: Tensor, statistics: LayerStatistics) -> Tensor:
     return (exact @ statistics.second_moment @ exact.transpose(1, 2)).float()
 
 
-def _covariance_weights(statistics: LayerStatistics, tokens: ExpertTokens, parts: int) -> Tensor:
+def _covariance_weights(
+    statistics: LayerStatistics, tokens: ExpertTokens, parts: int, slot_weights: Tensor | None
+) -> Tensor:
     """Weights ``[parts, routed]`` of an expert's tokens in its inputs' covariances, each adding up to 1.
 
     Of gate and up; where both are in one basis, the mean of the two: a covariance for each would double
     the work, which is most of the work there is, and gains nothing that could be measured.
     """
-    both = statistics.slot_weights[:, tokens.tokens[: tokens.routed], tokens.slots]
+    both = slot_weights
+    if both is None:
+        both = statistics.slot_weights[:, tokens.tokens[: tokens.routed], tokens.slots]
     both = both / both.sum(1, keepdim=True).clamp_min(1e-30)
     return both if parts == 2 else both.mean(0, keepdim=True)
 
@@ -80,7 +84,12 @@ def own_share(tokens: ExpertTokens, rank: int, prior_strength: float) -> float:
 
 
 def input_covariance(
-    z: Tensor, pooled: Tensor, statistics: LayerStatistics, tokens: ExpertTokens, prior_strength: float
+    z: Tensor,
+    pooled: Tensor,
+    statistics: LayerStatistics,
+    tokens: ExpertTokens,
+    prior_strength: float,
+    slot_weights: Tensor | None = None,
 ) -> Tensor:
     """Second moments of z = input basis times x as one expert's gate and up see it.
 
@@ -90,22 +99,28 @@ def input_covariance(
     Args:
         z: ``[1 or 2, T, rank]`` float32, of gate and up together or of each.
         pooled: from ``pooled_covariance``.
+        slot_weights: ``[2, routed]``, of the expert; default: those of ``statistics``.
 
     Returns:
         ``[1 or 2, rank, rank]`` float32, normalised to unit total weight.
     """
     share = own_share(tokens, z.shape[-1], prior_strength)
-    weights = _covariance_weights(statistics, tokens, len(z))
+    weights = _covariance_weights(statistics, tokens, len(z), slot_weights)
     picked = z[:, tokens.tokens[: tokens.routed]]
-    own = torch.stack([weighted_products(x, x, weight) for x, weight in zip(picked, weights, strict=True)])
+    own = torch.stack([second_moment(x, weight) for x, weight in zip(picked, weights, strict=True)])
     return share * own + (1 - share) * pooled
 
 
 def input_variance(
-    z: Tensor, pooled: Tensor, statistics: LayerStatistics, tokens: ExpertTokens, prior_strength: float
+    z: Tensor,
+    pooled: Tensor,
+    statistics: LayerStatistics,
+    tokens: ExpertTokens,
+    prior_strength: float,
+    slot_weights: Tensor | None = None,
 ) -> Tensor:
     """The diagonals ``[1 or 2, rank]`` of ``input_covariance`` alone."""
     share = own_share(tokens, z.shape[-1], prior_strength)
-    weights = _covariance_weights(statistics, tokens, len(z))
+    weights = _covariance_weights(statistics, tokens, len(z), slot_weights)
     own = torch.einsum("pn,pnr->pr", weights, z[:, tokens.tokens[: tokens.routed]].square())
     return share * own + (1 - share) * pooled.diagonal(dim1=1, dim2=2)

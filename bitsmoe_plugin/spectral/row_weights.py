@@ -7,9 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bitsmoe_plugin.base.spans import span
 from bitsmoe_plugin.spectral.bases import Experts
 from bitsmoe_plugin.spectral.error_feedback import Feedback
-from bitsmoe_plugin.spectral.layer_problem import LayerProblem, feedback_of, rank_variances
+from bitsmoe_plugin.spectral.layer_feedback import hidden_feedback, rank_variances
+from bitsmoe_plugin.spectral.layer_problem import LayerProblem
 
 
 @dataclass(frozen=True)
@@ -44,16 +46,17 @@ class RowWeights:
         )
 
 
+@span("costs")
 def row_weights(problem: LayerProblem, known: dict[int, Feedback]) -> RowWeights:
     """Those of the rows of a layer.
 
     Args:
         known: see ``rank_variances``.
     """
-    statistics, config = problem.statistics, problem.config
+    statistics = problem.statistics
     hidden = torch.cat(
         [
-            feedback_of(statistics.hidden_moment[part], config).variance
+            hidden_feedback(problem, statistics.hidden_moment[part], part).variance
             for part in problem.chunks(problem.shape.num_experts)
         ]
     )

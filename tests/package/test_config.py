@@ -23,7 +23,7 @@ INVALID: dict[str, tuple[list[Any], str]] = {
     "bits": ([0, -1, 0.09, 16.5, math.nan, math.inf, "2", None, True], "a number from 0.1 to 16"),
     "layer_bits": ([2.0, [3], {"a": 0}, {"a": "2"}, {"a": True}, {1: 2.0}, {"a": math.nan}], "bits from 0.1"),
     "projection_bits": ([2.0, {"gate_up": 2}, {"down": 17}, {"up": None}], '"gate", "up" or "down"'),
-    "calibration_tokens": ([0, -5, 1e5, "9", None, True], "a whole number from 1 to"),
+    "calibration_tokens": ([0, -5, 1e5, "9", True], "a whole number from 1 to"),
     "sequence_length": ([0, 7, 512.0, None], "a whole number from 8 to"),
     "batch_size": ([0, 2.5, "8", True], "a whole number from 1 to"),
     "widths": (
@@ -64,8 +64,16 @@ INVALID: dict[str, tuple[list[Any], str]] = {
     "damping": ([0, -1, 1.5, math.nan, "0.01", None], "a number from 1e-06 to 1"),
     "super_experts": (["none", None, True, ["a"], {"a": 1}, {"a": [-1]}, {"a": [True]}], '"keep", {} or'),
     "all_experts": ([1, 0, "yes"], "True, False"),
+    "allow_thin": ([1, 0, "yes"], "True, False"),
     "allow_slow": ([1, 0, "yes"], "True, False"),
     "seed": ([-1, 0.5, 2**63, "0", None, True], "a whole number from 0 to"),
+    "dense_bits": ([0, 2, 8.0, "x", True, None, {}, {"q_proj": 3}, {3: 8}], '16, 8, 4 or {"pattern"'),
+    "dense_group_size": ([0, 64, "32", True], "128, 32"),
+    "size": ([0, -1, "11XB", "GB", 1.5, True, ""], "a size like 11GB"),
+    "fit": ([0, "24 G", True, [1]], "a size like 24GB"),
+    "fit_context": ([0, 1.5, "8192", None], "a whole number from 1 to"),
+    "fit_batch": ([0, "1", None], "a whole number from 1 to"),
+    "dense": ([["a"], "a", 3], "objects written by this package"),
     "format_version": ([0, -1, 1, "2", None, 2.0, True], "a whole number from 2 to 2"),
     "layers": ([["a"], "a", 3], "objects"),
     "calibration": ([["a"], "a", 3], "objects"),
@@ -90,6 +98,7 @@ def test_bad_value_is_refused_with_option_value_and_what_is_allowed(
     shown = tuple(value) if option == "widths" and isinstance(value, (list, tuple)) else value
     manifest = option in (  # too long to print: the type has to do
         "layers",
+        "dense",
         "calibration",
         "other_tensors",
         "other_tensors_in_model",
@@ -100,9 +109,11 @@ def test_bad_value_is_refused_with_option_value_and_what_is_allowed(
 def test_every_option_is_covered_above() -> None:
     """Guards against an option that is added without validation."""
     budgets = {"layer_bits": {"a": 2}, "projection_bits": {"up": 2}, "other_tensors_in_model": {"a": "b"}}
-    # Those are not stored if empty.
-    stored = set(BitsMoEConfig(**budgets).to_dict()) - {"quant_method"}
-    assert stored == set(INVALID) - {"allow_slow"}
+    dense = {"dense_bits": 8, "dense_group_size": 32, "dense": {"a": "b"}}
+    dense |= {"size": "2GB", "fit": "3GB", "fit_context": 9, "fit_batch": 2}
+    # Those are not stored if empty, or as they are by default.
+    stored = set(BitsMoEConfig(**budgets, **dense).to_dict()) - {"quant_method"}
+    assert stored == set(INVALID) - {"allow_slow", "allow_thin"}
 
 
 @pytest.mark.parametrize(

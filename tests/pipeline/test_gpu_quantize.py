@@ -24,7 +24,8 @@ from bitsmoe_plugin.integrations.transformers import quantize_to_directory
 from bitsmoe_plugin.pipeline import quantize
 from bitsmoe_plugin.pipeline.layer_plan import plan_layer
 from bitsmoe_plugin.rounding.layer_rounding import round_layer
-from bitsmoe_plugin.spectral.layer_problem import build_problem, rank_feedback
+from bitsmoe_plugin.spectral.layer_feedback import rank_feedback
+from bitsmoe_plugin.spectral.layer_problem import build_problem
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),

@@ -23,11 +23,13 @@ from bitsmoe_plugin.models.gating import gating
 from bitsmoe_plugin.pipeline.layer_plan import bits_over_bound, plan_layer
 from bitsmoe_plugin.presets import ALL_WIDTHS
 from bitsmoe_plugin.rounding.layer_rounding import round_experts, round_layer
+from bitsmoe_plugin.rounding.refit_down import exact as exact_of
 from bitsmoe_plugin.rounding.refit_down import sampled_error
 from bitsmoe_plugin.rounding.round_from_plan import round_as_planned
 from bitsmoe_plugin.runtime.experts import BitsMoEExperts
 from bitsmoe_plugin.runtime.reference_layer import ReferenceLayer
-from bitsmoe_plugin.spectral.layer_problem import LayerProblem, build_problem, rank_feedback, rank_variances
+from bitsmoe_plugin.spectral.layer_feedback import rank_feedback, rank_variances
+from bitsmoe_plugin.spectral.layer_problem import LayerProblem, build_problem
 from bitsmoe_plugin.spectral.row_weights import row_weights
 
 E, SIZE, H, T = 6, 40, 64, 500
@@ -320,7 +322,8 @@ def test_trial_measures_the_error_of_the_layer(layer) -> None:
     assert all(tokens.routed >= PRIOR_TOKENS for tokens in problem.tokens)
     row_bits = torch.full((3, E, H), 2)
     rounded, _ = round_experts(problem, row_bits, list(range(E)), with_values=True)
-    trial = sampled_error(problem, list(range(E)), rounded.values)
+    given = [exact_of(problem, expert) for expert in range(E)]
+    trial = sampled_error(problem, list(range(E)), rounded.values, given)
     out = runtime(packed_at(problem, 2), problem)(*routing(layer))
     error = (out - layer.forward(*routing(layer))).square().mean(-1)
     assert trial == pytest.approx(float((error * layer.activations.token_weights).mean()), rel=1e-3)

@@ -59,6 +59,22 @@ def test_the_uniform_grid_does_not_spill() -> None:
     assert all(row["spill_stores"] == row["spill_loads"] == row["stack"] == 0 for row in table)
 
 
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(
+    "form",
+    [
+        ("--gating", "silu,alpha=1.702,limit=7,offset=1", "--bias", "--hidden", "2880", "--group-size", "32"),
+        ("--gating", "relu2,has_gate=0", "--no-gate", "--intermediate", "1856"),
+    ],
+    ids=["GPT-OSS", "Nemotron-H"],
+)
+def test_other_forms_of_experts_do_not_spill(form: tuple[str, ...]) -> None:
+    """Biases and clamps take registers in the kernel that has the fewest to spare."""
+    table = resources("--capability", "90", "--dtype", "bfloat16", "--basis-bits", "4", *form)
+    assert {row["kernel"] for row in table} == KERNELS | {"matvec 4 bits", "matmul 4 bits"}
+    assert all(row["spill_stores"] == row["spill_loads"] == row["stack"] == 0 for row in table)
+
+
 def test_the_kernels_that_quantize_do_not_spill() -> None:
     """Four trellis searches in one kernel, and the uniform grid's."""
     for grid in ("trellis", "uniform"):

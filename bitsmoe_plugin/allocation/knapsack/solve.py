@@ -18,6 +18,7 @@ from bitsmoe_plugin.allocation.knapsack import dual
 from bitsmoe_plugin.allocation.knapsack.core_milp import solve_core
 from bitsmoe_plugin.allocation.knapsack.dual import Contest, DualSolution
 from bitsmoe_plugin.allocation.knapsack.tables import Choices, Costs, CostTables, Ints, Units
+from bitsmoe_plugin.base.spans import span
 from bitsmoe_plugin.errors import QuantizationError
 
 CORE_COLUMNS = 20_000
@@ -142,6 +143,7 @@ def _improve(
     return choice, bound + solution.cost - float(costs.sum()) if core.complete else None
 
 
+@span("allocation")
 def allocate(costs: Sequence[Costs], sizes: Sizes, budget: int) -> Allocation:
     """Choose one width per unit.
 

@@ -53,7 +53,8 @@ def _add_quantize(commands: Any) -> None:
     parser = _add(commands, "quantize", "quantizing one MoE layer, ours against GPTQ")
     parser.add_argument("--shape", default="qwen3-30b-a3b", choices=sorted(SHAPES))
     parser.add_argument("--experts", type=int, help="so many instead of the model's")
-    parser.add_argument("--tokens", type=int, default=8192, help="of calibration")
+    text = "comma list: tokens of calibration (default: %(default)s)"
+    parser.add_argument("--tokens", default="8192,32768,131072", help=text)
     parser.add_argument("--bits", type=float, default=2.0)
     parser.add_argument("--method", default="default", choices=sorted(METHODS))
     parser.add_argument("--gptq-experts", type=int, default=2, help="experts that GPTQ quantizes; 0: no GPTQ")

@@ -8,56 +8,30 @@ does not depend on how many there are, so it is scaled up to all.
 from __future__ import annotations
 
 import argparse
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from importlib.util import find_spec
-from types import ModuleType
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bitsmoe_plugin.allocation import row_costs
 from bitsmoe_plugin.allocation.budget import plan_budget
 from bitsmoe_plugin.allocation.knapsack.solve import allocate
 from bitsmoe_plugin.base.devices import choose_device
+from bitsmoe_plugin.base.spans import recorded
 from bitsmoe_plugin.calibration import statistics
 from bitsmoe_plugin.calibration.statistics import LayerActivations
-from bitsmoe_plugin.codec import layout
 from bitsmoe_plugin.codec.backends import refuse_slow
 from bitsmoe_plugin.codec.layout import LayerShape, row_sizes
 from bitsmoe_plugin.commands.bench.output import Row
 from bitsmoe_plugin.commands.defaults import SHAPES
 from bitsmoe_plugin.config import BitsMoEConfig
+from bitsmoe_plugin.errors import ConfigError
 from bitsmoe_plugin.models.expert_weights import ExpertWeights
 from bitsmoe_plugin.pipeline.layer_plan import plan_layer
-from bitsmoe_plugin.rounding import (
-    layer_rounding,
-    refit_down,
-    round_from_plan,
-)
-from bitsmoe_plugin.rounding.feedback_rounding import round_along_neurons, round_along_rank
-from bitsmoe_plugin.spectral import bases as spectral_bases
+from bitsmoe_plugin.rounding import layer_rounding, round_from_plan
 from bitsmoe_plugin.spectral import layer_problem
-
-PARTS: dict[str, Callable[..., Any]] = {
-    "statistics": statistics.collect,
-    "bases": layer_problem.shared_bases,
-    "factors of gate and up": spectral_bases.input_factors,
-    "factors of down": spectral_bases.down_factors,
-    "feedback": layer_problem.rank_feedback,
-    "costs, with feedback": row_costs.row_costs,
-    "allocation": allocate,
-    "gate and up": round_along_rank,
-    "refit of down": refit_down.refit_down,
-    "down": round_along_neurons,
-    "packing": layout.pack_experts,
-}
-"""What is timed; feedback is computed twice, once for the costs."""
 
 
 def random_experts(shape: LayerShape, generator: torch.Generator) -> ExpertWeights:
@@ -111,43 +85,6 @@ def _quantize(weights: ExpertWeights, activations: LayerActivations, config: Bit
         layer_rounding.round_layer(second, bits)
 
 
-def _loaded_modules() -> list[ModuleType]:
-    """Those of this package, to find all that call a part, by whatever name."""
-    return [module for name, module in sorted(sys.modules.items()) if name.startswith("bitsmoe_plugin.")]
-
-
-@contextmanager
-def _timed(device: torch.device) -> Iterator[dict[str, float]]:
-    """Seconds by part while this is entered. A GPU is waited for before and after each call of a part: what
-    it is asked for is otherwise computed in the time of another."""
-    seconds = dict.fromkeys(PARTS, 0.0)
-
-    def timed(part: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            start = _now(device)
-            try:
-                return function(*args, **kwargs)
-            finally:
-                seconds[part] += _now(device) - start
-
-        return call
-
-    places = [
-        (module, name, part)
-        for part, function in PARTS.items()
-        for module in _loaded_modules()
-        for name, value in vars(module).items()
-        if value is function
-    ]
-    for module, name, part in places:
-        setattr(module, name, timed(part, PARTS[part]))
-    try:
-        yield seconds
-    finally:
-        for module, name, part in places:
-            setattr(module, name, PARTS[part])
-
-
 def _now(device: torch.device) -> float:
     """Seconds, when all that a GPU was asked for is done."""
     if device.type == "cuda":
@@ -197,43 +134,82 @@ def _routed_to_first(activations: LayerActivations) -> LayerActivations:
     return replace(activations, top_k_index=activations.top_k_index % 2)
 
 
+def _ours(weights: ExpertWeights, activations: LayerActivations, config: BitsMoEConfig) -> dict[str, float]:
+    """Seconds of all of it, first, and of its parts, the longest first."""
+    device, parts = activations.hidden.device, dict[str, float]()
+    start = _now(device)
+    with recorded(parts, device):
+        _quantize(weights, activations, config)
+    total = _now(device) - start
+    parts["everything else"] = total - sum(parts.values())
+    ordered = sorted(parts.items(), key=lambda part: -part[1])
+    return {f"bitsmoe ({config.method})": total, **{f"  {part}": seconds for part, seconds in ordered}}
+
+
+def _gptq(weights: ExpertWeights, activations: LayerActivations, experts: int) -> dict[str, float]:
+    """Seconds of GPTQ for all experts, from some."""
+    some = min(experts, weights.num_experts)
+    scale = weights.num_experts / some
+    names = {"gptq": True, "gptq, no search for scales": False}
+    return {name: scale * _gptq_seconds(weights, activations, some, s) for name, s in names.items()}
+
+
+def token_counts(text: str) -> list[int]:
+    """From a comma list, in its order.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    try:
+        counts = [int(part) for part in text.split(",")]
+    except ValueError:
+        counts = []
+    if not counts or min(counts) < 1:
+        raise ConfigError(f"--tokens {text}: give a comma list of numbers of at least 1, like 8192,131072")
+    return counts
+
+
 def measure(args: argparse.Namespace) -> list[Row]:
-    """A row for each part, for the whole, and for GPTQ."""
+    """For each number of tokens a row for the whole, each part, and GPTQ; ``growth`` is relative to the first
+    number."""
+    counts = token_counts(args.tokens)
     if args.threads:
         torch.set_num_threads(args.threads)
     sizes, k = SHAPES[args.shape]
-    shape = LayerShape(*sizes)
-    if args.experts:
-        shape = LayerShape(args.experts, shape.hidden_size, shape.intermediate_size)
+    shape = LayerShape(args.experts or sizes[0], *sizes[1:])
     generator = torch.Generator().manual_seed(0)
-    weights = random_experts(shape, generator)
-    activations = random_activations(shape, min(k, shape.num_experts), args.tokens, generator)
     device = torch.device(choose_device(args.device))
-    weights = weights.to(device)
-    activations = LayerActivations(*(tensor.to(device) for tensor in vars(activations).values()))
     config = BitsMoEConfig(bits=args.bits, method=args.method)
     refuse_slow(device, args.allow_slow)
-    with torch.no_grad():
-        if device.type == "cuda":  # kernels are compiled, and libraries loaded, at their first use
-            plenty = BitsMoEConfig(bits=8.0, method=args.method)  # two experts have much of a basis each
-            _quantize(_first(weights), _routed_to_first(activations), plenty)
-        with _timed(device) as parts:
-            start = _now(device)
-            _quantize(weights, activations, config)
-            ours = _now(device) - start
-    times = {f"bitsmoe ({args.method})": ours, **{f"  {part}": value for part, value in parts.items()}}
-    if args.gptq_experts and find_spec("gptqmodel"):
-        some = min(args.gptq_experts, shape.num_experts)
-        if device.type == "cuda":
-            _gptq_seconds(weights, activations, 1, search=True)
-        for name, search in (("gptq", True), ("gptq, no search for scales", False)):
-            times[name] = _gptq_seconds(weights, activations, some, search) * shape.num_experts / some
+    weights = random_experts(shape, generator).to(device)
+    plenty = BitsMoEConfig(bits=8.0, method=args.method)  # two experts have much of a basis each
+    peer = bool(args.gptq_experts and find_spec("gptqmodel"))
+    times: dict[int, dict[str, float]] = {}
+    for tokens in counts:
+        given = random_activations(shape, min(k, shape.num_experts), tokens, generator)
+        activations = LayerActivations(*(tensor.to(device) for tensor in vars(given).values()))
+        with torch.no_grad():
+            if device.type == "cuda" and not times:  # kernels are compiled, libraries loaded, at first use
+                _quantize(_first(weights), _routed_to_first(activations), plenty)
+                if peer:
+                    _gptq_seconds(weights, activations, 1, search=True)
+            times[tokens] = _ours(weights, activations, config)
+            if peer:
+                times[tokens] |= _gptq(weights, activations, args.gptq_experts)
+    return _rows(times, shape)
+
+
+def _rows(times: dict[int, dict[str, float]], shape: LayerShape) -> list[Row]:
+    first = next(iter(times.values()))
     return [
         {
+            "tokens": tokens,
             "part": part,
             "seconds": seconds,
             "nanoseconds_per_weight": 1e9 * seconds / shape.weights,
-            "over_bitsmoe": seconds / ours,
+            "over_bitsmoe": seconds / next(iter(parts.values())),
+            "growth": seconds / first[part] if first.get(part) else None,
         }
-        for part, seconds in times.items()
+        for tokens, parts in times.items()
+        for part, seconds in parts.items()
     ]

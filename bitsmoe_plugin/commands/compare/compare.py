@@ -58,6 +58,8 @@ class ComparisonTask:
     prompt: str | None
     new_tokens: int
     checkpoint: str | None = None
+    dense_bits: Any = 16
+    size: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     allow_slow: bool = False
     loading: dict[str, Any] = field(default_factory=dict)
@@ -78,6 +80,8 @@ class ComparisonTask:
             sequence_length=self.sequence_length,
             batch_size=self.batch_size,
             seed=self.seed,
+            dense_bits=self.dense_bits,
+            size=self.size,
             chat_template_kwargs=self.chat_template_kwargs,
             allow_slow=self.allow_slow,
         )
@@ -100,12 +104,14 @@ class Quantized:
     """Attributes:
     model: ready to evaluate.
     expert_bytes: everything stored for the routed experts.
+    other_bytes: everything else that is stored; None: as the unquantized model has it.
     seconds: spent in quantization, without loading and evaluation.
     """
 
     model: Any
     expert_bytes: int
     seconds: float
+    other_bytes: int | None = None
 
 
 def _expert_weights(model: Any) -> int:
@@ -179,8 +185,12 @@ def _bitsmoe(task: ComparisonTask, scratch: Path) -> Quantized:
     start = time.perf_counter()
     quantize_to_directory(task.source, scratch / "bitsmoe", task.config())
     seconds = time.perf_counter() - start
-    size = inspect_checkpoint(scratch / "bitsmoe")["expert_bytes"]
-    return Quantized(_load(scratch / "bitsmoe"), size, seconds)
+    return _packed(inspect_checkpoint(scratch / "bitsmoe"), _load(scratch / "bitsmoe"), seconds)
+
+
+def _packed(inspected: dict[str, Any], model: Any, seconds: float) -> Quantized:
+    size = inspected["expert_bytes"]
+    return Quantized(model, size, seconds, inspected["total_bytes"] - size)
 
 
 def _checkpoint(task: ComparisonTask, scratch: Path) -> Quantized:
@@ -191,8 +201,8 @@ def _checkpoint(task: ComparisonTask, scratch: Path) -> Quantized:
     path = Path(str(task.checkpoint))
     if is_gptq(path):
         return Quantized(load_gptq_model(path, _dtype(task)).eval(), expert_bytes(path), 0.0)
-    size = inspect_checkpoint(path)["expert_bytes"]  # first: it refuses what a loader would trip over
-    return Quantized(_load(path), size, 0.0)
+    inspected = inspect_checkpoint(path)  # first: it refuses what a loader would trip over
+    return _packed(inspected, _load(path), 0.0)
 
 
 PACKAGES = {"gptq": "gptqmodel", "autoround": "auto_round"}
@@ -208,6 +218,15 @@ RUNNERS: dict[str, Callable[[ComparisonTask, Path], Quantized]] = {
 }
 
 
+def _other_bytes(quantized: Quantized, reference: Any) -> int:
+    """What is stored besides the experts; gptq, rtn and autoround leave it as it is here."""
+    if quantized.other_bytes is not None:
+        return quantized.other_bytes
+    experts = {layer.name for layer in find_moe_layers(reference)}
+    named = reference.named_parameters()
+    return sum({p.data_ptr(): p.nbytes for n, p in named if n.rpartition(".")[0] not in experts}.values())
+
+
 def _sample(model: Any, tokenizer: Any, task: ComparisonTask) -> str:
     inputs = tokenizer(task.prompt, return_tensors="pt", return_token_type_ids=False)
     # A repetition penalty, because small models repeat themselves under greedy search.
@@ -220,7 +239,7 @@ def run_method(method: str, task: ComparisonTask) -> dict[str, Any]:
     """Quantize and evaluate with one method, in this process.
 
     Returns:
-        keys method, bits_per_weight, expert_bytes, perplexity, per_domain, kl_divergence,
+        keys method, bits_per_weight, expert_bytes, total_bytes, perplexity, per_domain, kl_divergence,
         top1_agreement, quantize_seconds, and sample if the task has a prompt.
     """
     tokenizer = load_tokenizer(task.source)
@@ -239,6 +258,7 @@ def run_method(method: str, task: ComparisonTask) -> dict[str, Any]:
             "method": method,
             "bits_per_weight": 8 * quantized.expert_bytes / _expert_weights(reference),
             "expert_bytes": quantized.expert_bytes,
+            "total_bytes": quantized.expert_bytes + _other_bytes(quantized, reference),
             "perplexity": result.perplexity,
             "per_domain": result.per_domain,
             "kl_divergence": result.kl_divergence,
@@ -323,12 +343,14 @@ def print_comparison(rows: list[dict[str, Any]], stream: TextIO) -> None:
     """The rows as a table, followed by the text samples."""
     console = table_console(stream)
     domains = sorted(rows[0]["per_domain"])
-    table = Table("method", "bits/weight", "expert bytes", *domains, "perplexity", "KL", "top-1", "seconds")
+    sizes, quality = ("bits/weight", "expert bytes", "total bytes"), ("perplexity", "KL", "top-1", "seconds")
+    table = Table("method", *sizes, *domains, *quality)
     for row in rows:
         table.add_row(
             row["method"],
             f"{row['bits_per_weight']:.3f}",
             f"{row['expert_bytes']:,}",
+            f"{row['total_bytes']:,}",
             *(f"{row['per_domain'][domain]:.2f}" for domain in domains),
             f"{row['perplexity']:.2f}",
             f"{row['kl_divergence']:.4f}",

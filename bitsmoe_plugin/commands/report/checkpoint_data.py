@@ -21,6 +21,9 @@ from bitsmoe_plugin.codec import layout
 from bitsmoe_plugin.codec.spec import PackedSpec
 from bitsmoe_plugin.commands.inspect import inspect_checkpoint
 from bitsmoe_plugin.commands.tables import layer_label
+from bitsmoe_plugin.commands.times import read_times
+from bitsmoe_plugin.commands.whole_model import told as told_of_model
+from bitsmoe_plugin.config import BitsMoEConfig
 from bitsmoe_plugin.models.files import safetensors_files
 from bitsmoe_plugin.models.layer_names import stored_key
 
@@ -96,11 +99,13 @@ class CheckpointData:
     expert_bytes: everything stored for the experts.
     expert_weights: of the unquantized model.
     file_bytes: all safetensors files.
+    whole: about the whole model, by line.
     prediction: what layers for multi-token prediction take of them, empty if there are none.
     parts: part of what is stored for the experts -> bits per weight, largest first.
     calibration_tokens, held_out_tokens: None if it was not told.
     gap: certified relative gap of the allocation; None likewise.
     layers: in forward order.
+    seconds: that quantizing took, by part, the longest first; empty if it was not kept.
     """
 
     title: str
@@ -112,12 +117,14 @@ class CheckpointData:
     expert_bytes: int
     expert_weights: int
     file_bytes: int
+    whole: tuple[str, ...]
     prediction: str
     parts: dict[str, float]
     calibration_tokens: float | None
     held_out_tokens: float | None
     gap: float | None
     layers: tuple[LayerData, ...]
+    seconds: dict[str, float]
 
     @property
     def factors(self) -> tuple[str, ...]:
@@ -146,21 +153,29 @@ def gather(directory: Path) -> CheckpointData:
         title=Path(directory).resolve().name,
         architecture=_architecture(directory),
         method=config.method,
-        budget=f"bits={config.bits:g}"
-        if config.factor_bits is None
-        else f"factor_bits={config.factor_bits:g}",
+        budget=_budget(config),
         widths=config.widths,
         bits=inspected["bits_per_weight"],
         expert_bytes=inspected["expert_bytes"],
         expert_weights=inspected["expert_weights"],
         file_bytes=sum(file.stat().st_size for file in files),
+        whole=tuple(told_of_model(inspected).splitlines()),
         prediction=PredictionSize(**inspected["prediction"]).describe(),
         parts={part: bits for part, bits in parts if bits},
         calibration_tokens=number(calibration, "tokens"),
         held_out_tokens=number(calibration, "held_out_tokens"),
         gap=number(calibration, "allocation_relative_gap"),
         layers=tuple(layers),
+        seconds=read_times(Path(directory)),
     )
+
+
+def _budget(config: BitsMoEConfig) -> str:
+    for option in ("size", "fit", "factor_bits"):
+        if getattr(config, option) is not None:
+            value = getattr(config, option)
+            return f"{option}={value:g}" if isinstance(value, float) else f"{option}={value}"
+    return f"bits={config.bits:g}"
 
 
 def _architecture(directory: Path) -> str:

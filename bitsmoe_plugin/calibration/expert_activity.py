@@ -1,0 +1,46 @@
+"""What an expert computes for some tokens, and how much it matters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bitsmoe_plugin.base.linalg import product
+from bitsmoe_plugin.base.spans import span
+from bitsmoe_plugin.models.expert_weights import ExpertBiases, ExpertWeights
+from bitsmoe_plugin.models.gating import Gating
+
+
+@dataclass(frozen=True)
+class ExpertActivity:
+    """Attributes:
+    hidden: ``[n, I]`` float32, exact hidden activations.
+    importance: of gate and up, or of up alone, ``[n, I]`` float32: q of the module text of ``statistics``.
+    """
+
+    hidden: Tensor
+    importance: tuple[Tensor, ...]
+
+
+@span("statistics")
+def expert_activity(
+    weights: ExpertWeights, biases: ExpertBiases | None, gating: Gating, inputs: Tensor, expert: int
+) -> ExpertActivity:
+    """Of the inputs ``[n, H]``."""
+    x = inputs.float()
+    products = tuple(product(x, matrix[expert].float()) for matrix in weights.inputs)
+    products = products if biases is None else biases.add(*products, expert=expert)
+    hidden, *slopes = _gating_with_slopes(gating, *products)
+    reach = weights.down[expert].float().square().sum(0) / weights.hidden_size
+    return ExpertActivity(hidden, tuple(slope.square_().mul_(reach) for slope in slopes))
+
+
+def _gating_with_slopes(gating: Gating, *products: Tensor) -> tuple[Tensor, ...]:
+    """hidden, and its slope by each of the products (gate and up, or up), all ``[n, I]``."""
+    with torch.enable_grad():
+        products = tuple(product.detach().requires_grad_() for product in products)
+        hidden = gating(*products)
+        slopes = torch.autograd.grad(hidden.sum(), products)
+    return hidden.detach(), *slopes
