@@ -41,8 +41,11 @@ def first_batches(hidden: list[Tensor], count: int) -> Carried:
 
 
 def copied(hidden: list[Tensor]) -> Carried:
-    """The same in memory of its own."""
-    left = [{k: tuple(t.clone() for t in ts) for k, ts in one.items()} for one in left_beside(hidden)]
+    """Hidden states and what belongs to them, in memory of their own."""
+    left = [
+        {key: tuple(tensor.clone() for tensor in tensors) for key, tensors in batch.items()}
+        for batch in left_beside(hidden)
+    ]
     return Carried((tensor.clone() for tensor in hidden), left)
 
 

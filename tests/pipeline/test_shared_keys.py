@@ -91,6 +91,15 @@ def test_a_run_with_images_goes_on(
     assert all(torch.equal(found[name], tensor) for name, tensor in whole.items())
 
 
+def test_a_stream_that_is_copied_keeps_them(tmp_path: Path) -> None:
+    """Without ``sequential`` the second stream is a copy of the first; a file that holds both has room for
+    neither's memory twice."""
+    config = BitsMoEConfig(work_dir=tmp_path / "work", sequential=False, **{**OPTIONS, "method": "fast"})
+    model = _model()
+    quantize_model(model, _conversations(), config)
+    assert sum(isinstance(module, BitsMoEExperts) for module in model.modules()) == 4
+
+
 def test_what_cannot_be_carried_is_refused() -> None:
     with pytest.raises(QuantizationError, match="decoder layer 3 leaves 'window' in shared for later ones"):
         left_in({"shared": {"window": 5}}, 3, 2)

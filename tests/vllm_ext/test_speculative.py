@@ -79,7 +79,7 @@ def test_drafts_change_no_token(target: str, results) -> None:
     plain, drafted = results[target], results[f"{target} with drafts"]
     assert [s["tokens"] for s in drafted["sequences"]] == [s["tokens"] for s in plain["sequences"]]
     assert drafted["drafted"] > 0
-    assert drafted["accepted"] > drafted["drafted"] / 4
+    assert drafted["accepted"] > drafted["drafted"] / 8  # of a chance draft one in a vocabulary would be
 
 
 @pytest.mark.parametrize(
