@@ -194,6 +194,38 @@ def test_scales_in_another_file(tiny_model: Any, tmp_path: Path) -> None:
     assert estimate(split, _config()).source_bits_per_weight == pytest.approx(8 + 32 / 256)
 
 
+def test_experts_in_fp4(tiny_model: Any, tmp_path: Path) -> None:
+    """Guards the experts of DeepSeek-V4: two values per byte in a checkpoint of ``fp8``. What safetensors
+    calls F4 is refused, because it reads no part of it."""
+    tiny_model("qwen3_moe", hidden_size=64, moe_intermediate_size=32).bfloat16().save_pretrained(
+        tmp_path / "dense"
+    )
+    low = fp8(tmp_path / "dense", tmp_path / "low")
+    values = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+    plain: Tensors = {}
+
+    def change(tensors: Tensors) -> None:
+        made = torch.Generator().manual_seed(3)
+        for name in [n for n in tensors if ".experts." in n and n.endswith(".weight")]:
+            rows, columns = tensors[name].shape
+            codes = torch.randint(0, 16, (rows, columns), generator=made)
+            exponents = torch.randint(120, 124, (rows, columns // 32), generator=made, dtype=torch.uint8)
+            plain[name] = (values[codes] * (exponents.repeat_interleave(32, 1) - 127.0).exp2()).bfloat16()
+            packed = (codes[:, 0::2] + 16 * codes[:, 1::2]).to(torch.uint8)
+            tensors[name] = packed.view(torch.int8)
+            tensors[f"{name}_scale_inv"] = exponents.view(torch.float8_e8m0fnu)
+
+    rewrite(low, change)
+    load_model(low).save_pretrained(tmp_path / "plain")
+    stored = load_file(tmp_path / "plain" / "model.safetensors")
+    assert all(torch.equal(weight, stored[name]) for name, weight in plain.items())
+    wanted, found = _packed(_quantized(tmp_path / "plain")), _packed(_quantized(low))
+    assert all(torch.equal(tensor, found[name]) for name, tensor in wanted.items())
+    assert estimate(low, _config()).source_bits_per_weight == pytest.approx(4 + 8 / 32)
+    rewrite(low, lambda t: t.update({EXPERT: t[EXPERT].view(torch.float4_e2m1fn_x2)}))
+    _refused(low, rf"{EXPERT} \(F4.*does not read this dtype in parts; give")
+
+
 @pytest.mark.exhaustive
 def test_peak_memory_does_not_grow_with_depth(tmp_path: Path) -> None:
     """Guards the bound of streaming, from outside: 6 further layers are 28 MB of experts in bfloat16, 14 MB
@@ -469,6 +501,9 @@ def test_model_that_stays_in_low_precision_is_refused(dense: Path, tmp_path: Pat
         QuantizationError, match=r"loaded in compressed-tensors; .*BitsMoEConfig.*dequantize=True"
     ):
         quantize_model(model, TOKENS, _config())
+    packed = _quantized(dense)
+    with pytest.raises(QuantizationError, match="experts is quantized already"):
+        quantize_model(packed, TOKENS, _config())
 
 
 def test_estimate_counts_what_is_stored(dense: Path, tmp_path: Path) -> None:
