@@ -194,6 +194,63 @@ def test_scales_in_another_file(tiny_model: Any, tmp_path: Path) -> None:
     assert estimate(split, _config()).source_bits_per_weight == pytest.approx(8 + 32 / 256)
 
 
+def _left(original: Path, *parts: str) -> Damage:
+    """Put weights back that the publisher has left as they were."""
+
+    def change(tensors: Tensors) -> None:
+        for name, weight in load_file(original / "model.safetensors").items():
+            if any(part in name for part in parts):
+                for stored in [other for other in tensors if other.startswith(name)]:
+                    del tensors[stored]
+                tensors[name] = weight
+
+    return change
+
+
+LEFT: dict[str, tuple[Make, tuple[str, ...]]] = {
+    "fp8": (fp8, ("layers.1.mlp.experts.", "layers.0.self_attn.q_proj")),
+    "compressed-tensors, FP8": (
+        lambda a, b: compressed(a, b, scheme("fp8 channel")),
+        ("layers.1.mlp.experts.", "layers.0.self_attn.q_proj"),
+    ),
+    "compressed-tensors, INT4": (lambda a, b: compressed(a, b, scheme("int4")), ("self_attn.q_proj",)),
+}
+
+
+@pytest.mark.parametrize("kind", LEFT)
+def test_layers_that_were_left_unquantized(kind: str, dense: Path, tmp_path: Path) -> None:
+    """Guards publishers' lists of what they do not quantize."""
+    make, parts = LEFT[kind]
+    low, plain = make(dense, tmp_path / "low"), tmp_path / "plain"
+    load_model(low).save_pretrained(plain)
+    for path in (low, plain):
+        rewrite(path, _left(dense, *parts))
+    wanted, found = _quantized(plain), _quantized(low)
+    assert all(torch.equal(t, found.state_dict()[name]) for name, t in wanted.state_dict().items())
+    assert all(torch.equal(t, _packed(found)[name]) for name, t in _packed(wanted).items())
+
+
+PARTLY: dict[str, tuple[Make, str]] = {
+    "fp8": (fp8, "layers.1.mlp.experts.2."),
+    "fp8, one projection": (fp8, "layers.1.mlp.experts.2.up_proj"),
+    "compressed-tensors": (lambda a, b: compressed(a, b, scheme("int4")), "layers.1.mlp.experts."),
+}
+
+
+@pytest.mark.parametrize("kind", PARTLY)
+def test_experts_partly_in_low_precision_are_refused(kind: str, dense: Path, tmp_path: Path) -> None:
+    """Guards against an error of transformers when all else was loaded, and experts left at random."""
+    make, part = PARTLY[kind]
+    low = make(dense, tmp_path / "low")
+    rewrite(low, _left(dense, part))
+    message = (
+        rf"stored in {kind.partition(',')[0]}, and .*{part}.*BF16.*reads in the same way.*give a checkpoint"
+    )
+    _refused(low, message)
+    with pytest.raises(QuantizationError, match=message):
+        load_model(low)
+
+
 def test_experts_in_fp4(tiny_model: Any, tmp_path: Path) -> None:
     """Guards the experts of DeepSeek-V4: two values per byte in a checkpoint of ``fp8``. What safetensors
     calls F4 is refused, because it reads no part of it."""
