@@ -129,6 +129,11 @@ def _check_grid(source: LowPrecision, weight: StoredTensor, scales: StoredTensor
     """Refuse scales that are not one per block."""
     if len(weight.shape) < 2:
         raise QuantizationError(f"{weight} is stored in {source.method}, which is for matrices")
+    if weight.dtype == "F4":
+        raise QuantizationError(
+            f"{weight}: safetensors does not read this dtype in parts; give a checkpoint that holds two "
+            "values in each I8, or one in bfloat16"
+        )
     if weight.dtype not in _FP8:  # two values per byte
         rows, columns = weight.shape[-2], 2 * weight.shape[-1]
         block: Any = (1, _FP4_BLOCK)

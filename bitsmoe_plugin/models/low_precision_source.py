@@ -53,6 +53,7 @@ class LowPrecisionSource:
         self._experts = _expert_parameters(model)
         self._coarse = check_stored(self.precision, self.stored, self._is_like_expert)
         check_source(self.names, dtypes, self._coarse, self.precision.method)
+        self._check_alike()
         self.expert_bytes = sum(t.size for name, t in self.stored.items() if self._is_expert(name))
         self.other_bytes = sum(t.size for t in self.stored.values()) - self.expert_bytes
         self.grown_bytes = self._count_others(model) + self._count_carried(model.dtype.itemsize)
@@ -63,6 +64,22 @@ class LowPrecisionSource:
     def _is_like_expert(self, name: str) -> bool:
         """Whether a tensor is of an expert, of a layer for prediction too."""
         return self._is_expert(name) or (".experts." in name and self.names.is_prediction_layer(name))
+
+    def _check_alike(self) -> None:
+        """Refuse experts that are in low precision only in part: transformers decodes all of a layer or none,
+        and all of a model or none where weights in low precision have another name."""
+        experts = [name for name in self.stored if is_weight(name) and self._is_expert(name)]
+        renamed = any(name.endswith(".weight_packed") for name in experts)
+        kinds: dict[str, dict[bool, StoredTensor]] = {}
+        for name in experts:
+            together = "" if renamed else self.names.target(name)
+            kinds.setdefault(together, {})[name in self._coarse] = self.stored[name]
+        mixed = next((found for found in kinds.values() if len(found) > 1), None)
+        if mixed is not None:
+            raise QuantizationError(
+                f"{mixed[True]} is stored in {self.precision.method}, and {mixed[False]}, which transformers "
+                "reads in the same way, is not in low precision; give a checkpoint in bfloat16"
+            )
 
     def _count_others(self, model: Any) -> int:
         tensors = {id(t): t for n, t in model.state_dict(keep_vars=True).items() if n not in self._experts}

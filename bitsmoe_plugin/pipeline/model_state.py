@@ -13,6 +13,20 @@ from bitsmoe_plugin.runtime.dense_linear import scheme_of
 from bitsmoe_plugin.runtime.experts import BitsMoEExperts
 
 
+def check_unpacked(model: nn.Module) -> None:
+    """Refuse a model that is packed.
+
+    Raises:
+        QuantizationError: naming its first packed layer.
+    """
+    packed = (name for name, module in model.named_modules() if isinstance(module, BitsMoEExperts))
+    name = next(packed, None)
+    if name is not None:
+        raise QuantizationError(
+            f"{name} is quantized already (quant_method 'bitsmoe'); the model that it was made from is needed"
+        )
+
+
 @contextmanager
 def in_evaluation_mode(model: nn.Module) -> Iterator[None]:
     """No dropout inside; afterwards each module is in the mode that it was in."""

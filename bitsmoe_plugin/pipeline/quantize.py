@@ -39,7 +39,7 @@ from bitsmoe_plugin.models.low_precision import check_loaded
 from bitsmoe_plugin.models.routing import experts_per_token
 from bitsmoe_plugin.pipeline.dense_costs import chosen_dense, unit_costs
 from bitsmoe_plugin.pipeline.dense_pass import planned_dense
-from bitsmoe_plugin.pipeline.model_state import in_evaluation_mode, refused_if_it_fails
+from bitsmoe_plugin.pipeline.model_state import check_unpacked, in_evaluation_mode, refused_if_it_fails
 from bitsmoe_plugin.pipeline.plan_pass import plan_layers
 from bitsmoe_plugin.pipeline.progress import Progress, ProgressInMemory
 from bitsmoe_plugin.pipeline.progress_on_disk import ProgressOnDisk
@@ -78,12 +78,13 @@ def quantize_model(
 
     Raises:
         ConfigError: an option is wrong, or the compiled kernels are missing (``allow_slow``).
-        QuantizationError: a model in low precision, no MoE layers, unknown family, NaN weights, budget out of
-            reach, a work directory of another run, or other arguments than another process's.
+        QuantizationError: a model in low precision or packed, no MoE layers, unknown family, NaN weights,
+            budget out of reach, a work directory of another run, or other arguments than another process's.
         Interrupted: Ctrl-C, after a layer, if there is a work directory.
     """
     config.validate()
     check_loaded(model)
+    check_unpacked(model)
     check_choice("grid", config.grid, GRIDS)  # not that of checkpoints that were imported
     source, workers = source or LoadedExperts(model), Workers.present()
     refuse_slow(next(model.parameters()).device, config.allow_slow)

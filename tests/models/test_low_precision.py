@@ -202,6 +202,95 @@ def test_scales_in_another_file(tiny_model: Any, tmp_path: Path) -> None:
     assert estimate(split, _config()).source_bits_per_weight == pytest.approx(8 + 32 / 256)
 
 
+def _left(original: Path, *parts: str) -> Damage:
+    """Put weights back that the publisher has left as they were."""
+
+    def change(tensors: Tensors) -> None:
+        for name, weight in load_file(original / "model.safetensors").items():
+            if any(part in name for part in parts):
+                for stored in [other for other in tensors if other.startswith(name)]:
+                    del tensors[stored]
+                tensors[name] = weight
+
+    return change
+
+
+LEFT: dict[str, tuple[Make, tuple[str, ...]]] = {
+    "fp8": (fp8, ("layers.1.mlp.experts.", "layers.0.self_attn.q_proj")),
+    "compressed-tensors, FP8": (
+        lambda a, b: compressed(a, b, scheme("fp8 channel")),
+        ("layers.1.mlp.experts.", "layers.0.self_attn.q_proj"),
+    ),
+    "compressed-tensors, INT4": (lambda a, b: compressed(a, b, scheme("int4")), ("self_attn.q_proj",)),
+}
+
+
+@pytest.mark.parametrize("kind", LEFT)
+def test_layers_that_were_left_unquantized(kind: str, dense: Path, tmp_path: Path) -> None:
+    """Guards publishers' lists of what they do not quantize."""
+    make, parts = LEFT[kind]
+    low, plain = make(dense, tmp_path / "low"), tmp_path / "plain"
+    load_model(low).save_pretrained(plain)
+    for path in (low, plain):
+        rewrite(path, _left(dense, *parts))
+    wanted, found = _quantized(plain), _quantized(low)
+    assert all(torch.equal(t, found.state_dict()[name]) for name, t in wanted.state_dict().items())
+    assert all(torch.equal(t, _packed(found)[name]) for name, t in _packed(wanted).items())
+
+
+PARTLY: dict[str, tuple[Make, str]] = {
+    "fp8": (fp8, "layers.1.mlp.experts.2."),
+    "fp8, one projection": (fp8, "layers.1.mlp.experts.2.up_proj"),
+    "compressed-tensors": (lambda a, b: compressed(a, b, scheme("int4")), "layers.1.mlp.experts."),
+}
+
+
+@pytest.mark.parametrize("kind", PARTLY)
+def test_experts_partly_in_low_precision_are_refused(kind: str, dense: Path, tmp_path: Path) -> None:
+    """Guards against an error of transformers when all else was loaded, and experts left at random."""
+    make, part = PARTLY[kind]
+    low = make(dense, tmp_path / "low")
+    rewrite(low, _left(dense, part))
+    message = (
+        rf"stored in {kind.partition(',')[0]}, and .*{part}.*BF16.*reads in the same way.*give a checkpoint"
+    )
+    _refused(low, message)
+    with pytest.raises(QuantizationError, match=message):
+        load_model(low)
+
+
+def test_experts_in_fp4(tiny_model: Any, tmp_path: Path) -> None:
+    """Guards the experts of DeepSeek-V4: two values per byte in a checkpoint of ``fp8``. What safetensors
+    calls F4 is refused, because it reads no part of it."""
+    tiny_model("qwen3_moe", hidden_size=64, moe_intermediate_size=32).bfloat16().save_pretrained(
+        tmp_path / "dense"
+    )
+    low = fp8(tmp_path / "dense", tmp_path / "low")
+    values = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+    plain: Tensors = {}
+
+    def change(tensors: Tensors) -> None:
+        made = torch.Generator().manual_seed(3)
+        for name in [n for n in tensors if ".experts." in n and n.endswith(".weight")]:
+            rows, columns = tensors[name].shape
+            codes = torch.randint(0, 16, (rows, columns), generator=made)
+            exponents = torch.randint(120, 124, (rows, columns // 32), generator=made, dtype=torch.uint8)
+            plain[name] = (values[codes] * (exponents.repeat_interleave(32, 1) - 127.0).exp2()).bfloat16()
+            packed = (codes[:, 0::2] + 16 * codes[:, 1::2]).to(torch.uint8)
+            tensors[name] = packed.view(torch.int8)
+            tensors[f"{name}_scale_inv"] = exponents.view(torch.float8_e8m0fnu)
+
+    rewrite(low, change)
+    load_model(low).save_pretrained(tmp_path / "plain")
+    stored = load_file(tmp_path / "plain" / "model.safetensors")
+    assert all(torch.equal(weight, stored[name]) for name, weight in plain.items())
+    wanted, found = _packed(_quantized(tmp_path / "plain")), _packed(_quantized(low))
+    assert all(torch.equal(tensor, found[name]) for name, tensor in wanted.items())
+    assert estimate(low, _config()).source_bits_per_weight == pytest.approx(4 + 8 / 32)
+    rewrite(low, lambda t: t.update({EXPERT: t[EXPERT].view(torch.float4_e2m1fn_x2)}))
+    _refused(low, rf"{EXPERT} \(F4.*does not read this dtype in parts; give")
+
+
 @pytest.mark.exhaustive
 def test_peak_memory_does_not_grow_with_depth(tmp_path: Path) -> None:
     """Guards the bound of streaming, from outside: 6 further layers are 28 MB of experts in bfloat16, 14 MB
@@ -477,6 +566,9 @@ def test_model_that_stays_in_low_precision_is_refused(dense: Path, tmp_path: Pat
         QuantizationError, match=r"loaded in compressed-tensors; .*BitsMoEConfig.*dequantize=True"
     ):
         quantize_model(model, TOKENS, _config())
+    packed = _quantized(dense)
+    with pytest.raises(QuantizationError, match="experts is quantized already"):
+        quantize_model(packed, TOKENS, _config())
 
 
 def test_estimate_counts_what_is_stored(dense: Path, tmp_path: Path) -> None:
