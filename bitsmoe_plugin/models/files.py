@@ -29,8 +29,8 @@ def read_model_config(folder: Path) -> dict[str, Any]:
     """config.json of a model.
 
     Raises:
-        CheckpointError: see ``read_object``; or the model is known only to code of its own, which is not
-            run.
+        CheckpointError: see ``read_object``; the model is known only to code of its own, which is not run;
+            or quantization_config is no object.
     """
     from transformers import CONFIG_MAPPING
 
@@ -39,6 +39,12 @@ def read_model_config(folder: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{folder} is of model_type {str(values.get('model_type'))[:80]!r}, which transformers does not "
             "know; the code that it brings along is not run"
+        )
+    settings = values.get("quantization_config")
+    if not isinstance(settings, (dict, type(None))):
+        raise CheckpointError(
+            f"{folder / 'config.json'} is damaged (its quantization_config is a {type(settings).__name__}, "
+            "not an object); download or make it again"
         )
     return values
 

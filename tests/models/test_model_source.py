@@ -17,8 +17,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from bitsmoe_plugin import BitsMoEConfig
 from bitsmoe_plugin.checkpoint.read import read_config
 from bitsmoe_plugin.commands.compare.compare import ComparisonTask, run_method
+from bitsmoe_plugin.commands.estimate import estimate
 from bitsmoe_plugin.commands.evaluate import evaluate_path
-from bitsmoe_plugin.errors import ConfigError
+from bitsmoe_plugin.errors import CheckpointError, ConfigError
 from bitsmoe_plugin.integrations.transformers import quantize_to_directory
 from bitsmoe_plugin.models.model_source import ModelSource
 from bitsmoe_plugin.models.tokenizer import UntrustedCodeError, load_tokenizer
@@ -119,6 +120,17 @@ def quantized(name: str | Path, text: str, **options: Any) -> str:
 @pytest.fixture(scope="module")
 def wanted(model: Path, text: str) -> str:
     return quantized(model, text)
+
+
+@pytest.mark.parametrize("settings", ["fp8", ["fp8"], 8])
+def test_settings_that_are_no_object(settings: Any, model: Path, tmp_path: Path) -> None:
+    """Guards users of commands against an AttributeError of transformers."""
+    folder = shutil.copytree(model, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": settings}))
+    for door in (ModelSource.of(folder).config, lambda: estimate(folder, BitsMoEConfig())):
+        with pytest.raises(CheckpointError, match=r"config\.json is damaged \(its quantization_config is a"):
+            door()
 
 
 def test_from_pretrained_takes_the_tokenizer_beside_the_weights(
