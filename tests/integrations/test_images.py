@@ -22,8 +22,10 @@ from transformers import (
 
 from bitsmoe_plugin import BitsMoEConfig, ConfigError, QuantizationError
 from bitsmoe_plugin.cli import main
+from bitsmoe_plugin.commands import times
 from bitsmoe_plugin.commands.evaluate import evaluate_path, load_for_evaluation
 from bitsmoe_plugin.integrations.dequantize_checkpoint import dequantize_checkpoint
+from bitsmoe_plugin.integrations.optimum import BitsMoEQuantizer
 from bitsmoe_plugin.models.model_class import auto_class, text_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*calibration token", "ignore:no tokenizer saved")
@@ -115,6 +117,28 @@ def test_every_command(saved: Path, chat: Path, tmp_path: Path, capfd: pytest.Ca
     assert main(["inspect", str(tuned)]) == main(["estimate", str(saved), *options]) == 0
     assert main(["evaluate", str(out), "--dataset", str(chat), "--sequence-length", "32"]) == 2
     assert "holds images, and only text is read here" in capfd.readouterr().err
+
+
+def test_commands_that_read_a_multimodal_model(
+    saved: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Comparing, the report, and optimum, which write what the others do."""
+    text, out, again = tmp_path / "text.jsonl", tmp_path / "out", tmp_path / "again"
+    text.write_text("\n".join(json.dumps({"text": "w11 w12 w13 w14 " * 20}) for _ in range(4)))
+    common = ["--dataset", str(text), "--sequence-length", "32", "--bits", "6"]
+    assert main(["quantize", str(saved), str(out), *common, "--option", "basis_group_size=16"]) == 0
+    options = {"sequence_length": 32, "bits": 6.0, "basis_group_size": 16}
+    BitsMoEQuantizer.from_pretrained(saved).quantize(again, dataset=str(text), **options)
+    written = {path.name: path.read_bytes() for path in out.iterdir() if path.name != times.FILE}
+    assert {path.name: path.read_bytes() for path in again.iterdir()} == written
+    assert main(["report", str(out), "--out", str(tmp_path / "report")]) == 0
+    capfd.readouterr()
+    prompt = ["--prompt", "w11 w12", "--new-tokens", "2", "--group-size", "16"]
+    comparing = ["--methods", "rtn,bitsmoe", "--eval", str(text), "--json", *prompt]
+    assert main(["compare", str(saved), *common, *comparing]) == 0
+    rows = json.loads(capfd.readouterr().out)
+    assert [row["method"] for row in rows] == ["rtn", "bitsmoe"]
+    assert all(row["kl_divergence"] < 0.1 and row["sample"] for row in rows)
 
 
 def test_the_language_model_alone_has_the_same_perplexity(tmp_path: Path) -> None:

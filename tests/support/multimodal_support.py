@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -265,13 +265,13 @@ class Processor:
 @torch.no_grad()
 def logits(model: Any, inputs: dict[str, Tensor]) -> Tensor:
     """``[1, tokens, vocabulary]``. Those of Llama4 are read off its output layer: the forward pass of its
-    multimodal class fails after that, in transformers 5.24."""
+    multimodal class fails after that, from transformers 5.21 to 5.24."""
     if model.config.model_type != "llama4":
         return model(**inputs).logits
     found: list[Tensor] = []
     handle = model.get_output_embeddings().register_forward_hook(lambda *call: found.append(call[-1]))
     try:
-        with pytest.raises(AttributeError, match="image_outputs"):
+        with suppress(AttributeError):
             model(**inputs)
     finally:
         handle.remove()
