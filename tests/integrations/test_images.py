@@ -136,7 +136,7 @@ def test_commands_that_read_a_multimodal_model(
     prompt = ["--prompt", "w11 w12", "--new-tokens", "2", "--group-size", "16"]
     comparing = ["--methods", "rtn,bitsmoe", "--eval", str(text), "--json", *prompt]
     assert main(["compare", str(saved), *common, *comparing]) == 0
-    rows = json.loads(capfd.readouterr().out)
+    rows = json.loads(capfd.readouterr().out)["results"]
     assert [row["method"] for row in rows] == ["rtn", "bitsmoe"]
     assert all(row["kl_divergence"] < 0.1 and row["sample"] for row in rows)
 
