@@ -11,9 +11,8 @@ from typing import Any
 
 from bitsmoe_plugin.checkpoint.model_sizes import layer_number
 from bitsmoe_plugin.models.files import read_header
+from bitsmoe_plugin.models.layer_names import PREDICTION
 
-_NAMED = re.compile(r"(^|[._])(mtp|nextn)")
-"""As in ``models.stored_names``, whose model is not at hand here."""
 _EXPERT = re.compile(r"(^|\.)experts\.")
 
 
@@ -69,7 +68,7 @@ def prediction_names(names: Iterable[str], depth: int | None) -> list[str]:
         for name in names
         if ".bitsmoe_" not in name
         and (
-            _NAMED.search(name) is not None
+            PREDICTION.search(name) is not None
             or (depth is not None and _list_of(name) in lists and layer_number(name) >= depth)
         )
     ]

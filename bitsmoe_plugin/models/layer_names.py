@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import re
 
+PREDICTION = re.compile(r"(^|[._])(mtp|nextn)")
+"""In the names of layers for multi-token prediction, of all families that do not number them."""
+
 
 def tensor_key(name: str) -> tuple[str, str]:
     """(decoder layer, buffer) of a packed tensor's name.

@@ -11,6 +11,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from bitsmoe_plugin.models.files import read_header
+from bitsmoe_plugin.models.layer_names import PREDICTION
 from bitsmoe_plugin.models.stand_ins import is_stand_in, stood_for
 
 if TYPE_CHECKING:
@@ -18,8 +19,6 @@ if TYPE_CHECKING:
 
 _FAMILIAR = re.compile(r"rotary_emb\.inv_freq$|(^|\.)position_ids$")
 """Buffers of old releases, which transformers makes by itself and leaves out without a word."""
-_PREDICTION = re.compile(r"(^|[._])(mtp|nextn)")
-"""In the names of layers for multi-token prediction, of all families that do not number them."""
 
 
 class StoredNames:
@@ -116,7 +115,7 @@ class StoredNames:
             return False
         place = _place(target)
         beyond = place not in self._places and re.sub(r"\d+\.$", "0.", place) in self._places
-        return beyond or is_stand_in(name) or _PREDICTION.search(name) is not None
+        return beyond or is_stand_in(name) or PREDICTION.search(name) is not None
 
     def is_left_out(self, name: str) -> bool:
         """Whether the tensor is of a part of a larger model that this class does not have."""
