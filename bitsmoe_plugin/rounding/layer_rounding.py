@@ -15,8 +15,8 @@ from bitsmoe_plugin.codec.scale_grid import ScaleGrid
 from bitsmoe_plugin.rounding import feedback_rounding, row_scales
 from bitsmoe_plugin.rounding.refit_down import Exact, exact, refit_down
 from bitsmoe_plugin.rounding.rounded_layer import RoundedExperts, RoundedLayer, merged_experts, pack_layer
-from bitsmoe_plugin.spectral.error_feedback import Feedback, stacked_feedback
-from bitsmoe_plugin.spectral.layer_feedback import hidden_feedback, rank_feedback
+from bitsmoe_plugin.spectral.error_feedback import Feedback, feedback_of, stacked_feedback
+from bitsmoe_plugin.spectral.layer_feedback import rank_feedback
 from bitsmoe_plugin.spectral.layer_problem import LayerProblem
 
 
@@ -135,7 +135,7 @@ def _refitted(
         bits: ``[e, r]``, of down.
     """
     factors, moments = refit_down(problem, values, experts, given)
-    feedback = hidden_feedback(problem, moments, experts)
+    feedback = feedback_of(moments, problem.config, [known.tokens.routed for known in given])
     scales = row_scales.best_scales(factors, feedback.variance[:, None], bits, problem.config.grid)
     return _Down(factors, feedback, scales)
 

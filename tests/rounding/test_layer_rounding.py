@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bitsmoe_plugin.allocation.row_costs import row_costs
-from bitsmoe_plugin.calibration.statistics import PRIOR_TOKENS
+from bitsmoe_plugin.calibration.activations import PRIOR_TOKENS
 from bitsmoe_plugin.checkpoint.manifest import tensor_digest
 from bitsmoe_plugin.codec import layout
 from bitsmoe_plugin.codec.layout import PackedExperts
@@ -23,7 +23,6 @@ from bitsmoe_plugin.models.gating import gating
 from bitsmoe_plugin.pipeline.layer_plan import bits_over_bound, plan_layer
 from bitsmoe_plugin.presets import ALL_WIDTHS
 from bitsmoe_plugin.rounding.layer_rounding import round_experts, round_layer
-from bitsmoe_plugin.rounding.refit_down import exact as exact_of
 from bitsmoe_plugin.rounding.refit_down import sampled_error
 from bitsmoe_plugin.rounding.round_from_plan import round_as_planned
 from bitsmoe_plugin.runtime.experts import BitsMoEExperts
@@ -322,8 +321,7 @@ def test_trial_measures_the_error_of_the_layer(layer) -> None:
     assert all(tokens.routed >= PRIOR_TOKENS for tokens in problem.tokens)
     row_bits = torch.full((3, E, H), 2)
     rounded, _ = round_experts(problem, row_bits, list(range(E)), with_values=True)
-    given = [exact_of(problem, expert) for expert in range(E)]
-    trial = sampled_error(problem, list(range(E)), rounded.values, given)
+    trial = sampled_error(problem, list(range(E)), rounded.values)
     out = runtime(packed_at(problem, 2), problem)(*routing(layer))
     error = (out - layer.forward(*routing(layer))).square().mean(-1)
     assert trial == pytest.approx(float((error * layer.activations.token_weights).mean()), rel=1e-3)
