@@ -76,6 +76,8 @@ _YARN = {
 """As in every published DeepSeek. Without scaling, vLLM 0.32 on a CPU rotates interleaved positions otherwise
 than transformers does, in unquantized models too."""
 _DEEPSEEK = {"topk_method": "noaux_tc", "scoring_func": "sigmoid", "rope_parameters": _YARN}
+_SPARSE = {"index_topk": 8, "indexer_types": ["full", "shared"]}
+_SPARSE_3 = {"index_topk": 8, "indexer_types": ["full", "full", "shared"]}
 OVERRIDES: dict[str, dict[str, Any]] = {
     "zaya": {"num_experts_per_tok": 1},
     "llama4": {"text_config": {"num_experts_per_tok": 1}},
@@ -104,7 +106,23 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "talker_config": {"text_config": {"shared_expert_intermediate_size": 64}, "spatial_merge_size": 2}
     },
     "deepseek_ocr2": {"text_config": {"mlp_layer_types": ["dense", "sparse"]}},
-    "glm5_next": {"text_config": {"qk_rope_head_dim": 0}},
+    "glm5_next": {
+        "text_config": {
+            "qk_rope_head_dim": 0,
+            "layer_types": ["linear_attention", "indexed_attention", "indexed_attention"],
+            "index_kpool": 4,
+            **_SPARSE_3,
+        }
+    },
+    "hy_v4": _SPARSE_3,
+    "hy_v4_vl": {"text_config": _SPARSE_3},
+    "mistral_large4": {
+        "text_config": {
+            "index_topk": 8,
+            "indexer_types": ["full", "shared"] * 3,
+            "kv_source_layers": [0, 1, 1, 3, 4, 4],
+        }
+    },
     "dots3_note_text": {"swa_head_dim": 128},
     "dots3_note": {"text_config": {"swa_head_dim": 128}},
     "step3p7": {"text_config": {"sliding_window": 64}},
@@ -113,7 +131,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "deepseek_v2": {"rope_parameters": _YARN},
     "deepseek_v3": _DEEPSEEK,
     "deepseek_v32": _DEEPSEEK,
-    "glm_moe_dsa": _DEEPSEEK,
+    "glm_moe_dsa": {**_DEEPSEEK, **_SPARSE},
     "axk1": _DEEPSEEK,
     "glm4_moe_lite": _DEEPSEEK,
     "kimi_k25": {"text_config": _DEEPSEEK},
