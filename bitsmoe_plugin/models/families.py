@@ -126,7 +126,8 @@ def find_moe_layers(model: nn.Module) -> list[MoELayer]:
     """The MoE layers of a model in forward order.
 
     Raises:
-        QuantizationError: there are none, or one deviates from the convention.
+        QuantizationError: there are none, one deviates from the convention, or they are in several lists of
+            decoder layers, or several in one layer.
     """
     model_type = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
     layers = []
@@ -141,7 +142,26 @@ def find_moe_layers(model: nn.Module) -> list[MoELayer]:
             "routed experts (gate_up_proj [E, 2I, H] and down_proj [E, H, I]). "
             "BitsMoE quantizes routed experts only; use another method for a dense model."
         )
+    _check_one_list(layers, model_type)
     return layers
+
+
+def _check_one_list(layers: list[MoELayer], model_type: str) -> None:
+    """Refuse what calibration, which walks one list of decoder layers, cannot reach."""
+    lists = dict.fromkeys(layer.layer_name.rpartition(".")[0] for layer in layers)
+    if len(lists) > 1:
+        raise QuantizationError(
+            f"model type {model_type!r} cannot be quantized: routed experts stand in several lists of "
+            f"decoder layers ({', '.join(lists)}), and calibration walks one"
+        )
+    names = [layer.layer_name for layer in layers]
+    for layer in layers:
+        if names.count(layer.layer_name) > 1:
+            own = [other.name for other in layers if other.layer_name == layer.layer_name]
+            raise QuantizationError(
+                f"model type {model_type!r} cannot be quantized: {' and '.join(own)} stand in one decoder "
+                "layer, and only one module of routed experts per layer is supported"
+            )
 
 
 def _refuse_unfused(model: nn.Module, model_type: str) -> None:

@@ -105,6 +105,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "qwen3_omni_moe": {
         "talker_config": {"text_config": {"shared_expert_intermediate_size": 64}, "spatial_merge_size": 2}
     },
+    "qwen3_omni_moe_thinker": {"vision_start_token_id": 92},  # as published; generate() asks for it
     "deepseek_ocr2": {"text_config": {"mlp_layer_types": ["dense", "sparse"]}},
     "glm5_next": {
         "text_config": {
@@ -123,8 +124,6 @@ OVERRIDES: dict[str, dict[str, Any]] = {
             "kv_source_layers": [0, 1, 1, 3, 4, 4],
         }
     },
-    "dots3_note_text": {"swa_head_dim": 128},
-    "dots3_note": {"text_config": {"swa_head_dim": 128}},
     "step3p7": {"text_config": {"sliding_window": 64}},
     "deepseek_v4": {"head_dim": 512},
     # What published config.json files have, vLLM reads and transformers' class does not know.
