@@ -28,6 +28,7 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(("n_group", "topk_group", "num_expert_group", "n_groups"), 1),
     **dict.fromkeys(("n_shared_experts", "num_shared_experts", "moe_num_shared_experts"), 1),
     **dict.fromkeys(("head_dim", "swa_head_dim", "global_head_dim", "v_head_dim"), 32),
+    **dict.fromkeys(("adapter_in_dim", "adapter_out_dim", "adapter_input_size"), 64),
     **dict.fromkeys(("text_hidden_size", "out_hidden_size", "audio_hidden_size", "thinker_hidden_size"), 64),
     "max_position_embeddings": 256,
     "initializer_range": 0.1,
@@ -62,6 +63,16 @@ _QWEN4_INDEXER = {
     "indexer_head_dim": 32,
     "indexer_budget": 64,
     "indexer_compress_ratio": 4,
+}
+_DOTS3 = {
+    "index_topk": 8,
+    "swa_head_dim": 128,
+    "swa_qk_nope_head_dim": 64,
+    "swa_num_attention_heads": 2,
+    "swa_num_key_value_heads": 2,
+    "swa_q_lora_rank": 64,
+    "swa_kv_lora_rank": 512,
+    "swa_v_head_dim": 32,
 }
 _YARN = {
     "rope_type": "yarn",
@@ -100,6 +111,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "flint": {"mlp_only_layers": [0]},
     "dbrx": {"attn_config": {"rope_theta": 1e4, "clip_qkv": 8.0}},
     "doge": {"is_moe": True},
+    "nllb-moe": {"encoder_sparse_step": 1, "decoder_sparse_step": 1},
     "mimo_v2_flash": {"num_key_value_heads": 1},
     "nemotron_h_omni": {"vision_config": {"video_temporal_patch_size": 2}},
     "qwen3_omni_moe": {
@@ -124,6 +136,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
             "kv_source_layers": [0, 1, 1, 3, 4, 4],
         }
     },
+    "dots3_note_text": _DOTS3,
+    "dots3_note": {"text_config": _DOTS3},
     "step3p7": {"text_config": {"sliding_window": 64}},
     "deepseek_v4": {"head_dim": 512},
     # What published config.json files have, vLLM reads and transformers' class does not know.
@@ -177,6 +191,8 @@ def _shrink(entries: dict[str, Any]) -> dict[str, Any]:
     kept = _representatives(entries, depth)
     found: dict[str, Any] = {}
     for key, value in entries.items():
+        if key == "per_layer_config":  # follows from others
+            continue
         if isinstance(value, dict) and key.endswith("_config"):
             found[key] = _shrink(value)
         elif key in SIZES and (value is not None or key not in _OPTIONAL):
