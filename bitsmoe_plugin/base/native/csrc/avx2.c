@@ -265,20 +265,86 @@ static void rows_dot(const int16_t *rows, int64_t stride, int chunks, const int1
   _mm_storeu_ps(out, _mm_fmadd_ps(reduce4(sums), _mm_set1_ps(factor), _mm_loadu_ps(out)));
 }
 
-static void basis_dot(const int16_t *rows, int64_t stride, int columns, const int16_t *q, const float *input_scales,
-                      int32_t offset2, const uint16_t *scales, int group, float *out) {
-  __m256 sums[QUAD], part[QUAD];
-  for (int r = 0; r < QUAD; r++) sums[r] = _mm256_setzero_ps();
-  int step = group < CHUNK ? group : CHUNK, shift = __builtin_ctz(group);
-  for (int start = 0; start < columns; start += step) {
-    quad_dot(rows + start, stride, step / LANES, q + start, offset2, part);
-    __m256 input_scale = _mm256_set1_ps(input_scales[start / CHUNK]);
-    for (int r = 0; r < QUAD; r++) {
-      __m256 scale = _mm256_cvtph_ps(_mm_set1_epi16((short)scales[(r * columns + start) >> shift]));
-      sums[r] = _mm256_fmadd_ps(part[r], _mm256_mul_ps(scale, input_scale), sums[r]);
-    }
+static void quad_sums(const int16_t *q, int chunks, int32_t *out) {
+  for (int i = 0; i < chunks * CHUNK / 4; i++) out[i] = q[4 * i] + q[4 * i + 1] + q[4 * i + 2] + q[4 * i + 3];
+}
+
+/* v[i] lane j becomes v[j] lane i, 32-bit lanes. */
+INLINE void transpose(__m256i v[8]) {
+  __m256i t[8];
+  for (int i = 0; i < 8; i += 4) {
+    __m256i a = _mm256_unpacklo_epi32(v[i], v[i + 1]), b = _mm256_unpackhi_epi32(v[i], v[i + 1]);
+    __m256i c = _mm256_unpacklo_epi32(v[i + 2], v[i + 3]), d = _mm256_unpackhi_epi32(v[i + 2], v[i + 3]);
+    t[i] = _mm256_unpacklo_epi64(a, c);
+    t[i + 1] = _mm256_unpackhi_epi64(a, c);
+    t[i + 2] = _mm256_unpacklo_epi64(b, d);
+    t[i + 3] = _mm256_unpackhi_epi64(b, d);
   }
-  _mm_storeu_ps(out, reduce4(sums));
+  for (int i = 0; i < 4; i++) {
+    v[i] = _mm256_permute2x128_si256(t[i], t[i + 4], 0x20);
+    v[i + 4] = _mm256_permute2x128_si256(t[i], t[i + 4], 0x31);
+  }
+}
+
+/* Pairs of columns, of BAND rows each. */
+static int decode_band(const Decoder *d, const uint32_t *words, int64_t stride, int chunks, int tail, int16_t *values) {
+  enum { PIECE = 4 };
+  int16_t rows[BAND][PIECE * CHUNK];
+  for (int c = 0; c < chunks; c += PIECE) {
+    int count = chunks - c < PIECE ? chunks - c : PIECE;
+    for (int r = 0; r < BAND; r++)
+      decode_row(d, words + r * stride + c * 2 * d->bits, count, tail && c + count == chunks, rows[r]);
+    for (int i = 0; i < count * CHUNK; i += 16, values += 16 * BAND)
+      for (int half = 0; half < 2; half++) {
+        __m256i v[8];
+        for (int r = 0; r < 8; r++) v[r] = load(rows[8 * half + r] + i);
+        transpose(v);
+        for (int j = 0; j < 8; j++) store(values + 2 * BAND * j + 16 * half, _mm256_add_epi16(v[j], v[j]));
+      }
+  }
+  return 1;
+}
+
+static void band_scales(const uint16_t *scales, int64_t stride, int count, float factor, float *out) {
+  for (int i = 0; i < count; i++)
+    for (int r = 0; r < BAND; r++) out[i * BAND + r] = factor * _cvtsh_ss(scales[r * stride + i]);
+}
+
+/* `count` vectors from number `first` on. */
+INLINE void band_dot_of(const Band *b, const Vectors *v, int first, float *out, int64_t stride, int count) {
+  enum { MOST = 4 };
+  int step = b->group < CHUNK ? b->group : CHUNK, shift = __builtin_ctz(b->group);
+  for (int start = 0, s = 0; start < b->columns; start += step, s++) {
+    __m256i sums[MOST][2];
+    const int16_t *q[MOST];
+    for (int i = 0; i < count; i++) {
+      sums[i][0] = sums[i][1] = _mm256_set1_epi32(v->offset[(first + i) * v->offset_stride + s]);
+      q[i] = v->q + (first + i) * v->q_stride + start;
+    }
+    for (int c = 0; c < step; c += 2) {
+      __m256i low = load(b->values + (start + c) * BAND), high = load(b->values + (start + c) * BAND + LANES);
+      for (int i = 0; i < count; i++) {
+        int32_t pair;
+        memcpy(&pair, q[i] + c, sizeof pair);
+        __m256i both = _mm256_set1_epi32(pair);
+        sums[i][0] = _mm256_add_epi32(sums[i][0], _mm256_madd_epi16(low, both));
+        sums[i][1] = _mm256_add_epi32(sums[i][1], _mm256_madd_epi16(high, both));
+      }
+    }
+    for (int i = 0; i < count; i++)
+      for (int half = 0; half < 2; half++) {
+        float *to = out + (first + i) * stride + 8 * half;
+        __m256 scale = _mm256_loadu_ps(b->scales + (start >> shift) * BAND + 8 * half);
+        scale = _mm256_mul_ps(scale, _mm256_set1_ps(v->scale[(first + i) * v->scale_stride + start / CHUNK]));
+        _mm256_storeu_ps(to, _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums[i][half]), scale, _mm256_loadu_ps(to)));
+      }
+  }
+}
+
+static void band_dot(const Band *b, const Vectors *v, float *out, int64_t stride) {
+  int i = 0;
+  for (; i + 4 <= v->count; i += 4) band_dot_of(b, v, i, out, stride, 4);
+  for (; i < v->count; i++) band_dot_of(b, v, i, out, stride, 1);
 }
 
 static float half_dot(const uint16_t *row, const float *x, int n) {
@@ -292,5 +358,5 @@ static float half_dot(const uint16_t *row, const float *x, int n) {
   return total;
 }
 
-const Kernels bitsmoe_avx2 = {"avx2", row_scales, select_rows, quantize, decode_tile, tile_dot, decode_row, rows_dot, basis_dot, half_dot};
+const Kernels bitsmoe_avx2 = {"avx2", row_scales, select_rows, quantize, decode_tile, tile_dot, decode_row, rows_dot, quad_sums, decode_band, band_scales, band_dot, half_dot};
 #endif

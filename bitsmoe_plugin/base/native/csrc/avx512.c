@@ -226,37 +226,106 @@ static void rows_dot(const int16_t *rows, int64_t stride, int chunks, const int1
   _mm_storeu_ps(out, _mm_fmadd_ps(reduce4(sums), _mm_set1_ps(factor), _mm_loadu_ps(out)));
 }
 
-static void basis_dot(const int16_t *rows, int64_t stride, int columns, const int16_t *q, const float *input_scales,
-                      int32_t offset2, const uint16_t *scales, int group, float *out) {
-  __m512 sums[QUAD];
-  for (int r = 0; r < QUAD; r++) sums[r] = _mm512_setzero_ps();
-  __m512i ones = _mm512_set1_epi8(1), factor2 = _mm512_set1_epi32(offset2);
-  /* 32-bit lane j of a chunk sums columns 4 j to 4 j + 3, which lie in one group */
-  int groups = group < CHUNK ? CHUNK / group : 1, count = columns / group;
-  __m512i group_of_lane = _mm512_setzero_si512();
-  if (groups > 1) {
-    int32_t lanes[16];
-    for (int j = 0; j < 16; j++) lanes[j] = 4 * j / group;
-    group_of_lane = _mm512_loadu_si512(lanes);
+static void quad_sums(const int16_t *q, int chunks, int32_t *out) {
+  __m512i ones = _mm512_set1_epi8(1), zero = _mm512_setzero_si512();
+  for (int c = 0; c < chunks; c++) {
+    __m512i hi = _mm512_dpbusd_epi32(zero, ones, load_hi(q, c)), lo = _mm512_dpbusd_epi32(zero, ones, load_lo(q, c));
+    _mm512_storeu_si512(out + c * CHUNK / 4, _mm512_add_epi32(_mm512_slli_epi32(hi, 8), lo));
   }
-  for (int c = 0; c * CHUNK < columns; c++) {
-    __m512i high = load_hi(q, c), low = load_lo(q, c);
-    __m512i zero = _mm512_setzero_si512();
-    __m512i offset = _mm512_add_epi32(_mm512_slli_epi32(_mm512_dpbusd_epi32(zero, ones, high), 8),
-                                      _mm512_dpbusd_epi32(zero, ones, low));
-    offset = _mm512_mullo_epi32(offset, factor2);
-    __m512 input_scale = _mm512_set1_ps(input_scales[c]);
-    int first = c * CHUNK / group, left = count - first;
-    __mmask8 mask = (__mmask8)((1u << (left < groups ? left : groups)) - 1);
-    for (int r = 0; r < QUAD; r++) {
-      __m512i u = _mm512_loadu_si512(rows + r * stride + c * CHUNK);
-      __m512i sum = combine(_mm512_dpbusd_epi32(zero, u, high), _mm512_dpbusd_epi32(zero, u, low), offset);
-      __m128i halves = _mm_maskz_loadu_epi16(mask, scales + r * count + first);
-      __m512 scale = _mm512_permutexvar_ps(group_of_lane, _mm512_castps256_ps512(_mm256_cvtph_ps(halves)));
-      sums[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), _mm512_mul_ps(scale, input_scale), sums[r]);
+}
+
+/* v[i] lane j becomes v[j] lane i, 32-bit lanes. */
+INLINE void transpose(__m512i v[16]) {
+  __m512i t[16];
+  for (int i = 0; i < 16; i += 4) {
+    __m512i a = _mm512_unpacklo_epi32(v[i], v[i + 1]), b = _mm512_unpackhi_epi32(v[i], v[i + 1]);
+    __m512i c = _mm512_unpacklo_epi32(v[i + 2], v[i + 3]), d = _mm512_unpackhi_epi32(v[i + 2], v[i + 3]);
+    t[i] = _mm512_unpacklo_epi64(a, c);
+    t[i + 1] = _mm512_unpackhi_epi64(a, c);
+    t[i + 2] = _mm512_unpacklo_epi64(b, d);
+    t[i + 3] = _mm512_unpackhi_epi64(b, d);
+  }
+  for (int i = 0; i < 4; i++) {
+    __m512i a = _mm512_shuffle_i32x4(t[i], t[i + 4], 0x88), b = _mm512_shuffle_i32x4(t[i], t[i + 4], 0xdd);
+    __m512i c = _mm512_shuffle_i32x4(t[i + 8], t[i + 12], 0x88), d = _mm512_shuffle_i32x4(t[i + 8], t[i + 12], 0xdd);
+    v[i] = _mm512_shuffle_i32x4(a, c, 0x88);
+    v[i + 4] = _mm512_shuffle_i32x4(b, d, 0x88);
+    v[i + 8] = _mm512_shuffle_i32x4(a, c, 0xdd);
+    v[i + 12] = _mm512_shuffle_i32x4(b, d, 0xdd);
+  }
+}
+
+/* Bytes; 32-bit lane r of vector c holds columns 4 c to 4 c + 3 of row r. */
+static int decode_band(const Decoder *d, const uint32_t *words, int64_t stride, int chunks, int tail, int16_t *values) {
+  Constants c = constants_of(d);
+  int doubled = d->bits < 8;
+  for (int chunk = 0; chunk < chunks; chunk++) {
+    __mmask64 bytes = bytes_of(tail && chunk == chunks - 1 ? 1 : 2, d->bits);
+    __m512i v[BAND];
+    for (int r = 0; r < BAND; r++) v[r] = decode(&c, words + r * stride + chunk * 2 * d->bits, bytes, 0);
+    transpose(v);
+    for (int i = 0; i < BAND; i++)
+      _mm512_storeu_si512((uint8_t *)values + (chunk * BAND + i) * 64, doubled ? _mm512_add_epi8(v[i], v[i]) : v[i]);
+  }
+  return doubled;
+}
+
+static void band_scales(const uint16_t *scales, int64_t stride, int count, float factor, float *out) {
+  for (int i = 0; i < count; i += 16) {
+    __mmask16 mask = count - i >= 16 ? 0xffff : (__mmask16)((1u << (count - i)) - 1);
+    __m512i v[16];
+    for (int r = 0; r < BAND; r++)
+      v[r] = _mm512_castps_si512(_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, scales + r * stride + i)));
+    transpose(v);
+    for (int j = 0; j < 16 && i + j < count; j++)
+      _mm512_storeu_ps(out + (i + j) * BAND, _mm512_mul_ps(_mm512_castsi512_ps(v[j]), _mm512_set1_ps(factor)));
+  }
+}
+
+/* `count` vectors from number `first` on. */
+INLINE void band_dot_of(const Band *b, const Vectors *v, int first, float *out, int64_t stride, int count, int doubled) {
+  enum { MOST = 4 };
+  __m512 sums[MOST];
+  int step = b->group < CHUNK ? b->group : CHUNK, shift = __builtin_ctz(b->group);
+  for (int i = 0; i < count; i++) sums[i] = _mm512_loadu_ps(out + (first + i) * stride);
+  for (int start = 0, s = 0; start < b->columns; start += step, s++) {
+    __m512i hi[MOST], lo[MOST], offset[MOST];
+    const int16_t *q[MOST];
+    for (int i = 0; i < count; i++) {
+      hi[i] = lo[i] = _mm512_setzero_si512();
+      offset[i] = _mm512_set1_epi32(v->offset[(first + i) * v->offset_stride + s]);
+      if (doubled) lo[i] = offset[i];
+      q[i] = v->q + (first + i) * v->q_stride + start / CHUNK * CHUNK + start % CHUNK / 2;
+    }
+    const uint8_t *values = (const uint8_t *)b->values + start / 4 * 64;
+    for (int j = 0; j < step / 4; j += 4)
+      for (int k = j; k < j + 4; k++) {
+        __m512i u = _mm512_loadu_si512(values + k * 64);
+        for (int i = 0; i < count; i++) {
+          hi[i] = _mm512_dpbusd_epi32(hi[i], u, broadcast(q[i], k));
+          lo[i] = _mm512_dpbusd_epi32(lo[i], u, broadcast(q[i] + CHUNK / 2, k));
+        }
+      }
+    __m512 scale = _mm512_loadu_ps(b->scales + (start >> shift) * BAND);
+    for (int i = 0; i < count; i++) {
+      __m512i sum = _mm512_add_epi32(_mm512_slli_epi32(hi[i], 8), lo[i]);
+      if (!doubled) sum = _mm512_add_epi32(_mm512_add_epi32(sum, sum), offset[i]);
+      __m512 input_scale = _mm512_set1_ps(v->scale[(first + i) * v->scale_stride + start / CHUNK]);
+      sums[i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), _mm512_mul_ps(scale, input_scale), sums[i]);
     }
   }
-  _mm_storeu_ps(out, reduce4(sums));
+  for (int i = 0; i < count; i++) _mm512_storeu_ps(out + (first + i) * stride, sums[i]);
+}
+
+INLINE void band_dots(const Band *b, const Vectors *v, float *out, int64_t stride, int doubled) {
+  int i = 0;
+  for (; i + 4 <= v->count; i += 4) band_dot_of(b, v, i, out, stride, 4, doubled);
+  for (; i < v->count; i++) band_dot_of(b, v, i, out, stride, 1, doubled);
+}
+
+static void band_dot(const Band *b, const Vectors *v, float *out, int64_t stride) {
+  if (b->doubled) band_dots(b, v, out, stride, 1);
+  else band_dots(b, v, out, stride, 0);
 }
 
 static float half_dot(const uint16_t *row, const float *x, int n) {
@@ -269,5 +338,5 @@ static float half_dot(const uint16_t *row, const float *x, int n) {
   return _mm512_reduce_add_ps(sum);
 }
 
-const Kernels bitsmoe_avx512 = {"avx512", row_scales, select_rows, quantize, decode_tile, tile_dot, decode_row, rows_dot, basis_dot, half_dot};
+const Kernels bitsmoe_avx512 = {"avx512", row_scales, select_rows, quantize, decode_tile, tile_dot, decode_row, rows_dot, quad_sums, decode_band, band_scales, band_dot, half_dot};
 #endif

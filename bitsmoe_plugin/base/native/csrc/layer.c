@@ -1,11 +1,10 @@
-/* The steps of a layer's forward pass, shared out over threads. Each returns 0, or -1 without memory. Inputs become
- * `planes` planes of integers, 1 or 2, see bitsmoe.h. */
+/* The steps of a layer's forward pass between its bases, see steps.h. */
 #include <stdlib.h>
 #include <string.h>
 
-#include "bitsmoe.h"
+#include "steps.h"
 
-static const Kernels *kernels = &bitsmoe_portable;
+const Kernels *bitsmoe_kernels = &bitsmoe_portable;
 
 void bitsmoe_select_rounding(const char *name);
 
@@ -25,9 +24,9 @@ const char *bitsmoe_select(const char *name) {
   usable[count++] = &bitsmoe_portable;
   for (int i = 0; i < count; i++)
     if (!name || !strcmp(name, usable[i]->name)) {
-      kernels = usable[i];
-      bitsmoe_select_rounding(kernels->name);
-      return kernels->name;
+      bitsmoe_kernels = usable[i];
+      bitsmoe_select_rounding(bitsmoe_kernels->name);
+      return bitsmoe_kernels->name;
     }
   return NULL;
 }
@@ -46,8 +45,6 @@ int bitsmoe_prepare_decoder(Decoder *d) {
   d->joint = d->trellis ? bitsmoe_joint_table(d->bits, d->table) : NULL;
   return d->trellis && !d->joint ? -1 : 0;
 }
-
-static int least(int a, int b) { return a < b ? a : b; }
 
 /* The stored rows of one factor of one expert, in the order of the payload. */
 typedef struct {
@@ -74,10 +71,10 @@ static Rows index_rows(const Layer *l, int factor, int expert, float *memory) {
   if (l->tile_scales) memset(scratch, 0, l->rank * sizeof(float));
   else {
     const uint16_t *low = l->scale_grid + (int64_t)factor * 2 * l->rank;
-    kernels->row_scales(codes, low, low + l->rank, l->rank, scratch);
+    bitsmoe_kernels->row_scales(codes, low, low + l->rank, l->rank, scratch);
   }
   for (int i = 0; i < l->widths && l->width_bits[l->falling[i]]; i++) {
-    rows.count[i] = kernels->select_rows(codes, l->falling[i], scratch, l->rank, rows.order + rows.stored,
+    rows.count[i] = bitsmoe_kernels->select_rows(codes, l->falling[i], scratch, l->rank, rows.order + rows.stored,
                                          rows.scale + rows.stored);
     rows.stored += rows.count[i];
   }
@@ -157,9 +154,6 @@ static int parts_of(const Layer *l, int tasks) {
   return parts < 1 ? 1 : parts;
 }
 
-static int chunks_of(int columns) { return (columns + CHUNK - 1) / CHUNK; }
-static int tail_of(int columns) { return (columns + BLOCK - 1) / BLOCK % 2; }
-
 /* Rows from..to of the payload's order that have one width, and where they stand. */
 typedef struct {
   const Decoder *decoder;
@@ -236,7 +230,7 @@ static void quantize_inputs(const GateUp *g, const Rows *rows, int row, int coun
       if (tile >= 0) a[i] *= tile_scale(l, rows, row + i, tile);
     }
     for (int plane = 0; plane < g->planes; plane++, inputs++)
-      inputs->scale = kernels->quantize(plane ? rest : a, count, ROWS, inputs->q, &inputs->sum,
+      inputs->scale = bitsmoe_kernels->quantize(plane ? rest : a, count, ROWS, inputs->q, &inputs->sum,
                                         plane + 1 < g->planes ? rest : NULL);
   }
 }
@@ -254,9 +248,9 @@ static void gate_up_rows(const GateUp *g, const Rows *rows, const Run *run, int 
     if (rows->tiles && c * CHUNK % TILE == 0) quantize_inputs(g, rows, row, count, c * CHUNK / TILE, inputs);
     /* chunks of a tile's rows are too far apart for the hardware to foresee, so fetch the next tile's */
     prefetch(words, bytes + bytes * c / chunks, bytes + bytes * (c + 1) / chunks);
-    kernels->decode_tile(d, words + (int64_t)c * 2 * d->bits, run->stride, count, tail, tile);
+    bitsmoe_kernels->decode_tile(d, words + (int64_t)c * 2 * d->bits, run->stride, count, tail, tile);
     for (int i = 0; i < g->count * g->planes; i++)
-      kernels->tile_dot(tile, count, inputs[i].q, d->offset2 * inputs[i].sum, inputs[i].scale * d->step / 2,
+      bitsmoe_kernels->tile_dot(tile, count, inputs[i].q, d->offset2 * inputs[i].sum, inputs[i].scale * d->step / 2,
                         g->out + (int64_t)g->pair[i / g->planes] * l->inputs * g->padded + c * CHUNK);
   }
 }
@@ -325,32 +319,6 @@ int bitsmoe_gate_up(const Layer *l, const float *z, const int64_t *ids, int64_t 
   return -failed;
 }
 
-/* Vectors in 16-bit integers: plane j of vector i at q + (i * planes + j) * padded, a scale for each panel. */
-typedef struct {
-  int padded, panels, panel, planes;
-  int16_t *q; /* scale lies behind them */
-  float *scale;
-} Hidden;
-
-static Hidden new_hidden(int64_t count, int size, int panel, int planes) {
-  int padded = chunks_of(size) * CHUNK, panels = (padded + panel - 1) / panel;
-  int16_t *q = malloc(count * planes * (padded * sizeof(int16_t) + panels * sizeof(float)));
-  return (Hidden){padded, panels, panel, planes, q, q ? (float *)(q + count * planes * padded) : NULL};
-}
-
-/* Panel `panel` of vector i, which has `size` values a. */
-static void quantize_panel(const Hidden *h, int64_t i, int panel, const float *a, int size) {
-  float rest[PANEL];
-  int start = panel * h->panel, count = least(h->panel, size - start);
-  for (int plane = 0; plane < h->planes; plane++) {
-    int64_t row = i * h->planes + plane;
-    int32_t sum;
-    h->scale[row * h->panels + panel] =
-        kernels->quantize(plane ? rest : a + start, count, least(h->panel, h->padded - start),
-                          h->q + row * h->padded + start, &sum, plane + 1 < h->planes ? rest : NULL);
-  }
-}
-
 typedef struct {
   const Layer *layer;
   const int32_t *pair;
@@ -379,7 +347,7 @@ static void down_rows(const Down *g, const Rows *rows, const Run *run, int row, 
   const uint32_t *words = run->words + (row - run->from) * run->stride;
   prefetch(words, AHEAD, AHEAD + 4 * run->stride * count);
   for (int i = 0; i < count; i++)
-    kernels->decode_row(d, words + i * run->stride, chunks_of(l->size), tail_of(l->size),
+    bitsmoe_kernels->decode_row(d, words + i * run->stride, chunks_of(l->size), tail_of(l->size),
                         decoded + (int64_t)i * hidden->padded);
   for (int m = 0; m < g->count; m++) {
     int64_t p = g->pair[m];
@@ -388,7 +356,7 @@ static void down_rows(const Down *g, const Rows *rows, const Run *run, int row, 
       float part[QUAD] = {0};
       int chunks = least(length, hidden->padded - start) / CHUNK;
       for (int64_t q = p * hidden->planes; q < (p + 1) * hidden->planes; q++)
-        kernels->rows_dot(decoded + start, hidden->padded, chunks, hidden->q + q * hidden->padded + start,
+        bitsmoe_kernels->rows_dot(decoded + start, hidden->padded, chunks, hidden->q + q * hidden->padded + start,
                           d->offset2, hidden->scale[q * hidden->panels + start / PANEL] * d->step / 2,
                           rows->tiles ? part : sums);
       for (int i = 0; rows->tiles && i < count; i++)
@@ -454,70 +422,4 @@ int bitsmoe_down(const Layer *l, const float *h, const float *weights, const int
   free_index(&index);
   free(routing.memory);
   return -failed;
-}
-
-typedef struct {
-  int rows, columns;
-  const uint32_t *words;
-  const uint16_t *scales;
-} Basis;
-
-static Basis basis_of(const Layer *l, int output) {
-  if (output) return (Basis){l->hidden, l->rank, l->output_basis, l->output_scales};
-  return (Basis){l->bases * l->rank, l->hidden, l->input_basis, l->input_scales};
-}
-
-/* Rows row to row + 3 of a basis times all tokens. Groups of 16 and more divide the columns and there are
- * as many rows, so rows come in fours. */
-static void basis_rows(const Layer *l, const Basis *b, int row, const Hidden *x, int64_t tokens,
-                       int16_t *decoded, float *out) {
-  int64_t stride = (int64_t)(b->columns + BLOCK - 1) / BLOCK * l->basis_bits, groups = b->columns / l->basis_group;
-  for (int i = 0; i < QUAD; i++)
-    kernels->decode_row(&l->basis, b->words + (row + i) * stride, chunks_of(b->columns), tail_of(b->columns),
-                        decoded + (int64_t)i * x->padded);
-  for (int64_t t = 0; t < tokens; t++) {
-    float sums[MAX_PLANES][QUAD] = {{0}};
-    for (int plane = 0; plane < x->planes; plane++) {
-      int64_t q = t * x->planes + plane;
-      kernels->basis_dot(decoded, x->padded, b->columns, x->q + q * x->padded, x->scale + q * x->panels,
-                         l->basis.offset2, b->scales + row * groups, l->basis_group, sums[plane]);
-    }
-    for (int i = 0; i < QUAD; i++) out[t * b->rows + row + i] = l->basis.step / 2 * (sums[0][i] + sums[1][i]);
-  }
-}
-
-static int basis_product(const Layer *l, const Basis *b, const float *x, int64_t tokens, float *out, int threads,
-                         int planes) {
-  int chunks = chunks_of(b->columns), failed = 0;
-  Hidden hidden = new_hidden(tokens, b->columns, CHUNK, planes);
-  if (!hidden.q) return -1;
-#pragma omp parallel num_threads(threads)
-  {
-#pragma omp for schedule(static)
-    for (int64_t i = 0; i < tokens * chunks; i++)
-      quantize_panel(&hidden, i / chunks, (int)(i % chunks), x + i / chunks * b->columns, b->columns);
-    int16_t *decoded = malloc(QUAD * sizeof(int16_t) * hidden.padded);
-    if (!decoded) {
-#pragma omp atomic write
-      failed = 1;
-    }
-#pragma omp for schedule(dynamic, 16)
-    for (int row = 0; row < b->rows; row += QUAD)
-      if (decoded) basis_rows(l, b, row, &hidden, tokens, decoded, out);
-    free(decoded);
-  }
-  free(hidden.q);
-  return -failed;
-}
-
-/* out [T, rows] = x [T, columns] times the transposed basis; output: 0 for the input basis, 1 for the output's. */
-int bitsmoe_basis(const Layer *l, int output, const float *x, int64_t tokens, float *out, int threads, int planes) {
-  Basis b = basis_of(l, output);
-  if (l->basis_bits < 16) return basis_product(l, &b, x, tokens, out, threads, planes);
-#pragma omp parallel for schedule(static) num_threads(threads)
-  for (int row = 0; row < b.rows; row++)
-    for (int64_t t = 0; t < tokens; t++)
-      out[t * b.rows + row] =
-          kernels->half_dot((const uint16_t *)b.words + (int64_t)row * b.columns, x + t * b.columns, b.columns);
-  return 0;
 }

@@ -92,19 +92,38 @@ static void rows_dot(const int16_t *rows, int64_t stride, int chunks, const int1
   }
 }
 
-static void basis_dot(const int16_t *rows, int64_t stride, int columns, const int16_t *q, const float *input_scales,
-                      int32_t offset2, const uint16_t *scales, int group, float *out) {
-  int step = group < CHUNK ? group : CHUNK;
-  for (int r = 0; r < QUAD; r++) {
-    float sum = 0;
-    for (int start = 0; start < columns; start += step) {
-      int32_t part = 0;
-      for (int i = start; i < start + step && i < columns; i++)
-        part += q[i] * (2 * rows[r * stride + i] - offset2);
-      sum += (float)part * input_scales[start / CHUNK] * half_to_float(scales[(r * columns + start) / group]);
+static void quad_sums(const int16_t *q, int chunks, int32_t *out) {
+  for (int i = 0; i < chunks * CHUNK / 4; i++) out[i] = q[4 * i] + q[4 * i + 1] + q[4 * i + 2] + q[4 * i + 3];
+}
+
+/* Columns, of BAND rows each. */
+static int decode_band(const Decoder *d, const uint32_t *words, int64_t stride, int chunks, int tail, int16_t *values) {
+  for (int c = 0; c < chunks; c++, values += CHUNK * BAND)
+    for (int r = 0; r < BAND; r++) {
+      int16_t row[CHUNK];
+      decode_row(d, words + r * stride + c * 2 * d->bits, 1, tail && c == chunks - 1, row);
+      for (int i = 0; i < CHUNK; i++) values[i * BAND + r] = (int16_t)(2 * row[i]);
     }
-    out[r] = sum;
-  }
+  return 1;
+}
+
+static void band_scales(const uint16_t *scales, int64_t stride, int count, float factor, float *out) {
+  for (int i = 0; i < count; i++)
+    for (int r = 0; r < BAND; r++) out[i * BAND + r] = factor * half_to_float(scales[r * stride + i]);
+}
+
+static void band_dot(const Band *b, const Vectors *v, float *out, int64_t stride) {
+  int step = b->group < CHUNK ? b->group : CHUNK;
+  for (int i = 0; i < v->count; i++, out += stride)
+    for (int start = 0; start < b->columns; start += step) {
+      int32_t sums[BAND];
+      for (int r = 0; r < BAND; r++) sums[r] = v->offset[i * v->offset_stride + start / step];
+      for (int c = start; c < start + step; c++)
+        for (int r = 0; r < BAND; r++) sums[r] += v->q[i * v->q_stride + c] * b->values[c * BAND + r];
+      float input_scale = v->scale[i * v->scale_stride + start / CHUNK];
+      const float *scales = b->scales + start / b->group * BAND;
+      for (int r = 0; r < BAND; r++) out[r] += (float)sums[r] * (input_scale * scales[r]);
+    }
 }
 
 static float half_dot(const uint16_t *row, const float *x, int n) {
@@ -117,4 +136,4 @@ static float half_dot(const uint16_t *row, const float *x, int n) {
   return total;
 }
 
-const Kernels bitsmoe_portable = {"portable", row_scales, select_rows, quantize, decode_tile, tile_dot, decode_row, rows_dot, basis_dot, half_dot};
+const Kernels bitsmoe_portable = {"portable", row_scales, select_rows, quantize, decode_tile, tile_dot, decode_row, rows_dot, quad_sums, decode_band, band_scales, band_dot, half_dot};
