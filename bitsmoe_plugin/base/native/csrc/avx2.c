@@ -220,49 +220,57 @@ static void decode_tile(const Decoder *d, const uint32_t *words, int64_t stride,
   else fields_tile(d, words, stride, rows, 2 - tail, tile);
 }
 
-static void tile_dot(const int16_t *tile, int rows, const int16_t *q, int32_t offset2_sum, float factor,
-                     float *out) {
+INLINE void tile_dot_of(const int16_t *tile, int rows, const Term *t, float *out) {
   __m256i sums[2 * VECTORS];
-  for (int i = 0; i < 2 * VECTORS; i++) sums[i] = _mm256_setzero_si256();
+  for (int i = 0; i < 2 * VECTORS; i++) sums[i] = _mm256_set1_epi32((int32_t)t->start);
   for (int r = 0; r < rows; r += 2) {
     int32_t pair;
-    memcpy(&pair, q + r, sizeof pair);
+    memcpy(&pair, t->q + r, sizeof pair);
     __m256i both = _mm256_set1_epi32(pair);
     for (int i = 0; i < 2 * VECTORS; i++)
       sums[i] = _mm256_add_epi32(sums[i], _mm256_madd_epi16(load(tile + r * CHUNK + i * LANES), both));
   }
-  __m256i offset = _mm256_set1_epi32(offset2_sum);
-  __m256 f[2 * VECTORS], scale = _mm256_set1_ps(factor);
-  for (int i = 0; i < 2 * VECTORS; i++)
-    f[i] = _mm256_cvtepi32_ps(_mm256_sub_epi32(_mm256_add_epi32(sums[i], sums[i]), offset));
+  __m256i rest = _mm256_set1_epi32(t->rest);
+  __m256 factor = _mm256_set1_ps(t->factor);
   for (int i = 0; i < 2 * VECTORS; i++) {
-    __m256 low = f[i & ~1], high = f[i | 1];
-    __m256 columns = i % 2 ? _mm256_permute2f128_ps(low, high, 0x31) : _mm256_permute2f128_ps(low, high, 0x20);
-    _mm256_storeu_ps(out + 8 * i, _mm256_fmadd_ps(columns, scale, _mm256_loadu_ps(out + 8 * i)));
+    __m256 sum = _mm256_cvtepi32_ps(_mm256_sub_epi32(_mm256_add_epi32(sums[i], sums[i]), rest));
+    _mm256_storeu_ps(out + 8 * i, _mm256_fmadd_ps(sum, factor, _mm256_loadu_ps(out + 8 * i)));
   }
 }
 
-/* Sums over `vectors` vectors of columns, lane by lane: out[r] = q * (2 u - offset2). */
-INLINE void quad_dot(const int16_t *rows, int64_t stride, int vectors, const int16_t *q, int32_t offset2,
-                     __m256 out[QUAD]) {
-  __m256i sums[QUAD], offset = _mm256_setzero_si256(), ones = _mm256_set1_epi16(1);
-  for (int r = 0; r < QUAD; r++) sums[r] = _mm256_setzero_si256();
-  for (int v = 0; v < vectors; v++) {
-    __m256i inputs = load(q + v * LANES);
-    offset = _mm256_add_epi32(offset, _mm256_madd_epi16(inputs, ones));
+static void tile_dot(const int16_t *tile, int rows, const Term *terms, int count, int column, int32_t offset2) {
+  (void)offset2;
+  for (const Term *t = terms; t < terms + count; t++) tile_dot_of(tile, rows, t, t->out + column);
+}
+
+/* From the order of store_pair. */
+static void order_columns(float *out, int chunks) {
+  for (; chunks > 0; chunks--, out += CHUNK)
+    for (int i = 0; i < CHUNK; i += LANES) {
+      __m256 low = _mm256_loadu_ps(out + i), high = _mm256_loadu_ps(out + i + 8);
+      _mm256_storeu_ps(out + i, _mm256_permute2f128_ps(low, high, 0x20));
+      _mm256_storeu_ps(out + i + 8, _mm256_permute2f128_ps(low, high, 0x31));
+    }
+}
+
+/* Lane by lane, sums of q * (2 u - offset2); only so do they fit 32 bits. */
+static void rows_dot(const int16_t *rows, int64_t stride, int chunks, const Term *terms, int count, int32_t offset2) {
+  __m256i ones = _mm256_set1_epi16(1), factor2 = _mm256_set1_epi32(offset2);
+  for (const Term *t = terms; t < terms + count; t++) {
+    __m256i sums[QUAD], offset = _mm256_setzero_si256();
+    for (int r = 0; r < QUAD; r++) sums[r] = _mm256_setzero_si256();
+    for (int v = 0; v < chunks * VECTORS; v++) {
+      __m256i inputs = load(t->q + v * LANES);
+      offset = _mm256_add_epi32(offset, _mm256_madd_epi16(inputs, ones));
+      for (int r = 0; r < QUAD; r++)
+        sums[r] = _mm256_add_epi32(sums[r], _mm256_madd_epi16(load(rows + r * stride + v * LANES), inputs));
+    }
+    offset = _mm256_mullo_epi32(offset, factor2);
+    __m256 parts[QUAD];
     for (int r = 0; r < QUAD; r++)
-      sums[r] = _mm256_add_epi32(sums[r], _mm256_madd_epi16(load(rows + r * stride + v * LANES), inputs));
+      parts[r] = _mm256_cvtepi32_ps(_mm256_sub_epi32(_mm256_add_epi32(sums[r], sums[r]), offset));
+    _mm_storeu_ps(t->out, _mm_fmadd_ps(reduce4(parts), _mm_set1_ps(t->factor), _mm_loadu_ps(t->out)));
   }
-  offset = _mm256_mullo_epi32(offset, _mm256_set1_epi32(offset2));
-  for (int r = 0; r < QUAD; r++)
-    out[r] = _mm256_cvtepi32_ps(_mm256_sub_epi32(_mm256_add_epi32(sums[r], sums[r]), offset));
-}
-
-static void rows_dot(const int16_t *rows, int64_t stride, int chunks, const int16_t *q, int32_t offset2,
-                     float factor, float *out) {
-  __m256 sums[QUAD];
-  quad_dot(rows, stride, chunks * VECTORS, q, offset2, sums);
-  _mm_storeu_ps(out, _mm_fmadd_ps(reduce4(sums), _mm_set1_ps(factor), _mm_loadu_ps(out)));
 }
 
 static void quad_sums(const int16_t *q, int chunks, int32_t *out) {
@@ -358,5 +366,5 @@ static float half_dot(const uint16_t *row, const float *x, int n) {
   return total;
 }
 
-const Kernels bitsmoe_avx2 = {"avx2", row_scales, select_rows, quantize, decode_tile, tile_dot, decode_row, rows_dot, quad_sums, decode_band, band_scales, band_dot, half_dot};
+const Kernels bitsmoe_avx2 = {"avx2", row_scales, select_rows, quantize, decode_tile, tile_dot, order_columns, decode_row, rows_dot, quad_sums, decode_band, band_scales, band_dot, half_dot};
 #endif

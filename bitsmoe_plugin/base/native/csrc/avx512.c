@@ -162,68 +162,118 @@ INLINE __m512i broadcast(const int16_t *bytes, int i) {
   return _mm512_set1_epi32(word);
 }
 
-/* 2 * (256 * hi + lo) - offset2_sum */
-INLINE __m512i combine(__m512i hi, __m512i lo, __m512i offset2_sum) {
-  __m512i sum = _mm512_add_epi32(_mm512_slli_epi32(hi, 8), lo);
-  return _mm512_sub_epi32(_mm512_add_epi32(sum, sum), offset2_sum);
+/* 256 * hi + lo, or, if odd, twice that - rest; count vectors. */
+INLINE void combine(const __m512i *hi, const __m512i *lo, int32_t rest, int odd, int count, __m512 *out) {
+  for (int i = 0; i < count; i++) {
+    __m512i sum = _mm512_add_epi32(_mm512_slli_epi32(hi[i], 8), lo[i]);
+    if (odd) sum = _mm512_sub_epi32(_mm512_add_epi32(sum, sum), _mm512_set1_epi32(rest));
+    out[i] = _mm512_cvtepi32_ps(sum);
+  }
 }
 
-static void tile_dot(const int16_t *tile, int rows, const int16_t *q, int32_t offset2_sum, float factor,
-                     float *out) {
-  __m512i h[4], l[4];
-  for (int p = 0; p < 4; p++) h[p] = l[p] = _mm512_setzero_si512();
-  int quads = (rows + QUAD - 1) / QUAD;
-  for (int i = 0; i < quads; i++) {
-    __m512i high = broadcast(q, i), low = broadcast(q + CHUNK / 2, i);
+/* Columns of a chunk stand in the order of decode_tile's registers. */
+INLINE void tile_dot_of(const uint8_t *tile, int rows, const Term *terms, int count, int column, int odd) {
+  enum { MOST = 2 };
+  __m512i hi[MOST][4], lo[MOST][4];
+  for (int m = 0; m < count; m++)
     for (int p = 0; p < 4; p++) {
-      __m512i u = _mm512_loadu_si512((const uint8_t *)tile + i * QUAD * CHUNK + 64 * p);
-      h[p] = _mm512_dpbusd_epi32(h[p], u, high);
-      l[p] = _mm512_dpbusd_epi32(l[p], u, low);
+      hi[m][p] = _mm512_setzero_si512();
+      lo[m][p] = _mm512_set1_epi32((int32_t)terms[m].start);
+    }
+  int quads = (rows + QUAD - 1) / QUAD;
+  for (int i = 0; i < quads; i++, tile += QUAD * CHUNK)
+    for (int m = 0; m < count; m++) {
+      __m512i high = broadcast(terms[m].q, i), low = broadcast(terms[m].q + CHUNK / 2, i);
+      for (int p = 0; p < 4; p++) {
+        __m512i u = _mm512_loadu_si512(tile + 64 * p);
+        hi[m][p] = _mm512_dpbusd_epi32(hi[m][p], u, high);
+        lo[m][p] = _mm512_dpbusd_epi32(lo[m][p], u, low);
+      }
+    }
+  for (int m = 0; m < count; m++) {
+    __m512 sums[4], factor = _mm512_set1_ps(odd ? terms[m].factor : 2 * terms[m].factor);
+    combine(hi[m], lo[m], terms[m].rest, odd, 4, sums);
+    for (int p = 0; p < 4; p++) {
+      float *out = terms[m].out + column + 16 * p;
+      _mm512_storeu_ps(out, _mm512_fmadd_ps(sums[p], factor, _mm512_loadu_ps(out)));
     }
   }
-  __m512 f[4];
-  __m512 scale = _mm512_set1_ps(factor);
-  for (int p = 0; p < 4; p++)
-    f[p] = _mm512_mul_ps(_mm512_cvtepi32_ps(combine(h[p], l[p], _mm512_set1_epi32(offset2_sum))), scale);
-  /* back to the order of columns: a transposition of 4 x 4 lanes */
-  __m512 a = _mm512_shuffle_f32x4(f[0], f[1], 0x44), b = _mm512_shuffle_f32x4(f[0], f[1], 0xee);
-  __m512 c = _mm512_shuffle_f32x4(f[2], f[3], 0x44), e = _mm512_shuffle_f32x4(f[2], f[3], 0xee);
-  __m512 columns[4] = {_mm512_shuffle_f32x4(a, c, 0x88), _mm512_shuffle_f32x4(a, c, 0xdd),
-                       _mm512_shuffle_f32x4(b, e, 0x88), _mm512_shuffle_f32x4(b, e, 0xdd)};
-  for (int p = 0; p < 4; p++)
-    _mm512_storeu_ps(out + 16 * p, _mm512_add_ps(_mm512_loadu_ps(out + 16 * p), columns[p]));
+}
+
+INLINE void tile_dots(const uint8_t *tile, int rows, const Term *terms, int count, int column, int odd) {
+  for (; count >= 2; count -= 2, terms += 2) tile_dot_of(tile, rows, terms, 2, column, odd);
+  if (count) tile_dot_of(tile, rows, terms, 1, column, odd);
+}
+
+static void tile_dot(const int16_t *tile, int rows, const Term *terms, int count, int column, int32_t offset2) {
+  if (offset2 % 2) tile_dots((const uint8_t *)tile, rows, terms, count, column, 1);
+  else tile_dots((const uint8_t *)tile, rows, terms, count, column, 0);
+}
+
+/* A transposition of 4 x 4 lanes of 128 bits. */
+static void order_columns(float *out, int chunks) {
+  for (; chunks > 0; chunks--, out += CHUNK) {
+    __m512 v[4];
+    for (int p = 0; p < 4; p++) v[p] = _mm512_loadu_ps(out + 16 * p);
+    __m512 a = _mm512_shuffle_f32x4(v[0], v[1], 0x44), b = _mm512_shuffle_f32x4(v[0], v[1], 0xee);
+    __m512 c = _mm512_shuffle_f32x4(v[2], v[3], 0x44), d = _mm512_shuffle_f32x4(v[2], v[3], 0xee);
+    _mm512_storeu_ps(out, _mm512_shuffle_f32x4(a, c, 0x88));
+    _mm512_storeu_ps(out + 16, _mm512_shuffle_f32x4(a, c, 0xdd));
+    _mm512_storeu_ps(out + 32, _mm512_shuffle_f32x4(b, d, 0x88));
+    _mm512_storeu_ps(out + 48, _mm512_shuffle_f32x4(b, d, 0xdd));
+  }
 }
 
 /* Sums of four vectors. */
 INLINE __m128 reduce4(const __m512 v[4]) {
-  __m128 part[4];
-  for (int i = 0; i < 4; i++) {
-    __m256 half = _mm256_add_ps(_mm512_castps512_ps256(v[i]), _mm512_extractf32x8_ps(v[i], 1));
-    part[i] = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
-  }
-  return _mm_hadd_ps(_mm_hadd_ps(part[0], part[1]), _mm_hadd_ps(part[2], part[3]));
+  __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(v[0], v[1]), _mm512_unpackhi_ps(v[0], v[1]));
+  __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(v[2], v[3]), _mm512_unpackhi_ps(v[2], v[3]));
+  __m512d low = _mm512_unpacklo_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
+  __m512d high = _mm512_unpackhi_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
+  __m512 sums = _mm512_add_ps(_mm512_castpd_ps(low), _mm512_castpd_ps(high));
+  __m256 half = _mm256_add_ps(_mm512_castps512_ps256(sums), _mm512_extractf32x8_ps(sums, 1));
+  return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
 }
 
-static void rows_dot(const int16_t *rows, int64_t stride, int chunks, const int16_t *q, int32_t offset2,
-                     float factor, float *out) {
-  __m512i h[QUAD], l[QUAD], offset_hi = _mm512_setzero_si512(), offset_lo = _mm512_setzero_si512();
-  __m512i ones = _mm512_set1_epi8(1);
-  for (int r = 0; r < QUAD; r++) h[r] = l[r] = _mm512_setzero_si512();
-  for (int c = 0; c < chunks; c++) {
-    __m512i high = load_hi(q, c), low = load_lo(q, c);
-    offset_hi = _mm512_dpbusd_epi32(offset_hi, ones, high);
-    offset_lo = _mm512_dpbusd_epi32(offset_lo, ones, low);
+INLINE void rows_dot_of(const int16_t *rows, int64_t stride, int chunks, const Term *terms, int count, int odd) {
+  enum { MOST = 2 };
+  __m512i hi[MOST][QUAD], lo[MOST][QUAD];
+  for (int m = 0; m < count; m++) { /* a share of `start` in each of the lanes, which are added up */
+    int64_t start = terms[m].start;
+    __m512i share = _mm512_set1_epi32((int32_t)(start >> 4));
+    share = _mm512_mask_add_epi32(share, 1, share, _mm512_set1_epi32((int32_t)(start & 15)));
     for (int r = 0; r < QUAD; r++) {
-      __m512i u = _mm512_loadu_si512(rows + r * stride + c * CHUNK);
-      h[r] = _mm512_dpbusd_epi32(h[r], u, high);
-      l[r] = _mm512_dpbusd_epi32(l[r], u, low);
+      hi[m][r] = _mm512_setzero_si512();
+      lo[m][r] = share;
     }
   }
-  __m512i offset = _mm512_mullo_epi32(_mm512_add_epi32(_mm512_slli_epi32(offset_hi, 8), offset_lo),
-                                      _mm512_set1_epi32(offset2));
-  __m512 sums[QUAD];
-  for (int r = 0; r < QUAD; r++) sums[r] = _mm512_cvtepi32_ps(combine(h[r], l[r], offset));
-  _mm_storeu_ps(out, _mm_fmadd_ps(reduce4(sums), _mm_set1_ps(factor), _mm_loadu_ps(out)));
+  for (int c = 0; c < chunks; c++)
+    for (int m = 0; m < count; m++) {
+      __m512i high = load_hi(terms[m].q, c), low = load_lo(terms[m].q, c);
+      for (int r = 0; r < QUAD; r++) {
+        __m512i u = _mm512_loadu_si512(rows + r * stride + c * CHUNK);
+        hi[m][r] = _mm512_dpbusd_epi32(hi[m][r], u, high);
+        lo[m][r] = _mm512_dpbusd_epi32(lo[m][r], u, low);
+      }
+    }
+  for (int m = 0; m < count; m++) {
+    __m512 sums[QUAD];
+    combine(hi[m], lo[m], 0, 0, QUAD, sums);
+    __m128 factor = _mm_set1_ps(2 * terms[m].factor);
+    __m128 out = _mm_fmadd_ps(reduce4(sums), factor, _mm_loadu_ps(terms[m].out));
+    if (odd) out = _mm_fnmadd_ps(_mm_set1_ps((float)terms[m].rest), _mm_set1_ps(terms[m].factor), out);
+    _mm_storeu_ps(terms[m].out, out);
+  }
+}
+
+INLINE void rows_dots(const int16_t *rows, int64_t stride, int chunks, const Term *terms, int count, int odd) {
+  for (; count >= 2; count -= 2, terms += 2) rows_dot_of(rows, stride, chunks, terms, 2, odd);
+  if (count) rows_dot_of(rows, stride, chunks, terms, 1, odd);
+}
+
+static void rows_dot(const int16_t *rows, int64_t stride, int chunks, const Term *terms, int count, int32_t offset2) {
+  if (offset2 % 2) rows_dots(rows, stride, chunks, terms, count, 1);
+  else rows_dots(rows, stride, chunks, terms, count, 0);
 }
 
 static void quad_sums(const int16_t *q, int chunks, int32_t *out) {
@@ -338,5 +388,5 @@ static float half_dot(const uint16_t *row, const float *x, int n) {
   return _mm512_reduce_add_ps(sum);
 }
 
-const Kernels bitsmoe_avx512 = {"avx512", row_scales, select_rows, quantize, decode_tile, tile_dot, decode_row, rows_dot, quad_sums, decode_band, band_scales, band_dot, half_dot};
+const Kernels bitsmoe_avx512 = {"avx512", row_scales, select_rows, quantize, decode_tile, tile_dot, order_columns, decode_row, rows_dot, quad_sums, decode_band, band_scales, band_dot, half_dot};
 #endif

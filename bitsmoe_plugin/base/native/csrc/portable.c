@@ -69,27 +69,33 @@ static void decode_tile(const Decoder *d, const uint32_t *words, int64_t stride,
   for (int r = 0; r < rows; r++) decode_row(d, words + r * stride, 1, tail, tile + r * CHUNK);
 }
 
-static void tile_dot(const int16_t *tile, int rows, const int16_t *q, int32_t offset2_sum, float factor,
-                     float *out) {
-  int32_t sums[CHUNK] = {0};
-  for (int r = 0; r < rows; r++)
-    for (int i = 0; i < CHUNK; i++) sums[i] += q[r] * tile[r * CHUNK + i];
-  for (int i = 0; i < CHUNK; i++) out[i] += factor * (float)(2 * sums[i] - offset2_sum);
+static void tile_dot(const int16_t *tile, int rows, const Term *terms, int count, int column, int32_t offset2) {
+  (void)offset2;
+  for (const Term *t = terms; t < terms + count; t++) {
+    int32_t sums[CHUNK];
+    for (int i = 0; i < CHUNK; i++) sums[i] = (int32_t)t->start;
+    for (int r = 0; r < rows; r++)
+      for (int i = 0; i < CHUNK; i++) sums[i] += t->q[r] * tile[r * CHUNK + i];
+    for (int i = 0; i < CHUNK; i++) t->out[column + i] += t->factor * (float)(2 * sums[i] - t->rest);
+  }
 }
 
-static void rows_dot(const int16_t *rows, int64_t stride, int chunks, const int16_t *q, int32_t offset2,
-                     float factor, float *out) {
-  int32_t offset = 0;
-  for (int i = 0; i < chunks * CHUNK; i++) offset += q[i];
-  for (int r = 0; r < QUAD; r++) {
-    float sum = 0;
-    for (int c = 0; c < chunks; c++) { /* a chunk's sum fits 32 bits, a panel's need not */
-      int32_t part = 0;
-      for (int i = c * CHUNK; i < (c + 1) * CHUNK; i++) part += q[i] * rows[r * stride + i];
-      sum += (float)part;
+static void order_columns(float *out, int chunks) {
+  (void)out, (void)chunks;
+}
+
+static void rows_dot(const int16_t *rows, int64_t stride, int chunks, const Term *terms, int count, int32_t offset2) {
+  (void)offset2;
+  for (const Term *t = terms; t < terms + count; t++)
+    for (int r = 0; r < QUAD; r++) {
+      float sum = 0;
+      for (int c = 0; c < chunks; c++) { /* a chunk's sum fits 32 bits, a panel's need not */
+        int32_t part = 0;
+        for (int i = c * CHUNK; i < (c + 1) * CHUNK; i++) part += t->q[i] * rows[r * stride + i];
+        sum += (float)part;
+      }
+      t->out[r] += t->factor * (2 * (sum + (float)t->start) - (float)t->rest);
     }
-    out[r] += factor * (2 * sum - (float)offset2 * (float)offset);
-  }
 }
 
 static void quad_sums(const int16_t *q, int chunks, int32_t *out) {
@@ -136,4 +142,4 @@ static float half_dot(const uint16_t *row, const float *x, int n) {
   return total;
 }
 
-const Kernels bitsmoe_portable = {"portable", row_scales, select_rows, quantize, decode_tile, tile_dot, decode_row, rows_dot, quad_sums, decode_band, band_scales, band_dot, half_dot};
+const Kernels bitsmoe_portable = {"portable", row_scales, select_rows, quantize, decode_tile, tile_dot, order_columns, decode_row, rows_dot, quad_sums, decode_band, band_scales, band_dot, half_dot};

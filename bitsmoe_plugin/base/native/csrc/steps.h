@@ -13,17 +13,21 @@ static inline int least(int a, int b) { return a < b ? a : b; }
 static inline int chunks_of(int columns) { return (columns + CHUNK - 1) / CHUNK; }
 static inline int tail_of(int columns) { return (columns + BLOCK - 1) / BLOCK % 2; }
 
-/* Vectors in 16-bit integers: plane j of vector i at q + (i * planes + j) * padded, a scale for each panel. */
+/* Vectors in 16-bit integers: plane j of vector i at q + (i * planes + j) * padded, for each panel a scale and the
+ * sum. */
 typedef struct {
   int padded, panels, panel, planes;
-  int16_t *q; /* scale lies behind them */
+  int16_t *q; /* the others lie behind them */
   float *scale;
+  int32_t *sum;
 } Hidden;
 
 static inline Hidden new_hidden(int64_t count, int size, int panel, int planes) {
   int padded = chunks_of(size) * CHUNK, panels = (padded + panel - 1) / panel;
-  int16_t *q = malloc(count * planes * (padded * sizeof(int16_t) + panels * sizeof(float)));
-  return (Hidden){padded, panels, panel, planes, q, q ? (float *)(q + count * planes * padded) : NULL};
+  int64_t rows = count * planes;
+  int16_t *q = malloc(rows * (padded * sizeof(int16_t) + panels * (sizeof(float) + sizeof(int32_t))) + 1);
+  float *scale = q ? (float *)(q + rows * padded) : NULL;
+  return (Hidden){padded, panels, panel, planes, q, scale, q ? (int32_t *)(scale + rows * panels) : NULL};
 }
 
 /* Panel `panel` of vector i, which has `size` values a. */
@@ -31,11 +35,10 @@ static inline void quantize_panel(const Hidden *h, int64_t i, int panel, const f
   float rest[PANEL];
   int start = panel * h->panel, count = least(h->panel, size - start);
   for (int plane = 0; plane < h->planes; plane++) {
-    int64_t row = i * h->planes + plane;
-    int32_t sum;
-    h->scale[row * h->panels + panel] =
-        bitsmoe_kernels->quantize(plane ? rest : a + start, count, least(h->panel, h->padded - start),
-                          h->q + row * h->padded + start, &sum, plane + 1 < h->planes ? rest : NULL);
+    int64_t row = i * h->planes + plane, at = row * h->panels + panel;
+    h->scale[at] = bitsmoe_kernels->quantize(plane ? rest : a + start, count, least(h->panel, h->padded - start),
+                                             h->q + row * h->padded + start, h->sum + at,
+                                             plane + 1 < h->planes ? rest : NULL);
   }
 }
 
