@@ -163,10 +163,15 @@ class LayerwiseForward:
         return self._layers[index]
 
     @torch.no_grad()
-    def head_inputs(self) -> list[Tensor]:
-        """What the model makes of ``hidden``, the outputs of its last layer, before its head."""
+    def head_inputs(self, outputs: list[Tensor] | None = None) -> list[Tensor]:
+        """What the model makes of the outputs of its last layer, before its head.
+
+        Args:
+            outputs: of the first batches; default: ``hidden``, of all.
+        """
         found = []
-        for batch, hidden in zip(self._batches, self.hidden, strict=True):
+        given = self.hidden if outputs is None else outputs
+        for batch, hidden in zip(self._batches, given, strict=False):
             parts = zip(pieces(batch, self._at_once), hidden.split(self._at_once), strict=True)
             found += [
                 after_layers(self._model, self._layers, inputs, given, self._returns or 1)

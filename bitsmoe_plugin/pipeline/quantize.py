@@ -184,7 +184,7 @@ def _quantize(
             if workers.main:
                 progress.finish_widths(widths)
         if run.units:
-            run = replace(run, dense=chosen_dense(run.units, widths.dense))
+            run = replace(run, dense=chosen_dense(run.units, widths.dense, dense))
         forward.restart()
         layers = round_layers(run, widths)
     calibration = {
