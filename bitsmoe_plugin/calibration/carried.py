@@ -134,10 +134,9 @@ def left_returned(output: Any, wanted: Iterable[Returned], before: Left, index: 
 
 def _returned(output: Any, position: int, index: int) -> Tensor | None:
     values = output if isinstance(output, tuple) else (output,)
-    value = values[position] if position < len(values) else f"{len(values)} value(s)"
-    if value is None or _are_of_blocks((value,), len(values[0])):
-        found: Tensor | None = value
-        return found
+    value: Any = values[position] if position < len(values) else f"{len(values)} value(s)"
+    if value is None or (isinstance(value, Tensor) and _are_of_blocks((value,), len(values[0]))):
+        return value
     kind = value if isinstance(value, str) else type(value).__name__
     raise QuantizationError(
         f"decoder layer {index} returns {kind} where later ones take a tensor of {len(values[0])} blocks "
