@@ -13,7 +13,7 @@ import torch
 import transformers
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import logging
 
@@ -31,6 +31,7 @@ from bitsmoe_plugin.models.families import MoELayer, find_moe_layers, fused_para
 from bitsmoe_plugin.models.files import INDEX, SINGLE, open_tensors, safetensors_files
 from bitsmoe_plugin.models.json_objects import read_object
 from bitsmoe_plugin.models.model_class import auto_class
+from bitsmoe_plugin.models.model_config import load_config
 from bitsmoe_plugin.models.model_source import ModelSource
 from bitsmoe_plugin.models.side_files import copy_side_files, side_files
 from bitsmoe_plugin.models.stored_names import StoredNames
@@ -163,7 +164,7 @@ def _empty_model(source: Path) -> tuple[Any, torch.dtype]:
     Raises:
         CheckpointError: none can be made, or it says no dtype.
     """
-    config = AutoConfig.from_pretrained(source)
+    config = load_config(source)
     named = getattr(transformers, str((config.architectures or [""])[0]), None)
     kind = named if isinstance(named, type) and issubclass(named, PreTrainedModel) else None
     dtype = config.dtype or config.get_text_config().dtype
