@@ -23,6 +23,7 @@ from bitsmoe_plugin.checkpoint.manifest import check_shape
 from bitsmoe_plugin.checkpoint.other_tensors import tied_by_record, verify_others
 from bitsmoe_plugin.checkpoint.packed_files import PackedFiles
 from bitsmoe_plugin.checkpoint.read import read_config
+from bitsmoe_plugin.codec.dense import SCALE
 from bitsmoe_plugin.errors import CheckpointError, ConfigError
 from bitsmoe_plugin.integrations.kept_names import keep_layer_names, stored_prefix
 from bitsmoe_plugin.integrations.packed_loading import stored_names
@@ -138,8 +139,9 @@ class _Conversion:
                     if ".bitsmoe_" not in name and name not in stored:
                         yield {name: self._converted(file.get_tensor(name))}
         for layer in self.packed.dense:
-            weight = read_weight(layer.name, layer.read(), layer.scheme)
-            yield {f"{layer.name}.weight": self._converted(weight)}
+            parts = layer.read()  # rounded once: in the dtype of the model, as loading does
+            parts[SCALE] = self._converted(parts[SCALE])
+            yield {f"{layer.name}.weight": read_weight(layer.name, parts, layer.scheme)}
         for name in logging.tqdm(self.layers, desc="Dequantizing layers"):
             yield self._layer(name)
 

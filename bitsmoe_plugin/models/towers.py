@@ -14,7 +14,8 @@ def tower_modules(model: Any) -> set[nn.Module]:
     if not hasattr(model, "get_encoder"):  # no PreTrainedModel
         return set()
     towers = [model.get_encoder(modality=modality) for modality in _MODALITIES]
-    # What it returns if there is none (also None: Gemma4 without sounds); and an encoder of text that has the others inside (DiffusionGemma).
+    # What it returns if there is none (or None: Gemma4 without sounds); and an encoder of text that has the
+    # others inside (DiffusionGemma).
     whole = {id(model), id(getattr(model, "base_model", model)), id(model.get_encoder())}
     found = [tower for tower in towers if isinstance(tower, nn.Module) and id(tower) not in whole]
     return {module for tower in found for module in tower.modules()}

@@ -17,6 +17,8 @@ from bitsmoe_plugin.base.triton_launch import Launch
 _LABEL = re.compile(r"\s*(\.L_x_\d+):")
 _INSTRUCTION = re.compile(r"\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)(.*);")
 
+_PRODUCT = re.compile(r"FFMA|FMUL|\w*MMA")
+
 
 def instructions(cubin: bytes) -> tuple[list[str], list[range]]:
     """Names of a kernel's instructions, and the stretches of its innermost loops, as they come."""
@@ -55,10 +57,16 @@ def decoding_instructions(cubin: bytes, launch: Launch) -> dict[int, float]:
     constants = launch.constants
     if not {"WIDTHS", "ROWS", "BLOCKS"} <= constants.keys():
         return {}
-    inner = instructions(cubin)[1]
-    # Loops that wait, copy or write zeros are shorter than two instructions per weight.
+    names, inner = instructions(cubin)
+    # Loops that wait, copy or write zeros are shorter, or multiply nothing.
     weights = constants["ROWS"] * constants["BLOCKS"] / launch.num_warps
-    decoding = [loop for loop in inner if len(loop) >= 2 * weights]
+    decoding = [
+        loop
+        for loop in inner
+        if len(loop) >= 2 * weights and any(_PRODUCT.match(name) for name in names[loop.start : loop.stop])
+    ]
+    if not decoding:
+        return {}
     widths = constants["WIDTHS"]
     if len(decoding) != len(widths):
         raise ValueError(f"{len(decoding)} loops decode, of {len(widths)} widths")
