@@ -268,12 +268,15 @@ def _evaluate(args: argparse.Namespace, stdout: TextIO) -> None:
     from bitsmoe_plugin.checkpoint.read import check_if_packed, read_config
     from bitsmoe_plugin.commands.evaluate import load_for_evaluation
     from bitsmoe_plugin.commands.evaluate_output import print_evaluation
+    from bitsmoe_plugin.models.model_class import check_loadable
     from bitsmoe_plugin.models.tokenizer import load_tokenizer
 
     _check_evaluate(args)
     source = source_of(args)
     check_if_packed(source.name)
     source.config()
+    if args.reference:
+        check_loadable(source_of(args, "reference"))
     if args.card:
         read_config(Path(source.name))  # only a packed model has a card of ours
     if args.tasks:

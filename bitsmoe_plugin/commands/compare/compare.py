@@ -36,7 +36,7 @@ from bitsmoe_plugin.errors import BitsMoEError, ConfigError, QuantizationError
 from bitsmoe_plugin.models.families import find_moe_layers, layer_shape
 from bitsmoe_plugin.models.low_precision import method_of, stored_settings
 from bitsmoe_plugin.models.low_precision_source import source_in
-from bitsmoe_plugin.models.model_class import check_folder, load_model, text_model
+from bitsmoe_plugin.models.model_class import check_folder, check_weights, empty_model, load_model, text_model
 from bitsmoe_plugin.models.model_source import ModelSource
 from bitsmoe_plugin.models.tokenizer import load_tokenizer
 
@@ -304,7 +304,9 @@ def check_comparison(task: ComparisonTask, methods: tuple[str, ...]) -> None:
     for path in (source.name, task.checkpoint):
         if path is not None:
             check_if_packed(path)
-    settings = stored_settings(source.config())
+    config = source.config()
+    settings = stored_settings(config)
+    find_moe_layers(empty_model(config))
     peers = [method for method in methods if method in PACKAGES]
     if settings is not None and peers:
         raise ConfigError(
@@ -312,6 +314,7 @@ def check_comparison(task: ComparisonTask, methods: tuple[str, ...]) -> None:
             f"{method_of(settings)!r}; leave it out, or give the model dequantized"
         )
     if Path(source.name).is_dir():
+        check_weights(Path(source.name))
         check_folder(Path(source.name))
     tokenizer, options = load_tokenizer(source), {"chat_template_kwargs": task.chat_template_kwargs}
     for text in (task.dataset, task.eval):
