@@ -268,8 +268,7 @@ def run_method(method: str, task: ComparisonTask) -> dict[str, Any]:
         if task.tasks:
             from bitsmoe_plugin.commands.evaluate_tasks import evaluate_tasks
 
-            options = {"batch_size": task.batch_size}
-            row["tasks"] = evaluate_tasks(quantized.model, tokenizer, task.tasks, **options)
+            row["tasks"] = evaluate_tasks(quantized.model, tokenizer, task.tasks, batch_size=task.batch_size)
         if task.prompt is not None:
             row["sample"] = _sample(quantized.model, tokenizer, task)
     return row
