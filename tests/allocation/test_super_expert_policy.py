@@ -123,7 +123,8 @@ def test_what_is_found_gets_wide_rows_inside_the_budget(dense, tmp_path, monkeyp
     least = max(width for width in model.config.quantization_config.widths if width <= 8)
     assert [e for e in range(4) if int(row_widths(model, LAYER, e).min()) >= least] == [2]
     assert report["bits_per_weight"] <= options["bits"]
-    alike = quantize(dense, super_experts={}, **options)
+    # Its layer errs by more than it puts out on tokens held out, or not: a matter of chance.
+    alike = quantize(dense, super_experts={}, allow_thin=True, **options)
     assert int(row_widths(alike, LAYER, 2).min()) < least
     stream = io.StringIO()
     print_inspection(report, stream)
