@@ -18,8 +18,8 @@ from bitsmoe_plugin.calibration.activations import enough
 from bitsmoe_plugin.codec.layout import LayerShape
 from bitsmoe_plugin.config import BitsMoEConfig
 from bitsmoe_plugin.rounding.refit_down import REFIT_TOKENS
-from bitsmoe_plugin.spectral.layer_problem import FEWEST_MOMENT_TOKENS, MEAN_TOKENS, MOMENT_TOKENS
 from bitsmoe_plugin.spectral.moments import COVARIANCE_TOKENS
+from bitsmoe_plugin.spectral.statistics_tokens import FEWEST_MOMENT_TOKENS, MEAN_TOKENS, MOMENT_TOKENS
 
 PROCESS_BYTES = 390 * 2**20
 """Python with torch and transformers, measured."""

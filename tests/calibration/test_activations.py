@@ -14,7 +14,7 @@ from bitsmoe_plugin.config import BitsMoEConfig
 from bitsmoe_plugin.pipeline.layer_plan import plan_layer
 from bitsmoe_plugin.rounding import refit_down
 from bitsmoe_plugin.rounding.layer_rounding import round_experts, round_layer
-from bitsmoe_plugin.spectral import layer_feedback, layer_problem, moments
+from bitsmoe_plugin.spectral import layer_feedback, moments, statistics_tokens
 from bitsmoe_plugin.spectral.layer_problem import build_problem
 
 E, SIZE, H, T, K = 6, 40, 64, 3000, 2
@@ -100,8 +100,8 @@ def test_an_extreme_output_is_found_in_a_sample(layer) -> None:
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
     """As few tokens as possible are looked at: 320 of 1,000 of an expert."""
     monkeypatch.setattr(activations, "FEWEST_SAMPLED", 0)
-    monkeypatch.setattr(layer_problem, "FEWEST_MOMENT_TOKENS", 0)
-    monkeypatch.setattr(layer_problem, "MEAN_TOKENS", 200)
+    monkeypatch.setattr(statistics_tokens, "FEWEST_MOMENT_TOKENS", 0)
+    monkeypatch.setattr(statistics_tokens, "MEAN_TOKENS", 200)
     monkeypatch.setattr(moments, "COVARIANCE_TOKENS", 5)
     monkeypatch.setattr(layer_feedback, "COVARIANCE_TOKENS", 5)
     monkeypatch.setattr(layer_feedback, "IMPORTANCE_NEURONS", 10)
@@ -122,8 +122,8 @@ def test_a_layer_from_samples_is_as_good(layer, few, monkeypatch: pytest.MonkeyP
         sampled = result(**options)
         with monkeypatch.context() as patch:
             patch.setattr(activations, "FEWEST_SAMPLED", T)
-            patch.setattr(layer_problem, "FEWEST_MOMENT_TOKENS", T)
-            patch.setattr(layer_problem, "MEAN_TOKENS", T)
+            patch.setattr(statistics_tokens, "FEWEST_MOMENT_TOKENS", T)
+            patch.setattr(statistics_tokens, "MEAN_TOKENS", T)
             whole = result(**options)
         for one, other in zip(sampled, whole, strict=True):
             assert float((one.sum() / other.sum()).log().abs()) < 0.15, options
