@@ -37,18 +37,25 @@ def tokens_per_dimension(tokens: int, shape: LayerShape, experts_per_token: int)
     return tokens * experts_per_token / shape.num_experts / shape.hidden_size
 
 
-def warn_about_few_tokens(tokens: int, shapes: Sequence[LayerShape], experts_per_token: int | None) -> None:
-    """Warns, before anything is computed, if there are too few for the average expert."""
+def warn_about_few_tokens(
+    tokens: int, shapes: Sequence[LayerShape], experts_per_token: int | None, unmeasured: bool = False
+) -> None:
+    """Warns, before anything is computed, if there are too few for the average expert.
+
+    Args:
+        unmeasured: there are too few to hold any out.
+    """
     if experts_per_token is None:
         return
     shape = min(shapes, key=lambda shape: tokens_per_dimension(tokens, shape, experts_per_token))
     found = tokens_per_dimension(tokens, shape, experts_per_token)
     if found < THIN_TOKENS_PER_DIMENSION:
         fitting = THIN_TOKENS_PER_DIMENSION * shape.hidden_size * shape.num_experts // experts_per_token
+        blind = "; they are too few to hold any out, so those errors are not measured" if unmeasured else ""
         warnings.warn(
             f"{tokens:,} calibration tokens are {found:.2g} per expert and dimension (hidden_size "
             f"{shape.hidden_size}); from about {fitting:,} on errors on other text come close to the least "
-            "possible (calibration_tokens, and as much text)",
+            f"possible (calibration_tokens, and as much text){blind}",
             stacklevel=3,
         )
 

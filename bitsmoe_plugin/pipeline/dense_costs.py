@@ -23,6 +23,7 @@ from bitsmoe_plugin.pipeline.progress import Hidden
 from bitsmoe_plugin.pipeline.run import Run
 from bitsmoe_plugin.rounding.dense_rounding import round_linear
 from bitsmoe_plugin.runtime.dense_linear import pack, unpack
+from bitsmoe_plugin.spectral.error_feedback import damping
 
 DenseCosts = list[list[float]]
 """Of each unit of a decoder layer at each of its candidates."""
@@ -129,7 +130,8 @@ def rounded_to(run: Run, schemes: Mapping[str, DenseScheme], moments: Mapping[st
         for name, scheme in schemes.items():
             module: Any = run.model.get_submodule(name)
             kept[name] = module.weight.data
-            given = moments.get(name), run.config.damping, run.config.feedback
+            share = damping(run.config, run.tokens, module.in_features)
+            given = moments.get(name), share, run.config.feedback
             rounded = round_linear(module.weight, scheme, *given)
             module.weight.data = unpack(pack(*rounded, scheme), scheme)
         yield

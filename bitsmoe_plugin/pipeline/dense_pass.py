@@ -22,6 +22,7 @@ from bitsmoe_plugin.pipeline.progress import Hidden
 from bitsmoe_plugin.pipeline.run import Run, finite
 from bitsmoe_plugin.rounding.dense_rounding import round_linear
 from bitsmoe_plugin.runtime.dense_linear import check_library, pack, put
+from bitsmoe_plugin.spectral.error_feedback import damping
 
 
 def planned_dense(model: Any, layers: list[MoELayer], config: Any) -> dict[int, dict[str, DenseScheme]]:
@@ -107,8 +108,9 @@ def _rounded(
         tensors = {}
         for name, module in modules.items():
             assert isinstance(module, nn.Linear)
-            damping, feedback = run.config.damping, run.config.feedback
-            rounded = round_linear(module.weight, schemes[name], moments.get(name), damping, feedback)
+            share = damping(run.config, run.tokens, module.in_features)
+            given = moments.get(name), share, run.config.feedback
+            rounded = round_linear(module.weight, schemes[name], *given)
             for part, tensor in pack(*rounded, schemes[name]).items():
                 tensors[f"{name}.{part}"] = tensor.cpu().contiguous()
         return tensors

@@ -156,7 +156,8 @@ def _quantize(
         blocks, seen = held_out_last(blocks, config.held_out)
         tokens = token_count(take(blocks, seen))
         if workers.main and not config.all_experts:
-            warn_about_few_tokens(tokens, source.shapes, experts_per_token(model.config))
+            unmeasured = config.held_out > 0 and seen == len(blocks)
+            warn_about_few_tokens(tokens, source.shapes, experts_per_token(model.config), unmeasured)
         forward = LayerwiseForward(model, modules, blocks, config.batch_size)
         at_once = workers.from_main(lambda: progress.at_once)
         # Smaller than chosen now: before it was interrupted, the run had too little memory for more.

@@ -26,7 +26,7 @@ def round_linear(
     Args:
         weight: ``[outputs, inputs]``.
         moments: ``[inputs, inputs]`` float32, second moments of the inputs; None: all alike.
-        damping: see ``BitsMoEConfig``.
+        damping: share of the mean of the diagonal of ``moments`` that is added to it.
         feedback: pass errors on.
 
     Returns:

@@ -44,6 +44,8 @@ def test_few_tokens_are_told_beforehand_with_how_many_are_enough() -> None:
     shapes = [LayerShape(16, 2048, 768), QWEN3_30B]
     with pytest.warns(UserWarning, match=r"8,192 calibration tokens are 0\.25 .*about 65,536"):
         coverage.warn_about_few_tokens(8192, shapes, 8)
+    with pytest.warns(UserWarning, match="close to the least .*too few to hold any out"):
+        coverage.warn_about_few_tokens(4096, shapes, 8, unmeasured=True)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         coverage.warn_about_few_tokens(65_536, shapes, 8)

@@ -22,6 +22,8 @@ from bitsmoe_plugin.commands.estimate import estimate
 from bitsmoe_plugin.commands.inspect import inspect_checkpoint
 from bitsmoe_plugin.errors import BitsMoEError, CheckpointError, ConfigError, QuantizationError
 from bitsmoe_plugin.integrations.dequantize_checkpoint import dequantize_checkpoint
+from bitsmoe_plugin.pipeline import dense_pass
+from bitsmoe_plugin.spectral.error_feedback import damping
 
 OPTIONS: dict[str, Any] = {"method": "fast", "calibration_tokens": 1024, "sequence_length": 256}
 MIXED = {"o_proj": 8, "self_attn": 4}
@@ -65,6 +67,20 @@ def test_saved_model_is_the_one_in_memory_and_is_saved_to_the_same_bytes(
     assert shapes[f"{LAYER}.q_proj.weight_packed"] == (128, 16)
     assert shapes[f"{LAYER}.o_proj.weight_packed"] == (128, 32)
     assert f"{LAYER}.q_proj.weight" not in shapes
+
+
+def test_thin_calibration_damps_them_more(moe_tiny_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against second moments of few tokens that are inverted as if they were known well."""
+    found, exact = set(), dense_pass.round_linear
+
+    def watched(weight: torch.Tensor, *given: Any) -> Any:
+        found.add((weight.shape[1], given[2]))
+        return exact(weight, *given)
+
+    monkeypatch.setattr(dense_pass, "round_linear", watched)
+    quantized(moe_tiny_path, dense_bits=MIXED, calibration_tokens=128, sequence_length=64)
+    assert {(128, 0.1)} <= found
+    assert all(share == pytest.approx(damping(BitsMoEConfig(), 128, inputs)) for inputs, share in found)
 
 
 def test_stored_layer_is_what_the_library_reads(packed: Path) -> None:
