@@ -15,6 +15,9 @@ from bitsmoe_plugin.models.gating import Gating
 if TYPE_CHECKING:
     from bitsmoe_plugin.runtime.dispatch import Runtime
 
+BLOCK = 8
+"""Tokens of a product with a kept expert on a CPU, always as many: how a product sums follows their number."""
+
 
 @dataclass(frozen=True)
 class WithOriginals:
@@ -46,14 +49,25 @@ class WithOriginals:
         weights = top_k_weights.float()
         if self.packed.output_bias is not None:
             here = (top_k_index >= 0) & (top_k_index < self.spec.shape.num_experts)
-            bias = self.spec.original(self.packed.output_bias)[torch.where(here, top_k_index, 0).long()]
-            out += ((weights * here)[:, None] @ bias.float()).squeeze(1)
+            stored, chosen = (
+                self.spec.original(self.packed.output_bias),
+                torch.where(here, top_k_index, 0).long(),
+            )
+            if (
+                hidden.device.type == "cpu"
+            ):  # slot by slot: how a product sums may follow the number of tokens
+                for share, expert in zip((weights * here).T, chosen.T, strict=True):
+                    out += share[:, None] * stored[expert].float()
+            else:
+                out += ((weights * here)[:, None] @ stored[chosen].float()).squeeze(1)
         for position, expert in enumerate(self.spec.kept):
             share = (weights * (top_k_index == expert)).sum(-1)
             if hidden.device.type == "cpu":
                 tokens = torch.nonzero(share).flatten()
-                if len(tokens):
-                    out[tokens] += share[tokens, None] * self._kept(position, hidden[tokens])
+                for block in tokens.split(BLOCK):
+                    alike = hidden.new_zeros(BLOCK, hidden.shape[1])
+                    alike[: len(block)] = hidden[block]
+                    out[block] += share[block, None] * self._kept(position, alike)[: len(block)]
             else:  # for all tokens: to look which are routed there would wait for the device
                 out += share[:, None] * self._kept(position, hidden)
         return out.to(hidden.dtype)
