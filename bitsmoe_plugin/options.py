@@ -340,9 +340,12 @@ class Options:
     size: str | int | None = option(
         "instead of bits: size of all weight files, like 11GB (1e9 bytes) or 10GiB; widths of the experts' "
         "rows and of other linear layers are chosen together",
-        "Of linear layers outside the experts each (or those that vLLM computes as one) gets 4, 8 or 16 "
-        "bits, by how much its error changes the output of its decoder layer; with another ``dense_bits`` "
-        "than 16 that is taken as it is. All else (embeddings, norms, routers, the head) keeps its dtype.",
+        "Of linear layers outside the experts each (or those that vLLM computes as one) gets 4 bits, in "
+        "groups of ``dense_group_size`` or of 32, 8 or 16, by how much its error changes the output of its "
+        "decoder layer; so does the head, if it is not the embeddings, by how much the model's "
+        "distribution changes. What a table ``dense_bits`` names is taken from it, and a number other than "
+        "16 counts for all layers but the head, which then keeps its dtype as all else does (embeddings, "
+        "norms, routers).",
         check=Check("a size like 11GB, 10.5GiB or a number of bytes, or None", _is_size),
         flag="SIZE",
         stored="if filled",

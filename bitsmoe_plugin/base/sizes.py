@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
+from collections.abc import Sequence
 from typing import Any
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+_OFFSET = 10**10
+"""Files that transformers writes are not larger than 50 GB."""
+_LONGER = 8
+"""Names in the files may be so much longer than in the model."""
 
 
 def size_in_bytes(value: Any) -> int | None:
@@ -35,3 +41,9 @@ def readable_size(size: int) -> str:
     """Bytes in the largest decimal unit that leaves at least 1."""
     unit = min(3, int(math.log10(max(size, 1)) // 3))
     return f"{size / 1000**unit:.{3 if unit else 0}f} {('B', 'kB', 'MB', 'GB')[unit]}"
+
+
+def header_bytes(name: str, shape: Sequence[int]) -> int:
+    """What a tensor takes in the header of a safetensors file, at most, under a name not much longer."""
+    told = {"dtype": "BF16", "shape": list(shape), "data_offsets": [_OFFSET, _OFFSET]}
+    return len(json.dumps({name: told}, separators=(",", ":"))) + _LONGER

@@ -99,6 +99,22 @@ def _kinds(names: Mapping[str, Any]) -> list[str]:
     return list(dict.fromkeys(name.rpartition(".")[2] for name in names))
 
 
+def free_layers(model: Any, linear: Mapping[str, nn.Linear], config: Any) -> list[str]:
+    """Names of linear layers that ``dense_bits`` says nothing of: all at its default, none at another number,
+    and those that no pattern of a table fits. A head that is the embeddings too is left out.
+
+    Args:
+        linear: see ``linear_layers``.
+        config: BitsMoEConfig.
+    """
+    head, tied = head_name(model), getattr(model, "all_tied_weights_keys", None) or ()
+    table = config.dense_bits if isinstance(config.dense_bits, dict) else {}
+    if not table and config.dense_bits != 16:
+        return []
+    open_ = [name for name in linear if _pattern_of(name, table, name == head) is None]
+    return [name for name in open_ if f"{name}.weight" not in tied]
+
+
 def _matches(pattern: str, name: str) -> bool:
     if any(sign in pattern for sign in "*?["):
         return fnmatchcase(name, pattern)
@@ -163,9 +179,7 @@ def saved_names(model: Any, names: Sequence[str]) -> dict[str, str]:
     Raises:
         ConfigError: transformers would write something else than the tensors of such a layer.
     """
-    probes = {f"{name}.{PACKED}": torch.empty(1, device="meta") for name in names}
-    saved = {id(tensor): name for name, tensor in revert_weight_conversion(model, dict(probes)).items()}
-    found = {name: saved.get(id(probes[f"{name}.{PACKED}"]), "") for name in names}
+    found = _written_names(model, names)
     for name, written in found.items():
         if not written.endswith(f".{PACKED}"):
             raise ConfigError(
@@ -173,6 +187,18 @@ def saved_names(model: Any, names: Sequence[str]) -> dict[str, str]:
                 "leave it at 16"
             )
     return {name: written.removesuffix(f".{PACKED}") for name, written in found.items()}
+
+
+def savable_layers(model: Any, names: Sequence[str]) -> list[str]:
+    """Those that ``saved_names`` does not refuse."""
+    return [name for name, written in _written_names(model, names).items() if written.endswith(f".{PACKED}")]
+
+
+def _written_names(model: Any, names: Sequence[str]) -> dict[str, str]:
+    """Name of each layer -> name of its first stored tensor in the files, "" if it becomes another."""
+    probes = {f"{name}.{PACKED}": torch.empty(1, device="meta") for name in names}
+    saved = {id(tensor): name for name, tensor in revert_weight_conversion(model, dict(probes)).items()}
+    return {name: saved.get(id(probes[f"{name}.{PACKED}"]), "") for name in names}
 
 
 def stored_schemes(

@@ -16,14 +16,12 @@ from bitsmoe_plugin.calibration.dense_inputs import input_moments
 from bitsmoe_plugin.calibration.layerwise_forward import residual_weights
 from bitsmoe_plugin.codec.dense import DenseScheme
 from bitsmoe_plugin.models.dense_layers import planned_schemes, saved_names
+from bitsmoe_plugin.models.dense_units import NO_LAYER
 from bitsmoe_plugin.models.families import MoELayer
 from bitsmoe_plugin.pipeline.progress import Hidden
 from bitsmoe_plugin.pipeline.run import Run, finite
 from bitsmoe_plugin.rounding.dense_rounding import round_linear
 from bitsmoe_plugin.runtime.dense_linear import check_library, pack, put
-
-HEAD = -1
-"""In place of the index of a decoder layer, for what is in none."""
 
 
 def planned_dense(model: Any, layers: list[MoELayer], config: Any) -> dict[int, dict[str, DenseScheme]]:
@@ -40,7 +38,7 @@ def planned_dense(model: Any, layers: list[MoELayer], config: Any) -> dict[int, 
     found: dict[int, dict[str, DenseScheme]] = {}
     for name, scheme in schemes.items():
         inside = name.startswith(decoder)
-        index = int(name.removeprefix(decoder).partition(".")[0]) if inside else HEAD
+        index = int(name.removeprefix(decoder).partition(".")[0]) if inside else NO_LAYER
         found.setdefault(index, {})[name] = scheme
     return found
 
@@ -68,19 +66,20 @@ def round_dense(run: Run, index: int, exact: Hidden) -> dict[str, Tensor]:
 
 def round_head(run: Run) -> None:
     """The same of the head, once all layers are rounded."""
-    schemes = run.dense.get(HEAD, {})
+    schemes = run.dense.get(NO_LAYER, {})
     modules = {name: run.model.get_submodule(name) for name in schemes}
     moments: dict[str, Tensor] = {}
     if any(scheme.bits < 8 for scheme in schemes.values()):
-        total = run.agreed(lambda: _head_moments(run))
+        total = run.agreed(lambda: head_moments(run, run.forward.head_inputs()))
         moments = dict.fromkeys(schemes, total)
     _rounded(run, modules, schemes, moments)
 
 
-def _head_moments(run: Run) -> Tensor:
+def head_moments(run: Run, given: list[Tensor]) -> Tensor:
+    """``[H, H]`` float32, second moments of the head's inputs, without those that are held out."""
     total: Any = 0
     left = run.tokens
-    for inputs in run.forward.head_inputs():
+    for inputs in given:
         rows = inputs.flatten(0, -2)[:left].float()
         left -= len(rows)
         if len(rows):
@@ -90,7 +89,8 @@ def _head_moments(run: Run) -> Tensor:
 
 def token_weights(run: Run, outputs: Hidden) -> Tensor:
     """``[T]``, as the experts of this layer have them; 0 for what is held out."""
-    weights = residual_weights(torch.cat([out.flatten(0, -2) for out in outputs]))
+    # Some families have several residual streams, [blocks, tokens, streams, H]: one token all the same.
+    weights = residual_weights(torch.cat([out.flatten(0, 1).flatten(1) for out in outputs]))
     if run.config.token_weighting == "none":
         weights = torch.full_like(weights, float(weights.reciprocal().mean().reciprocal()))
     weights[run.tokens :] = 0

@@ -14,8 +14,10 @@ from bitsmoe_plugin.calibration.post_norm import through_norm
 from bitsmoe_plugin.calibration.residual_gain import residual_gains
 from bitsmoe_plugin.calibration.super_experts import ExpertOutputs, forms_massive_activations
 from bitsmoe_plugin.models.declared_computation import check_computation
+from bitsmoe_plugin.models.dense_units import NO_LAYER
 from bitsmoe_plugin.models.families import apply_gating, layer_shape, read_biases
 from bitsmoe_plugin.pipeline.dense_costs import DenseCosts, dense_costs
+from bitsmoe_plugin.pipeline.head_costs import head_costs
 from bitsmoe_plugin.pipeline.layer_plan import plan_layer
 from bitsmoe_plugin.pipeline.progress import Hidden, PlannedLayer
 from bitsmoe_plugin.pipeline.run import Run, finite
@@ -37,6 +39,7 @@ def plan_layers(run: Run) -> None:
         for index, hidden in zip(turn, passed, strict=True):
             if workers.main:
                 progress.finish_plan(index, plans.get(index), hidden)
+    progress.dense_costs[NO_LAYER] = workers.from_main(lambda: head_costs(run))
 
 
 def _plan_turn(

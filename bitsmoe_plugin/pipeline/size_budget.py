@@ -10,18 +10,20 @@ from torch import Tensor
 
 from bitsmoe_plugin.allocation.budget import Budget, find_floor
 from bitsmoe_plugin.allocation.super_expert_policy import bias_bits, model_budget
-from bitsmoe_plugin.base.sizes import size_in_bytes, size_text
+from bitsmoe_plugin.base.sizes import header_bytes, size_in_bytes, size_text
 from bitsmoe_plugin.codec.dense import DenseScheme
 from bitsmoe_plugin.config import BitsMoEConfig
 from bitsmoe_plugin.errors import ConfigError, QuantizationError
 from bitsmoe_plugin.models.dense_layers import planned_schemes
-from bitsmoe_plugin.models.dense_units import CANDIDATES, DenseUnit, dense_units
+from bitsmoe_plugin.models.dense_units import DenseUnit, dense_units, most_candidates
 from bitsmoe_plugin.models.expert_source import ExpertSource
+from bitsmoe_plugin.options import DENSE_BITS
+from bitsmoe_plugin.runtime.dense_linear import check_library
 
-_HEADER = 160
-"""Bytes of a tensor in the header of a safetensors file, at most, with names of usual length."""
-_PACKED_TENSORS = 12
+_PACKED_TENSORS, _LONGEST_NAME = 11, "bitsmoe_output_scales"
 """Per MoE layer, at most."""
+_PER_FILE, _FILE = 128, 10**9
+"""What a file has besides, and the least that transformers splits files at by itself."""
 _APART = ("layer_bits", "projection_bits", "factor_bits")
 
 
@@ -50,9 +52,10 @@ def whole_budget(model: Any, source: ExpertSource, config: BitsMoEConfig, carrie
         return WholeBudget(model_budget(source, config), [])
     _check_options(config)
     size, option = _asked(model, config)
-    chosen = config.dense_bits == 16
-    units = dense_units(model, source.layers, config) if chosen else []
-    schemes = {} if chosen else planned_schemes(model, source.layers, config)
+    schemes = planned_schemes(model, source.layers, config)
+    units = dense_units(model, source.layers, config)
+    if units:
+        check_library()
     floor = find_floor(source.shapes, config, sum(bias_bits(source)))
     others = 8 * (_other_bytes(model, source, units, schemes) + carried)
     fixed = others + sum(floor.fixed.values()) + sum(unit.sizes[0] for unit in units)
@@ -69,7 +72,8 @@ def whole_budget(model: Any, source: ExpertSource, config: BitsMoEConfig, carrie
 
 
 def uniform_choices(model: Any, source: ExpertSource, config: BitsMoEConfig) -> dict[int, float]:
-    """Width of all units -> counted bits that ``size`` or ``fit`` leaves for an expert weight, where it does.
+    """Width of all units -> counted bits that ``size`` or ``fit`` leaves for an expert weight, where it does;
+    empty if there are no units.
 
     Raises:
         QuantizationError, ConfigError: see ``whole_budget``.
@@ -79,8 +83,8 @@ def uniform_choices(model: Any, source: ExpertSource, config: BitsMoEConfig) -> 
     if not units:
         return {}
     found = {}
-    for candidate, bits in enumerate(CANDIDATES):
-        payload = rows.payload_bits - sum(unit.sizes[candidate] - unit.sizes[0] for unit in units)
+    for bits in DENSE_BITS:
+        payload = rows.payload_bits - sum(unit.sizes[unit.candidate(bits)] - unit.sizes[0] for unit in units)
         if payload >= rows.narrowest:
             found[bits] = (payload + sum(rows.fixed.values())) / rows.weights
     return found
@@ -103,6 +107,12 @@ def _check_options(config: BitsMoEConfig) -> None:
         raise ConfigError(
             f"BitsMoEConfig: {option} is one budget for all layers, in the unit of output errors; it does "
             f"not go with {', '.join(given)}"
+        )
+    most = most_candidates(config)
+    if len(config.widths) < most and (config.dense_bits == 16 or isinstance(config.dense_bits, dict)):
+        raise ConfigError(
+            f"BitsMoEConfig: {option} chooses among {most} ways to store a linear layer, so widths must have "
+            f"as many, not {len(config.widths)}; or give dense_bits, 8 for example"
         )
 
 
@@ -133,18 +143,24 @@ def size_of_cache(model_config: Any, config: BitsMoEConfig) -> int:
 def _other_bytes(
     model: Any, source: ExpertSource, units: list[DenseUnit], schemes: Mapping[str, DenseScheme]
 ) -> int:
-    """Files' bytes besides packed experts and ``units``: tied tensors once, headers included."""
+    """Files' bytes besides packed experts' data and ``units``: tied tensors once, headers included."""
     experts = {layer.name for layer in source.layers}
-    chosen = {f"{name}.weight" for unit in units for name in unit.schemes}
+    chosen = {f"{name}.weight" for unit in units for name in unit.names}
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
-    total, tensors = 0, _PACKED_TENSORS * len(source.layers) + 3 * len(chosen)
+    total = _PER_FILE
+    for name in experts:
+        total += _PACKED_TENSORS * header_bytes(f"{name}.{_LONGEST_NAME}", (100, 1000, 1000))
     for name, tensor in model.state_dict().items():
         if name.rpartition(".")[0] in experts or name in chosen or name in tied:
             continue
-        scheme = schemes.get(name.removesuffix(".weight"))
-        total += tensor.nbytes if scheme is None else _stored_bytes(tensor, scheme)
-        tensors += 1 if scheme is None else 3
-    return total + _HEADER * tensors
+        layer = name.removesuffix(".weight")
+        shapes = {name: tuple(tensor.shape)}
+        if layer in schemes:
+            stored = schemes[layer].shapes(*tensor.shape)
+            shapes = {f"{layer}.{part}": shape for part, shape in stored.items()}
+        total += _stored_bytes(tensor, schemes[layer]) if layer in schemes else tensor.nbytes
+        total += sum(header_bytes(part, shape) for part, shape in shapes.items())
+    return total + _PER_FILE * (total // _FILE)
 
 
 def _stored_bytes(weight: Tensor, scheme: DenseScheme) -> int:

@@ -12,7 +12,7 @@ import torch
 from dense_support import ALTERED, LAYER, REFUSED
 from safetensors import safe_open
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bitsmoe_plugin import BitsMoEConfig
 from bitsmoe_plugin.base.sizes import size_in_bytes
@@ -93,6 +93,15 @@ def test_dequantized_checkpoint_and_model_compute_the_same_weights(packed: Path,
     model.save_pretrained(tmp_path / "again")
     with safe_open(tmp_path / "again" / "model.safetensors", "pt") as file:
         assert f"{LAYER}.q_proj.weight" in file.keys()  # noqa: SIM118 (it is no dict)
+
+
+def test_dequantized_checkpoint_in_float32_is_not_rounded_before(packed: Path, tmp_path: Path) -> None:
+    """Guards the products of codes and scales against bfloat16, in which the scales are stored."""
+    dequantize_checkpoint(packed, tmp_path / "dense", "float32")
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    model = AutoModelForCausalLM.from_pretrained(packed, dtype=torch.float32)
+    for name in (f"{LAYER}.q_proj", f"{LAYER}.o_proj"):
+        assert torch.equal(model.get_submodule(name).weight, dense.get_submodule(name).weight)
 
 
 def test_changed_weight_is_not_saved_rounded(packed: Path, tmp_path: Path) -> None:
@@ -197,6 +206,51 @@ def test_size_is_kept_and_better_widths_cost_less(moe_tiny_path: Path, tmp_path:
     assert estimate(moe_tiny_path, BitsMoEConfig(size=size)).choices.keys() == {4, 8, 16}
 
 
+@pytest.fixture(scope="module")
+def untied(moe_tiny_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundled model with a head of its own, a third of all bytes that are not experts."""
+    model = AutoModelForCausalLM.from_pretrained(moe_tiny_path)
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    data = tmp_path_factory.mktemp("untied")
+    model.save_pretrained(data / "model")
+    AutoTokenizer.from_pretrained(moe_tiny_path).save_pretrained(data / "model")
+    shutil.copytree(moe_tiny_path.parent / "data", data / "data")
+    return data / "model"
+
+
+@pytest.mark.parametrize(
+    ("table", "head", "others"),
+    [(16, {4, 8}, {4, 8}), ({"lm_head": 16}, set(), {4, 8}), ({"self_attn": 8}, {4, 8}, {8})],
+)
+def test_size_chooses_for_what_a_table_leaves_open(
+    table: Any, head: set[int], others: set[int], untied: Path, tmp_path: Path
+) -> None:
+    """Guards against a head that stays in 16 bits whatever it takes, and a table that a size overrides."""
+    size = 3_000_000
+    model = quantized(untied, size=size, dense_bits=table)
+    model.save_pretrained(tmp_path)
+    assert 0.99 * size < (tmp_path / "model.safetensors").stat().st_size <= size
+    schemes = dense_schemes(report_config(tmp_path).dense)
+    assert {schemes.pop("lm_head").bits} <= head if head else "lm_head" not in schemes
+    assert {scheme.bits for scheme in schemes.values()} <= others
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(model))
+
+
+def test_cost_of_a_head_grows_with_the_square_of_its_error(untied: Path) -> None:
+    """Guards against a unit that rounding of logits, or the noise that it is measured by, decides: between 4
+    and 8 bits errors fall to a sixteenth or less."""
+    from bitsmoe_plugin.pipeline import plan_pass
+
+    found: list[Any] = []
+    real = plan_pass.head_costs
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan_pass, "head_costs", lambda run: found.append(real(run)) or found[-1])
+        quantized(untied, size=3_000_000)
+    ((four, finer, eight, none),) = found[0]
+    assert none == 0 < 60 * eight < finer < four < 0.1
+
+
 def test_size_out_of_reach_names_the_smallest_which_is_reached(moe_tiny_path: Path) -> None:
     """Guards against a message that sends the user to another refusal."""
     said = r"size=1MB cannot be met: the smallest is 1\.\d{3} MB"
@@ -209,10 +263,12 @@ def test_size_out_of_reach_names_the_smallest_which_is_reached(moe_tiny_path: Pa
     assert whole.choices == estimate(moe_tiny_path, BitsMoEConfig(size=3_000_000)).choices
 
 
-@pytest.mark.parametrize("other", [{"fit": "3MB"}, {"layer_bits": {"a": 2}}, {"scope": "layer"}])
+@pytest.mark.parametrize(
+    "other", [{"fit": "3MB"}, {"layer_bits": {"a": 2}}, {"scope": "layer"}, {"widths": (0, 2, 4)}]
+)
 def test_size_with_another_budget_is_refused(other: dict[str, Any], moe_tiny_path: Path) -> None:
-    """Guards against a budget that is silently ignored."""
-    with pytest.raises(ConfigError, match=r"not both|does not go with"):
+    """Guards against a budget that is silently ignored, or a refusal after hours of calibration."""
+    with pytest.raises(ConfigError, match=r"not both|does not go with|must have as many"):
         estimate(moe_tiny_path, BitsMoEConfig(size="3MB", **other))
 
 

@@ -64,6 +64,19 @@ def test_several_processes_write_the_same_bytes(
     assert not (tmp_path / "out.work").exists()
 
 
+def test_several_processes_choose_the_same_widths(tiny_model: Any, tmp_path: Path) -> None:
+    """Of one size for the model, with a dense layer, shared experts and a head whose costs one of them alone
+    measures; guards against layers that one process has in other bits than the rest."""
+    sizes = {"hidden_size": 64, "intermediate_size": 32, "moe_intermediate_size": 32, "num_hidden_layers": 4}
+    tiny_model("deepseek_v3", **sizes).bfloat16().save_pretrained(tmp_path / "model")
+    for processes in (1, 2):
+        result = run(tmp_path / "model", tmp_path / f"sized-{processes}", processes)
+        assert result.returncode == 0, result.stderr
+    assert files(tmp_path / "sized-2") == files(tmp_path / "sized-1")
+    written = (tmp_path / "sized-2" / "config.json").read_text()
+    assert "lm_head" in written.partition('"dense"')[2].partition('"ignore"')[0]
+
+
 @pytest.mark.parametrize("renames", [6, 20])
 def test_several_processes_continue_what_one_began(dense: Path, tmp_path: Path, renames: int) -> None:
     """Killed in the first and in the second pass: hidden states and packed layers reach all processes."""

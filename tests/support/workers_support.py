@@ -18,6 +18,9 @@ from bitsmoe_plugin.calibration.layerwise_forward import LayerwiseForward
 from bitsmoe_plugin.integrations.transformers import quantize_to_directory
 from bitsmoe_plugin.pipeline import run as pipeline_run
 
+SIZE = 140_000
+"""Bytes; some of its linear layers have to be in fewer bits then."""
+
 
 def die_at(number: int) -> None:
     """Kill this process when it begins so-many-th of its turns, over both passes; if negative: an error."""
@@ -73,5 +76,6 @@ if __name__ == "__main__":
         if Path(out).name == "little" and workers.rank == workers.size - 1:
             run_out_of_memory()
         # Another text for one of the processes, if its rank is named.
-        options = {"seed": workers.rank} if "differ" in Path(out).name else {}
+        options: dict[str, Any] = {"seed": workers.rank} if "differ" in Path(out).name else {}
+        options |= {"size": SIZE} if "sized" in Path(out).name else {}
         quantize_to_directory(model, Path(out), resume_support.config(**options))
