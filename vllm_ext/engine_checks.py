@@ -37,8 +37,8 @@ def check_engine(config: VllmConfig) -> None:
     _check_dispatch(config.parallel_config, config.device_config.device)
     if envs.VLLM_BATCH_INVARIANT and torch.device(config.device_config.device).type != "cpu":
         raise ConfigError(
-            "VLLM_BATCH_INVARIANT: on a GPU kernels of packed experts are chosen by the number of tokens and sum "
-            "in another order then; unset it"
+            "VLLM_BATCH_INVARIANT: on a GPU kernels of packed experts are chosen by the number of tokens and "
+            "sum in another order then; unset it"
         )
 
 

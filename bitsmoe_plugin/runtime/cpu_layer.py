@@ -32,13 +32,12 @@ from bitsmoe_plugin.codec import layout, row_codec, trellis, uniform
 from bitsmoe_plugin.codec.layout import PackedExperts
 from bitsmoe_plugin.codec.spec import PackedSpec
 from bitsmoe_plugin.models.gating import ACTIVATIONS, Gating, GatingForm
+from bitsmoe_plugin.runtime import cpu_blocks
 
 MAX_WIDTHS = 8
 SCRATCH = 128 * 2**20
 """Bytes that intermediate results of the tokens that are computed at a time take; more only where one token's
 do. The more tokens, the fewer times is a row decoded."""
-_BLOCK = 16384
-"""Elements of a gating's block, fewer than torch shares out over threads."""
 
 
 class _Decoder(ctypes.Structure):
@@ -67,7 +66,6 @@ class _GatingForm(ctypes.Structure):
 
 
 _UNKNOWN = _GatingForm(activation=-1)
-_BIASES = {"bfloat16": 1, "float16": 2, "float32": 3}
 
 
 class _Layer(ctypes.Structure):
@@ -175,7 +173,7 @@ class CpuLayer:
         )
         if packed.input_bias is not None:
             layer.input_bias = pointer(packed.input_bias)
-            layer.bias_dtype = _BIASES[spec.original_dtype]
+            layer.bias_dtype = cpu_blocks.STORED_DTYPES[spec.original(packed.input_bias).dtype]
         for i, width in enumerate(widths):
             if width:
                 layer.decoders[i] = _decoder(width, spec.grid)
@@ -222,23 +220,10 @@ class CpuLayer:
         failed = lib.bitsmoe_basis(layer, 0, pointer(x), tokens, pointer(z), *how)
         failed |= lib.bitsmoe_gate_up(layer, pointer(z), chosen, tokens, k, pointer(h), *how)
         if not self._knows_gating:
-            h = self._gated(h)
+            h = cpu_blocks.gated(self.gating, h)
         failed |= lib.bitsmoe_down(
             layer, pointer(h), pointer(weights), chosen, tokens, k, pointer(coordinates), *how
         )
         failed |= lib.bitsmoe_basis(layer, 1, pointer(coordinates), tokens, pointer(out), *how)
         if failed:
             raise MemoryError(f"no memory for the experts' intermediate results of {tokens} tokens")
-
-    def _gated(self, products: Tensor) -> Tensor:
-        """``[n, I]`` of ``[n, inputs, I]``, in blocks of one size: what torch computes of an element depends
-        on where in a tensor it stands, at the end of one by other instructions."""
-        size = products.shape[-1]
-        block = max(1, _BLOCK // (-(-size // 64) * 64))
-        padded = products.new_zeros(products.shape[1], block, -(-size // 64) * 64)
-        out = products.new_empty(len(products), size)
-        for start in range(0, len(products), block):
-            part = products[start : start + block]
-            padded[:, : len(part), :size] = part.transpose(0, 1)
-            out[start : start + block] = self.gating(*padded)[: len(part), :size]
-        return out

@@ -34,7 +34,7 @@ def _instruction_set(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 def batches() -> Iterator[Tensor]:
-    """Compositions: each token alone, all, prefixes of many lengths, random ones, and one token many times."""
+    """Each token alone, all, prefixes of many lengths, random compositions, and one token many times."""
     yield from torch.arange(TOKENS)[:, None]
     for length in (2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 33, 64, TOKENS):
         yield torch.arange(length)

@@ -46,7 +46,7 @@ typedef struct {
   float alpha, limit, offset;
 } GatingForm;
 
-/* Dtypes of biases. */
+/* Dtypes of what is stored as it was. */
 enum { NO_BIAS, BFLOAT16, FLOAT16, FLOAT32 };
 
 typedef struct {
@@ -137,6 +137,8 @@ typedef struct {
   void (*gate)(const GatingForm *form, const float *gate, const float *up, int chunks, float *out);
   /* sum of row[i] * x[i], row in float16 */
   float (*half_dot)(const uint16_t *row, const float *x, int n);
+  /* out[i * out_stride] = sum of row * (x + i * stride), i < count, whole chunks */
+  void (*dots)(const float *row, const float *x, int64_t stride, int64_t count, int chunks, float *out, int64_t out_stride);
 } Kernels;
 
 extern const Kernels bitsmoe_portable;

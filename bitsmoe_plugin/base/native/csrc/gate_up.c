@@ -87,24 +87,13 @@ static void gate_up_factor(const GateUp *g, const Rows *rows, int expert) {
     if (runs[i].bits == 16) gate_up_wide(g, rows, &runs[i]);
 }
 
-static float bias_of(const Layer *l, int64_t i) {
-  uint16_t half;
-  if (l->bias_dtype == FLOAT32) return ((const float *)l->input_bias)[i];
-  half = ((const uint16_t *)l->input_bias)[i];
-  if (l->bias_dtype == FLOAT16) return half_to_float(half);
-  uint32_t bits = (uint32_t)half << 16;
-  float value;
-  memcpy(&value, &bits, 4);
-  return value;
-}
-
 static void add_bias(const GateUp *g, int expert) {
   const Layer *l = g->layer;
   int start = g->from * CHUNK, columns = least(g->to * CHUNK, l->size) - start;
   for (int factor = 0; factor < l->inputs && l->bias_dtype; factor++) {
     int64_t first = ((int64_t)expert * l->inputs + factor) * l->size + start;
     for (int m = 0; m < g->count; m++)
-      for (int i = 0; i < columns; i++) values_of(g, m, factor)[i] += bias_of(l, first + i);
+      for (int i = 0; i < columns; i++) values_of(g, m, factor)[i] += stored_value(l->input_bias, l->bias_dtype, first + i);
   }
 }
 

@@ -13,6 +13,17 @@ static inline int least(int a, int b) { return a < b ? a : b; }
 static inline int chunks_of(int columns) { return (columns + CHUNK - 1) / CHUNK; }
 static inline int tail_of(int columns) { return (columns + BLOCK - 1) / BLOCK % 2; }
 
+/* Value i of what is stored in a dtype of its own. */
+static inline float stored_value(const void *stored, int dtype, int64_t i) {
+  if (dtype == FLOAT32) return ((const float *)stored)[i];
+  uint16_t half = ((const uint16_t *)stored)[i];
+  if (dtype == FLOAT16) return half_to_float(half);
+  uint32_t bits = (uint32_t)half << 16;
+  float value;
+  memcpy(&value, &bits, 4);
+  return value;
+}
+
 /* The stored rows of one factor of one expert, in the order of the payload. */
 typedef struct {
   int count[MAX_WIDTHS]; /* by falling width */
