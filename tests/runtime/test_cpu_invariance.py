@@ -34,11 +34,11 @@ def _instruction_set(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 def batches() -> Iterator[Tensor]:
-    """Each token alone, all, prefixes of many lengths, random compositions, and one token many times."""
-    yield from torch.arange(TOKENS)[:, None]
+    """Tokens alone, all, prefixes of many lengths, random compositions, and one token many times."""
+    yield from torch.arange(TOKENS)[::9, None]
     for length in (2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 33, 64, TOKENS):
         yield torch.arange(length)
-    for _ in range(12):
+    for _ in range(6):
         yield torch.randperm(TOKENS)[: int(torch.randint(2, TOKENS, ()))]
     yield torch.full((50,), 7)
 
