@@ -20,7 +20,14 @@ from bitsmoe_plugin.checkpoint.read import check_if_packed
 from bitsmoe_plugin.commands.bench.output import Row
 from bitsmoe_plugin.errors import BitsMoEError, ConfigError
 
-PROMPT_TOKENS = 16
+
+def _prompts(task: dict[str, Any], sequences: int, vocabulary: int) -> list[list[int]]:
+    """Random tokens, others for each sequence: those of equal prompts would all go to the same experts."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    sizes = sequences, task["prompt_tokens"]
+    return torch.randint(vocabulary, sizes, generator=generator).tolist()  # type: ignore[no-any-return]
 
 
 def _transformers(task: dict[str, Any]) -> Callable[[int, int], None]:
@@ -30,12 +37,13 @@ def _transformers(task: dict[str, Any]) -> Callable[[int, int], None]:
     model = AutoModelForCausalLM.from_pretrained(task["model"], dtype=task["dtype"]).eval()
     if torch.cuda.is_available():
         model.to("cuda")
+    vocabulary = model.config.get_text_config().vocab_size
 
     def generate(batch: int, tokens: int) -> None:
-        prompt = torch.arange(1, PROMPT_TOKENS + 1).repeat(batch, 1).to(model.device)
+        prompts = torch.tensor(_prompts(task, batch, vocabulary), device=model.device)
         model.generate(
-            prompt,
-            attention_mask=torch.ones_like(prompt),
+            prompts,
+            attention_mask=torch.ones_like(prompts),
             max_new_tokens=tokens,
             min_new_tokens=tokens,
             do_sample=False,
@@ -49,11 +57,14 @@ def _transformers(task: dict[str, Any]) -> Callable[[int, int], None]:
 def _vllm(task: dict[str, Any]) -> Callable[[int, int], None]:
     from vllm import LLM, SamplingParams
 
-    length = PROMPT_TOKENS + task["new_tokens"]
-    engine = LLM(task["model"], dtype=task["dtype"], max_model_len=length, disable_log_stats=True)
+    length = task["prompt_tokens"] + task["new_tokens"]
+    # Without its cache of prompts, or each would be computed once for all repetitions.
+    options = {"max_model_len": length, "enable_prefix_caching": False, "disable_log_stats": True}
+    engine = LLM(task["model"], dtype=task["dtype"], **options)
+    vocabulary = engine.model_config.get_vocab_size()
 
     def generate(batch: int, tokens: int) -> None:
-        prompts = [{"prompt_token_ids": list(range(1, PROMPT_TOKENS + 1))} for _ in range(batch)]
+        prompts = [{"prompt_token_ids": ids} for ids in _prompts(task, batch, vocabulary)]
         options = SamplingParams(max_tokens=tokens, ignore_eos=True, temperature=0)
         engine.generate(prompts, options, use_tqdm=False)
 
@@ -67,9 +78,9 @@ ENGINES: dict[str, Callable[[dict[str, Any]], Callable[[int, int], None]]] = {
 
 
 def run(task: dict[str, Any]) -> list[float]:
-    """Tokens per second for each batch size of the task, the best of three."""
+    """Seconds for each batch size of the task, the best of three."""
     generate, tokens = ENGINES[task["engine"]](task), task["new_tokens"]
-    speeds = []
+    taken = []
     for batch in task["batches"]:
         generate(batch, tokens)
         best = float("inf")
@@ -77,8 +88,8 @@ def run(task: dict[str, Any]) -> list[float]:
             start = time.perf_counter()
             generate(batch, tokens)
             best = min(best, time.perf_counter() - start)
-        speeds.append(batch * tokens / best)
-    return speeds
+        taken.append(best)
+    return taken
 
 
 def measure(args: argparse.Namespace) -> list[Row]:
@@ -98,25 +109,27 @@ def measure(args: argparse.Namespace) -> list[Row]:
     batches = [int(size) for size in args.batch.split(",")]
     rows = []
     for engine in engines:
-        speeds = []
+        seconds = []
         for model in args.models:
             task = {"engine": engine, "model": model, "batches": batches}
-            task |= {"new_tokens": args.new_tokens, "dtype": args.dtype}
+            task |= {"new_tokens": args.new_tokens, "prompt_tokens": args.prompt_tokens}
+            task["dtype"] = args.dtype
             command = [sys.executable, "-c", f"from {__name__} import main; main()"]
             done = subprocess.run(command, input=json.dumps(task), stdout=subprocess.PIPE, text=True)
             if done.returncode:
                 raise BitsMoEError(f"{engine} could not run {model}; its own message is above")
-            speeds.append(json.loads(done.stdout.splitlines()[0]))  # vLLM says good-bye on stdout
+            seconds.append(json.loads(done.stdout.splitlines()[0]))  # vLLM says good-bye on stdout
         rows += [
             {
                 "engine": engine,
                 "batch": batch,
                 "model": Path(model).name,
-                "tokens_per_second": of_model[i],
-                "speed_over_first": of_model[i] / speeds[0][i],
+                "seconds": of_model[i],
+                "tokens_per_second": batch * args.new_tokens / of_model[i],
+                "speed_over_first": seconds[0][i] / of_model[i],
             }
             for i, batch in enumerate(batches)
-            for model, of_model in zip(args.models, speeds, strict=True)
+            for model, of_model in zip(args.models, seconds, strict=True)
         ]
     return rows
 

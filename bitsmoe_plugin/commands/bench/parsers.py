@@ -44,6 +44,7 @@ def _add_decode(commands: Any) -> None:
     parser.add_argument("models", nargs="+", help="directories, packed or not; the first is compared with")
     parser.add_argument("--engines", default=None, help="comma list of transformers, vllm; default: both")
     parser.add_argument("--batch", default="1,16", help="comma list: sequences at once")
+    parser.add_argument("--prompt-tokens", type=int, default=16, help="per sequence, random ones")
     parser.add_argument("--new-tokens", type=int, default=64, help="generated per sequence")
     parser.add_argument("--dtype", default="bfloat16", help="of activations and of what is not packed")
 
