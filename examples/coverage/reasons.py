@@ -18,6 +18,7 @@ _KNOWN = {
     r"Head dimension \d+ is not supported by MLA": (
         "vLLM reads head_dim as the size of a compressed key, which transformers' config calls otherwise"
     ),
+    r"'\w+Config' object has no attribute": "vLLM reads an entry of config.json that transformers lacks",
     r"image_outputs": "the forward pass of this class fails in transformers",
     r"missing the required \"forward\"": "the class has no forward pass: it generates through its parts",
 }

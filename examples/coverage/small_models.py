@@ -64,6 +64,15 @@ _QWEN4_INDEXER = {
     "indexer_budget": 64,
     "indexer_compress_ratio": 4,
 }
+_GEMMA4_VISION = {
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "global_head_dim": 32,
+}
 _DOTS3 = {
     "index_topk": 8,
     "swa_head_dim": 128,
@@ -116,7 +125,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "llama4": {"text_config": {"num_experts_per_tok": 1}},
     "llama4_text": {"num_experts_per_tok": 1},
     "lfm2_moe": {**_TWO_KINDS, "num_dense_layers": 1, "num_hidden_layers": 2},
-    "glm4v_moe": {"text_config": {"rope_parameters": _MROPE}},
+    "glm4v_moe": {"text_config": {"rope_parameters": _MROPE, "head_dim": 32}},
     "granitemoehybrid": {
         "layer_types": ["linear_attention", "full_attention"],
         "mamba_n_heads": 4,
@@ -124,7 +133,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "mamba_d_state": 16,
     },
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2},
-    "gemma4": {"text_config": {"enable_moe_block": True}},
+    "gemma4": {"text_config": {"enable_moe_block": True}, "vision_config": _GEMMA4_VISION},
     "gemma4_text": {"enable_moe_block": True},
     "diffusion_gemma": {"text_config": {"enable_moe_block": True}},
     "ernie4_5_vl_moe": {"text_config": {"moe_intermediate_size": [64, 64], "rope_parameters": _ERNIE_ROPE}},
