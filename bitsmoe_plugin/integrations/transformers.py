@@ -149,7 +149,7 @@ class BitsMoEQuantizer(HfQuantizer):
         self._blocks = calibration_blocks(model, self.quantization_config, files, self._source.shapes)
 
     def _carry(self, model: Any, names: StoredNames, files: list[str]) -> None:
-        """Keep what predicts and the model does not load, to save it with the model."""
+        """Keep what the model does not load and others do, to save it with the model."""
         from bitsmoe_plugin.checkpoint.carried_tensors import CarriedTensors
         from bitsmoe_plugin.models.stored_names import without_module
 

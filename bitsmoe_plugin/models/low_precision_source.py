@@ -86,8 +86,8 @@ class LowPrecisionSource:
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
     def _count_carried(self, itemsize: int) -> int:
-        """Bytes of layers for prediction, which the model does not load."""
-        carried = {name: t for name, t in self.stored.items() if self.names.is_prediction_layer(name)}
+        """Bytes of what goes into the packed checkpoint and the model does not load."""
+        carried = {name: t for name, t in self.stored.items() if self.names.is_carried(name)}
         plain = sum(tensor.size for name, tensor in carried.items() if name not in self._coarse)
         weights = [t for name, t in carried.items() if name in self._coarse and is_weight(name)]
         return plain + sum(itemsize * self.precision.values(t.dtype, t.count) for t in weights)

@@ -110,7 +110,7 @@ def check_source(
             read = names.is_decoded(name) and (method is None or name in decoded)
             if names.is_floating(target) and dtype not in _FLOATS and not read:
                 coarse[name] = dtype
-        elif names.is_prediction_layer(name):
+        elif names.is_carried(name):
             if name not in decoded and dtype not in (*_FLOATS, "I64", "I32", "BOOL"):
                 coarse[name] = dtype
         elif (

@@ -117,13 +117,27 @@ class StoredNames:
         beyond = place not in self._places and re.sub(r"\d+\.$", "0.", place) in self._places
         return beyond or is_stand_in(name) or PREDICTION.search(name) is not None
 
+    def is_carried(self, name: str) -> bool:
+        """Whether the tensor goes into the packed checkpoint as it is: transformers does not load it, and
+        other programs ask for it."""
+        return self.is_prediction_layer(name) or self._is_spare(name)
+
+    def _is_spare(self, name: str) -> bool:
+        """Whether the tensor is of a decoder layer that the model has, whose class declares that it computes
+        without it (the norms behind dense layers of A.X-K1, which vLLM makes)."""
+        target = self.target(name)
+        if target in self._known or _FAMILIAR.search(name) or not self._is_declared(name):
+            return False
+        place = _place(target)
+        return place in self._places and place.rstrip(".").rpartition(".")[2].isdecimal()
+
     def is_left_out(self, name: str) -> bool:
         """Whether the tensor is of a part of a larger model that this class does not have."""
         target = self.target(name)
         first, *rest = target.split(".")
         part = f"{first}.{rest[0]}" if first == self._prefix and len(rest) > 1 else first
         known = target in self._known or part in self.modules or _FAMILIAR.search(name)
-        return not known and not self.is_prediction_layer(name)
+        return not known and not self.is_carried(name)
 
 
 def without_module(
@@ -136,21 +150,21 @@ def without_module(
         files: of the checkpoint; others than safetensors are passed over.
 
     Returns:
-        name -> (file, stored name) of those that are of layers for multi-token prediction (see
-        ``StoredNames.is_prediction_layer``), and names of those that are of parts which this class lacks.
+        name -> (file, stored name) of those that go into the packed checkpoint (see
+        ``StoredNames.is_carried``), and names of those that are of parts which this class lacks.
 
     Raises:
         CheckpointError: a file is no safetensors file.
     """
-    predicting: dict[str, tuple[str, str]] = {}
+    carried: dict[str, tuple[str, str]] = {}
     left_out = []
     for path in (str(file) for file in files if str(file).endswith(".safetensors")):
         for name in read_header(Path(path)):
-            if names.is_prediction_layer(name):
-                predicting[stood_for(name)] = path, name
+            if names.is_carried(name):
+                carried[stood_for(name)] = path, name
             elif names.is_left_out(name):
                 left_out.append(name)
-    return predicting, left_out
+    return carried, left_out
 
 
 def describe_left_out(model: str, names: list[str]) -> str:

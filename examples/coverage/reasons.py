@@ -18,6 +18,17 @@ _KNOWN = {
     r"Head dimension \d+ is not supported by MLA": (
         "vLLM reads head_dim as the size of a compressed key, which transformers' config calls otherwise"
     ),
+    r"'\w+Config' object has no attribute": "vLLM reads an entry of config.json that transformers lacks",
+    r"failed to be inspected": "vLLM imports this class with torchvision alone, with which it was not run",
+    r"Can't load image processor|Failed to load the processor|Tokenizer not available": (
+        "vLLM asks for a processor or tokenizer, which the small model has not: not compared"
+    ),
+    r"moe.py:185": "vLLM knows other names for the number of experts per token than this config.json has",
+    r"gemma4_mm.py": "vLLM makes a tower for images, which the small model has not",
+    r"^takes more than": "vLLM gave no answer in the time that a class has",
+    r"does not have `num_attention_heads`": "vLLM finds no sizes of the language model in config.json",
+    r"mlp_layer_types. entries must be in": "transformers 5.19 refuses the kinds of layers in its config",
+    r"^KeyError: .*mlp\.experts\.": "vLLM has no tensors of the names that its experts are stored under",
     r"image_outputs": "the forward pass of this class fails in transformers",
     r"missing the required \"forward\"": "the class has no forward pass: it generates through its parts",
 }

@@ -116,7 +116,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "llama4": {"text_config": {"num_experts_per_tok": 1}},
     "llama4_text": {"num_experts_per_tok": 1},
     "lfm2_moe": {**_TWO_KINDS, "num_dense_layers": 1, "num_hidden_layers": 2},
-    "glm4v_moe": {"text_config": {"rope_parameters": _MROPE}},
+    "glm4v_moe": {"text_config": {"rope_parameters": _MROPE, "head_dim": 32}},
     "granitemoehybrid": {
         "layer_types": ["linear_attention", "full_attention"],
         "mamba_n_heads": 4,

@@ -78,6 +78,26 @@ def test_prediction_layers_keep_their_names(dense: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.filterwarnings("ignore:.*calibration token")
+def test_tensors_that_a_class_declares_unused_are_kept(tiny_model, tmp_path: Path) -> None:
+    """Guards against a packed A.X-K1 that vLLM cannot load: it makes the norms behind dense layers that
+    published files have. Old buffers stay out."""
+    dense = tiny_model("axk1", mlp_layer_types=["dense", "sparse"])
+    dense.save_pretrained(tmp_path / "x")
+    spare = {"model.layers.0.post_mlp_layernorm.weight": torch.randn(32)}
+    buffer = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.randn(4)}
+    stored = load_file(tmp_path / "x" / "model.safetensors")
+    assert not {*spare, *buffer} & stored.keys()
+    save_file({**stored, **spare, **buffer}, tmp_path / "x" / "model.safetensors", {"format": "pt"})
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "x", quantization_config=_config())
+    model.save_pretrained(tmp_path / "packed")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "packed").save_pretrained(tmp_path / "again")
+    for name in ("packed", "again"):
+        found = _stored(tmp_path / name)
+        assert all(torch.equal(found[key], tensor) for key, tensor in spare.items())
+        assert not buffer.keys() & found.keys()
+
+
+@pytest.mark.filterwarnings("ignore:.*calibration token")
 def test_a_source_that_was_written_over_is_refused(dense: Path, tmp_path: Path) -> None:
     """Guards against prediction layers of another model, or a crash inside the mapped file."""
     source = tmp_path / "source"

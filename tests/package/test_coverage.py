@@ -92,3 +92,16 @@ def test_a_class_that_ends_its_process_does_not_end_the_table(tmp_path: Path, mo
     found = isolated.run(sys.executable, "transformers", tmp_path / "out", ["a/A", "b/B", "c/C"])
     assert found["b/B"]["steps"] == {"process": "ends its process (exit status 7)"}
     assert found["a/A"]["steps"] == found["c/C"]["steps"] == {"built": "yes"}
+
+
+def test_what_fails_has_a_reason_in_words(monkeypatch) -> None:
+    """Rows said what vLLM happened to raise, cut in the middle, and paths of the machine that ran it."""
+    monkeypatch.syspath_prepend(str(ROOT / "examples" / "coverage"))
+    from reasons import reason
+    from table import failing
+
+    assert reason("AssertionError: (cpu_router.py:239)").startswith("vLLM on a CPU has no router")
+    refusal = "model type 'dbrx' cannot be quantized: its experts (DbrxExperts) are not stored so"
+    assert reason(refusal) == refusal  # ours say it themselves
+    texts = {name: " ".join(steps.values()) for name, steps in failing(KNOWN)}
+    assert not [name for name, text in texts.items() if "/tmp/" in text or "Traceback" in text]
