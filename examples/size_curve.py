@@ -59,8 +59,10 @@ def measure(args: argparse.Namespace, name: str, options: dict[str, Any]) -> dic
 def dense_layers(directory: Path) -> dict[str, list[str]]:
     """Width -> names of the layers that are stored in it; those in 16 are left out."""
     stored = json.loads((directory / "config.json").read_text())["quantization_config"].get("dense", {})
-    groups = stored.get("config_groups", {}).values()
-    return {str(group["weights"]["num_bits"]): group["targets"] for group in groups}
+    found: dict[str, list[str]] = {}
+    for group in stored.get("config_groups", {}).values():
+        found.setdefault(str(group["weights"]["num_bits"]), []).extend(group["targets"])
+    return found
 
 
 def wanted(args: argparse.Namespace, done: list[dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:

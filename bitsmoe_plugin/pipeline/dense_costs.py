@@ -83,7 +83,7 @@ def _first_outputs(run: Run, index: int) -> _Outputs:
         outputs = torch.cat(
             [part.flatten(0, 1).flatten(1) for part in run.forward.run(index, inputs, routed.clear)]
         )
-    experts = torch.cat(routed) if routed else torch.empty(len(outputs), 0)
+    experts = torch.cat(routed) if routed else outputs.new_empty(len(outputs), 0)
     return _Outputs(outputs, experts.sort(-1).values)
 
 

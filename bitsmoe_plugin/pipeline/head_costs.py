@@ -58,7 +58,7 @@ def _rows(inputs: list[Tensor], tokens: int) -> Tensor:
 def _with_noise(hidden: Tensor, seed: int) -> Tensor:
     """``[blocks, tokens, ...]`` with Gaussian noise in proportion to each token's own size."""
     generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(hidden.shape, generator=generator).to(hidden.device).flatten(2)
+    noise = torch.randn(hidden.shape, generator=generator, device="cpu").to(hidden.device).flatten(2)
     flat = hidden.flatten(2).float()
     flat = flat + noise * (_NOISE * flat.square().mean(-1, keepdim=True)).sqrt()
     return flat.view(hidden.shape).to(hidden.dtype)
