@@ -266,13 +266,17 @@ def _report(args: argparse.Namespace, stdout: TextIO) -> None:
 def _evaluate(args: argparse.Namespace, stdout: TextIO) -> None:
     from bitsmoe_plugin.base.devices import choose_device
     from bitsmoe_plugin.checkpoint.read import check_if_packed, read_config
-    from bitsmoe_plugin.commands.evaluate import load_for_evaluation, print_evaluation
+    from bitsmoe_plugin.commands.evaluate import load_for_evaluation
+    from bitsmoe_plugin.commands.evaluate_output import print_evaluation
+    from bitsmoe_plugin.models.model_class import check_loadable
     from bitsmoe_plugin.models.tokenizer import load_tokenizer
 
     _check_evaluate(args)
     source = source_of(args)
     check_if_packed(source.name)
     source.config()
+    if args.reference:
+        check_loadable(source_of(args, "reference"))
     if args.card:
         read_config(Path(source.name))  # only a packed model has a card of ours
     if args.tasks:
@@ -354,9 +358,12 @@ def _evaluate_text(args: argparse.Namespace, model: Any, tokenizer: Any) -> dict
 def _compare(args: argparse.Namespace, stdout: TextIO) -> None:
     from bitsmoe_plugin.commands.compare.compare import ComparisonTask, compare, print_comparison
 
+    curve, methods = isinstance(args.bits, tuple), tuple(args.methods.split(","))
+    if args.out is not None and not curve:
+        raise ConfigError("--out is for curves, --bits FIRST:LAST:STEP; one budget is printed and not kept")
     task = ComparisonTask(
         model=args.model,
-        bits=args.bits,
+        bits=args.bits[0] if curve else args.bits,
         factor_bits=args.factor_bits,
         dataset=args.dataset,
         eval=args.eval,
@@ -375,7 +382,13 @@ def _compare(args: argparse.Namespace, stdout: TextIO) -> None:
         allow_slow=args.allow_slow,
         loading={name: getattr(args, name) for name in (*OWN, "cache_dir", "trust_remote_code")},
     )
-    results = compare(task, tuple(args.methods.split(",")), debug=args.debug)
+    if curve:
+        from bitsmoe_plugin.commands.compare.curve import compare_curve
+
+        out = Path("curve") if args.out is None else args.out
+        results = compare_curve(task, methods, args.bits, out, debug=args.debug)
+    else:
+        results = compare(task, methods, debug=args.debug)
     if args.json:
         _print_json({"results": results}, stdout)
     else:

@@ -15,6 +15,9 @@ _BLOCK = 256
 _SQUARE = 512
 """Rows of a symmetric product that are multiplied at once."""
 
+_FLOAT32_FROM = 512
+"""Dimensions from which eigenvectors take long (2048: 1.7 s of one core in float64, 0.75 in float32)."""
+
 
 @cache
 def _has_onednn() -> bool:
@@ -48,15 +51,33 @@ def second_moment(a: Tensor, weights: Tensor) -> Tensor:
 
 def squared(a: Tensor) -> Tensor:
     """``a a^T`` of float32 ``[m, n]``; on the CPU of large ones only one half is multiplied."""
+    return symmetric_product(a, a)
+
+
+def symmetric_product(a: Tensor, b: Tensor) -> Tensor:
+    """``a b^T`` of float32 ``[m, n]`` each, where it is symmetric; on the CPU of large ones only one half is
+    multiplied."""
     m = len(a)
     if a.device.type != "cpu" or m < 2 * _SQUARE:
-        return product(a, a)
+        return product(a, b)
     result = a.new_empty(m, m)
     for first in range(0, m, _SQUARE):
         last = min(first + _SQUARE, m)
-        part = product(a[first:last], a[first:])
+        part = product(a[first:last], b[first:])
         result[first:last, first:], result[last:, first:last] = part, part[:, last - first :].T
     return result
+
+
+def principal_directions(matrix: Tensor) -> Tensor:
+    """Eigenvectors ``[n, n]`` float64 of a symmetric float64 matrix, as columns by rising eigenvalue.
+
+    From ``_FLOAT32_FROM`` dimensions on in float32, which halves the time: orthonormal all the same, to about
+    1e-6, and what they leave of ``matrix`` off the diagonal is about 1e-6 of its largest eigenvalue.
+    """
+    if len(matrix) < _FLOAT32_FROM:
+        return torch.linalg.eigh(matrix)[1]
+    unit = matrix.diagonal().abs().amax().clamp_min(torch.finfo(torch.float64).tiny)
+    return torch.linalg.eigh((matrix / unit).float())[1].double()
 
 
 def weighted_products(a: Tensor, b: Tensor, weights: Tensor) -> Tensor:

@@ -16,8 +16,16 @@ from torch import Tensor, nn
 
 from bitsmoe_plugin.base.free_memory import release_free_memory
 from bitsmoe_plugin.base.spans import span
-from bitsmoe_plugin.calibration.blocks import Blocks, batches, pieces
-from bitsmoe_plugin.calibration.carried import Carried, Left, joined, left_beside, left_in, with_left
+from bitsmoe_plugin.calibration.blocks import Blocks, Inputs, batches, pieces
+from bitsmoe_plugin.calibration.carried import (
+    Carried,
+    Left,
+    joined,
+    left_beside,
+    left_in,
+    left_returned,
+    with_left,
+)
 from bitsmoe_plugin.calibration.recording import RecordedCall, after_layers, record_call
 from bitsmoe_plugin.calibration.statistics import LayerActivations
 from bitsmoe_plugin.errors import QuantizationError
@@ -50,6 +58,7 @@ class LayerwiseForward:
         self._batches = batches(blocks, batch_size)
         self._at_once = batch_size
         self._calls: list[RecordedCall] = []
+        self._returns: int | None = None
         self._embedded = self._record()
         self.hidden = self._embedded
 
@@ -58,11 +67,16 @@ class LayerwiseForward:
         one's inputs, batch by batch."""
         self._calls, embedded = [], []
         for batch in self._batches:
-            calls = [record_call(self._model, self._layers, piece) for piece in pieces(batch, self._at_once)]
+            calls = [self._recorded(piece) for piece in pieces(batch, self._at_once)]
             parts = [call.take_embedded() for call in calls]
             embedded.append(parts[0] if len(parts) == 1 else torch.cat(parts))
             self._calls += calls
         return embedded
+
+    def _recorded(self, piece: Inputs) -> RecordedCall:
+        call = record_call(self._model, self._layers, piece, self._returns)
+        self._returns = call.returns
+        return call
 
     @span("forward passes")
     def run(
@@ -117,11 +131,12 @@ class LayerwiseForward:
         Args:
             before: what those left, for the whole batch.
         """
-        args, kwargs = call.arguments[index]
-        kwargs, places = with_left(kwargs, before, blocks)
+        (args, kwargs), places = with_left(call.arguments[index], before, blocks)
         added = call.added.get(index)
         out = self._layers[index](hidden if added is None else added.to(hidden), *args, **kwargs)
-        return out[0] if isinstance(out, tuple) else out, left_in(places, index, len(hidden))
+        returned = left_returned(out, call.wanted[index], before, index, blocks)
+        left = left_in(places, index, len(hidden)) | returned
+        return out[0] if isinstance(out, tuple) else out, left
 
     def _give_fewer(self, index: int) -> None:
         fewer = self._at_once // 2
@@ -158,7 +173,10 @@ class LayerwiseForward:
         given = self.hidden if outputs is None else outputs
         for batch, hidden in zip(self._batches, given, strict=False):
             parts = zip(pieces(batch, self._at_once), hidden.split(self._at_once), strict=True)
-            found += [after_layers(self._model, self._layers, inputs, given) for inputs, given in parts]
+            found += [
+                after_layers(self._model, self._layers, inputs, given, self._returns or 1)
+                for inputs, given in parts
+            ]
         return found
 
     def restart(self) -> None:

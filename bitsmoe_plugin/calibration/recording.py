@@ -3,51 +3,27 @@ layers are replaced by recorders that compute nothing."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bitsmoe_plugin.calibration.blocks import Inputs
+from bitsmoe_plugin.calibration.recorders import (
+    Put,
+    Recorder,
+    not_carried,
+    recorded_pass,
+    recording,
+    state_kept,
+)
+from bitsmoe_plugin.calibration.returned import Returned, marks_in, wanted_after
 from bitsmoe_plugin.errors import QuantizationError
 
-_STATE = ("rope_deltas",)
-"""Attributes in which modules of transformers keep something of their last call for the next one."""
-
-
-class _AllRecordedError(Exception):
-    """Ends a pass at the last layer: what comes after needs outputs of layers."""
-
-
-class _Recorder(nn.Module):
-    """Stands in for a decoder layer: keeps the arguments of each call and computes nothing."""
-
-    def __init__(self, layer: nn.Module, is_last: bool, zeros: bool, answer: Tensor | None = None) -> None:
-        super().__init__()
-        self.call: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
-        self.received: Tensor | None = None
-        self.returned: Tensor | None = None
-        self._is_last, self._zeros = is_last, zeros
-        self._answer = answer  # the last one puts this out
-        self._layer = [layer]
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self.__dict__["_layer"][0], name)
-
-    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        self.call, self.received = (args, kwargs), hidden
-        if self._is_last:
-            if self._answer is not None:
-                return self._answer
-            raise _AllRecordedError
-        self.returned = torch.zeros_like(hidden) if self._zeros else hidden
-        return self.returned
+_COUNTS = (1, 2, 3, 4)
+"""Of values that layers may return."""
 
 
 @dataclass(frozen=True)
@@ -76,12 +52,20 @@ class RecordedCall:
     Attributes:
         embedded: inputs of the first layer, ``[blocks, tokens, H]``, until they are taken.
         arguments: of each layer, besides the hidden states.
+        returns: number of values that the model takes from a layer, the hidden states first. ``Returned``
+            stands for the others in ``arguments``.
         added: layer -> what is added to the outputs of the one before.
     """
 
     embedded: Tensor | None
     arguments: list[tuple[tuple[Any, ...], dict[str, Any]]]
+    returns: int
     added: dict[int, Added] = field(default_factory=dict)
+
+    @cached_property
+    def wanted(self) -> list[frozenset[Returned]]:
+        """Of each layer, see ``wanted_after``."""
+        return wanted_after(self.arguments)
 
     def take_embedded(self) -> Tensor:
         """The inputs of the first layer, once: others change hands and are freed, these would stay."""
@@ -91,39 +75,87 @@ class RecordedCall:
 
 
 @torch.no_grad()
-def record_call(model: Any, layers: nn.ModuleList, inputs: Inputs) -> RecordedCall:
+def record_call(
+    model: Any, layers: nn.ModuleList, inputs: Inputs, returns: int | None = None
+) -> RecordedCall:
     """Arguments of the decoder layers in a forward pass; the model is as it was.
 
     Args:
         model: of transformers; its base model is called.
         inputs: of the base model.
+        returns: as of another call of the same model.
 
     Raises:
-        QuantizationError: between two layers something else happens than an addition.
+        QuantizationError: between two layers something else happens than an addition, or values that layers
+            return beside hidden states are not handed on as they are.
     """
-    recorders = _pass(model, layers, inputs, zeros=False)
-    call = RecordedCall(recorders[0].received, [recorder.call for recorder in recorders])
+    recorders, put = _first_pass(model, layers, inputs, returns)
+    arguments = [recorder.call for recorder in recorders]
+    call = RecordedCall(recorders[0].received, arguments, put.returns)
     changed = [index for index in range(1, len(recorders)) if _changed(recorders[index - 1 : index + 1])]
     if changed:
-        alone = _pass(model, layers, inputs, zeros=True)
+        alone = recorded_pass(model, layers, inputs, replace(put, zeros=True))
         for index in changed:
             put_out, received = recorders[index - 1].returned, recorders[index].received
             call.added[index] = _added(index, put_out, received, alone[index].received)
+    if returns is None and put.returns > 1:
+        _check_handed_on(model, layers, inputs, put, arguments)
     return call
 
 
+def _first_pass(
+    model: Any, layers: nn.ModuleList, inputs: Inputs, returns: int | None
+) -> tuple[list[Recorder], Put]:
+    """A pass in which layers return as many values as the model takes from them."""
+    failed: QuantizationError | None = None
+    other_shapes: tuple[list[Recorder], Put] | None = None
+    for count in _COUNTS if returns is None else (returns,):
+        put = Put(returns=count)
+        try:
+            recorders = recorded_pass(model, layers, inputs, put)
+        except QuantizationError as error:
+            failed = failed or error
+            continue
+        if len({recorder.received.shape for recorder in recorders if recorder.received is not None}) == 1:
+            return recorders, put
+        other_shapes = other_shapes or (recorders, put)  # a tensor of two blocks was taken for two values?
+    if other_shapes is not None:
+        return other_shapes
+    assert failed is not None
+    raise failed
+
+
+def _check_handed_on(
+    model: Any, layers: nn.ModuleList, inputs: Inputs, put: Put, arguments: list[Any]
+) -> None:
+    """Refuse a model that decides by what a layer returns what the next one is given: every other layer
+    returns None, and that must be what later ones are given in its place."""
+    for first in range(2):
+        silent = frozenset(range(first, len(layers), 2))
+        for index, recorder in enumerate(recorded_pass(model, layers, inputs, replace(put, silent=silent))):
+            wanted = [mark for mark in marks_in(arguments[index]) if mark.layer not in silent]
+            if list(marks_in(recorder.call)) != wanted:
+                raise not_carried(model, index - 1, "it depends on what that returns beside them")
+
+
 @torch.no_grad()
-def after_layers(model: Any, layers: nn.ModuleList, inputs: Inputs, hidden: Tensor) -> Tensor:
-    """What the base model puts out if its last decoder layer puts out ``hidden``."""
+def after_layers(
+    model: Any, layers: nn.ModuleList, inputs: Inputs, hidden: Tensor, returns: int = 1
+) -> Tensor:
+    """What the base model puts out if its last decoder layer puts out ``hidden``.
+
+    Args:
+        returns: of ``RecordedCall``.
+    """
     device = next(model.parameters()).device
     on_device = {name: tensor.to(device) for name, tensor in inputs.items()}
     base = getattr(model, "base_model", model)
-    with _state_kept(model), _recording(layers, False, hidden):
+    with state_kept(model), recording(layers, Put(returns=returns, last=hidden)):
         result: Tensor = base(**on_device, use_cache=False).last_hidden_state
     return result
 
 
-def _changed(pair: list[_Recorder]) -> bool:
+def _changed(pair: list[Recorder]) -> bool:
     """Whether a layer gets something else than the one before puts out."""
     before, after = pair
     return after.received is not None and after.received is not before.returned
@@ -146,52 +178,3 @@ def _added(index: int, put_out: Any, received: Any, found: Any) -> Added:
         f"the model changes the hidden states between decoder layers {index - 1} and {index} by something "
         "else than an addition, which calibrating layer by layer does not carry"
     )
-
-
-def _pass(model: Any, layers: nn.ModuleList, inputs: Inputs, zeros: bool) -> list[_Recorder]:
-    base = getattr(model, "base_model", model)
-    like = next(model.parameters())
-    # Pixels in the dtype of the model, as its first product of them wants.
-    on_device = {
-        name: tensor.to(like.device, like.dtype if tensor.is_floating_point() else None)
-        for name, tensor in inputs.items()
-    }
-    with _state_kept(model), _recording(layers, zeros) as recorders:
-        try:
-            base(**on_device, use_cache=False)
-        except _AllRecordedError:
-            pass
-        except (ValueError, TypeError) as error:  # of taking apart what a recorder put out
-            called = [index for index, recorder in enumerate(recorders) if recorder.received is not None]
-            if not called:
-                raise
-            raise QuantizationError(
-                f"{type(base).__name__}: after decoder layer {called[-1]} the model takes more than hidden "
-                f"states to the next one ({error}), which calibrating layer by layer does not carry; this "
-                "model class cannot be quantized"
-            ) from error
-    return recorders
-
-
-@contextmanager
-def _recording(layers: nn.ModuleList, zeros: bool, answer: Tensor | None = None) -> Iterator[list[_Recorder]]:
-    originals = list(layers)
-    recorders = [_Recorder(layer, layer is originals[-1], zeros, answer) for layer in originals]
-    try:
-        for index, recorder in enumerate(recorders):
-            layers[index] = recorder
-        yield recorders
-    finally:
-        for index, layer in enumerate(originals):
-            layers[index] = layer
-
-
-@contextmanager
-def _state_kept(model: nn.Module) -> Iterator[None]:
-    """What modules would remember of the pass, and use for positions of the next text, is forgotten."""
-    kept = [(m, name, vars(m)[name]) for m in model.modules() for name in _STATE if name in vars(m)]
-    try:
-        yield
-    finally:
-        for module, name, value in kept:
-            setattr(module, name, value)

@@ -44,6 +44,24 @@ def check_sizes(name: str, spec: PackedSpec, packed: PackedExperts) -> None:
             )
 
 
+def check_meaning(name: str, spec: PackedSpec, given: str | None) -> None:
+    """Refuse tensors of another layer whose numbers stand for something else.
+
+    Args:
+        name: of the layer, for errors.
+        given: ``meaning`` of the spec of the other layer; None where it is not known.
+
+    Raises:
+        CheckpointError: naming both.
+    """
+    own = spec.meaning()
+    if given not in (None, own):
+        raise CheckpointError(
+            f"{name} cannot be loaded: the tensors are packed with {given}, this layer with {own}. Load them "
+            "into a model that was quantized alike"
+        )
+
+
 def check_packed(name: str, spec: PackedSpec, packed: PackedExperts) -> None:
     """Refuse a layer whose values contradict each other or are not finite.
 

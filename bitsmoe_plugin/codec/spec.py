@@ -54,6 +54,12 @@ class PackedSpec:
         """Values of a row that tensor parallelism keeps together."""
         return tiled.TILE if self.is_tiled else BLOCK
 
+    def meaning(self) -> str:
+        """What the numbers in the tensors stand for, as far as their dtypes and shapes do not say it."""
+        stored = f", experts {list(self.kept)} kept" if self.kept else ""
+        dtype = f", {self.original_dtype} originals" if self.kept or self.has_bias else ""
+        return f"grid {self.grid}, widths {list(self.widths)}{stored}{dtype}"
+
     def tensors(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Name -> (dtype, shape) of every stored tensor, see ``layout``."""
         e, h, r = self.shape.num_experts, self.shape.hidden_size, self.shape.rank

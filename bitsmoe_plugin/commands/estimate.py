@@ -8,10 +8,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from rich.table import Table
 from torch import nn
-from transformers import AutoConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from bitsmoe_plugin.allocation.budget import find_floor, reserve
@@ -41,7 +39,8 @@ from bitsmoe_plugin.models.files import read_header, read_model_config
 from bitsmoe_plugin.models.json_objects import read_object
 from bitsmoe_plugin.models.low_precision import method_of, stored_settings
 from bitsmoe_plugin.models.low_precision_source import LowPrecisionSource, source_in
-from bitsmoe_plugin.models.model_class import auto_class
+from bitsmoe_plugin.models.model_class import empty_model as model_without_weights
+from bitsmoe_plugin.models.model_config import load_config
 from bitsmoe_plugin.models.routing import experts_per_token
 from bitsmoe_plugin.models.source_tensors import check_source, folder_dtypes
 from bitsmoe_plugin.models.stored_names import StoredNames
@@ -133,11 +132,7 @@ def _model_config(directory: Path) -> Any:
     if not (directory / "config.json").is_file():
         raise QuantizationError(f"{directory / 'config.json'} does not exist; is {directory} a model?")
     read_model_config(directory)  # it refuses what the loader would trip over
-    try:
-        config = AutoConfig.from_pretrained(directory)
-    except (ValueError, KeyError, StrictDataclassError) as error:
-        reason = " ".join(str(error).split())
-        raise QuantizationError(f"{directory / 'config.json'} cannot be used: {reason}") from error
+    config = load_config(directory)
     settings = stored_settings(config)
     if settings is not None and method_of(settings) == QUANT_METHOD:
         raise QuantizationError(
@@ -160,13 +155,7 @@ def empty_model(directory: Path, stored: int) -> tuple[Any, LowPrecisionSource |
         QuantizationError: config.json is unusable, or describes another model than the files.
     """
     config = _model_config(directory)
-    try:
-        with torch.device("meta"):
-            model = auto_class(config).from_config(config)
-    except QuantizationError:
-        raise
-    except ValueError as error:
-        raise QuantizationError(f"model type {config.model_type!r} is no language model: {error}") from error
+    model = model_without_weights(config)
     settings, source = stored_settings(config), None
     if settings is None:
         check_source(StoredNames(model), folder_dtypes(directory))

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 from transformers.utils import logging
 
@@ -19,7 +18,8 @@ from bitsmoe_plugin.base.option_checks import check_number
 from bitsmoe_plugin.calibration.documents import DEFAULT_TOKENS, Documents, load_documents
 from bitsmoe_plugin.calibration.text import check_vocabulary, joined_documents
 from bitsmoe_plugin.commands.defaults import BLOCK
-from bitsmoe_plugin.commands.tables import table_console
+from bitsmoe_plugin.commands.divergence import TokenDivergences
+from bitsmoe_plugin.commands.routing import RoutingComparison
 from bitsmoe_plugin.errors import ConfigError, QuantizationError
 from bitsmoe_plugin.models.model_class import load_model, text_model
 from bitsmoe_plugin.models.model_source import ModelSource
@@ -45,14 +45,10 @@ class _Sums:
     """Running sums over predicted tokens."""
 
     loss: float = 0.0
-    divergence: float = 0.0
-    agreement: float = 0.0
     tokens: int = 0
 
     def add(self, other: _Sums) -> None:
         self.loss += other.loss
-        self.divergence += other.divergence
-        self.agreement += other.agreement
         self.tokens += other.tokens
 
 
@@ -62,15 +58,26 @@ class Evaluation:
     perplexity: exp of the mean negative log-likelihood over all predicted tokens.
     tokens: number of predicted tokens.
     per_domain: perplexity of each domain.
-    kl_divergence: mean KL(reference || model) per token in nats; None without a reference.
-    top1_agreement: share of tokens whose most likely token is the reference's; None likewise.
+    kl_divergence, kl_median, kl_99, kl_999, top1_agreement, probability_change: see ``Divergence``; None
+        without a reference.
+    routing_change: share of tokens, over all layers, for which another set of experts than the reference's
+        is selected; None likewise, or where it is not known.
+    routing_change_by_layer: the same by path of the experts module.
+    routing_unknown: why it is not known.
     """
 
     perplexity: float
     tokens: int
     per_domain: dict[str, float] = field(default_factory=dict)
     kl_divergence: float | None = None
+    kl_median: float | None = None
+    kl_99: float | None = None
+    kl_999: float | None = None
     top1_agreement: float | None = None
+    probability_change: float | None = None
+    routing_change: float | None = None
+    routing_change_by_layer: dict[str, float] | None = None
+    routing_unknown: str | None = None
 
 
 def as_record(
@@ -191,16 +198,36 @@ def _log_probs(model: nn.Module, batch: Tensor, scored: int) -> Tensor:
     return logits.float().log_softmax(-1)
 
 
-def _score(batch: Tensor, scored: int, model: nn.Module, reference: nn.Module | None) -> _Sums:
+class _Reference:
+    """The model that another is compared with, and what is told of both."""
+
+    def __init__(self, model: nn.Module, reference: nn.Module) -> None:
+        self._reference = reference
+        self.divergences = TokenDivergences()
+        self.routing = RoutingComparison(model, reference)
+
+    def compare(self, batch: Tensor, scored: int, log_probs: Tensor) -> None:
+        """Take in a batch ``[batch, length]`` for which the model has just given ``log_probs``."""
+        wanted = _log_probs(self._reference, batch, scored)
+        self.divergences.add(log_probs, wanted, batch[:, -scored:])
+        self.routing.add(batch.shape[0], batch.shape[1], scored)
+
+    def result(self) -> dict[str, Any]:
+        """Fields of ``Evaluation``."""
+        return {
+            **asdict(self.divergences.result()),
+            "routing_change": self.routing.overall(),
+            "routing_change_by_layer": self.routing.by_layer(),
+            "routing_unknown": self.routing.unknown,
+        }
+
+
+def _score(batch: Tensor, scored: int, model: nn.Module, compared: _Reference | None) -> _Sums:
     log_probs = _log_probs(model, batch, scored)
     loss = -log_probs.gather(-1, batch[:, -scored:, None]).double().sum()
-    sums = _Sums(loss=float(loss), tokens=batch[:, -scored:].numel())
-    if reference is not None:
-        wanted = _log_probs(reference, batch, scored)
-        divergence = torch.nn.functional.kl_div(log_probs, wanted, reduction="sum", log_target=True)
-        sums.divergence = float(divergence)
-        sums.agreement = float((log_probs.argmax(-1) == wanted.argmax(-1)).sum())
-    return sums
+    if compared is not None:
+        compared.compare(batch, scored, log_probs)
+    return _Sums(loss=float(loss), tokens=batch[:, -scored:].numel())
 
 
 @torch.no_grad()
@@ -221,25 +248,24 @@ def evaluate_model(
     batches = [(text, batch) for text in texts for batch in text.blocks.split(batch_size)]
     domains: dict[str, _Sums] = {}
     device = next(model.parameters()).device
-    for text, batch in logging.tqdm(batches, desc="Evaluating"):
-        scored = batch.shape[1] - 1 if text.scored is None else text.scored
-        sums = _score(batch.to(device), scored, model, reference)
-        domains.setdefault(text.domain, _Sums()).add(sums)
-        total.add(sums)
-    if not all(math.isfinite(value) for value in (total.loss, total.divergence)):
+    compared = _Reference(model, reference) if reference is not None else None
+    with compared.routing.recording() if compared else nullcontext():
+        for text, batch in logging.tqdm(batches, desc="Evaluating"):
+            scored = batch.shape[1] - 1 if text.scored is None else text.scored
+            sums = _score(batch.to(device), scored, model, compared)
+            domains.setdefault(text.domain, _Sums()).add(sums)
+            total.add(sums)
+    if not math.isfinite(total.loss) or not (compared is None or compared.divergences.are_finite()):
         dtype = next(model.parameters()).dtype
         raise QuantizationError(
             f"the model's outputs are not finite, so it has no perplexity; it was evaluated in {dtype}. If "
             'that is float16, its activations may be too large: set "dtype" in config.json to float32'
         )
-    per_domain = {name: math.exp(sums.loss / sums.tokens) for name, sums in domains.items()}
-    compared = reference is not None
     return Evaluation(
         perplexity=math.exp(total.loss / total.tokens),
         tokens=total.tokens,
-        per_domain=per_domain,
-        kl_divergence=total.divergence / total.tokens if compared else None,
-        top1_agreement=total.agreement / total.tokens if compared else None,
+        per_domain={name: math.exp(sums.loss / sums.tokens) for name, sums in domains.items()},
+        **(compared.result() if compared else {}),
     )
 
 
@@ -309,39 +335,3 @@ def evaluate_text(
 def evaluate_path(model: str | ModelSource, dataset: Any, device: str = "cpu", **options: Any) -> Evaluation:
     """``evaluate_text`` for a saved model, packed, of GPTQ or not quantized, with its own tokenizer."""
     return evaluate_text(load_for_evaluation(model, device), load_tokenizer(model), dataset, **options)
-
-
-def print_evaluation(result: dict[str, Any], stream: TextIO) -> None:
-    """Perplexity per domain and overall, divergence from the reference and results of tasks, as tables."""
-    console = table_console(stream)
-    if "perplexity" in result:
-        _print_text(result, console)
-    if "tasks" in result:
-        table = Table("task", "metric", "value", "standard error", "examples")
-        for task, values in result["tasks"].items():
-            for metric in [m for m in values if m != "samples" and "_stderr" not in m]:
-                name, comma, filtered = metric.partition(",")
-                error = values.get(f"{name}_stderr{comma}{filtered}")
-                samples = values.get("samples")
-                table.add_row(
-                    task,
-                    metric,
-                    f"{values[metric]:.4f}",
-                    "-" if error is None else f"{error:.4f}",
-                    "-" if samples is None else f"{samples:.0f}",
-                )
-        console.print(table)
-
-
-def _print_text(result: dict[str, Any], console: Console) -> None:
-    table = Table("text", "perplexity")
-    for domain, perplexity in result["per_domain"].items():
-        table.add_row(domain, f"{perplexity:.3f}")
-    table.add_row(f"all ({result['tokens']:,} tokens)", f"{result['perplexity']:.3f}", style="bold")
-    console.print(table)
-    if "kl_divergence" in result:
-        console.print(
-            f"KL divergence from the reference: {result['kl_divergence']:.4f} nats per token; same most "
-            f"likely token: {100 * result['top1_agreement']:.1f} %",
-            highlight=False,
-        )

@@ -9,6 +9,7 @@ from typing import Any
 
 from bitsmoe_plugin.commands.bench.parsers import BENCHMARKS
 from bitsmoe_plugin.commands.compare import METHODS as COMPARED
+from bitsmoe_plugin.commands.compare.budget_range import budgets
 from bitsmoe_plugin.commands.defaults import BLOCK, TOKENS
 from bitsmoe_plugin.commands.source_options import add_chat_template, add_source
 from bitsmoe_plugin.options import OPTIONS
@@ -272,7 +273,12 @@ def add_compare(commands: Any, run: Run) -> None:
         "Qwen3-30B-A3B --dataset calibration.jsonl --eval eval.jsonl --methods full,rtn,bitsmoe",
     )
     parser.add_argument("model", help=_MODEL)
-    _add_options(parser, "bits", "factor_bits", "dense_bits", "size")
+    row = OPTIONS["bits"]
+    text = f"{row.help}; or FIRST:LAST:STEP, as 1.2:4:0.2, for a curve (default: %(default)s)"
+    parser.add_argument("--bits", type=budgets, default=row.default, metavar=row.flag, help=text)
+    text = "where points and plots of a curve are kept; the same command goes on there (default: curve)"
+    _add_path(parser, "--out", text, "DIR")
+    _add_options(parser, "factor_bits", "dense_bits", "size")
     _add_calibration(parser, calibration_tokens=TOKENS)
     _add_evaluation_text(parser, "--eval")
     text = f"of {', '.join(COMPARED)} (default: %(default)s); full: not quantized, rtn: rounded to nearest"

@@ -20,8 +20,9 @@ from bitsmoe_plugin.codec.backends import refuse_slow
 from bitsmoe_plugin.commands.model_card import write_model_card
 from bitsmoe_plugin.config import QUANT_METHOD, BitsMoEConfig
 from bitsmoe_plugin.errors import ConfigError, QuantizationError
+from bitsmoe_plugin.models.families import find_moe_layers
 from bitsmoe_plugin.models.low_precision import method_of, stored_settings
-from bitsmoe_plugin.models.model_class import load_model
+from bitsmoe_plugin.models.model_class import empty_model, load_model
 from bitsmoe_plugin.models.model_source import ModelSource
 from bitsmoe_plugin.models.processor import SavedProcessor, is_processor
 from bitsmoe_plugin.models.side_files import copy_side_files, side_files
@@ -103,14 +104,17 @@ def _reader(given: Any, own: Any, origin: ModelSource) -> Any:
 
 
 def _check_unquantized(origin: ModelSource) -> None:
-    """Refuse what transformers would load as it is, with no more than a warning, to be saved once more."""
+    """Refuse what transformers would load as it is, with no more than a warning, to be saved once more; and
+    a model whose experts cannot be quantized."""
     with working_on(f"config.json of {origin.name}"):
-        found = stored_settings(origin.config())
+        config = origin.config()
+    found = stored_settings(config)
     if found is not None and method_of(found) == QUANT_METHOD:
         raise QuantizationError(
             f"{origin.name} is quantized already (quant_method {QUANT_METHOD!r}); the model that it was made "
             "from is needed"
         )
+    find_moe_layers(empty_model(config))
 
 
 def write_checkpoint(

@@ -15,6 +15,7 @@ from bitsmoe_plugin.commands.evaluate import load_for_evaluation, load_reference
 from bitsmoe_plugin.commands.quantize import write_checkpoint
 from bitsmoe_plugin.config import BitsMoEConfig
 from bitsmoe_plugin.errors import QuantizationError
+from bitsmoe_plugin.models.model_class import check_loadable
 from bitsmoe_plugin.models.model_source import ModelSource
 from bitsmoe_plugin.models.side_files import side_files
 from bitsmoe_plugin.models.tokenizer import load_tokenizer
@@ -50,6 +51,7 @@ def tune_to_directory(
     out, packed_source, origin = Path(out).resolve(), ModelSource.of(model), ModelSource.of(reference)
     check_output_directory(out)
     read_config(Path(packed_source.name))
+    check_loadable(origin)
     documents = load_documents(dataset, max_tokens=calibration_tokens, sequence_length=sequence_length)
     tokenizer = load_tokenizer(packed_source)
     saved = copy.deepcopy(tokenizer)  # encoding leaves traces, which should not be saved

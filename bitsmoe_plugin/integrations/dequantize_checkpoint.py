@@ -13,7 +13,7 @@ import torch
 import transformers
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import logging
 
@@ -23,6 +23,7 @@ from bitsmoe_plugin.checkpoint.manifest import check_shape
 from bitsmoe_plugin.checkpoint.other_tensors import tied_by_record, verify_others
 from bitsmoe_plugin.checkpoint.packed_files import PackedFiles
 from bitsmoe_plugin.checkpoint.read import read_config
+from bitsmoe_plugin.codec.dense import SCALE
 from bitsmoe_plugin.errors import CheckpointError, ConfigError
 from bitsmoe_plugin.integrations.kept_names import keep_layer_names, stored_prefix
 from bitsmoe_plugin.integrations.packed_loading import stored_names
@@ -30,6 +31,7 @@ from bitsmoe_plugin.models.families import MoELayer, find_moe_layers, fused_para
 from bitsmoe_plugin.models.files import INDEX, SINGLE, open_tensors, safetensors_files
 from bitsmoe_plugin.models.json_objects import read_object
 from bitsmoe_plugin.models.model_class import auto_class
+from bitsmoe_plugin.models.model_config import load_config
 from bitsmoe_plugin.models.model_source import ModelSource
 from bitsmoe_plugin.models.side_files import copy_side_files, side_files
 from bitsmoe_plugin.models.stored_names import StoredNames
@@ -137,8 +139,9 @@ class _Conversion:
                     if ".bitsmoe_" not in name and name not in stored:
                         yield {name: self._converted(file.get_tensor(name))}
         for layer in self.packed.dense:
-            weight = read_weight(layer.name, layer.read(), layer.scheme)
-            yield {f"{layer.name}.weight": self._converted(weight)}
+            parts = layer.read()  # rounded once: in the dtype of the model, as loading does
+            parts[SCALE] = self._converted(parts[SCALE])
+            yield {f"{layer.name}.weight": read_weight(layer.name, parts, layer.scheme)}
         for name in logging.tqdm(self.layers, desc="Dequantizing layers"):
             yield self._layer(name)
 
@@ -161,7 +164,7 @@ def _empty_model(source: Path) -> tuple[Any, torch.dtype]:
     Raises:
         CheckpointError: none can be made, or it says no dtype.
     """
-    config = AutoConfig.from_pretrained(source)
+    config = load_config(source)
     named = getattr(transformers, str((config.architectures or [""])[0]), None)
     kind = named if isinstance(named, type) and issubclass(named, PreTrainedModel) else None
     dtype = config.dtype or config.get_text_config().dtype

@@ -17,6 +17,7 @@ from bitsmoe_plugin.codec.dense import dense_schemes
 from bitsmoe_plugin.config import BitsMoEConfig
 from bitsmoe_plugin.errors import CheckpointError
 from bitsmoe_plugin.integrations.parallel import SplitLayers, distributed_config, empty_split_layers
+from bitsmoe_plugin.models.absent_parameters import stand_for_absent
 from bitsmoe_plugin.models.families import find_moe_layers
 from bitsmoe_plugin.models.files import check_loaded_files
 from bitsmoe_plugin.models.layer_names import decoder_layer
@@ -70,6 +71,7 @@ def replace_experts(model: nn.Module, files: list[str], config: BitsMoEConfig) -
     for layer in layers:
         check_shape(layer.name, specs[layer.name], layer.module)
         module = BitsMoEExperts(layer.module, specs[layer.name])
+        stand_for_absent(module, dict(layer.module.named_parameters(recurse=False)))
         module.drop_original_weights()
         replace_module(model, layer.name, module)
     split = None

@@ -2,11 +2,12 @@
 
 ``num_parameters()`` is that of the model that it stands for: transformers' own knows packed elements of
 bitsandbytes alone, and asks no quantizer. ``requires_grad_()`` is of the others: integers have no gradient.
+Partial functions, because a bound method is pickled as that of the class.
 """
 
 from __future__ import annotations
 
-from types import MethodType
+from functools import partial
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -19,14 +20,14 @@ def count_original_parameters(model: PreTrainedModel) -> None:
     """Let ``num_parameters`` of a model and the models in it count the experts' original weights."""
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
-            module.num_parameters = MethodType(num_parameters, module)  # type: ignore[method-assign]
+            module.num_parameters = partial(num_parameters, module)  # type: ignore[method-assign]
 
 
 def train_others_only(model: PreTrainedModel) -> None:
     """Let ``requires_grad_`` of a model and the models in it leave packed tensors alone, not fail."""
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
-            module.requires_grad_ = MethodType(requires_grad_, module)  # type: ignore[method-assign]
+            module.requires_grad_ = partial(requires_grad_, module)  # type: ignore[method-assign]
 
 
 def requires_grad_(model: Any, requires_grad: bool = True) -> Any:

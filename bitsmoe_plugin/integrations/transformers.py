@@ -161,7 +161,9 @@ class BitsMoEQuantizer(HfQuantizer):
         from bitsmoe_plugin.integrations.dense_loading import fill_linears
         from bitsmoe_plugin.integrations.offloading import verify_layers
         from bitsmoe_plugin.integrations.parameter_count import count_original_parameters, train_others_only
+        from bitsmoe_plugin.models.absent_parameters import take_away_absent
 
+        take_away_absent(model)
         model.add_model_tags(list(TAGS))  # of the card that transformers writes on push_to_hub
         count_original_parameters(model)
         train_others_only(model)

@@ -68,8 +68,10 @@ class _Scheme:
         args = self.weights
         if args is None:
             return f"compressed-tensors {self.format}"
-        symmetric = "" if args.symmetric else ", asymmetric"
-        return f"compressed-tensors {self.format} ({args.type} {args.num_bits}, {args.strategy}{symmetric})"
+        more = "" if args.symmetric else ", asymmetric"
+        if args.actorder:
+            more += f", actorder {getattr(args.actorder, 'value', args.actorder)}"
+        return f"compressed-tensors {self.format} ({args.type} {args.num_bits}, {args.strategy}{more})"
 
     def check_supported(self, weight: StoredTensor) -> None:
         args = self.weights
@@ -83,8 +85,8 @@ class _Scheme:
             kind = "a routed expert's weight" if self.expert else "a weight"
             raise QuantizationError(
                 f"{weight}, {kind} in {self}: transformers does not dequantize it; supported are "
-                "FP8 per tensor and per channel, and packed INT4 and INT8, symmetric. Give a checkpoint in "
-                "those or in bfloat16"
+                "FP8 per tensor and per channel, and packed INT4 and INT8, symmetric and without actorder. "
+                "Give a checkpoint in those or in bfloat16"
             )
 
     def check_parts(self, weight: StoredTensor, beside: Mapping[str, StoredTensor]) -> None:

@@ -9,7 +9,6 @@ without an entry here; other modules need one in ``UNDECLARED``, or are refused 
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +18,8 @@ from torch import Tensor, nn
 from bitsmoe_plugin.codec.layout import LayerShape
 from bitsmoe_plugin.errors import QuantizationError
 from bitsmoe_plugin.models.expert_weights import ExpertBiases, ExpertWeights
+from bitsmoe_plugin.models.towers import tower_modules
+from bitsmoe_plugin.models.unsupported_experts import check_one_list, refuse_unfused
 
 
 @dataclass(frozen=True)
@@ -123,36 +124,27 @@ def check_convention(name: str, module: nn.Module, model_type: str) -> None:
 
 
 def find_moe_layers(model: nn.Module) -> list[MoELayer]:
-    """The MoE layers of a model in forward order.
+    """The MoE layers of a model in forward order, without those of encoders for images and sounds.
 
     Raises:
-        QuantizationError: there are none, or one deviates from the convention.
+        QuantizationError: there are none, one deviates from the convention, or they are in several lists of
+            decoder layers, or several in one layer.
     """
     model_type = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
-    layers = []
+    layers, towers = [], tower_modules(model)
     for name, module in model.named_modules():
-        if looks_like_experts(module):
+        if looks_like_experts(module) and module not in towers:
             check_convention(name, module, model_type)
             layers.append(MoELayer(name, decoder_layer_name(model, name), module))
     if not layers:
-        _refuse_unfused(model, model_type)
+        refuse_unfused(model, model_type)
         raise QuantizationError(
             f"model type {model_type!r} has no MoE layers that BitsMoE knows: no module holds fused "
             "routed experts (gate_up_proj [E, 2I, H] and down_proj [E, H, I]). "
             "BitsMoE quantizes routed experts only; use another method for a dense model."
         )
+    check_one_list([(layer.name, layer.layer_name) for layer in layers], model_type)
     return layers
-
-
-def _refuse_unfused(model: nn.Module, model_type: str) -> None:
-    """Name the experts of a model whose modules hold no fused ones."""
-    kinds = {type(module).__name__ for module in model.modules()}
-    unknown = sorted(kind for kind in kinds if re.search("experts|moe", kind, re.IGNORECASE))
-    if unknown:
-        raise QuantizationError(
-            f"model type {model_type!r} cannot be quantized: its experts ({', '.join(unknown)}) are not "
-            "stored as transformers' fused experts are: down_proj, and gate_up_proj or up_proj, all 3-D"
-        )
 
 
 def decoder_layer_name(model: nn.Module, experts_name: str) -> str:

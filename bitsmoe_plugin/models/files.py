@@ -213,6 +213,20 @@ def read_header(path: Path) -> dict[str, Any]:
     return header
 
 
+def check_whole(path: Path) -> None:
+    """Refuse a safetensors file that ends before its tensors do.
+
+    Raises:
+        CheckpointError: it does, or see ``read_header``.
+    """
+    ends = [entry["data_offsets"][1] for entry in read_header(path).values()]
+    whole, size = 8 + len(header_text(path)) + max(ends, default=0), path.stat().st_size
+    if size < whole:
+        raise CheckpointError(
+            f"{_damaged(path)} (it is truncated: {size} of {whole} bytes); download it again"
+        )
+
+
 def _are_sizes(value: Any) -> bool:
     return isinstance(value, list) and all(type(n) is int and 0 <= n < 2**48 for n in value)
 

@@ -7,12 +7,15 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM, PreTrainedModel
-from transformers.utils import CONFIG_NAME, cached_file
+from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM, PreTrainedModel
+from transformers.utils import CONFIG_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME, cached_file
 
-from bitsmoe_plugin.errors import QuantizationError
+from bitsmoe_plugin.base.error_lines import one_line
+from bitsmoe_plugin.errors import CheckpointError, QuantizationError
+from bitsmoe_plugin.models.files import INDEX, SINGLE, check_whole, weight_map
 from bitsmoe_plugin.models.low_precision import READ, method_of, stored_settings
 from bitsmoe_plugin.models.low_precision_source import source_in
+from bitsmoe_plugin.models.model_config import load_config
 from bitsmoe_plugin.models.model_source import ModelSource
 from bitsmoe_plugin.models.source_tensors import check_source, folder_dtypes
 from bitsmoe_plugin.models.stored_names import StoredNames
@@ -82,14 +85,16 @@ def load_model(model: str | Path | ModelSource, **options: Any) -> Any:
 
     Raises:
         QuantizationError: there is no quantization_config, of the model or in ``options``, and its files
-            need one.
-        CheckpointError, OSError: see ``ModelSource.config``.
+            need one; or see ``check_weights``.
+        CheckpointError, OSError: see ``ModelSource.config`` and ``check_weights``.
     """
     source = ModelSource.of(model)
     config = source.config()  # it refuses what transformers would ask the terminal about
     local = Path(source.name).is_dir()
     # With options for a quantizer, that looks at the files.
     plain = not options.get("quantization_config")
+    if local:
+        check_weights(Path(source.name))
     if plain and local:
         check_folder(Path(source.name))
     found = {"trust_remote_code": False, **source.hub(), **options}
@@ -103,6 +108,54 @@ def load_model(model: str | Path | ModelSource, **options: Any) -> Any:
     return loaded
 
 
+def empty_model(config: Any) -> Any:
+    """The model that a config describes, on the meta device: all shapes and dtypes, no weights.
+
+    Raises:
+        QuantizationError: see ``auto_class``; or transformers cannot make it.
+    """
+    kind = auto_class(config)
+    try:
+        with torch.device("meta"):
+            return kind.from_config(config)
+    except Exception as error:  # of transformers, of any kind: its classes check few of their values
+        raise QuantizationError(
+            f"config.json of {config.name_or_path or type(config).__name__} describes a model of type "
+            f"{config.model_type!r} that transformers cannot make "
+            f"({type(error).__name__}: {one_line(error)})"
+        ) from error
+
+
+def check_weights(folder: Path) -> None:
+    """Refuse a directory whose weights are not all there, or not whole, by name.
+
+    Raises:
+        QuantizationError: it has no weights.
+        CheckpointError: one of its files is missing, damaged or truncated.
+    """
+    names = {path.name for path in folder.iterdir()}
+    if not names & {SINGLE, INDEX, WEIGHTS_NAME, WEIGHTS_INDEX_NAME}:
+        raise QuantizationError(f"{folder} has neither {INDEX} nor {SINGLE}")
+    shards = {SINGLE} if SINGLE in names else set()
+    if not shards and INDEX in names:
+        shards = set(weight_map(folder / INDEX).values())
+    if shards - names:
+        raise CheckpointError(f"{folder} lacks {', '.join(sorted(shards - names))}")
+    for shard in sorted(shards):
+        check_whole(folder / shard)
+
+
+def check_loadable(model: ModelSource) -> None:
+    """Refuse a model that is needed later, before other work: its config and, of a directory, its files.
+
+    Raises:
+        QuantizationError, CheckpointError, OSError: see ``load_model``.
+    """
+    auto_class(model.config())
+    if Path(model.name).is_dir():
+        check_weights(Path(model.name))
+
+
 def check_folder(folder: Path) -> None:
     """Refuse a model whose config.json says nothing of how its files are to be read, though they need it, and
     one in low precision whose files are not what it says.
@@ -111,12 +164,11 @@ def check_folder(folder: Path) -> None:
         QuantizationError: see ``source_tensors.check_source`` and ``LowPrecisionSource``; or no language
             model.
     """
-    config = AutoConfig.from_pretrained(folder)
+    config = load_config(folder)
     settings = stored_settings(config)
     if settings is not None and method_of(settings) not in READ:
         return
-    with torch.device("meta"):
-        model = auto_class(config).from_config(config)
+    model = empty_model(config)
     if settings is None:
         check_source(StoredNames(model), folder_dtypes(folder))
         return

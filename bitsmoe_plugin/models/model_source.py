@@ -9,11 +9,11 @@ from typing import Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.file_download import repo_folder_name
-from transformers import AutoConfig
 from transformers.utils import cached_file
 
 from bitsmoe_plugin.errors import ConfigError
 from bitsmoe_plugin.models.files import read_model_config
+from bitsmoe_plugin.models.model_config import load_config
 
 
 @dataclass(frozen=True)
@@ -130,13 +130,14 @@ class ModelSource:
 
         Raises:
             CheckpointError: a damaged config.json, or one of a model that only code of its own knows.
+            QuantizationError: see ``load_config``.
             OSError: nothing is found.
         """
         folder = Path(self.name)
         if not folder.is_dir():
             folder = Path(str(cached_file(self.name, "config.json", **self.hub()))).parent
         read_model_config(folder)
-        return AutoConfig.from_pretrained(self.name, trust_remote_code=False, **self.hub())
+        return load_config(self.name, **self.hub())
 
     def directory(self, patterns: Sequence[str] = (), but: Sequence[str] = ()) -> Path:
         """Where the files lie on this machine; downloads them if need be.

@@ -26,6 +26,7 @@ from transformers.utils import logging
 
 from bitsmoe_plugin.codec.layout import original_dtype
 from bitsmoe_plugin.errors import QuantizationError
+from bitsmoe_plugin.models.absent_parameters import stand_for_absent, take_away_absent
 from bitsmoe_plugin.models.expert_weights import ExpertWeights
 from bitsmoe_plugin.models.families import MoELayer, find_moe_layers, layer_shape, read_experts
 from bitsmoe_plugin.models.files import open_tensors, read_header
@@ -66,7 +67,7 @@ class StreamedExperts:
         model._keys_to_ignore_on_load_unexpected = {*(self._ignored or ()), *map(self._pattern, self.layers)}
         for layer in self.layers:
             self._release(layer)
-            layer.module._is_hf_initialized = True  # or transformers would look for parameters to fill
+            stand_for_absent(layer.module, self._empty[layer.name])
 
     def _pattern(self, layer: MoELayer) -> str:
         """Matches the layer's parameters; a checkpoint may leave out the model's prefix."""
@@ -80,6 +81,7 @@ class StreamedExperts:
             QuantizationError: a parameter has none, or the model is not whole in memory.
         """
         self._model._keys_to_ignore_on_load_unexpected = self._ignored
+        take_away_absent(self._model)
         for name, parameter in self._model.named_parameters():
             if parameter.is_meta or hasattr(parameter, "_local_tensor"):
                 raise QuantizationError(

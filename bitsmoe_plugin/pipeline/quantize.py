@@ -198,14 +198,7 @@ def _quantize(
 
 def _moe_by_index(model: nn.Module, layers: list[MoELayer]) -> tuple[nn.ModuleList, dict[int, MoELayer]]:
     """The decoder layers of a model, and the MoE layer of each that has one."""
-    path = {layer.layer_name.rpartition(".")[0] for layer in layers}
-    names = [layer.layer_name for layer in layers]
-    if len(path) != 1 or len(set(names)) != len(names):
-        raise QuantizationError(
-            f"MoE layers at {', '.join(layer.name for layer in layers)}: only one per decoder layer, in "
-            "one list of decoder layers, is supported"
-        )
-    modules = model.get_submodule(path.pop())
+    modules = model.get_submodule(layers[0].layer_name.rpartition(".")[0])  # all are in one
     assert isinstance(modules, nn.ModuleList)  # by decoder_layer_name
     return modules, {int(layer.layer_name.rpartition(".")[2]): layer for layer in layers}
 

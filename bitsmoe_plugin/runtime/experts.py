@@ -108,14 +108,21 @@ class BitsMoEExperts(nn.Module):
         packed_values.check_sizes(name, self.spec, self.packed())
         self._leave_inference_mode()
 
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """Notes in torch's metadata of the state what its tensors do not say: grid, widths, kept experts."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        metadata = getattr(destination, "_metadata", {})
+        metadata.setdefault(prefix[:-1], {})[_SPEC] = self.spec.meaning()
+
     def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
     ) -> None:
         """Refuses what would not compute, and what would be left out, before anything is overwritten.
 
         Raises:
-            CheckpointError: naming the tensor.
+            CheckpointError: naming the tensor, or both ways of packing.
         """
+        packed_values.check_meaning(prefix.rstrip("."), self.spec, local_metadata.get(_SPEC))
         own = {*self._names, *(f"{_NORM}.{name}" for name in self._norm_state())}
         others = {name.removeprefix(prefix) for name in state_dict if name.startswith(prefix)} - own
         if others:  # weights of unquantized experts, or adapters on them
@@ -128,7 +135,7 @@ class BitsMoEExperts(nn.Module):
             packed = PackedExperts(**{name.removeprefix("bitsmoe_"): given[name] for name in given})
             packed_values.check_sizes(prefix.rstrip("."), self.spec, packed)
             packed_values.check_packed(prefix.rstrip("."), self.spec, packed)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
         self._leave_inference_mode()
 
     def requires_grad_(self, requires_grad: bool = True) -> BitsMoEExperts:
@@ -234,7 +241,7 @@ class BitsMoEExperts(nn.Module):
         self.spec = self._spec  # the name of its gating can be another in this process
 
 
-_NORM = "post_expert_norm"
+_NORM, _SPEC = "post_expert_norm", "bitsmoe_spec"
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:

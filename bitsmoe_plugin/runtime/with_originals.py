@@ -59,14 +59,18 @@ class WithOriginals:
         return out.to(hidden.dtype)
 
     def _kept(self, position: int, hidden: Tensor) -> Tensor:
-        """Output ``[n, H]`` float32 of a kept expert, without the bias of down."""
+        """Output ``[n, H]`` float32 of a kept expert, without the bias of down.
+
+        Of the hidden states' and the weights' dtypes neither is rounded to the other.
+        """
         stored_input, stored_output = self.packed.kept_input, self.packed.kept_output
         assert stored_input is not None
         assert stored_output is not None
         weights = self.spec.original(stored_input[position])
-        products = [(hidden.to(weights.dtype) @ weight.T).float() for weight in weights]
+        dtype = torch.promote_types(hidden.dtype, weights.dtype)
+        products = [(hidden.to(dtype) @ weight.to(dtype).T).float() for weight in weights]
         if self.packed.input_bias is not None:
             biases = self.spec.original(self.packed.input_bias[self.spec.kept[position]]).float()
             products = [product + bias for product, bias in zip(products, biases, strict=True)]
-        h = self.gating(*products).to(weights.dtype)
-        return (h @ self.spec.original(stored_output[position]).T).float()
+        h = self.gating(*products).to(dtype)
+        return (h @ self.spec.original(stored_output[position]).to(dtype).T).float()

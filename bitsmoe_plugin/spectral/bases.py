@@ -15,10 +15,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from bitsmoe_plugin.base.linalg import product
+from bitsmoe_plugin.base.linalg import principal_directions, product
 from bitsmoe_plugin.base.spans import span
 from bitsmoe_plugin.codec.basis import QuantizedBasis
 from bitsmoe_plugin.models.expert_weights import ExpertWeights
+
+_LEAST_EIGENVALUE = 1e-12
+"""Of an input's second moment that would otherwise not be positive definite, relative to the mean."""
 
 
 @dataclass(frozen=True)
@@ -69,19 +72,26 @@ def input_basis(gram: Tensor, second_moment: Tensor) -> Tensor:
         length (V: eigenvectors of C^(1/2) gram C^(1/2)), by rising energy: rows are rounded in
         this order, so what coarse rows lose can be made up for by the strong ones after them.
     """
-    eigenvalues, vectors = torch.linalg.eigh(second_moment)
-    root = vectors * eigenvalues.clamp_min(eigenvalues[-1] * 1e-12).sqrt()
-    inverse_root = vectors / eigenvalues.clamp_min(eigenvalues[-1] * 1e-12).sqrt()
-    # C^(1/2) may be any root: (vectors sqrt(l)) (vectors sqrt(l))^T = C.
-    _, directions = torch.linalg.eigh(root.T @ gram @ root)
-    basis = directions.T @ inverse_root.T
+    # C^(1/2) may be any L with L L^T = C.
+    root = _root(second_moment)
+    directions = principal_directions(root.T @ gram @ root)
+    basis = torch.linalg.solve_triangular(root.T, directions, upper=True).T
     return basis / basis.norm(dim=-1, keepdim=True)
+
+
+def _root(second_moment: Tensor) -> Tensor:
+    """Lower triangular root of a second moment, of one without full rank with a little on its diagonal."""
+    root, info = torch.linalg.cholesky_ex(second_moment)
+    if not int(info):
+        return root
+    floor = second_moment.diagonal().mean() * _LEAST_EIGENVALUE
+    return torch.linalg.cholesky(second_moment + torch.diag(floor.expand(len(second_moment))))
 
 
 def output_basis(output_moment: Tensor) -> Tensor:
     """``[hidden_size, rank]`` float64: eigenvectors of the experts' output second moment
     ``[hidden_size, hidden_size]``, as columns by rising energy."""
-    return torch.linalg.eigh(output_moment)[1]
+    return principal_directions(output_moment)
 
 
 @dataclass(frozen=True)

@@ -83,7 +83,7 @@ def _send(connection: Any, model: Path, dtype: str, reference: list[dict[str, An
     try:
         connection.send((_answers(model, dtype, reference), ""))
     except Exception as error:  # of vLLM, of any kind: it is a result here
-        connection.send((None, _one_line(error)))
+        connection.send((None, _one_line(error).replace(str(model), "MODEL")))
 
 
 def _answers(model: Path, dtype: str, reference: list[dict[str, Any]]) -> list[dict[str, Any]]:

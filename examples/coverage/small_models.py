@@ -28,6 +28,7 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(("n_group", "topk_group", "num_expert_group", "n_groups"), 1),
     **dict.fromkeys(("n_shared_experts", "num_shared_experts", "moe_num_shared_experts"), 1),
     **dict.fromkeys(("head_dim", "swa_head_dim", "global_head_dim", "v_head_dim"), 32),
+    **dict.fromkeys(("adapter_in_dim", "adapter_out_dim", "adapter_input_size"), 64),
     **dict.fromkeys(("text_hidden_size", "out_hidden_size", "audio_hidden_size", "thinker_hidden_size"), 64),
     "max_position_embeddings": 256,
     "initializer_range": 0.1,
@@ -63,6 +64,16 @@ _QWEN4_INDEXER = {
     "indexer_budget": 64,
     "indexer_compress_ratio": 4,
 }
+_DOTS3 = {
+    "index_topk": 8,
+    "swa_head_dim": 128,
+    "swa_qk_nope_head_dim": 64,
+    "swa_num_attention_heads": 2,
+    "swa_num_key_value_heads": 2,
+    "swa_q_lora_rank": 64,
+    "swa_kv_lora_rank": 512,
+    "swa_v_head_dim": 32,
+}
 _YARN = {
     "rope_type": "yarn",
     "rope_theta": 10000.0,
@@ -76,6 +87,8 @@ _YARN = {
 """As in every published DeepSeek. Without scaling, vLLM 0.32 on a CPU rotates interleaved positions otherwise
 than transformers does, in unquantized models too."""
 _DEEPSEEK = {"topk_method": "noaux_tc", "scoring_func": "sigmoid", "rope_parameters": _YARN}
+_SPARSE = {"index_topk": 8, "indexer_types": ["full", "shared"]}
+_SPARSE_3 = {"index_topk": 8, "indexer_types": ["full", "full", "shared"]}
 OVERRIDES: dict[str, dict[str, Any]] = {
     "zaya": {"num_experts_per_tok": 1},
     "llama4": {"text_config": {"num_experts_per_tok": 1}},
@@ -98,22 +111,40 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "flint": {"mlp_only_layers": [0]},
     "dbrx": {"attn_config": {"rope_theta": 1e4, "clip_qkv": 8.0}},
     "doge": {"is_moe": True},
+    "nllb-moe": {"encoder_sparse_step": 1, "decoder_sparse_step": 1},
     "mimo_v2_flash": {"num_key_value_heads": 1},
     "nemotron_h_omni": {"vision_config": {"video_temporal_patch_size": 2}},
     "qwen3_omni_moe": {
         "talker_config": {"text_config": {"shared_expert_intermediate_size": 64}, "spatial_merge_size": 2}
     },
+    "qwen3_omni_moe_thinker": {"vision_start_token_id": 92},  # as published; generate() asks for it
     "deepseek_ocr2": {"text_config": {"mlp_layer_types": ["dense", "sparse"]}},
-    "glm5_next": {"text_config": {"qk_rope_head_dim": 0}},
-    "dots3_note_text": {"swa_head_dim": 128},
-    "dots3_note": {"text_config": {"swa_head_dim": 128}},
+    "glm5_next": {
+        "text_config": {
+            "qk_rope_head_dim": 0,
+            "layer_types": ["linear_attention", "indexed_attention", "indexed_attention"],
+            "index_kpool": 4,
+            **_SPARSE_3,
+        }
+    },
+    "hy_v4": _SPARSE_3,
+    "hy_v4_vl": {"text_config": _SPARSE_3},
+    "mistral_large4": {
+        "text_config": {
+            "index_topk": 8,
+            "indexer_types": ["full", "shared"] * 3,
+            "kv_source_layers": [0, 1, 1, 3, 4, 4],
+        }
+    },
+    "dots3_note_text": _DOTS3,
+    "dots3_note": {"text_config": _DOTS3},
     "step3p7": {"text_config": {"sliding_window": 64}},
     "deepseek_v4": {"head_dim": 512},
     # What published config.json files have, vLLM reads and transformers' class does not know.
     "deepseek_v2": {"rope_parameters": _YARN},
     "deepseek_v3": _DEEPSEEK,
     "deepseek_v32": _DEEPSEEK,
-    "glm_moe_dsa": _DEEPSEEK,
+    "glm_moe_dsa": {**_DEEPSEEK, **_SPARSE},
     "axk1": _DEEPSEEK,
     "glm4_moe_lite": _DEEPSEEK,
     "kimi_k25": {"text_config": _DEEPSEEK},
@@ -160,6 +191,8 @@ def _shrink(entries: dict[str, Any]) -> dict[str, Any]:
     kept = _representatives(entries, depth)
     found: dict[str, Any] = {}
     for key, value in entries.items():
+        if key == "per_layer_config":  # follows from others
+            continue
         if isinstance(value, dict) and key.endswith("_config"):
             found[key] = _shrink(value)
         elif key in SIZES and (value is not None or key not in _OPTIONAL):

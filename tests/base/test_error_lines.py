@@ -41,8 +41,13 @@ def cut(model: Path) -> None:
 
 
 BROKEN: dict[str, tuple[Callable[[Path], None], list[str], int, list[str]]] = {
-    "weights cut": (cut, ["evaluate"], 1, ["loading MODEL: SafetensorError: Error while deserializing"]),
-    "no weights": (lambda m: (m / "model.safetensors").unlink(), ["evaluate"], 1, ["OSError: Error no file"]),
+    "weights cut": (cut, ["evaluate"], 2, ["MODEL/model.safetensors cannot be read", "truncated"]),
+    "no weights": (
+        lambda m: (m / "model.safetensors").unlink(),
+        ["evaluate"],
+        2,
+        ["MODEL has neither", "nor model.safetensors"],
+    ),
     "config is no JSON": (
         write("config.json", b"{no"),
         ["evaluate", "quantize", "compare", "reference"],
@@ -59,8 +64,8 @@ BROKEN: dict[str, tuple[Callable[[Path], None], list[str], int, list[str]]] = {
     "unknown family": (
         change_config(model_type="zzz"),
         ["quantize", "evaluate"],
-        1,
-        ["MODEL: ValueError: The", "`zzz`"],
+        2,
+        ["MODEL/config.json cannot be used", "no model type 'zzz'"],
     ),
     "code of its own": (
         change_config(model_type="zzz", auto_map={"AutoConfig": "x.Y"}),
@@ -71,11 +76,21 @@ BROKEN: dict[str, tuple[Callable[[Path], None], list[str], int, list[str]]] = {
     "word for a number": (
         change_config(hidden_size="big"),
         ["quantize"],
-        1,
-        ["config.json of MODEL: ", "'big'"],
+        2,
+        ["MODEL/config.json cannot be used", "'hidden_size'", "'big'"],
     ),
-    "activation": (change_config(hidden_act="zzz"), ["evaluate", "quantize"], 1, ["MODEL: KeyError: 'zzz'"]),
-    "no heads": (change_config(num_attention_heads=0), ["evaluate"], 1, ["loading MODEL: ZeroDivisionError"]),
+    "activation": (
+        change_config(hidden_act="zzz"),
+        ["evaluate", "quantize"],
+        2,
+        ["config.json of MODEL describes", "KeyError: 'zzz'"],
+    ),
+    "no heads": (
+        change_config(num_attention_heads=0),
+        ["evaluate"],
+        2,
+        ["config.json of MODEL describes", "ZeroDivisionError"],
+    ),
     "dtype": (change_config(dtype="float99"), ["quantize"], 1, ["MODEL: AttributeError: ", "float99"]),
     "tokenizer": (
         write("tokenizer.json", b'{"version": 3}'),

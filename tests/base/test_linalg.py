@@ -39,6 +39,14 @@ def test_weighted_products_agree_with_float64(either, n: int) -> None:
     close(linalg.weighted_products(a, b, weights), wanted, max(n, 1))
 
 
+@pytest.mark.parametrize("m", [5, 1024, 1500])
+def test_symmetric_product_agrees_with_the_whole_one(m: int) -> None:
+    """Of large matrices one half is mirrored: guards its borders, sizes that no block divides included."""
+    left, middle = torch.randn(m, 40), torch.randn(40, 40)
+    right = left @ (middle @ middle.T)
+    close(linalg.symmetric_product(right, left), right.double() @ left.double().T, 40)
+
+
 def test_products_use_onednn_where_torch_has_it() -> None:
     """Guards against a silent fall back to the slower library when torch moves the operator."""
     assert linalg._has_onednn() == torch.backends.mkldnn.is_available()

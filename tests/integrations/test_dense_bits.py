@@ -95,6 +95,15 @@ def test_dequantized_checkpoint_and_model_compute_the_same_weights(packed: Path,
         assert f"{LAYER}.q_proj.weight" in file.keys()  # noqa: SIM118 (it is no dict)
 
 
+def test_dequantized_checkpoint_in_float32_is_not_rounded_before(packed: Path, tmp_path: Path) -> None:
+    """Guards the products of codes and scales against bfloat16, in which the scales are stored."""
+    dequantize_checkpoint(packed, tmp_path / "dense", "float32")
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    model = AutoModelForCausalLM.from_pretrained(packed, dtype=torch.float32)
+    for name in (f"{LAYER}.q_proj", f"{LAYER}.o_proj"):
+        assert torch.equal(model.get_submodule(name).weight, dense.get_submodule(name).weight)
+
+
 def test_changed_weight_is_not_saved_rounded(packed: Path, tmp_path: Path) -> None:
     """Guards against training, or merged adapters, that saving loses without a word."""
     model = AutoModelForCausalLM.from_pretrained(packed)

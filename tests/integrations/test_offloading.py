@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +136,11 @@ def test_counts_are_those_of_the_original(packed_moe_tiny: Path, moe_tiny: Any) 
     model = AutoModelForCausalLM.from_pretrained(packed_moe_tiny)
     assert model.num_parameters() == moe_tiny.num_parameters()
     assert model.model.num_parameters() == moe_tiny.model.num_parameters()
+    for same in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert same.num_parameters() == moe_tiny.num_parameters()
+        assert not any(p.requires_grad for p in same.requires_grad_(False).parameters())
+        assert any(p.requires_grad for p in same.requires_grad_(True).parameters())
+        assert all(p.requires_grad for p in model.parameters() if p.is_floating_point())
     embeddings = moe_tiny.get_input_embeddings().weight.numel()
     assert model.num_parameters(exclude_embeddings=True) == moe_tiny.num_parameters() - embeddings
     packed = sum(p.numel() for p in model.parameters() if not p.is_floating_point())

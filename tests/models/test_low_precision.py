@@ -515,6 +515,7 @@ GROUPS: dict[str, tuple[list[dict[str, Any]], str]] = {
         [scheme("int4", ("re:.*q_proj.*",)), scheme("int8", ("re:.*o_proj.*",))],
         "several schemes.*group_0, group_1",
     ),
+    "actorder": ([scheme("int4", actorder="group")], r"int 4, group, actorder group.*does not dequantize"),
     "3 bits": ([scheme("int3")], "int 3.*does not dequantize"),
 }
 

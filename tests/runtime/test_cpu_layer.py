@@ -116,6 +116,13 @@ def test_groups_of_the_bases(group: int, basis_bits: int, planes: int) -> None:
     assert relative_error(*both(LayerShape(3, 384, 40), inputs, planes, **options)) < TOLERANCE[planes]
 
 
+@BOTH_PLANES
+def test_wide_bases(planes: int) -> None:
+    """More columns than are decoded at a time, and a last part of one block."""
+    inputs = (torch.randn(6, 2080), *routing(6, 2, 1, 0))
+    assert relative_error(*both(LayerShape(2, 2080, 32), inputs, planes)) < TOLERANCE[planes]
+
+
 @pytest.mark.parametrize("size", [2048, 2080, 4200])
 @BOTH_PLANES
 def test_long_rows(size: int, planes: int) -> None:

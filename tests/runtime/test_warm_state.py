@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from dense_twin import E, H, packed_and_twin
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from bitsmoe_plugin.codec.layout import PackedExperts
@@ -171,6 +171,29 @@ def test_copies_and_moves_compute_the_same() -> None:
     assert torch.equal(torch.func.functional_call(copies[0], given, inputs()), wanted)
     module.share_memory()  # moves what the kernels point at, in place
     assert torch.equal(module(*inputs()), wanted)
+
+
+def test_a_state_that_is_packed_otherwise_is_refused() -> None:
+    """Guards against tensors of the same shapes whose numbers stand for something else."""
+    module, _ = packed_and_twin("qwen3_moe", widths=(0, 4), kept=(1,))
+    file = io.BytesIO()
+    torch.save(nn.ModuleDict({"experts": module}).state_dict(), file)
+    alike, *others = [
+        packed_and_twin("qwen3_moe", **{"widths": (0, 4), "kept": (1,), **options})[0]
+        for options in ({}, {"grid": "uniform"}, {"kept": (2,)}, {"original_dtype": "float16"})
+    ]
+    for other in others:
+        file.seek(0)
+        before = other(*inputs())
+        with pytest.raises(
+            CheckpointError, match="experts cannot be loaded: the tensors are packed with grid"
+        ):
+            nn.ModuleDict({"experts": other}).load_state_dict(torch.load(file))
+        assert torch.equal(other(*inputs()), before)
+    file.seek(0)
+    alike.bitsmoe_payload.zero_()
+    nn.ModuleDict({"experts": alike}).load_state_dict(torch.load(file))
+    assert torch.equal(alike(*inputs()), module(*inputs()))
 
 
 @pytest.mark.parametrize("cast", ["half", "bfloat16", "double", "float"])

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from bitsmoe_plugin.base import linalg
 from bitsmoe_plugin.codec.basis import QuantizedBasis, quantize_basis
 from bitsmoe_plugin.models.expert_weights import ExpertWeights
 from bitsmoe_plugin.spectral.bases import (
@@ -142,6 +143,53 @@ def test_metric_of_low_rank_gives_a_finite_invertible_basis() -> None:
     few = normal(3, N)
     basis = input_basis(positive_definite(0), few.T @ few)
     assert bool(torch.isfinite(torch.linalg.inv(basis)).all())
+
+
+def of_rank(rank: int, seed: int, decades: float) -> Tensor:
+    """As ``positive_definite``, but for the smallest eigenvalues, which are zero."""
+    vectors = torch.linalg.qr(normal(N, N, seed=seed))[0]
+    values = torch.logspace(0, -decades, N, dtype=torch.double) * (torch.arange(N) < rank)
+    return vectors * values @ vectors.T
+
+
+@pytest.mark.parametrize(
+    ("gram", "moment"),
+    [
+        (positive_definite(0), positive_definite(1)),
+        (positive_definite(0, 8.0), positive_definite(1, 3.0)),
+        (positive_definite(0, 2.0), positive_definite(1, 7.0)),
+        (of_rank(3, 0, 2.0), positive_definite(1)),
+        (positive_definite(0), of_rank(3, 1, 2.0)),
+        (1e12 * positive_definite(0), 1e-12 * positive_definite(1)),
+        (1e-60 * positive_definite(0), 1e50 * positive_definite(1)),
+        (0 * positive_definite(0), positive_definite(1)),
+    ],
+    ids=["easy", "gram 1e8", "metric 1e7", "gram rank 3", "metric rank 3", "large", "tiny", "0"],
+)
+def test_directions_in_float32_compact_as_in_float64(gram: Tensor, moment: Tensor, monkeypatch) -> None:
+    """Of large layers eigenvectors are in float32: guards ill-conditioned, rank-deficient and badly scaled
+    moments. What counts is the energy of each row, that is the diagonal of what the rows are to make
+    diagonal: float32 moves it by about its precision, 2**-24, times the largest, N times at most."""
+    energies = []
+    for least in (10**9, 1):
+        monkeypatch.setattr(linalg, "_FLOAT32_FROM", least)
+        basis = input_basis(gram, moment)
+        inverse = torch.linalg.inv(basis)
+        assert bool(torch.isfinite(inverse).all())
+        energies.append((basis @ moment @ basis.T).diagonal() * (inverse.T @ gram @ inverse).diagonal())
+    exact, found = energies
+    assert float((found - exact).abs().max()) <= N * 2**-24 * float(exact.max())
+
+
+def test_output_basis_in_float32_is_orthonormal(monkeypatch) -> None:
+    """However small some outputs are."""
+    monkeypatch.setattr(linalg, "_FLOAT32_FROM", 1)
+    moment = 1e-40 * positive_definite(6, 9.0)
+    basis = output_basis(moment)
+    assert basis.dtype == torch.double
+    torch.testing.assert_close(basis.T @ basis, torch.eye(N, dtype=torch.double), rtol=0, atol=N * 2**-24)
+    energy, exact = (basis.T @ moment @ basis).diagonal(), torch.linalg.eigvalsh(moment)
+    assert float((energy - exact).abs().max()) <= N * 2**-24 * float(exact.max())
 
 
 def test_output_basis_diagonalises_the_outputs() -> None:

@@ -35,7 +35,7 @@ from bitsmoe_plugin.errors import BitsMoEError, ConfigError, QuantizationError
 from bitsmoe_plugin.models.families import find_moe_layers, layer_shape
 from bitsmoe_plugin.models.low_precision import method_of, stored_settings
 from bitsmoe_plugin.models.low_precision_source import source_in
-from bitsmoe_plugin.models.model_class import check_folder, load_model, text_model
+from bitsmoe_plugin.models.model_class import check_folder, check_weights, empty_model, load_model, text_model
 from bitsmoe_plugin.models.model_source import ModelSource
 from bitsmoe_plugin.models.tokenizer import load_tokenizer
 
@@ -243,8 +243,8 @@ def run_method(method: str, task: ComparisonTask) -> dict[str, Any]:
     """Quantize and evaluate with one method, in this process.
 
     Returns:
-        keys method, bits_per_weight, expert_bytes, total_bytes, perplexity, per_domain, kl_divergence,
-        top1_agreement, quantize_seconds, and sample if the task has a prompt.
+        keys method, bits_per_weight, expert_bytes, total_bytes, those of ``Evaluation`` that are known,
+        quantize_seconds, and sample if the task has a prompt.
     """
     tokenizer = load_tokenizer(task.source)
     texts = evaluation_text(
@@ -263,10 +263,7 @@ def run_method(method: str, task: ComparisonTask) -> dict[str, Any]:
             "bits_per_weight": 8 * quantized.expert_bytes / _expert_weights(reference),
             "expert_bytes": quantized.expert_bytes,
             "total_bytes": quantized.expert_bytes + _other_bytes(quantized, reference),
-            "perplexity": result.perplexity,
-            "per_domain": result.per_domain,
-            "kl_divergence": result.kl_divergence,
-            "top1_agreement": result.top1_agreement,
+            **{name: value for name, value in asdict(result).items() if value is not None},
             "quantize_seconds": quantized.seconds,
         }
         if task.prompt is not None:
@@ -274,17 +271,13 @@ def run_method(method: str, task: ComparisonTask) -> dict[str, Any]:
     return row
 
 
-def compare(task: ComparisonTask, methods: tuple[str, ...], debug: bool = False) -> list[dict[str, Any]]:
-    """One row per method, each from a process of its own.
-
-    Args:
-        debug: let the processes show where their errors come from.
+def check_comparison(task: ComparisonTask, methods: tuple[str, ...]) -> None:
+    """Refuse what would fail after another method's hours.
 
     Raises:
         ConfigError: unknown method or bad option.
         CheckpointError: a packed checkpoint is not sound.
-        QuantizationError: a method failed; with its message.
-        ToldError: likewise, by an error of a library below.
+        QuantizationError: text or model cannot be used.
     """
     unknown = [method for method in methods if method not in RUNNERS]
     if unknown or not methods:
@@ -301,11 +294,12 @@ def compare(task: ComparisonTask, methods: tuple[str, ...], debug: bool = False)
                 f"`make install-{method.removesuffix('-all')}`"
             )
     source = task.source
-    # What is missing or damaged should not show after another method's hours.
     for path in (source.name, task.checkpoint):
         if path is not None:
             check_if_packed(path)
-    settings = stored_settings(source.config())
+    config = source.config()
+    settings = stored_settings(config)
+    find_moe_layers(empty_model(config))
     peers = [method for method in methods if method in PACKAGES]
     if settings is not None and peers:
         raise ConfigError(
@@ -313,18 +307,34 @@ def compare(task: ComparisonTask, methods: tuple[str, ...], debug: bool = False)
             f"{method_of(settings)!r}; leave it out, or give the model dequantized"
         )
     if Path(source.name).is_dir():
+        check_weights(Path(source.name))
         check_folder(Path(source.name))
     tokenizer, options = load_tokenizer(source), {"chat_template_kwargs": task.chat_template_kwargs}
     for text in (task.dataset, task.eval):
         token_stream(load_documents(text), tokenizer, limit=1, **options)
+
+
+def compare(task: ComparisonTask, methods: tuple[str, ...], debug: bool = False) -> list[dict[str, Any]]:
+    """One row per method, each from a process of its own.
+
+    Args:
+        debug: let the processes show where their errors come from.
+
+    Raises:
+        ConfigError, CheckpointError: see ``check_comparison``.
+        QuantizationError: a method failed; with its message.
+        ToldError: likewise, by an error of a library below.
+    """
+    check_comparison(task, methods)
     rows = []
     for number, method in enumerate(methods, 1):
         print(f"[{number}/{len(methods)}] {method}", file=sys.stderr, flush=True)
-        rows.append(_in_process(method, task, debug))
+        rows.append(in_process(method, task, debug))
     return rows
 
 
-def _in_process(method: str, task: ComparisonTask, debug: bool) -> dict[str, Any]:
+def in_process(method: str, task: ComparisonTask, debug: bool) -> dict[str, Any]:
+    """The row of one method, from a process of its own; for errors see ``compare``."""
     command = [sys.executable, "-m", "bitsmoe_plugin.commands.compare.compare", method, str(int(debug))]
     done = subprocess.run(command, input=json.dumps(asdict(task)), stdout=subprocess.PIPE, text=True)
     if not done.returncode:

@@ -1,4 +1,7 @@
-"""Products with a basis of 4, 8 or 16 bits: matrix-vector for one token, tensor cores for more."""
+"""Products of many tokens with a basis of 4, 8 or 16 bits, which is expanded and multiplied by torch.
+
+In float32, which torch may be told to multiply in fewer bits, by a kernel of tensor cores instead.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from torch import Tensor
 
 from bitsmoe_plugin.base.triton_launch import Launch, Launcher
 from bitsmoe_plugin.codec.uniform import STEP
-from bitsmoe_plugin.runtime.triton.rows import interleaved
+from bitsmoe_plugin.runtime.triton.rows import interleaved, triton_dtype
 from bitsmoe_plugin.runtime.triton.target import Target
 
 
@@ -61,42 +64,54 @@ def multiply(x: Tensor, basis: PackedBasis, dtype: torch.dtype, target: Target, 
     Returns:
         ``[T, rows]``.
     """
+    operand = target.operand(dtype if x.dtype == torch.float32 else x.dtype)
+    # torch may multiply float32 in fewer bits, see torch.set_float32_matmul_precision.
+    exact = operand.itemsize == 2 or x.device.type == "cpu"
+    if exact and x.shape[0] >= target.blocks.expanded_tokens:
+        return _library_product(x.to(operand), expand(basis, operand, x.device, launch), dtype)
     out = x.new_empty((x.shape[0], basis.codes.shape[0]), dtype=dtype)
-    if x.shape[0] <= target.blocks.matvec_tokens:
-        launch(_matvec(x, basis, out, target))
-    else:
-        launch(_matmul(x, basis, out, target))
+    launch(_matmul(x, basis, out, operand, target))
     return out
 
 
-def _matvec(x: Tensor, basis: PackedBasis, out: Tensor, target: Target) -> Launch:
-    rows, words = target.blocks.matvec
-    constants = {**basis.constants(), "ROWS": rows, "WORDS": words}
-    launch_grid = (triton.cdiv(basis.codes.shape[0], rows), x.shape[0])
-    arguments = {"x": x, "codes": basis.codes, "scales": basis.scales, "out": out}
-    return Launch(
-        kernel=matvec_kernel,
-        launch_grid=launch_grid,
-        arguments=arguments,
-        constants=constants,
-        num_warps=target.blocks.matvec_warps,
+def expand(basis: PackedBasis, dtype: torch.dtype, device: torch.device, launch: Launcher) -> Tensor:
+    """``[rows, columns]`` of ``dtype``: the values of a basis."""
+    rows, words = len(basis.codes), basis.codes.shape[1]
+    out = torch.empty(rows, basis.columns, dtype=dtype, device=device)
+    constants = basis.constants() | {"ROWS": 4, "WORDS": 1024 if basis.bits == 16 else 128}
+    arguments = {"codes": basis.codes, "scales": basis.scales, "out": out}
+    grid = (triton.cdiv(rows, 4), triton.cdiv(words, constants["WORDS"]))
+    launch(
+        Launch(
+            kernel=expand_kernel,
+            launch_grid=grid,
+            arguments=arguments,
+            constants=constants,
+            num_warps=4,
+        )
     )
+    return out
 
 
-def _matmul(x: Tensor, basis: PackedBasis, out: Tensor, target: Target) -> Launch:
+def _library_product(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x @ weight.T`` as ``dtype``; where torch can, without a rounding in between."""
+    if x.device.type == "cuda" and x.dtype != dtype and not torch.version.hip:
+        return torch.mm(x, weight.T, out_dtype=dtype)
+    return torch.mm(x, weight.T).to(dtype)
+
+
+def _matmul(x: Tensor, basis: PackedBasis, out: Tensor, operand: torch.dtype, target: Target) -> Launch:
     tokens, rows, columns = target.blocks.matmul
     tokens = min(tokens, max(16, triton.next_power_of_2(x.shape[0])))
     constants = basis.constants()
     # A step lies within one group, so that its scale can be applied to the product.
     step = columns if basis.bits == 16 else min(columns, basis.columns // basis.scales.shape[1])
-    narrow = out.dtype if x.dtype == torch.float32 else x.dtype
-    operand = str(target.operand(narrow)).removeprefix("torch.")
-    constants |= {"OPERAND": getattr(tl, operand), "TOKENS": tokens, "ROWS": rows, "STEP_COLUMNS": step}
-    launch_grid = (triton.cdiv(x.shape[0], tokens), triton.cdiv(basis.codes.shape[0], rows))
+    constants |= {"OPERAND": triton_dtype(operand), "TOKENS": tokens, "ROWS": rows, "STEP_COLUMNS": step}
+    grid = (triton.cdiv(x.shape[0], tokens), triton.cdiv(basis.codes.shape[0], rows))
     arguments = {"x": x, "codes": basis.codes, "scales": basis.scales, "out": out, "tokens": x.shape[0]}
     return Launch(
         kernel=matmul_kernel,
-        launch_grid=launch_grid,
+        launch_grid=grid,
         arguments=arguments,
         constants=constants,
         num_warps=target.blocks.matmul_warps,
@@ -104,8 +119,7 @@ def _matmul(x: Tensor, basis: PackedBasis, out: Tensor, target: Target) -> Launc
 
 
 @triton.jit
-def matvec_kernel(
-    x,
+def expand_kernel(
     codes,
     scales,
     out,
@@ -118,39 +132,30 @@ def matvec_kernel(
     ROWS: tl.constexpr,
     WORDS: tl.constexpr,
 ):
-    """out[token, row] for ``ROWS`` rows (axis 0) and one token (axis 1)."""
+    """``expand`` of ``ROWS`` rows (axis 0) and ``WORDS`` words of each (axis 1)."""
+    EACH: tl.constexpr = 1 if BITS == 16 else 32 // BITS
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    token = tl.program_id(1)
-    keep_row = row < TOTAL_ROWS
-    total = tl.zeros([ROWS, WORDS], tl.float32)
-    for first in range(0, ROW_WORDS, WORDS):
-        word = first + tl.arange(0, WORDS)
-        keep = keep_row[:, None] & (word < ROW_WORDS)[None, :]
-        packed = tl.load(codes + row[:, None] * ROW_WORDS + word[None, :], mask=keep, other=0)
-        if BITS == 16:
-            vector = tl.load(x + token * COLUMNS + word, mask=word < COLUMNS, other=0.0).to(tl.float32)
-            total += packed.to(tl.float32) * vector[None, :]
-        else:
-            # Groups are multiples of 16 columns, so a word never straddles two.
-            group = word * (32 // BITS) // GROUP
-            scale_at = scales + row[:, None] * (COLUMNS // GROUP) + group[None, :]
-            in_columns = (group < COLUMNS // GROUP)[None, :]
-            scale = tl.load(scale_at, mask=keep & in_columns, other=0.0).to(tl.float32) * STEP
-            total += scale * _word_products(packed, x + token * COLUMNS, word, COLUMNS, BITS)
-    tl.store(out + token * TOTAL_ROWS + row, tl.sum(total, 1), mask=keep_row)
-
-
-@triton.jit
-def _word_products(packed, x, word, COLUMNS: tl.constexpr, BITS: tl.constexpr):
-    """Products of the values of each word, in steps, with their part of x, summed per word."""
-    unsigned = packed.to(tl.uint32, bitcast=True)
-    total = tl.zeros(packed.shape, tl.float32)
-    for i in tl.static_range(32 // BITS):
-        column = word * (32 // BITS) + i
-        vector = tl.load(x + column, mask=column < COLUMNS, other=0.0).to(tl.float32)
-        code = (unsigned >> (i * BITS)) & (2**BITS - 1)
-        total += (code.to(tl.float32) - (2**BITS - 1) / 2) * vector[None, :]
-    return total
+    first = tl.program_id(1) * WORDS
+    word = first + tl.arange(0, WORDS)
+    keep_row = (row < TOTAL_ROWS)[:, None]
+    at = codes + row[:, None] * ROW_WORDS + word[None, :]
+    packed = tl.load(at, mask=keep_row & (word < ROW_WORDS)[None, :], other=0)
+    column = first * EACH + tl.arange(0, WORDS * EACH)
+    keep = keep_row & (column < COLUMNS)[None, :]
+    if BITS == 16:
+        values = packed.to(tl.float32)
+    else:
+        group = word * EACH // GROUP
+        at = scales + row[:, None] * (COLUMNS // GROUP) + group[None, :]
+        inside = keep_row & (group < COLUMNS // GROUP)[None, :]
+        scale = tl.load(at, mask=inside, other=0.0).to(tl.float32) * STEP
+        unsigned = packed.to(tl.uint32, bitcast=True)
+        pieces = ()
+        for i in tl.static_range(EACH):
+            code = (unsigned >> (i * BITS)) & (2**BITS - 1)
+            pieces = pieces + ((code.to(tl.float32) - (2**BITS - 1) / 2) * scale,)
+        values = tl.reshape(interleaved(pieces), [ROWS, WORDS * EACH])
+    tl.store(out + row[:, None] * COLUMNS + column[None, :], values, mask=keep)
 
 
 @triton.jit

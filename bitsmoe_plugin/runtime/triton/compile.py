@@ -11,74 +11,28 @@ what Triton asks the driver for at launch. ``TRITON_INTERPRET`` must not be set.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
 import json
-import re
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict
 
 import torch
-import triton
-from torch import Tensor
-from triton import knobs
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 from bitsmoe_plugin.base.triton_launch import Launch
 from bitsmoe_plugin.codec import row_codec
 from bitsmoe_plugin.codec.backends import gpu
 from bitsmoe_plugin.codec.layout import LayerShape, PackedExperts
 from bitsmoe_plugin.codec.spec import PackedSpec
-from bitsmoe_plugin.errors import ConfigError
 from bitsmoe_plugin.presets import ALL_WIDTHS
-from bitsmoe_plugin.runtime.triton.layer import DECODE_TOKENS, TritonLayer
+from bitsmoe_plugin.runtime.triton.compiled import Resources, code_of, compile_launch
+from bitsmoe_plugin.runtime.triton.layer import TritonLayer
 from bitsmoe_plugin.runtime.triton.target import Target, block_sizes
 
-CAPABILITIES = (80, 90, 100)
+CAPABILITIES = (80, 90, 100, 120)
 DTYPES = ("float16", "bfloat16", "float32")
-TOKENS = (1, DECODE_TOKENS, 256)
+TOKENS = (1, 64, 256, 512, 1024, 4096)
+"""Of Qwen3-30B-A3B's layer: one for decode, one for each size of tiles, one where experts are expanded."""
 PROCESSORS = 132
 """Of an H100; decides how far decode splits the rank, so grids, not code."""
-_POINTERS = {
-    torch.float16: "*fp16",
-    torch.bfloat16: "*bf16",
-    torch.float32: "*fp32",
-    torch.uint8: "*u8",
-    torch.int16: "*i16",
-    torch.int32: "*i32",
-    torch.int64: "*i64",
-}
-_USAGE = re.compile(
-    r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers",
-    re.DOTALL,
-)
-
-
-@dataclass(frozen=True)
-class Resources:
-    """What one kernel takes.
-
-    Attributes:
-        kernel: name of the function, with the bits of the basis if it reads one.
-        capability: 80 for sm_80.
-        dtypes: of the hidden states for which this very code is launched.
-        registers: per thread.
-        stack, spill_stores, spill_loads: bytes per thread.
-        shared: bytes per program.
-        warps: per program.
-    """
-
-    kernel: str
-    capability: int
-    dtypes: str
-    registers: int
-    stack: int
-    spill_stores: int
-    spill_loads: int
-    shared: int
-    warps: int
 
 
 def empty_layer(spec: PackedSpec) -> PackedExperts:
@@ -103,8 +57,8 @@ def launches(
     form = form or ("silu" if spec.shape.has_gate else "relu2,has_gate=0")
     target = Target(block_sizes(capability // 10), PROCESSORS)
     layer = TritonLayer.prepare(spec, empty_layer(spec), form, target)
-    hidden = torch.zeros(tokens, spec.shape.hidden_size, dtype=dtype)
-    ids = torch.zeros(tokens, slots, dtype=torch.int32)
+    hidden = torch.empty(tokens, spec.shape.hidden_size, dtype=dtype, device="meta")
+    ids = torch.empty(tokens, slots, dtype=torch.int32, device="meta")
     recorded: list[Launch] = []
     layer.forward(hidden, ids, ids.float(), recorded.append)
     return recorded
@@ -123,83 +77,21 @@ def rounding_launches(size: int, grid: str) -> list[Launch]:
     return recorded
 
 
-def compile_launch(launch: Launch, capability: int, dtypes: str) -> Resources:
-    """Compile one kernel, from scratch, with the specialisations that a launch would get.
-
-    Args:
-        dtypes: for the result.
-
-    Raises:
-        ConfigError: the kernels were imported with TRITON_INTERPRET set.
-        RuntimeError: ptxas reported nothing.
-    """
-    if not isinstance(launch.kernel, triton.JITFunction):
-        raise ConfigError("TRITON_INTERPRET is set: interpreted kernels cannot be compiled; unset it")
-    names = launch.kernel.arg_names
-    given = launch.arguments | launch.constants
-    constants = {name: value for name, value in given.items() if name in launch.constants or _is_one(value)}
-    divisible = [name for name in names if name not in constants and _divisible(given[name])]
-    source = ASTSource(
-        launch.kernel,
-        {name: "constexpr" if name in constants else _type(given[name]) for name in names},
-        {(names.index(name),): value for name, value in constants.items()},
-        {(names.index(name),): [["tt.divisibility", 16]] for name in divisible},
-    )
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-    log = io.StringIO()
-    with knobs.compilation.scope(), knobs.nvidia.scope(), contextlib.redirect_stdout(log):
-        knobs.compilation.always_compile = True
-        knobs.nvidia.dump_ptxas_log = True
-        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    found = _USAGE.search(log.getvalue())
-    if found is None:
-        raise RuntimeError(f"ptxas reported no resources for {launch.kernel.__name__}:\n{log.getvalue()}")
-    stack, stores, loads, registers = map(int, found.groups())
-    bits = launch.constants.get("BITS")
-    name = launch.kernel.__name__.removesuffix("_kernel") + (f" {bits} bits" if bits else "")
-    shared, warps = compiled.metadata.shared, launch.num_warps
-    return Resources(
-        kernel=name,
-        capability=capability,
-        dtypes=dtypes,
-        registers=registers,
-        stack=stack,
-        spill_stores=stores,
-        spill_loads=loads,
-        shared=shared,
-        warps=warps,
-    )
-
-
-def _is_one(value: Any) -> bool:
-    return isinstance(value, int) and value == 1
-
-
-def _type(value: Any) -> str:
-    return _POINTERS[value.dtype] if isinstance(value, Tensor) else "i32"
-
-
-def _divisible(value: Any) -> bool:
-    """Tensors from torch's allocators start at multiples of 16 bytes."""
-    return isinstance(value, Tensor) or value % 16 == 0
-
-
-def _code(launch: Launch) -> str:
-    """Equal for launches that share compiled code: their grids and the values of numbers may differ."""
-    types = {n: (_type(v), _is_one(v), _divisible(v)) for n, v in launch.arguments.items()}
-    return repr((launch.kernel.__name__, types, launch.constants, launch.num_warps, launch.num_stages))
-
-
 def all_launches(
-    specs: Iterable[PackedSpec], capability: int, dtypes: Iterable[str], slots: int, form: str | None = None
+    specs: Iterable[PackedSpec],
+    capability: int,
+    dtypes: Iterable[str],
+    tokens_of: Iterable[int],
+    slots: int,
+    form: str | None = None,
 ) -> list[tuple[Launch, str]]:
-    """What one token, the most that decode takes and a prefill launch, once each, with their dtypes."""
+    """What calls of so many tokens launch, once each, with their dtypes."""
     found: dict[str, tuple[Launch, list[str]]] = {}
     for spec in specs:
         for dtype in dtypes:
-            for tokens in TOKENS:
+            for tokens in tokens_of:
                 for launch in launches(spec, capability, getattr(torch, dtype), tokens, slots, form):
-                    users = found.setdefault(_code(launch), (launch, []))[1]
+                    users = found.setdefault(code_of(launch), (launch, []))[1]
                     if dtype not in users:
                         users.append(dtype)
     return [(launch, "/".join(users)) for launch, users in found.values()]
@@ -221,6 +113,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--gating", help='text of a GatingForm, e.g. "silu,alpha=1.702,limit=7,offset=1"')
     parser.add_argument("--capability", type=int, nargs="+", default=CAPABILITIES, help="80 for sm_80")
     parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=DTYPES[:2])
+    parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
     parser.add_argument("--rounding", action="store_true", help="the kernels that quantize, instead")
     parser.add_argument("--json", action="store_true", help="one object per line")
     chosen = parser.parse_args(arguments)
@@ -245,7 +138,7 @@ def main(arguments: list[str] | None = None) -> None:
         for launch, dtypes in (
             [(launch, "float32") for launch in rounding_launches(chosen.intermediate, chosen.grid)]
             if chosen.rounding
-            else all_launches(specs, capability, chosen.dtype, chosen.slots, chosen.gating)
+            else all_launches(specs, capability, chosen.dtype, chosen.tokens, chosen.slots, chosen.gating)
         ):
             values = asdict(compile_launch(launch, capability, dtypes))
             line = json.dumps(values) if chosen.json else f"| {' | '.join(map(str, values.values()))} |"

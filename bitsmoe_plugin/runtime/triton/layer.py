@@ -1,7 +1,7 @@
 """Forward pass of a packed layer by Triton kernels; the contract of ``dispatch.Runtime``.
 
 z = input basis x; rows of gate and up, or up; gating; rows of down; sum over the token's experts;
-y = output basis c. Up to ``DECODE_TOKENS`` tokens by ``decode``, more by ``prefill``.
+y = output basis c. Few tokens by ``decode``, more by ``prefill``, see ``target.BlockSizes``.
 """
 
 from __future__ import annotations
@@ -16,15 +16,14 @@ from bitsmoe_plugin.codec.layout import PackedExperts
 from bitsmoe_plugin.codec.spec import PackedSpec
 from bitsmoe_plugin.errors import ConfigError
 from bitsmoe_plugin.models.gating import GatingForm
-from bitsmoe_plugin.runtime.triton import decode, prefill
-from bitsmoe_plugin.runtime.triton.basis import PackedBasis, multiply
+from bitsmoe_plugin.runtime.triton import basis, decode, expanded, matvec, prefill
+from bitsmoe_plugin.runtime.triton.basis import PackedBasis
 from bitsmoe_plugin.runtime.triton.state import LayerState
 from bitsmoe_plugin.runtime.triton.target import Target, target_of
 
-DECODE_TOKENS = 16
-PREFILL_BYTES = 2**27
-"""Most memory of the experts' outputs before they are summed, float32 ``[T, k, r]``; more tokens are
-computed in chunks. For 8 experts per token and rank 2048: 2048 tokens."""
+PREFILL_BYTES = 2**29
+"""Most memory of what is computed between the bases, see ``prefill.bytes_per_token``; more tokens are
+computed in chunks. For 8 experts per token, rank 2048 and 768 hidden units: 3,400 tokens."""
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -82,8 +81,8 @@ class TritonLayer:
 
         Returns:
             ``[T, H]`` in the dtype of ``hidden``; of a shard, its part of the sum over shards. Sums
-            are float32; above one token (bases) and ``DECODE_TOKENS`` (rows) the factors of the
-            products are in the dtype of ``hidden``.
+            are float32; of more than ``decode_tokens`` tokens the factors of the products are in the
+            dtype of ``hidden``.
 
         Raises:
             ConfigError: hidden states of another dtype.
@@ -93,19 +92,37 @@ class TritonLayer:
         tokens, slots = top_k_index.shape
         if tokens * slots == 0:
             return torch.zeros_like(hidden)
-        chunk = max(DECODE_TOKENS, PREFILL_BYTES // (4 * slots * self.state.rank))
         given = hidden.contiguous(), top_k_index.contiguous(), top_k_weights.contiguous()
-        if tokens <= chunk:
-            return self._forward(*given, launch)
+        if tokens <= self.target.blocks.decode_tokens:
+            return self._decode(*given, launch)
+        operand = self.target.operand(hidden.dtype)
+        sizes = self.state, slots, tokens, operand, self.target
+        most = max(1, PREFILL_BYTES // prefill.bytes_per_token(*sizes))
+        if tokens <= most:
+            return self._prefill(*given, launch)
+        chunk = -(-tokens // -(-tokens // most))  # of equal sizes
         parts = zip(*(tensor.split(chunk) for tensor in given), strict=True)
-        return torch.cat([self._forward(x, ids, weights, launch) for x, ids, weights in parts])
+        return torch.cat([self._prefill(x, ids, weights, launch) for x, ids, weights in parts])
 
-    def _forward(self, hidden: Tensor, ids: Tensor, weights: Tensor, launch: Launcher) -> Tensor:
+    def working_bytes(self, tokens: int, slots: int, dtype: torch.dtype) -> int:
+        """Device memory that ``forward`` takes at most besides its inputs and output, without the bases'."""
+        state, target, operand = self.state, self.target, self.target.operand(dtype)
+        each = prefill.bytes_per_token(state, slots, tokens, operand, target)
+        scratch = 0
+        if target.expands(tokens * slots, state.experts, operand):
+            scratch = expanded.scratch_bytes(state, operand, target)
+        return scratch + min(tokens * each, max(each, PREFILL_BYTES))
+
+    def _decode(self, hidden: Tensor, ids: Tensor, weights: Tensor, launch: Launcher) -> Tensor:
         state, target = self.state, self.target
-        z = multiply(hidden, self.input_basis, torch.float32, target, launch)
-        if hidden.shape[0] <= DECODE_TOKENS:
-            c = decode.coordinates(z, ids, weights, state, target, launch)
-        else:
-            operand = target.operand(hidden.dtype)
-            c = prefill.coordinates(z, ids, weights, state, operand, target, launch)
-        return multiply(c, self.output_basis, hidden.dtype, target, launch)
+        scaled = matvec.scaled(hidden, ids, self.input_basis, state, target, launch)
+        parts = decode.outputs(scaled, ids, weights, state, target, launch)
+        return matvec.summed(parts, ids.shape[1], self.output_basis, hidden.dtype, target, launch)
+
+    def _prefill(self, hidden: Tensor, ids: Tensor, weights: Tensor, launch: Launcher) -> Tensor:
+        state, target = self.state, self.target
+        operand = target.operand(hidden.dtype)
+        dtype = operand if target.expands(ids.numel(), state.experts, operand) else torch.float32
+        z = basis.multiply(hidden, self.input_basis, dtype, target, launch)
+        c = prefill.coordinates(z, ids, weights, state, operand, target, launch)
+        return basis.multiply(c, self.output_basis, hidden.dtype, target, launch)

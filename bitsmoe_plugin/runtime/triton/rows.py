@@ -3,10 +3,12 @@
 A thread decodes whole blocks of 32 values: it loads the block's words once, and every window or
 code is then a shift by a constant. Neighbouring windows overlap, so values are looked up in pairs:
 the two windows that end with codes i and i + 1 are 8 + bits consecutive bits of the ring, an index
-into a table of 2**(8 + bits) pairs. Pairs, because the four tables then take 2, 4, 8 and 16 KiB and
-stay in the L1 cache next to the streamed payload; four values at a time would take 64 KiB at 2 bits.
-An entry holds two bfloat16: a table value is an int8 times 2**-5 and so exact in its 8 bits of
-precision, and one shift or mask turns it into float32.
+into a table of 2**(8 + bits) pairs. Pairs, because the four tables then take 2, 4, 8 and 16 KiB;
+four values at a time would take 64 KiB at 2 bits. An entry holds two 16-bit values, in which a table
+value, an int8 times 2**-5, is exact: as operands of a product they need no arithmetic at all.
+
+Nothing is masked: where there is no row or block, pointers stay on the last one, and whoever reads the
+values sees to it that they count for nothing.
 
 Offsets: the first word of an (expert, factor) is 64 bits, what lies within it 32 bits, so one factor
 of one expert may have up to 2**31 words.
@@ -21,23 +23,35 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bitsmoe_plugin.codec import trellis
+from bitsmoe_plugin.codec import row_codec, trellis
+from bitsmoe_plugin.codec.uniform import STEP
 from bitsmoe_plugin.models.gating import GatingForm
 
 
-def pair_tables() -> Tensor:
+def pair_tables(dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """The tables of all trellis widths, ``[512 + 1024 + 2048 + 4096]`` int32, 1 to 4 bits.
 
-    Entry w of a width holds the bfloat16 values of the windows w % 2**8 (low half) and
-    w >> bits (high half): the window that ends ``bits`` later has its oldest bits dropped.
+    Entry w of a width holds the values of the windows w % 2**8 (low half) and w >> bits (high half), both
+    of a 16-bit ``dtype``: the window that ends ``bits`` later has its oldest bits dropped.
     """
     pieces = []
     for bits in trellis.WIDTHS:
         pair = torch.arange(2 ** (trellis.WINDOW + bits), device="cpu")
         values = trellis.table(bits)
         both = torch.stack([values[pair % 2**trellis.WINDOW], values[pair >> bits]], -1)
-        pieces.append(both.to(torch.bfloat16).view(torch.int32).flatten())
+        pieces.append(both.to(dtype).view(torch.int32).flatten())
     return torch.cat(pieces)
+
+
+def row_units(widths: tuple[int, ...], grid: str) -> tuple[float, ...]:
+    """What decoded values of each width are multiplied by, besides the row's scale.
+
+    Trellis values are decoded as they are; codes of the uniform grid to -1 .. 1, whatever their width, so
+    that neither they nor what they are multiplied by leave the range of float16.
+    """
+    return tuple(
+        1.0 if row_codec.uses_trellis(width, grid) else STEP[width] * 2.0 ** (width - 1) for width in widths
+    )
 
 
 @triton.jit
@@ -70,30 +84,45 @@ def interleaved(values):
 
 
 @triton.jit
-def decode_rows(start, keep, tables, BITS: tl.constexpr, TRELLIS: tl.constexpr):
-    """Values at scale 1 (trellis) or in steps (uniform grid) of the blocks at pointers ``start``.
-
-    ``start``, ``keep`` ``[ROWS, BLOCKS]`` -> ``[ROWS, 32 * BLOCKS]`` float32.
-    All are exact in bfloat16, but for 16-bit rows.
-    """
+def load_words(start, BITS: tl.constexpr):
+    """The words of the blocks at pointers ``[ROWS, BLOCKS]``, a tuple of ``BITS`` tensors uint32."""
     words = ()
     for i in tl.static_range(BITS):
-        words = words + (tl.load(start + i, mask=keep, other=0).to(tl.uint32, bitcast=True),)
+        words = words + (tl.load(start + i).to(tl.uint32, bitcast=True),)
+    return words
+
+
+@triton.jit
+def decode_words(words, tables, BITS: tl.constexpr, TRELLIS: tl.constexpr, OPERAND: tl.constexpr):
+    """Values of blocks ``[ROWS, BLOCKS]`` as ``[ROWS, 32 * BLOCKS]`` of dtype ``OPERAND``, see ``row_units``.
+
+    ``tables`` are ``pair_tables(float16)`` for float16, of bfloat16 otherwise. All values are exact, but
+    those of rows of 16 bits in 16-bit operands.
+    """
+    ROWS: tl.constexpr = words[0].shape[0]
+    BLOCKS: tl.constexpr = words[0].shape[1]
     fields = ()
     if TRELLIS and BITS <= 4:
         for i in tl.static_range(0, 32, 2):
-            # Looked up one by one: of a joined index, Triton would spread the lookups over the threads anew.
             pair = _ring_field(words, (i + 1) * BITS - 8, 8 + BITS, BITS)
-            fields = fields + (tl.load(tables + 512 * (2 ** (BITS - 1) - 1) + pair),)
-        both = tl.reshape(interleaved(fields), [start.shape[0], 16 * start.shape[1]])
-        low = (both << 16).to(tl.float32, bitcast=True)
-        high = (both & -65536).to(tl.float32, bitcast=True)
-        return tl.reshape(tl.join(low, high), [start.shape[0], 32 * start.shape[1]])
+            fields = fields + (pair.to(tl.int32, bitcast=True),)
+        index = tl.reshape(interleaved(fields), [ROWS * 16 * BLOCKS])
+        # Through shared memory, whose banks serve 32 different words at once; a load looks up lines one by
+        # one. Triton keeps the table in registers around a loop and writes it there in each step.
+        table = tl.load(tables + 512 * (2 ** (BITS - 1) - 1) + tl.arange(0, 2 ** (8 + BITS)))
+        both = tl.reshape(tl.gather(table, index, 0), [ROWS, 16 * BLOCKS])
+        if tl.float32 == OPERAND:
+            low = (both << 16).to(tl.float32, bitcast=True)
+            high = (both & -65536).to(tl.float32, bitcast=True)
+        else:
+            low = both.to(tl.int16).to(OPERAND, bitcast=True)
+            high = (both >> 16).to(tl.int16).to(OPERAND, bitcast=True)
+        return tl.reshape(tl.join(low, high), [ROWS, 32 * BLOCKS])
     else:
         for i in tl.static_range(32):
             fields = fields + (_ring_field(words, i * BITS, BITS, BITS),)
-        code = tl.reshape(interleaved(fields), [start.shape[0], 32 * start.shape[1]])
-        return code.to(tl.float32) - (2**BITS - 1) / 2
+        code = tl.reshape(interleaved(fields), [ROWS, 32 * BLOCKS])
+        return (code.to(tl.float32) * 2.0 ** (1 - BITS) - (2**BITS - 1) / 2**BITS).to(OPERAND)
 
 
 @triton.jit
@@ -161,3 +190,8 @@ def add_bias(
     """``value`` ``[..., columns]`` plus the bias of a factor of an expert, of ``[E, INPUTS, SIZE]``."""
     at = bias + (expert.to(tl.int64) * INPUTS + FACTOR) * SIZE + column
     return value + tl.load(at, mask=keep, other=0.0).to(tl.float32)
+
+
+def triton_dtype(dtype: torch.dtype) -> tl.dtype:
+    """The same of Triton."""
+    return getattr(tl, str(dtype).removeprefix("torch."))

@@ -10,18 +10,18 @@ from torch import Tensor
 from bitsmoe_plugin.codec import layout, row_codec
 from bitsmoe_plugin.codec.block import BLOCK
 from bitsmoe_plugin.codec.layout import PackedExperts
+from bitsmoe_plugin.codec.scale_grid import SCALE_LEVELS
 from bitsmoe_plugin.codec.spec import PackedSpec
-from bitsmoe_plugin.codec.uniform import STEP
 from bitsmoe_plugin.models.gating import GatingForm
-from bitsmoe_plugin.runtime.triton.rows import form_constants, pair_tables
+from bitsmoe_plugin.runtime.triton.rows import form_constants, pair_tables, row_units
 
 
 @dataclass(frozen=True)
 class LayerState:
     """Device tensors and sizes of the rows of one layer or shard.
 
-    ``order`` costs 2 f E r bytes (int16; 1.5 MiB for 128 experts and rank 2048), the others next to
-    nothing; scales are computed from the stored codes where they are used.
+    ``order`` and ``places`` cost (4 f - 2) E r bytes (int16; 2.5 MiB for 128 experts and rank 2048), the
+    others next to nothing; scales are computed from the stored codes where they are used.
 
     Attributes:
         payload: ``[words]`` int32, as stored.
@@ -30,7 +30,12 @@ class LayerState:
         starts: ``[f, E]`` int64, first payload word.
         counts: ``[f, E, widths]`` int32, stored rows of each width.
         order: ``[f, E, r]`` int16 (int32 from rank 2**15 on), rank indices by falling width.
-        tables: see ``rows.pair_tables``.
+        places: ``[f - 1, E, r]`` alike, the inverse for the factors that read the hidden states: the place
+            of a rank index among the rows.
+        tables, half_tables: see ``rows.pair_tables``, of bfloat16 and of float16.
+        lifts: ``[f]`` float32, powers of two that bring the largest scale of each factor to about 1/4, so
+            that coordinates times scales stay within the range of float16.
+        stored_widths: rising, as row codes number them.
         widths: falling, without 0.
         trellis: whether rows of up to 4 bits are trellis-coded.
         size: intermediate_size.
@@ -44,7 +49,11 @@ class LayerState:
     starts: Tensor
     counts: Tensor
     order: Tensor
+    places: Tensor
     tables: Tensor
+    half_tables: Tensor
+    lifts: Tensor
+    stored_widths: tuple[int, ...]
     widths: tuple[int, ...]
     trellis: bool
     size: int
@@ -57,14 +66,19 @@ class LayerState:
         device = packed.payload.device
         index = layout.index_rows(packed.row_codes, spec.widths, spec.shape)
         position = torch.int16 if spec.shape.rank < 2**15 else torch.int32
+        scale_grid = packed.scale_grid.contiguous().view(torch.float16)
         return cls(
             payload=packed.payload.contiguous(),
             row_codes=packed.row_codes.contiguous(),
-            scale_grid=packed.scale_grid.contiguous().view(torch.float16),
+            scale_grid=scale_grid,
             starts=torch.tensor(index.starts, dtype=torch.int64, device=device),
             counts=torch.tensor(index.counts, dtype=torch.int32, device=device),
             order=index.order.to(position),
+            places=index.order[:-1].argsort(-1).to(position),
             tables=pair_tables().to(device),
+            half_tables=pair_tables(torch.float16).to(device),
+            lifts=_lifts(scale_grid),
+            stored_widths=spec.widths,
             widths=index.widths,
             trellis=spec.grid == "trellis",
             size=spec.shape.intermediate_size,
@@ -96,25 +110,46 @@ class LayerState:
         return z.shape[1] // self.rank
 
     def pointers(self) -> dict[str, Tensor]:
-        """The tensors that every kernel over rows takes."""
-        names = ("payload", "starts", "counts", "order", "row_codes", "scale_grid", "tables")
-        return {name: getattr(self, name) for name in names}
+        """The tensors by which kernels find rows."""
+        return {name: getattr(self, name) for name in ("payload", "starts", "counts")}
+
+    def scale_pointers(self) -> dict[str, Tensor]:
+        """The tensors by which kernels know rank indices and scales of rows."""
+        return {name: getattr(self, name) for name in ("order", "row_codes", "scale_grid")}
+
+    def tables_for(self, operand: torch.dtype) -> Tensor:
+        """Those that kernels look up values of dtype ``operand`` in."""
+        return self.half_tables if operand == torch.float16 else self.tables
 
     def constants(self) -> dict[str, object]:
         """What every kernel over rows is compiled for."""
-        grid = "trellis" if self.trellis else "uniform"
         return {
             "EXPERTS": self.experts,
             "INPUTS": self.inputs,
             "RANK": self.rank,
             "ROW_BLOCKS": self.blocks,
             "WIDTHS": self.widths,
-            "UNITS": tuple(
-                1.0 if row_codec.uses_trellis(width, grid) else STEP[width] for width in self.widths
-            ),
             "TRELLIS": self.trellis,
         }
+
+    @property
+    def units(self) -> tuple[float, ...]:
+        """``rows.row_units`` of ``widths``."""
+        return row_units(self.widths, "trellis" if self.trellis else "uniform")
+
+    @property
+    def units_by_code(self) -> tuple[float, ...]:
+        """The same of ``stored_widths``, 0 for dropped rows."""
+        unit_of = dict(zip(self.widths, self.units, strict=True))
+        return tuple(unit_of.get(width, 0.0) for width in self.stored_widths)
 
     def gating_constants(self) -> dict[str, object]:
         """What every kernel that applies the gating is compiled for."""
         return {"FORM": form_constants(self.form), "SIZE": self.size, "HAS_BIAS": self.bias.numel() > 0}
+
+
+def _lifts(scale_grid: Tensor) -> Tensor:
+    """See ``LayerState.lifts``; ``scale_grid`` ``[f, 2, r]``."""
+    low, step = scale_grid.float().unbind(1)
+    largest = (low + (SCALE_LEVELS - 1) * step).amax(-1)
+    return torch.exp2(-2 - largest.ceil())

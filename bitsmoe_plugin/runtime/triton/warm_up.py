@@ -16,8 +16,8 @@ from bitsmoe_plugin.base.triton_launch import Launch
 from bitsmoe_plugin.runtime.triton.layer import TritonLayer
 
 _EACH = 160
-"""Up to so many tokens each number is looked at, beyond only those at which sizes double: blocks of tokens
-are at most 64, and kernels are chosen by ranges."""
+"""Up to so many tokens each number is looked at, beyond only those at which sizes double, and the number
+before: kernels are chosen by ranges whose ends are at least twice their beginnings."""
 
 
 _COMPILED: set[Any] = set()

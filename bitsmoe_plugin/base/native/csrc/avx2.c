@@ -220,65 +220,139 @@ static void decode_tile(const Decoder *d, const uint32_t *words, int64_t stride,
   else fields_tile(d, words, stride, rows, 2 - tail, tile);
 }
 
-static void tile_dot(const int16_t *tile, int rows, const int16_t *q, int32_t offset2_sum, float factor,
-                     float *out) {
+INLINE void tile_dot_of(const int16_t *tile, int rows, const Term *t, float *out) {
   __m256i sums[2 * VECTORS];
-  for (int i = 0; i < 2 * VECTORS; i++) sums[i] = _mm256_setzero_si256();
+  for (int i = 0; i < 2 * VECTORS; i++) sums[i] = _mm256_set1_epi32((int32_t)t->start);
   for (int r = 0; r < rows; r += 2) {
     int32_t pair;
-    memcpy(&pair, q + r, sizeof pair);
+    memcpy(&pair, t->q + r, sizeof pair);
     __m256i both = _mm256_set1_epi32(pair);
     for (int i = 0; i < 2 * VECTORS; i++)
       sums[i] = _mm256_add_epi32(sums[i], _mm256_madd_epi16(load(tile + r * CHUNK + i * LANES), both));
   }
-  __m256i offset = _mm256_set1_epi32(offset2_sum);
-  __m256 f[2 * VECTORS], scale = _mm256_set1_ps(factor);
-  for (int i = 0; i < 2 * VECTORS; i++)
-    f[i] = _mm256_cvtepi32_ps(_mm256_sub_epi32(_mm256_add_epi32(sums[i], sums[i]), offset));
+  __m256i rest = _mm256_set1_epi32(t->rest);
+  __m256 factor = _mm256_set1_ps(t->factor);
   for (int i = 0; i < 2 * VECTORS; i++) {
-    __m256 low = f[i & ~1], high = f[i | 1];
-    __m256 columns = i % 2 ? _mm256_permute2f128_ps(low, high, 0x31) : _mm256_permute2f128_ps(low, high, 0x20);
-    _mm256_storeu_ps(out + 8 * i, _mm256_fmadd_ps(columns, scale, _mm256_loadu_ps(out + 8 * i)));
+    __m256 sum = _mm256_cvtepi32_ps(_mm256_sub_epi32(_mm256_add_epi32(sums[i], sums[i]), rest));
+    _mm256_storeu_ps(out + 8 * i, _mm256_fmadd_ps(sum, factor, _mm256_loadu_ps(out + 8 * i)));
   }
 }
 
-/* Sums over `vectors` vectors of columns, lane by lane: out[r] = q * (2 u - offset2). */
-INLINE void quad_dot(const int16_t *rows, int64_t stride, int vectors, const int16_t *q, int32_t offset2,
-                     __m256 out[QUAD]) {
-  __m256i sums[QUAD], offset = _mm256_setzero_si256(), ones = _mm256_set1_epi16(1);
-  for (int r = 0; r < QUAD; r++) sums[r] = _mm256_setzero_si256();
-  for (int v = 0; v < vectors; v++) {
-    __m256i inputs = load(q + v * LANES);
-    offset = _mm256_add_epi32(offset, _mm256_madd_epi16(inputs, ones));
-    for (int r = 0; r < QUAD; r++)
-      sums[r] = _mm256_add_epi32(sums[r], _mm256_madd_epi16(load(rows + r * stride + v * LANES), inputs));
-  }
-  offset = _mm256_mullo_epi32(offset, _mm256_set1_epi32(offset2));
-  for (int r = 0; r < QUAD; r++)
-    out[r] = _mm256_cvtepi32_ps(_mm256_sub_epi32(_mm256_add_epi32(sums[r], sums[r]), offset));
+static void tile_dot(const int16_t *tile, int rows, const Term *terms, int count, int column, int32_t offset2) {
+  (void)offset2;
+  for (const Term *t = terms; t < terms + count; t++) tile_dot_of(tile, rows, t, t->out + column);
 }
 
-static void rows_dot(const int16_t *rows, int64_t stride, int chunks, const int16_t *q, int32_t offset2,
-                     float factor, float *out) {
-  __m256 sums[QUAD];
-  quad_dot(rows, stride, chunks * VECTORS, q, offset2, sums);
-  _mm_storeu_ps(out, _mm_fmadd_ps(reduce4(sums), _mm_set1_ps(factor), _mm_loadu_ps(out)));
-}
-
-static void basis_dot(const int16_t *rows, int64_t stride, int columns, const int16_t *q, const float *input_scales,
-                      int32_t offset2, const uint16_t *scales, int group, float *out) {
-  __m256 sums[QUAD], part[QUAD];
-  for (int r = 0; r < QUAD; r++) sums[r] = _mm256_setzero_ps();
-  int step = group < CHUNK ? group : CHUNK, shift = __builtin_ctz(group);
-  for (int start = 0; start < columns; start += step) {
-    quad_dot(rows + start, stride, step / LANES, q + start, offset2, part);
-    __m256 input_scale = _mm256_set1_ps(input_scales[start / CHUNK]);
-    for (int r = 0; r < QUAD; r++) {
-      __m256 scale = _mm256_cvtph_ps(_mm_set1_epi16((short)scales[(r * columns + start) >> shift]));
-      sums[r] = _mm256_fmadd_ps(part[r], _mm256_mul_ps(scale, input_scale), sums[r]);
+/* From the order of store_pair. */
+static void order_columns(float *out, int chunks) {
+  for (; chunks > 0; chunks--, out += CHUNK)
+    for (int i = 0; i < CHUNK; i += LANES) {
+      __m256 low = _mm256_loadu_ps(out + i), high = _mm256_loadu_ps(out + i + 8);
+      _mm256_storeu_ps(out + i, _mm256_permute2f128_ps(low, high, 0x20));
+      _mm256_storeu_ps(out + i + 8, _mm256_permute2f128_ps(low, high, 0x31));
     }
+}
+
+/* Lane by lane, sums of q * (2 u - offset2); only so do they fit 32 bits. */
+static void rows_dot(const int16_t *rows, int64_t stride, int chunks, const Term *terms, int count, int32_t offset2) {
+  __m256i ones = _mm256_set1_epi16(1), factor2 = _mm256_set1_epi32(offset2);
+  for (const Term *t = terms; t < terms + count; t++) {
+    __m256i sums[QUAD], offset = _mm256_setzero_si256();
+    for (int r = 0; r < QUAD; r++) sums[r] = _mm256_setzero_si256();
+    for (int v = 0; v < chunks * VECTORS; v++) {
+      __m256i inputs = load(t->q + v * LANES);
+      offset = _mm256_add_epi32(offset, _mm256_madd_epi16(inputs, ones));
+      for (int r = 0; r < QUAD; r++)
+        sums[r] = _mm256_add_epi32(sums[r], _mm256_madd_epi16(load(rows + r * stride + v * LANES), inputs));
+    }
+    offset = _mm256_mullo_epi32(offset, factor2);
+    __m256 parts[QUAD];
+    for (int r = 0; r < QUAD; r++)
+      parts[r] = _mm256_cvtepi32_ps(_mm256_sub_epi32(_mm256_add_epi32(sums[r], sums[r]), offset));
+    _mm_storeu_ps(t->out, _mm_fmadd_ps(reduce4(parts), _mm_set1_ps(t->factor), _mm_loadu_ps(t->out)));
   }
-  _mm_storeu_ps(out, reduce4(sums));
+}
+
+static void quad_sums(const int16_t *q, int chunks, int32_t *out) {
+  for (int i = 0; i < chunks * CHUNK / 4; i++) out[i] = q[4 * i] + q[4 * i + 1] + q[4 * i + 2] + q[4 * i + 3];
+}
+
+/* v[i] lane j becomes v[j] lane i, 32-bit lanes. */
+INLINE void transpose(__m256i v[8]) {
+  __m256i t[8];
+  for (int i = 0; i < 8; i += 4) {
+    __m256i a = _mm256_unpacklo_epi32(v[i], v[i + 1]), b = _mm256_unpackhi_epi32(v[i], v[i + 1]);
+    __m256i c = _mm256_unpacklo_epi32(v[i + 2], v[i + 3]), d = _mm256_unpackhi_epi32(v[i + 2], v[i + 3]);
+    t[i] = _mm256_unpacklo_epi64(a, c);
+    t[i + 1] = _mm256_unpackhi_epi64(a, c);
+    t[i + 2] = _mm256_unpacklo_epi64(b, d);
+    t[i + 3] = _mm256_unpackhi_epi64(b, d);
+  }
+  for (int i = 0; i < 4; i++) {
+    v[i] = _mm256_permute2x128_si256(t[i], t[i + 4], 0x20);
+    v[i + 4] = _mm256_permute2x128_si256(t[i], t[i + 4], 0x31);
+  }
+}
+
+/* Pairs of columns, of BAND rows each. */
+static int decode_band(const Decoder *d, const uint32_t *words, int64_t stride, int chunks, int tail, int16_t *values) {
+  enum { PIECE = 4 };
+  int16_t rows[BAND][PIECE * CHUNK];
+  for (int c = 0; c < chunks; c += PIECE) {
+    int count = chunks - c < PIECE ? chunks - c : PIECE;
+    for (int r = 0; r < BAND; r++)
+      decode_row(d, words + r * stride + c * 2 * d->bits, count, tail && c + count == chunks, rows[r]);
+    for (int i = 0; i < count * CHUNK; i += 16, values += 16 * BAND)
+      for (int half = 0; half < 2; half++) {
+        __m256i v[8];
+        for (int r = 0; r < 8; r++) v[r] = load(rows[8 * half + r] + i);
+        transpose(v);
+        for (int j = 0; j < 8; j++) store(values + 2 * BAND * j + 16 * half, _mm256_add_epi16(v[j], v[j]));
+      }
+  }
+  return 1;
+}
+
+static void band_scales(const uint16_t *scales, int64_t stride, int count, float factor, float *out) {
+  for (int i = 0; i < count; i++)
+    for (int r = 0; r < BAND; r++) out[i * BAND + r] = factor * _cvtsh_ss(scales[r * stride + i]);
+}
+
+/* `count` vectors from number `first` on. */
+INLINE void band_dot_of(const Band *b, const Vectors *v, int first, float *out, int64_t stride, int count) {
+  enum { MOST = 4 };
+  int step = b->group < CHUNK ? b->group : CHUNK, shift = __builtin_ctz(b->group);
+  for (int start = 0, s = 0; start < b->columns; start += step, s++) {
+    __m256i sums[MOST][2];
+    const int16_t *q[MOST];
+    for (int i = 0; i < count; i++) {
+      sums[i][0] = sums[i][1] = _mm256_set1_epi32(v->offset[(first + i) * v->offset_stride + s]);
+      q[i] = v->q + (first + i) * v->q_stride + start;
+    }
+    for (int c = 0; c < step; c += 2) {
+      __m256i low = load(b->values + (start + c) * BAND), high = load(b->values + (start + c) * BAND + LANES);
+      for (int i = 0; i < count; i++) {
+        int32_t pair;
+        memcpy(&pair, q[i] + c, sizeof pair);
+        __m256i both = _mm256_set1_epi32(pair);
+        sums[i][0] = _mm256_add_epi32(sums[i][0], _mm256_madd_epi16(low, both));
+        sums[i][1] = _mm256_add_epi32(sums[i][1], _mm256_madd_epi16(high, both));
+      }
+    }
+    for (int i = 0; i < count; i++)
+      for (int half = 0; half < 2; half++) {
+        float *to = out + (first + i) * stride + 8 * half;
+        __m256 scale = _mm256_loadu_ps(b->scales + (start >> shift) * BAND + 8 * half);
+        scale = _mm256_mul_ps(scale, _mm256_set1_ps(v->scale[(first + i) * v->scale_stride + start / CHUNK]));
+        _mm256_storeu_ps(to, _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums[i][half]), scale, _mm256_loadu_ps(to)));
+      }
+  }
+}
+
+static void band_dot(const Band *b, const Vectors *v, float *out, int64_t stride) {
+  int i = 0;
+  for (; i + 4 <= v->count; i += 4) band_dot_of(b, v, i, out, stride, 4);
+  for (; i < v->count; i++) band_dot_of(b, v, i, out, stride, 1);
 }
 
 static float half_dot(const uint16_t *row, const float *x, int n) {
@@ -292,5 +366,5 @@ static float half_dot(const uint16_t *row, const float *x, int n) {
   return total;
 }
 
-const Kernels bitsmoe_avx2 = {"avx2", row_scales, select_rows, quantize, decode_tile, tile_dot, decode_row, rows_dot, basis_dot, half_dot};
+const Kernels bitsmoe_avx2 = {"avx2", row_scales, select_rows, quantize, decode_tile, tile_dot, order_columns, decode_row, rows_dot, quad_sums, decode_band, band_scales, band_dot, half_dot};
 #endif

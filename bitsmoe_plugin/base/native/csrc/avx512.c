@@ -162,101 +162,220 @@ INLINE __m512i broadcast(const int16_t *bytes, int i) {
   return _mm512_set1_epi32(word);
 }
 
-/* 2 * (256 * hi + lo) - offset2_sum */
-INLINE __m512i combine(__m512i hi, __m512i lo, __m512i offset2_sum) {
-  __m512i sum = _mm512_add_epi32(_mm512_slli_epi32(hi, 8), lo);
-  return _mm512_sub_epi32(_mm512_add_epi32(sum, sum), offset2_sum);
+/* 256 * hi + lo, or, if odd, twice that - rest; count vectors. */
+INLINE void combine(const __m512i *hi, const __m512i *lo, int32_t rest, int odd, int count, __m512 *out) {
+  for (int i = 0; i < count; i++) {
+    __m512i sum = _mm512_add_epi32(_mm512_slli_epi32(hi[i], 8), lo[i]);
+    if (odd) sum = _mm512_sub_epi32(_mm512_add_epi32(sum, sum), _mm512_set1_epi32(rest));
+    out[i] = _mm512_cvtepi32_ps(sum);
+  }
 }
 
-static void tile_dot(const int16_t *tile, int rows, const int16_t *q, int32_t offset2_sum, float factor,
-                     float *out) {
-  __m512i h[4], l[4];
-  for (int p = 0; p < 4; p++) h[p] = l[p] = _mm512_setzero_si512();
-  int quads = (rows + QUAD - 1) / QUAD;
-  for (int i = 0; i < quads; i++) {
-    __m512i high = broadcast(q, i), low = broadcast(q + CHUNK / 2, i);
+/* Columns of a chunk stand in the order of decode_tile's registers. */
+INLINE void tile_dot_of(const uint8_t *tile, int rows, const Term *terms, int count, int column, int odd) {
+  enum { MOST = 2 };
+  __m512i hi[MOST][4], lo[MOST][4];
+  for (int m = 0; m < count; m++)
     for (int p = 0; p < 4; p++) {
-      __m512i u = _mm512_loadu_si512((const uint8_t *)tile + i * QUAD * CHUNK + 64 * p);
-      h[p] = _mm512_dpbusd_epi32(h[p], u, high);
-      l[p] = _mm512_dpbusd_epi32(l[p], u, low);
+      hi[m][p] = _mm512_setzero_si512();
+      lo[m][p] = _mm512_set1_epi32((int32_t)terms[m].start);
+    }
+  int quads = (rows + QUAD - 1) / QUAD;
+  for (int i = 0; i < quads; i++, tile += QUAD * CHUNK)
+    for (int m = 0; m < count; m++) {
+      __m512i high = broadcast(terms[m].q, i), low = broadcast(terms[m].q + CHUNK / 2, i);
+      for (int p = 0; p < 4; p++) {
+        __m512i u = _mm512_loadu_si512(tile + 64 * p);
+        hi[m][p] = _mm512_dpbusd_epi32(hi[m][p], u, high);
+        lo[m][p] = _mm512_dpbusd_epi32(lo[m][p], u, low);
+      }
+    }
+  for (int m = 0; m < count; m++) {
+    __m512 sums[4], factor = _mm512_set1_ps(odd ? terms[m].factor : 2 * terms[m].factor);
+    combine(hi[m], lo[m], terms[m].rest, odd, 4, sums);
+    for (int p = 0; p < 4; p++) {
+      float *out = terms[m].out + column + 16 * p;
+      _mm512_storeu_ps(out, _mm512_fmadd_ps(sums[p], factor, _mm512_loadu_ps(out)));
     }
   }
-  __m512 f[4];
-  __m512 scale = _mm512_set1_ps(factor);
-  for (int p = 0; p < 4; p++)
-    f[p] = _mm512_mul_ps(_mm512_cvtepi32_ps(combine(h[p], l[p], _mm512_set1_epi32(offset2_sum))), scale);
-  /* back to the order of columns: a transposition of 4 x 4 lanes */
-  __m512 a = _mm512_shuffle_f32x4(f[0], f[1], 0x44), b = _mm512_shuffle_f32x4(f[0], f[1], 0xee);
-  __m512 c = _mm512_shuffle_f32x4(f[2], f[3], 0x44), e = _mm512_shuffle_f32x4(f[2], f[3], 0xee);
-  __m512 columns[4] = {_mm512_shuffle_f32x4(a, c, 0x88), _mm512_shuffle_f32x4(a, c, 0xdd),
-                       _mm512_shuffle_f32x4(b, e, 0x88), _mm512_shuffle_f32x4(b, e, 0xdd)};
-  for (int p = 0; p < 4; p++)
-    _mm512_storeu_ps(out + 16 * p, _mm512_add_ps(_mm512_loadu_ps(out + 16 * p), columns[p]));
+}
+
+INLINE void tile_dots(const uint8_t *tile, int rows, const Term *terms, int count, int column, int odd) {
+  for (; count >= 2; count -= 2, terms += 2) tile_dot_of(tile, rows, terms, 2, column, odd);
+  if (count) tile_dot_of(tile, rows, terms, 1, column, odd);
+}
+
+static void tile_dot(const int16_t *tile, int rows, const Term *terms, int count, int column, int32_t offset2) {
+  if (offset2 % 2) tile_dots((const uint8_t *)tile, rows, terms, count, column, 1);
+  else tile_dots((const uint8_t *)tile, rows, terms, count, column, 0);
+}
+
+/* A transposition of 4 x 4 lanes of 128 bits. */
+static void order_columns(float *out, int chunks) {
+  for (; chunks > 0; chunks--, out += CHUNK) {
+    __m512 v[4];
+    for (int p = 0; p < 4; p++) v[p] = _mm512_loadu_ps(out + 16 * p);
+    __m512 a = _mm512_shuffle_f32x4(v[0], v[1], 0x44), b = _mm512_shuffle_f32x4(v[0], v[1], 0xee);
+    __m512 c = _mm512_shuffle_f32x4(v[2], v[3], 0x44), d = _mm512_shuffle_f32x4(v[2], v[3], 0xee);
+    _mm512_storeu_ps(out, _mm512_shuffle_f32x4(a, c, 0x88));
+    _mm512_storeu_ps(out + 16, _mm512_shuffle_f32x4(a, c, 0xdd));
+    _mm512_storeu_ps(out + 32, _mm512_shuffle_f32x4(b, d, 0x88));
+    _mm512_storeu_ps(out + 48, _mm512_shuffle_f32x4(b, d, 0xdd));
+  }
 }
 
 /* Sums of four vectors. */
 INLINE __m128 reduce4(const __m512 v[4]) {
-  __m128 part[4];
-  for (int i = 0; i < 4; i++) {
-    __m256 half = _mm256_add_ps(_mm512_castps512_ps256(v[i]), _mm512_extractf32x8_ps(v[i], 1));
-    part[i] = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
-  }
-  return _mm_hadd_ps(_mm_hadd_ps(part[0], part[1]), _mm_hadd_ps(part[2], part[3]));
+  __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(v[0], v[1]), _mm512_unpackhi_ps(v[0], v[1]));
+  __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(v[2], v[3]), _mm512_unpackhi_ps(v[2], v[3]));
+  __m512d low = _mm512_unpacklo_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
+  __m512d high = _mm512_unpackhi_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
+  __m512 sums = _mm512_add_ps(_mm512_castpd_ps(low), _mm512_castpd_ps(high));
+  __m256 half = _mm256_add_ps(_mm512_castps512_ps256(sums), _mm512_extractf32x8_ps(sums, 1));
+  return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
 }
 
-static void rows_dot(const int16_t *rows, int64_t stride, int chunks, const int16_t *q, int32_t offset2,
-                     float factor, float *out) {
-  __m512i h[QUAD], l[QUAD], offset_hi = _mm512_setzero_si512(), offset_lo = _mm512_setzero_si512();
-  __m512i ones = _mm512_set1_epi8(1);
-  for (int r = 0; r < QUAD; r++) h[r] = l[r] = _mm512_setzero_si512();
+INLINE void rows_dot_of(const int16_t *rows, int64_t stride, int chunks, const Term *terms, int count, int odd) {
+  enum { MOST = 2 };
+  __m512i hi[MOST][QUAD], lo[MOST][QUAD];
+  for (int m = 0; m < count; m++) { /* a share of `start` in each of the lanes, which are added up */
+    int64_t start = terms[m].start;
+    __m512i share = _mm512_set1_epi32((int32_t)(start >> 4));
+    share = _mm512_mask_add_epi32(share, 1, share, _mm512_set1_epi32((int32_t)(start & 15)));
+    for (int r = 0; r < QUAD; r++) {
+      hi[m][r] = _mm512_setzero_si512();
+      lo[m][r] = share;
+    }
+  }
+  for (int c = 0; c < chunks; c++)
+    for (int m = 0; m < count; m++) {
+      __m512i high = load_hi(terms[m].q, c), low = load_lo(terms[m].q, c);
+      for (int r = 0; r < QUAD; r++) {
+        __m512i u = _mm512_loadu_si512(rows + r * stride + c * CHUNK);
+        hi[m][r] = _mm512_dpbusd_epi32(hi[m][r], u, high);
+        lo[m][r] = _mm512_dpbusd_epi32(lo[m][r], u, low);
+      }
+    }
+  for (int m = 0; m < count; m++) {
+    __m512 sums[QUAD];
+    combine(hi[m], lo[m], 0, 0, QUAD, sums);
+    __m128 factor = _mm_set1_ps(2 * terms[m].factor);
+    __m128 out = _mm_fmadd_ps(reduce4(sums), factor, _mm_loadu_ps(terms[m].out));
+    if (odd) out = _mm_fnmadd_ps(_mm_set1_ps((float)terms[m].rest), _mm_set1_ps(terms[m].factor), out);
+    _mm_storeu_ps(terms[m].out, out);
+  }
+}
+
+INLINE void rows_dots(const int16_t *rows, int64_t stride, int chunks, const Term *terms, int count, int odd) {
+  for (; count >= 2; count -= 2, terms += 2) rows_dot_of(rows, stride, chunks, terms, 2, odd);
+  if (count) rows_dot_of(rows, stride, chunks, terms, 1, odd);
+}
+
+static void rows_dot(const int16_t *rows, int64_t stride, int chunks, const Term *terms, int count, int32_t offset2) {
+  if (offset2 % 2) rows_dots(rows, stride, chunks, terms, count, 1);
+  else rows_dots(rows, stride, chunks, terms, count, 0);
+}
+
+static void quad_sums(const int16_t *q, int chunks, int32_t *out) {
+  __m512i ones = _mm512_set1_epi8(1), zero = _mm512_setzero_si512();
   for (int c = 0; c < chunks; c++) {
-    __m512i high = load_hi(q, c), low = load_lo(q, c);
-    offset_hi = _mm512_dpbusd_epi32(offset_hi, ones, high);
-    offset_lo = _mm512_dpbusd_epi32(offset_lo, ones, low);
-    for (int r = 0; r < QUAD; r++) {
-      __m512i u = _mm512_loadu_si512(rows + r * stride + c * CHUNK);
-      h[r] = _mm512_dpbusd_epi32(h[r], u, high);
-      l[r] = _mm512_dpbusd_epi32(l[r], u, low);
-    }
+    __m512i hi = _mm512_dpbusd_epi32(zero, ones, load_hi(q, c)), lo = _mm512_dpbusd_epi32(zero, ones, load_lo(q, c));
+    _mm512_storeu_si512(out + c * CHUNK / 4, _mm512_add_epi32(_mm512_slli_epi32(hi, 8), lo));
   }
-  __m512i offset = _mm512_mullo_epi32(_mm512_add_epi32(_mm512_slli_epi32(offset_hi, 8), offset_lo),
-                                      _mm512_set1_epi32(offset2));
-  __m512 sums[QUAD];
-  for (int r = 0; r < QUAD; r++) sums[r] = _mm512_cvtepi32_ps(combine(h[r], l[r], offset));
-  _mm_storeu_ps(out, _mm_fmadd_ps(reduce4(sums), _mm_set1_ps(factor), _mm_loadu_ps(out)));
 }
 
-static void basis_dot(const int16_t *rows, int64_t stride, int columns, const int16_t *q, const float *input_scales,
-                      int32_t offset2, const uint16_t *scales, int group, float *out) {
-  __m512 sums[QUAD];
-  for (int r = 0; r < QUAD; r++) sums[r] = _mm512_setzero_ps();
-  __m512i ones = _mm512_set1_epi8(1), factor2 = _mm512_set1_epi32(offset2);
-  /* 32-bit lane j of a chunk sums columns 4 j to 4 j + 3, which lie in one group */
-  int groups = group < CHUNK ? CHUNK / group : 1, count = columns / group;
-  __m512i group_of_lane = _mm512_setzero_si512();
-  if (groups > 1) {
-    int32_t lanes[16];
-    for (int j = 0; j < 16; j++) lanes[j] = 4 * j / group;
-    group_of_lane = _mm512_loadu_si512(lanes);
+/* v[i] lane j becomes v[j] lane i, 32-bit lanes. */
+INLINE void transpose(__m512i v[16]) {
+  __m512i t[16];
+  for (int i = 0; i < 16; i += 4) {
+    __m512i a = _mm512_unpacklo_epi32(v[i], v[i + 1]), b = _mm512_unpackhi_epi32(v[i], v[i + 1]);
+    __m512i c = _mm512_unpacklo_epi32(v[i + 2], v[i + 3]), d = _mm512_unpackhi_epi32(v[i + 2], v[i + 3]);
+    t[i] = _mm512_unpacklo_epi64(a, c);
+    t[i + 1] = _mm512_unpackhi_epi64(a, c);
+    t[i + 2] = _mm512_unpacklo_epi64(b, d);
+    t[i + 3] = _mm512_unpackhi_epi64(b, d);
   }
-  for (int c = 0; c * CHUNK < columns; c++) {
-    __m512i high = load_hi(q, c), low = load_lo(q, c);
-    __m512i zero = _mm512_setzero_si512();
-    __m512i offset = _mm512_add_epi32(_mm512_slli_epi32(_mm512_dpbusd_epi32(zero, ones, high), 8),
-                                      _mm512_dpbusd_epi32(zero, ones, low));
-    offset = _mm512_mullo_epi32(offset, factor2);
-    __m512 input_scale = _mm512_set1_ps(input_scales[c]);
-    int first = c * CHUNK / group, left = count - first;
-    __mmask8 mask = (__mmask8)((1u << (left < groups ? left : groups)) - 1);
-    for (int r = 0; r < QUAD; r++) {
-      __m512i u = _mm512_loadu_si512(rows + r * stride + c * CHUNK);
-      __m512i sum = combine(_mm512_dpbusd_epi32(zero, u, high), _mm512_dpbusd_epi32(zero, u, low), offset);
-      __m128i halves = _mm_maskz_loadu_epi16(mask, scales + r * count + first);
-      __m512 scale = _mm512_permutexvar_ps(group_of_lane, _mm512_castps256_ps512(_mm256_cvtph_ps(halves)));
-      sums[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), _mm512_mul_ps(scale, input_scale), sums[r]);
+  for (int i = 0; i < 4; i++) {
+    __m512i a = _mm512_shuffle_i32x4(t[i], t[i + 4], 0x88), b = _mm512_shuffle_i32x4(t[i], t[i + 4], 0xdd);
+    __m512i c = _mm512_shuffle_i32x4(t[i + 8], t[i + 12], 0x88), d = _mm512_shuffle_i32x4(t[i + 8], t[i + 12], 0xdd);
+    v[i] = _mm512_shuffle_i32x4(a, c, 0x88);
+    v[i + 4] = _mm512_shuffle_i32x4(b, d, 0x88);
+    v[i + 8] = _mm512_shuffle_i32x4(a, c, 0xdd);
+    v[i + 12] = _mm512_shuffle_i32x4(b, d, 0xdd);
+  }
+}
+
+/* Bytes; 32-bit lane r of vector c holds columns 4 c to 4 c + 3 of row r. */
+static int decode_band(const Decoder *d, const uint32_t *words, int64_t stride, int chunks, int tail, int16_t *values) {
+  Constants c = constants_of(d);
+  int doubled = d->bits < 8;
+  for (int chunk = 0; chunk < chunks; chunk++) {
+    __mmask64 bytes = bytes_of(tail && chunk == chunks - 1 ? 1 : 2, d->bits);
+    __m512i v[BAND];
+    for (int r = 0; r < BAND; r++) v[r] = decode(&c, words + r * stride + chunk * 2 * d->bits, bytes, 0);
+    transpose(v);
+    for (int i = 0; i < BAND; i++)
+      _mm512_storeu_si512((uint8_t *)values + (chunk * BAND + i) * 64, doubled ? _mm512_add_epi8(v[i], v[i]) : v[i]);
+  }
+  return doubled;
+}
+
+static void band_scales(const uint16_t *scales, int64_t stride, int count, float factor, float *out) {
+  for (int i = 0; i < count; i += 16) {
+    __mmask16 mask = count - i >= 16 ? 0xffff : (__mmask16)((1u << (count - i)) - 1);
+    __m512i v[16];
+    for (int r = 0; r < BAND; r++)
+      v[r] = _mm512_castps_si512(_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, scales + r * stride + i)));
+    transpose(v);
+    for (int j = 0; j < 16 && i + j < count; j++)
+      _mm512_storeu_ps(out + (i + j) * BAND, _mm512_mul_ps(_mm512_castsi512_ps(v[j]), _mm512_set1_ps(factor)));
+  }
+}
+
+/* `count` vectors from number `first` on. */
+INLINE void band_dot_of(const Band *b, const Vectors *v, int first, float *out, int64_t stride, int count, int doubled) {
+  enum { MOST = 4 };
+  __m512 sums[MOST];
+  int step = b->group < CHUNK ? b->group : CHUNK, shift = __builtin_ctz(b->group);
+  for (int i = 0; i < count; i++) sums[i] = _mm512_loadu_ps(out + (first + i) * stride);
+  for (int start = 0, s = 0; start < b->columns; start += step, s++) {
+    __m512i hi[MOST], lo[MOST], offset[MOST];
+    const int16_t *q[MOST];
+    for (int i = 0; i < count; i++) {
+      hi[i] = lo[i] = _mm512_setzero_si512();
+      offset[i] = _mm512_set1_epi32(v->offset[(first + i) * v->offset_stride + s]);
+      if (doubled) lo[i] = offset[i];
+      q[i] = v->q + (first + i) * v->q_stride + start / CHUNK * CHUNK + start % CHUNK / 2;
+    }
+    const uint8_t *values = (const uint8_t *)b->values + start / 4 * 64;
+    for (int j = 0; j < step / 4; j += 4)
+      for (int k = j; k < j + 4; k++) {
+        __m512i u = _mm512_loadu_si512(values + k * 64);
+        for (int i = 0; i < count; i++) {
+          hi[i] = _mm512_dpbusd_epi32(hi[i], u, broadcast(q[i], k));
+          lo[i] = _mm512_dpbusd_epi32(lo[i], u, broadcast(q[i] + CHUNK / 2, k));
+        }
+      }
+    __m512 scale = _mm512_loadu_ps(b->scales + (start >> shift) * BAND);
+    for (int i = 0; i < count; i++) {
+      __m512i sum = _mm512_add_epi32(_mm512_slli_epi32(hi[i], 8), lo[i]);
+      if (!doubled) sum = _mm512_add_epi32(_mm512_add_epi32(sum, sum), offset[i]);
+      __m512 input_scale = _mm512_set1_ps(v->scale[(first + i) * v->scale_stride + start / CHUNK]);
+      sums[i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), _mm512_mul_ps(scale, input_scale), sums[i]);
     }
   }
-  _mm_storeu_ps(out, reduce4(sums));
+  for (int i = 0; i < count; i++) _mm512_storeu_ps(out + (first + i) * stride, sums[i]);
+}
+
+INLINE void band_dots(const Band *b, const Vectors *v, float *out, int64_t stride, int doubled) {
+  int i = 0;
+  for (; i + 4 <= v->count; i += 4) band_dot_of(b, v, i, out, stride, 4, doubled);
+  for (; i < v->count; i++) band_dot_of(b, v, i, out, stride, 1, doubled);
+}
+
+static void band_dot(const Band *b, const Vectors *v, float *out, int64_t stride) {
+  if (b->doubled) band_dots(b, v, out, stride, 1);
+  else band_dots(b, v, out, stride, 0);
 }
 
 static float half_dot(const uint16_t *row, const float *x, int n) {
@@ -269,5 +388,5 @@ static float half_dot(const uint16_t *row, const float *x, int n) {
   return _mm512_reduce_add_ps(sum);
 }
 
-const Kernels bitsmoe_avx512 = {"avx512", row_scales, select_rows, quantize, decode_tile, tile_dot, decode_row, rows_dot, basis_dot, half_dot};
+const Kernels bitsmoe_avx512 = {"avx512", row_scales, select_rows, quantize, decode_tile, tile_dot, order_columns, decode_row, rows_dot, quad_sums, decode_band, band_scales, band_dot, half_dot};
 #endif

@@ -19,6 +19,8 @@ enum {
   ROWS = 64,     /* rows whose inputs share a scale in gate_up */
   PANEL = 2048,  /* inputs that share a scale in down: the most whose integer sums fit 32 bits */
   QUAD = 4,      /* rows decoded and multiplied together */
+  BAND = 16,     /* rows of a basis decoded and multiplied together; there are as many rows as columns of an
+                    expert's input or output, in groups of 16 and more */
   LIMIT = 32639, /* largest |q|: 127 * 256 + 127, two signed bytes */
   MAX_WIDTHS = 8,
   MAX_PLANES = 2, /* of inputs */
@@ -55,6 +57,37 @@ typedef struct {
   const int64_t *row_starts;               /* [inputs + 1, E] first of those rows */
 } Layer;
 
+/* BAND rows of a basis, up to PANEL columns. */
+typedef struct {
+  const int16_t *values; /* of all columns, in a form of the instruction set's own */
+  const float *scales;   /* [columns / group, BAND] */
+  int columns, group;
+  int doubled; /* values are 2 u, otherwise u */
+} Band;
+
+/* Vectors to be multiplied with a band: number i is q + i * q_stride and so on. */
+typedef struct {
+  const int16_t *q;
+  const float *scale;    /* [columns / CHUNK] */
+  const int32_t *offset; /* [columns / min(group, CHUNK)] -offset2 * sum of q */
+  int64_t q_stride, scale_stride, offset_stride;
+  int count;
+} Vectors;
+
+/* A vector q to be multiplied with codes: out += factor * (2 * (start + sum of q * u) - rest), where start =
+ * -(offset2 / 2) * sum of q and rest = sum of q if offset2 is odd, otherwise 0. */
+typedef struct {
+  const int16_t *q;
+  float *out;
+  int64_t start; /* fits 32 bits for ROWS values */
+  int32_t rest;
+  float factor;
+} Term;
+
+static inline Term term_of(const int16_t *q, int32_t sum, int32_t offset2, float factor, float *out) {
+  return (Term){q, out, -(int64_t)(offset2 / 2) * sum, offset2 % 2 ? sum : 0, factor};
+}
+
 /* What depends on the instruction set. Rows are decoded in chunks; `tail` says that a row's last chunk
  * has one block instead of two: what follows must not be read. Inputs q and decoded u have 16 bits of room
  * each; in what form and order they stand within a chunk is known to their instruction set only. */
@@ -70,16 +103,22 @@ typedef struct {
   float (*quantize)(const float *a, int n, int padded, int16_t *q, int32_t *sum, float *rest);
   /* one chunk of `rows` <= ROWS rows */
   void (*decode_tile)(const Decoder *d, const uint32_t *words, int64_t stride, int rows, int tail, int16_t *tile);
-  /* out[64] += factor * (2 * sum over rows of q * u - offset2_sum) */
-  void (*tile_dot)(const int16_t *tile, int rows, const int16_t *q, int32_t offset2_sum, float factor, float *out);
+  /* out[column + i] += the terms' products with a tile of `rows` rows, CHUNK columns in an order of its own */
+  void (*tile_dot)(const int16_t *tile, int rows, const Term *terms, int count, int column, int32_t offset2);
+  /* chunks of columns in that order become chunks of columns that ascend */
+  void (*order_columns)(float *out, int chunks);
   /* `chunks` chunks of one row */
   void (*decode_row)(const Decoder *d, const uint32_t *words, int chunks, int tail, int16_t *out);
-  /* out[4] += factor * sum over columns of q * (2 u - offset2), chunks <= PANEL / CHUNK */
-  void (*rows_dot)(const int16_t *rows, int64_t stride, int chunks, const int16_t *q, int32_t offset2,
-                   float factor, float *out);
-  /* out[4] = sum over columns of q * (2 u - offset2) * input_scales[column / 64] * scales[row][column / group] */
-  void (*basis_dot)(const int16_t *rows, int64_t stride, int columns, const int16_t *q, const float *input_scales,
-                    int32_t offset2, const uint16_t *scales, int group, float *out);
+  /* out[row] += the terms' products with QUAD rows, chunks <= PANEL / CHUNK */
+  void (*rows_dot)(const int16_t *rows, int64_t stride, int chunks, const Term *terms, int count, int32_t offset2);
+  /* out[CHUNK / 4 * chunks]: sums of q over columns in fours */
+  void (*quad_sums)(const int16_t *q, int chunks, int32_t *out);
+  /* `chunks` chunks of BAND rows; returns whether values are doubled */
+  int (*decode_band)(const Decoder *d, const uint32_t *words, int64_t stride, int chunks, int tail, int16_t *values);
+  /* out[i * BAND + row] = factor * scales[row * stride + i], i < count */
+  void (*band_scales)(const uint16_t *scales, int64_t stride, int count, float factor, float *out);
+  /* out[i * stride + row] += sum over columns of q * (2 u - offset2) * scale[column / CHUNK] * scales[column / group][row] */
+  void (*band_dot)(const Band *band, const Vectors *vectors, float *out, int64_t stride);
   /* sum of row[i] * x[i], row in float16 */
   float (*half_dot)(const uint16_t *row, const float *x, int n);
 } Kernels;

@@ -1,11 +1,10 @@
-/* The steps of a layer's forward pass, shared out over threads. Each returns 0, or -1 without memory. Inputs become
- * `planes` planes of integers, 1 or 2, see bitsmoe.h. */
+/* The steps of a layer's forward pass between its bases, see steps.h. */
 #include <stdlib.h>
 #include <string.h>
 
-#include "bitsmoe.h"
+#include "steps.h"
 
-static const Kernels *kernels = &bitsmoe_portable;
+const Kernels *bitsmoe_kernels = &bitsmoe_portable;
 
 void bitsmoe_select_rounding(const char *name);
 
@@ -25,9 +24,9 @@ const char *bitsmoe_select(const char *name) {
   usable[count++] = &bitsmoe_portable;
   for (int i = 0; i < count; i++)
     if (!name || !strcmp(name, usable[i]->name)) {
-      kernels = usable[i];
-      bitsmoe_select_rounding(kernels->name);
-      return kernels->name;
+      bitsmoe_kernels = usable[i];
+      bitsmoe_select_rounding(bitsmoe_kernels->name);
+      return bitsmoe_kernels->name;
     }
   return NULL;
 }
@@ -46,8 +45,6 @@ int bitsmoe_prepare_decoder(Decoder *d) {
   d->joint = d->trellis ? bitsmoe_joint_table(d->bits, d->table) : NULL;
   return d->trellis && !d->joint ? -1 : 0;
 }
-
-static int least(int a, int b) { return a < b ? a : b; }
 
 /* The stored rows of one factor of one expert, in the order of the payload. */
 typedef struct {
@@ -74,10 +71,10 @@ static Rows index_rows(const Layer *l, int factor, int expert, float *memory) {
   if (l->tile_scales) memset(scratch, 0, l->rank * sizeof(float));
   else {
     const uint16_t *low = l->scale_grid + (int64_t)factor * 2 * l->rank;
-    kernels->row_scales(codes, low, low + l->rank, l->rank, scratch);
+    bitsmoe_kernels->row_scales(codes, low, low + l->rank, l->rank, scratch);
   }
   for (int i = 0; i < l->widths && l->width_bits[l->falling[i]]; i++) {
-    rows.count[i] = kernels->select_rows(codes, l->falling[i], scratch, l->rank, rows.order + rows.stored,
+    rows.count[i] = bitsmoe_kernels->select_rows(codes, l->falling[i], scratch, l->rank, rows.order + rows.stored,
                                          rows.scale + rows.stored);
     rows.stored += rows.count[i];
   }
@@ -149,16 +146,13 @@ static void fill_index(const Layer *l, const Routing *routing, Index *index) {
                                 index->memory + 3 * i * room(l));
 }
 
-/* Parts that the rows of one factor of one expert are cut into, so that few experts still occupy many
- * threads. No function of the number of threads: results must not depend on it. */
-static int parts_of(const Layer *l, int tasks) {
-  int parts = 64 / (tasks ? tasks : 1), most = l->rank / 128;
-  if (parts > most) parts = most;
+/* Parts that each of `tasks` tasks is cut into, so that few experts still occupy all threads. Each part computes
+ * values of its own, so results depend neither on the number of threads nor on that of experts in use. */
+static int parts_of(int tasks, int threads, int most) {
+  int parts = (2 * threads + tasks - 1) / (tasks ? tasks : 1);
+  parts = least(parts, most);
   return parts < 1 ? 1 : parts;
 }
-
-static int chunks_of(int columns) { return (columns + CHUNK - 1) / CHUNK; }
-static int tail_of(int columns) { return (columns + BLOCK - 1) / BLOCK % 2; }
 
 /* Rows from..to of the payload's order that have one width, and where they stand. */
 typedef struct {
@@ -199,34 +193,35 @@ static float wide_value(const Layer *l, const Decoder *d, const uint32_t *words,
 enum { AHEAD = 8192 }; /* bytes by which down runs ahead of itself */
 
 typedef struct {
-  int16_t q[ROWS];
-  int32_t sum;
-  float scale;
-} Inputs;
-
-typedef struct {
   const Layer *layer;
   const int32_t *pair; /* [count], of the expert */
   int count, k, factor, planes;
   const float *z;
   float *out; /* of pair p: out + p * inputs * padded, for one factor */
   int padded;
+  int from, to; /* chunks of columns */
+  Term *terms;  /* [count, planes] */
+  int16_t (*q)[ROWS];
 } GateUp;
+
+static float *columns_of(const GateUp *g, int m) {
+  return g->out + (int64_t)g->pair[m] * g->layer->inputs * g->padded;
+}
 
 static void gate_up_wide(const GateUp *g, const Rows *rows, const Run *run) {
   const Layer *l = g->layer;
+  int last = least(g->to * CHUNK, l->size);
   for (int row = run->from; row < run->to; row++)
     for (int m = 0; m < g->count; m++) {
       int64_t token = g->pair[m] / g->k;
       float a = rows->scale[row] * g->z[token * l->bases * l->rank + rows->order[row]];
-      float *out = g->out + (int64_t)g->pair[m] * l->inputs * g->padded;
       const uint32_t *words = run->words + (row - run->from) * run->stride;
-      for (int i = 0; i < l->size; i++) out[i] += a * wide_value(l, run->decoder, words, i);
+      for (int i = g->from * CHUNK; i < last; i++) columns_of(g, m)[i] += a * wide_value(l, run->decoder, words, i);
     }
 }
 
-/* The inputs of some rows, times their scales, [count, planes]; tile: whose scales, -1 if rows have one. */
-static void quantize_inputs(const GateUp *g, const Rows *rows, int row, int count, int tile, Inputs *inputs) {
+/* Terms of some rows' inputs times their scales; tile: whose scales, -1 if rows have one. */
+static void quantize_inputs(const GateUp *g, const Rows *rows, const Decoder *d, int row, int count, int tile) {
   const Layer *l = g->layer;
   for (int m = 0; m < g->count; m++) {
     float a[ROWS], rest[ROWS];
@@ -235,45 +230,53 @@ static void quantize_inputs(const GateUp *g, const Rows *rows, int row, int coun
       a[i] = rows->scale[row + i] * z[rows->order[row + i]];
       if (tile >= 0) a[i] *= tile_scale(l, rows, row + i, tile);
     }
-    for (int plane = 0; plane < g->planes; plane++, inputs++)
-      inputs->scale = kernels->quantize(plane ? rest : a, count, ROWS, inputs->q, &inputs->sum,
-                                        plane + 1 < g->planes ? rest : NULL);
+    for (int plane = 0; plane < g->planes; plane++) {
+      int at = m * g->planes + plane;
+      int32_t sum;
+      float scale = bitsmoe_kernels->quantize(plane ? rest : a, count, ROWS, g->q[at], &sum,
+                                              plane + 1 < g->planes ? rest : NULL);
+      g->terms[at] = term_of(g->q[at], sum, d->offset2, scale * d->step / 2, columns_of(g, m));
+    }
   }
 }
 
-static void gate_up_rows(const GateUp *g, const Rows *rows, const Run *run, int row, int count, Inputs *inputs) {
+static void gate_up_rows(const GateUp *g, const Rows *rows, const Run *run, int row, int count) {
   const Layer *l = g->layer;
   const Decoder *d = run->decoder;
   int16_t tile[ROWS * CHUNK];
-  if (!rows->tiles) quantize_inputs(g, rows, row, count, -1, inputs);
+  if (!rows->tiles) quantize_inputs(g, rows, d, row, count, -1);
   const uint32_t *words = run->words + (row - run->from) * run->stride;
   int chunks = chunks_of(l->size);
   int64_t bytes = 4 * run->stride * count;
-  for (int c = 0; c < chunks; c++) {
+  for (int c = g->from; c < g->to; c++) {
     int tail = c == chunks - 1 && tail_of(l->size);
-    if (rows->tiles && c * CHUNK % TILE == 0) quantize_inputs(g, rows, row, count, c * CHUNK / TILE, inputs);
+    if (rows->tiles && (c == g->from || c * CHUNK % TILE == 0))
+      quantize_inputs(g, rows, d, row, count, c * CHUNK / TILE);
     /* chunks of a tile's rows are too far apart for the hardware to foresee, so fetch the next tile's */
     prefetch(words, bytes + bytes * c / chunks, bytes + bytes * (c + 1) / chunks);
-    kernels->decode_tile(d, words + (int64_t)c * 2 * d->bits, run->stride, count, tail, tile);
-    for (int i = 0; i < g->count * g->planes; i++)
-      kernels->tile_dot(tile, count, inputs[i].q, d->offset2 * inputs[i].sum, inputs[i].scale * d->step / 2,
-                        g->out + (int64_t)g->pair[i / g->planes] * l->inputs * g->padded + c * CHUNK);
+    bitsmoe_kernels->decode_tile(d, words + (int64_t)c * 2 * d->bits, run->stride, count, tail, tile);
+    bitsmoe_kernels->tile_dot(tile, count, g->terms, g->count * g->planes, c * CHUNK, d->offset2);
   }
 }
 
-static int gate_up_part(const GateUp *g, const Rows *rows, int expert, int part, int parts) {
+/* Chunks g->from to g->to of one factor of one expert. */
+static int gate_up_part(GateUp *g, const Rows *rows, int expert) {
   const Layer *l = g->layer;
-  Inputs *inputs = malloc((size_t)g->count * g->planes * sizeof(Inputs));
-  if (!inputs) return -1;
+  int64_t terms = (int64_t)g->count * g->planes;
+  int start = g->from * CHUNK, chunks = g->to - g->from;
+  g->terms = malloc(terms * (sizeof(Term) + sizeof *g->q));
+  if (!g->terms) return -1;
+  g->q = (int16_t (*)[ROWS])(g->terms + terms);
+  for (int m = 0; m < g->count; m++) memset(columns_of(g, m) + start, 0, chunks * CHUNK * sizeof(float));
   Run runs[MAX_WIDTHS];
-  int count = runs_of(l, rows, g->factor, expert, part, parts, runs);
-  for (int i = 0; i < count; i++) {
+  int count = runs_of(l, rows, g->factor, expert, 0, 1, runs);
+  for (int i = 0; i < count; i++)
+    for (int row = runs[i].from; row < runs[i].to && runs[i].bits < 16; row += ROWS)
+      gate_up_rows(g, rows, &runs[i], row, least(ROWS, runs[i].to - row));
+  for (int m = 0; m < g->count; m++) bitsmoe_kernels->order_columns(columns_of(g, m) + start, chunks);
+  for (int i = 0; i < count; i++)
     if (runs[i].bits == 16) gate_up_wide(g, rows, &runs[i]);
-    else
-      for (int row = runs[i].from; row < runs[i].to; row += ROWS)
-        gate_up_rows(g, rows, &runs[i], row, least(ROWS, runs[i].to - row), inputs);
-  }
-  free(inputs);
+  free(g->terms);
   return 0;
 }
 
@@ -285,70 +288,32 @@ int bitsmoe_gate_up(const Layer *l, const float *z, const int64_t *ids, int64_t 
   Index index;
   int64_t pairs = tokens * k;
   if (route(l, ids, pairs, &routing)) return -1;
-  int padded = chunks_of(l->size) * CHUNK, inputs = l->inputs;
-  int parts = parts_of(l, inputs * routing.active);
-  size_t values = (size_t)pairs * inputs * padded;
-  float *partial = parts > 1 ? malloc(values * parts * sizeof(float)) : out;
-  int failed = new_index(l, &routing, 0, inputs, &index) || !partial;
-  int tasks = failed ? 0 : routing.active * inputs * parts;
-#pragma omp parallel num_threads(threads) if (tasks)
-  if (tasks) {
+  int chunks = chunks_of(l->size), padded = chunks * CHUNK, inputs = l->inputs;
+  int parts = parts_of(inputs * routing.active, threads, chunks);
+  int failed = new_index(l, &routing, 0, inputs, &index);
+  int tasks = routing.active * inputs * parts, ready = !failed;
+#pragma omp parallel num_threads(threads) if (ready)
+  if (ready) {
     fill_index(l, &routing, &index);
-#pragma omp for schedule(static)
-    for (int i = 0; i < parts; i++) memset(partial + values * i, 0, values * sizeof(float));
+#pragma omp for schedule(static) nowait
+    for (int64_t p = 0; p < pairs; p++)
+      if (ids[p] < 0 || ids[p] >= l->experts) memset(out + p * inputs * padded, 0, inputs * padded * sizeof(float));
 #pragma omp for schedule(dynamic)
     for (int task = 0; task < tasks; task++) {
       int part = task % parts, factor = task / parts % inputs, active = task / parts / inputs;
       int first = routing.first[active];
       GateUp g = {l, routing.pair + first, routing.first[active + 1] - first, (int)k, factor,
-                  planes, z + (l->bases == 2 && factor == 1 ? l->rank : 0),
-                  partial + values * part + factor * padded, padded};
-      if (gate_up_part(&g, &index.rows[inputs * active + factor], routing.expert[active], part, parts)) {
+                  planes, z + (l->bases == 2 && factor == 1 ? l->rank : 0), out + factor * padded, padded,
+                  chunks * part / parts, chunks * (part + 1) / parts, NULL, NULL};
+      if (gate_up_part(&g, &index.rows[inputs * active + factor], routing.expert[active])) {
 #pragma omp atomic write
         failed = 1;
       }
     }
-    if (parts > 1) {
-#pragma omp for schedule(static)
-      for (int64_t p = 0; p < pairs * inputs; p++) {
-        float *sum = out + p * padded;
-        memcpy(sum, partial + p * padded, padded * sizeof(float));
-        for (int part = 1; part < parts; part++)
-          for (int i = 0; i < padded; i++) sum[i] += partial[values * part + p * padded + i];
-      }
-    }
   }
-  else if (!failed) memset(out, 0, values * sizeof(float)); /* no token chose an expert that is here */
-  if (parts > 1) free(partial);
   free_index(&index);
   free(routing.memory);
   return -failed;
-}
-
-/* Vectors in 16-bit integers: plane j of vector i at q + (i * planes + j) * padded, a scale for each panel. */
-typedef struct {
-  int padded, panels, panel, planes;
-  int16_t *q; /* scale lies behind them */
-  float *scale;
-} Hidden;
-
-static Hidden new_hidden(int64_t count, int size, int panel, int planes) {
-  int padded = chunks_of(size) * CHUNK, panels = (padded + panel - 1) / panel;
-  int16_t *q = malloc(count * planes * (padded * sizeof(int16_t) + panels * sizeof(float)));
-  return (Hidden){padded, panels, panel, planes, q, q ? (float *)(q + count * planes * padded) : NULL};
-}
-
-/* Panel `panel` of vector i, which has `size` values a. */
-static void quantize_panel(const Hidden *h, int64_t i, int panel, const float *a, int size) {
-  float rest[PANEL];
-  int start = panel * h->panel, count = least(h->panel, size - start);
-  for (int plane = 0; plane < h->planes; plane++) {
-    int64_t row = i * h->planes + plane;
-    int32_t sum;
-    h->scale[row * h->panels + panel] =
-        kernels->quantize(plane ? rest : a + start, count, least(h->panel, h->padded - start),
-                          h->q + row * h->padded + start, &sum, plane + 1 < h->planes ? rest : NULL);
-  }
 }
 
 typedef struct {
@@ -372,46 +337,73 @@ static void down_wide(const Down *g, const Rows *rows, const Run *run) {
     }
 }
 
-static void down_rows(const Down *g, const Rows *rows, const Run *run, int row, int count, int16_t *decoded) {
-  const Layer *l = g->layer;
-  const Hidden *hidden = g->hidden;
+/* The pairs' terms with the rows of one width, [panels, count, planes]; sums: [count, QUAD]. */
+static void down_terms(const Down *g, const Decoder *d, float *sums, Term *terms) {
+  const Hidden *h = g->hidden;
+  for (int panel = 0; panel < h->panels; panel++)
+    for (int m = 0; m < g->count; m++)
+      for (int plane = 0; plane < h->planes; plane++) {
+        int64_t q = (int64_t)g->pair[m] * h->planes + plane, at = q * h->panels + panel;
+        *terms++ = term_of(h->q + q * h->padded + panel * h->panel, h->sum[at], d->offset2,
+                           h->scale[at] * d->step / 2, sums + m * QUAD);
+      }
+}
+
+/* Room for a part of down. */
+typedef struct {
+  int16_t *decoded; /* [QUAD, padded] */
+  float *sums;      /* [count, QUAD], of a panel in the grid "tiled" */
+  float *scaled;    /* [count, QUAD], of the panels with their scales */
+  Term *terms;
+} DownRoom;
+
+static void down_rows(const Down *g, const Rows *rows, const Run *run, int row, int count, const DownRoom *room) {
+  const Hidden *h = g->hidden;
   const Decoder *d = run->decoder;
   const uint32_t *words = run->words + (row - run->from) * run->stride;
+  int terms = g->count * h->planes, values = g->count * QUAD;
   prefetch(words, AHEAD, AHEAD + 4 * run->stride * count);
   for (int i = 0; i < count; i++)
-    kernels->decode_row(d, words + i * run->stride, chunks_of(l->size), tail_of(l->size),
-                        decoded + (int64_t)i * hidden->padded);
+    bitsmoe_kernels->decode_row(d, words + i * run->stride, h->padded / CHUNK, tail_of(g->layer->size),
+                                room->decoded + (int64_t)i * h->padded);
+  float *sums = rows->tiles ? room->scaled : room->sums;
+  memset(sums, 0, values * sizeof(float));
+  for (int panel = 0, start = 0; panel < h->panels; panel++, start += h->panel) {
+    if (rows->tiles) memset(room->sums, 0, values * sizeof(float));
+    bitsmoe_kernels->rows_dot(room->decoded + start, h->padded, least(h->panel, h->padded - start) / CHUNK,
+                              room->terms + panel * terms, terms, d->offset2);
+    for (int i = 0; rows->tiles && i < values; i++)
+      if (i % QUAD < count) sums[i] += tile_scale(g->layer, rows, row + i % QUAD, panel) * room->sums[i];
+  }
   for (int m = 0; m < g->count; m++) {
     int64_t p = g->pair[m];
-    float sums[QUAD] = {0};
-    for (int start = 0, length = rows->tiles ? TILE : PANEL; start < hidden->padded; start += length) {
-      float part[QUAD] = {0};
-      int chunks = least(length, hidden->padded - start) / CHUNK;
-      for (int64_t q = p * hidden->planes; q < (p + 1) * hidden->planes; q++)
-        kernels->rows_dot(decoded + start, hidden->padded, chunks, hidden->q + q * hidden->padded + start,
-                          d->offset2, hidden->scale[q * hidden->panels + start / PANEL] * d->step / 2,
-                          rows->tiles ? part : sums);
-      for (int i = 0; rows->tiles && i < count; i++)
-        sums[i] += tile_scale(l, rows, row + i, start / TILE) * part[i];
-    }
     for (int i = 0; i < count; i++)
-      g->out[p * l->rank + rows->order[row + i]] = g->weights[p] * rows->scale[row + i] * sums[i];
+      g->out[p * g->layer->rank + rows->order[row + i]] = g->weights[p] * rows->scale[row + i] * sums[m * QUAD + i];
   }
 }
 
 static int down_part(const Down *g, const Rows *rows, int expert, int part, int parts) {
   const Layer *l = g->layer;
-  int16_t *decoded = calloc(QUAD * sizeof(int16_t), g->hidden->padded);
-  if (!decoded) return -1;
+  const Hidden *h = g->hidden;
+  int64_t terms = (int64_t)g->count * h->planes * h->panels, sums = (int64_t)g->count * QUAD;
+  char *memory = calloc(terms * sizeof(Term) + 2 * sums * sizeof(float) + QUAD * sizeof(int16_t) * h->padded, 1);
+  if (!memory) return -1;
+  DownRoom room = {NULL, NULL, NULL, (Term *)memory};
+  room.sums = (float *)(room.terms + terms);
+  room.scaled = room.sums + sums;
+  room.decoded = (int16_t *)(room.scaled + sums);
   Run runs[MAX_WIDTHS];
   int count = runs_of(l, rows, l->inputs, expert, part, parts, runs);
   for (int i = 0; i < count; i++) {
-    if (runs[i].bits == 16) down_wide(g, rows, &runs[i]);
-    else
-      for (int row = runs[i].from; row < runs[i].to; row += QUAD)
-        down_rows(g, rows, &runs[i], row, least(QUAD, runs[i].to - row), decoded);
+    if (runs[i].bits == 16) {
+      down_wide(g, rows, &runs[i]);
+      continue;
+    }
+    down_terms(g, runs[i].decoder, room.sums, room.terms);
+    for (int row = runs[i].from; row < runs[i].to; row += QUAD)
+      down_rows(g, rows, &runs[i], row, least(QUAD, runs[i].to - row), &room);
   }
-  free(decoded);
+  free(memory);
   return 0;
 }
 
@@ -423,9 +415,9 @@ int bitsmoe_down(const Layer *l, const float *h, const float *weights, const int
   int64_t pairs = tokens * k;
   if (route(l, ids, pairs, &routing)) return -1;
   float *of_pair = calloc((size_t)pairs * l->rank, sizeof(float));
-  Hidden hidden = new_hidden(pairs, l->size, PANEL, planes);
+  Hidden hidden = new_hidden(pairs, l->size, l->tile_scales ? TILE : PANEL, planes);
   int failed = new_index(l, &routing, l->inputs, 1, &index) || !of_pair || !hidden.q;
-  int parts = parts_of(l, routing.active), tasks = failed ? 0 : routing.active * parts, ready = !failed;
+  int parts = parts_of(routing.active, threads, (l->rank + 127) / 128), tasks = failed ? 0 : routing.active * parts, ready = !failed;
 #pragma omp parallel num_threads(threads) if (tasks)
   if (ready) {
     fill_index(l, &routing, &index);
@@ -454,70 +446,4 @@ int bitsmoe_down(const Layer *l, const float *h, const float *weights, const int
   free_index(&index);
   free(routing.memory);
   return -failed;
-}
-
-typedef struct {
-  int rows, columns;
-  const uint32_t *words;
-  const uint16_t *scales;
-} Basis;
-
-static Basis basis_of(const Layer *l, int output) {
-  if (output) return (Basis){l->hidden, l->rank, l->output_basis, l->output_scales};
-  return (Basis){l->bases * l->rank, l->hidden, l->input_basis, l->input_scales};
-}
-
-/* Rows row to row + 3 of a basis times all tokens. Groups of 16 and more divide the columns and there are
- * as many rows, so rows come in fours. */
-static void basis_rows(const Layer *l, const Basis *b, int row, const Hidden *x, int64_t tokens,
-                       int16_t *decoded, float *out) {
-  int64_t stride = (int64_t)(b->columns + BLOCK - 1) / BLOCK * l->basis_bits, groups = b->columns / l->basis_group;
-  for (int i = 0; i < QUAD; i++)
-    kernels->decode_row(&l->basis, b->words + (row + i) * stride, chunks_of(b->columns), tail_of(b->columns),
-                        decoded + (int64_t)i * x->padded);
-  for (int64_t t = 0; t < tokens; t++) {
-    float sums[MAX_PLANES][QUAD] = {{0}};
-    for (int plane = 0; plane < x->planes; plane++) {
-      int64_t q = t * x->planes + plane;
-      kernels->basis_dot(decoded, x->padded, b->columns, x->q + q * x->padded, x->scale + q * x->panels,
-                         l->basis.offset2, b->scales + row * groups, l->basis_group, sums[plane]);
-    }
-    for (int i = 0; i < QUAD; i++) out[t * b->rows + row + i] = l->basis.step / 2 * (sums[0][i] + sums[1][i]);
-  }
-}
-
-static int basis_product(const Layer *l, const Basis *b, const float *x, int64_t tokens, float *out, int threads,
-                         int planes) {
-  int chunks = chunks_of(b->columns), failed = 0;
-  Hidden hidden = new_hidden(tokens, b->columns, CHUNK, planes);
-  if (!hidden.q) return -1;
-#pragma omp parallel num_threads(threads)
-  {
-#pragma omp for schedule(static)
-    for (int64_t i = 0; i < tokens * chunks; i++)
-      quantize_panel(&hidden, i / chunks, (int)(i % chunks), x + i / chunks * b->columns, b->columns);
-    int16_t *decoded = malloc(QUAD * sizeof(int16_t) * hidden.padded);
-    if (!decoded) {
-#pragma omp atomic write
-      failed = 1;
-    }
-#pragma omp for schedule(dynamic, 16)
-    for (int row = 0; row < b->rows; row += QUAD)
-      if (decoded) basis_rows(l, b, row, &hidden, tokens, decoded, out);
-    free(decoded);
-  }
-  free(hidden.q);
-  return -failed;
-}
-
-/* out [T, rows] = x [T, columns] times the transposed basis; output: 0 for the input basis, 1 for the output's. */
-int bitsmoe_basis(const Layer *l, int output, const float *x, int64_t tokens, float *out, int threads, int planes) {
-  Basis b = basis_of(l, output);
-  if (l->basis_bits < 16) return basis_product(l, &b, x, tokens, out, threads, planes);
-#pragma omp parallel for schedule(static) num_threads(threads)
-  for (int row = 0; row < b.rows; row++)
-    for (int64_t t = 0; t < tokens; t++)
-      out[t * b.rows + row] =
-          kernels->half_dot((const uint16_t *)b.words + (int64_t)row * b.columns, x + t * b.columns, b.columns);
-  return 0;
 }

@@ -69,42 +69,67 @@ static void decode_tile(const Decoder *d, const uint32_t *words, int64_t stride,
   for (int r = 0; r < rows; r++) decode_row(d, words + r * stride, 1, tail, tile + r * CHUNK);
 }
 
-static void tile_dot(const int16_t *tile, int rows, const int16_t *q, int32_t offset2_sum, float factor,
-                     float *out) {
-  int32_t sums[CHUNK] = {0};
-  for (int r = 0; r < rows; r++)
-    for (int i = 0; i < CHUNK; i++) sums[i] += q[r] * tile[r * CHUNK + i];
-  for (int i = 0; i < CHUNK; i++) out[i] += factor * (float)(2 * sums[i] - offset2_sum);
-}
-
-static void rows_dot(const int16_t *rows, int64_t stride, int chunks, const int16_t *q, int32_t offset2,
-                     float factor, float *out) {
-  int32_t offset = 0;
-  for (int i = 0; i < chunks * CHUNK; i++) offset += q[i];
-  for (int r = 0; r < QUAD; r++) {
-    float sum = 0;
-    for (int c = 0; c < chunks; c++) { /* a chunk's sum fits 32 bits, a panel's need not */
-      int32_t part = 0;
-      for (int i = c * CHUNK; i < (c + 1) * CHUNK; i++) part += q[i] * rows[r * stride + i];
-      sum += (float)part;
-    }
-    out[r] += factor * (2 * sum - (float)offset2 * (float)offset);
+static void tile_dot(const int16_t *tile, int rows, const Term *terms, int count, int column, int32_t offset2) {
+  (void)offset2;
+  for (const Term *t = terms; t < terms + count; t++) {
+    int32_t sums[CHUNK];
+    for (int i = 0; i < CHUNK; i++) sums[i] = (int32_t)t->start;
+    for (int r = 0; r < rows; r++)
+      for (int i = 0; i < CHUNK; i++) sums[i] += t->q[r] * tile[r * CHUNK + i];
+    for (int i = 0; i < CHUNK; i++) t->out[column + i] += t->factor * (float)(2 * sums[i] - t->rest);
   }
 }
 
-static void basis_dot(const int16_t *rows, int64_t stride, int columns, const int16_t *q, const float *input_scales,
-                      int32_t offset2, const uint16_t *scales, int group, float *out) {
-  int step = group < CHUNK ? group : CHUNK;
-  for (int r = 0; r < QUAD; r++) {
-    float sum = 0;
-    for (int start = 0; start < columns; start += step) {
-      int32_t part = 0;
-      for (int i = start; i < start + step && i < columns; i++)
-        part += q[i] * (2 * rows[r * stride + i] - offset2);
-      sum += (float)part * input_scales[start / CHUNK] * half_to_float(scales[(r * columns + start) / group]);
+static void order_columns(float *out, int chunks) {
+  (void)out, (void)chunks;
+}
+
+static void rows_dot(const int16_t *rows, int64_t stride, int chunks, const Term *terms, int count, int32_t offset2) {
+  (void)offset2;
+  for (const Term *t = terms; t < terms + count; t++)
+    for (int r = 0; r < QUAD; r++) {
+      float sum = 0;
+      for (int c = 0; c < chunks; c++) { /* a chunk's sum fits 32 bits, a panel's need not */
+        int32_t part = 0;
+        for (int i = c * CHUNK; i < (c + 1) * CHUNK; i++) part += t->q[i] * rows[r * stride + i];
+        sum += (float)part;
+      }
+      t->out[r] += t->factor * (2 * (sum + (float)t->start) - (float)t->rest);
     }
-    out[r] = sum;
-  }
+}
+
+static void quad_sums(const int16_t *q, int chunks, int32_t *out) {
+  for (int i = 0; i < chunks * CHUNK / 4; i++) out[i] = q[4 * i] + q[4 * i + 1] + q[4 * i + 2] + q[4 * i + 3];
+}
+
+/* Columns, of BAND rows each. */
+static int decode_band(const Decoder *d, const uint32_t *words, int64_t stride, int chunks, int tail, int16_t *values) {
+  for (int c = 0; c < chunks; c++, values += CHUNK * BAND)
+    for (int r = 0; r < BAND; r++) {
+      int16_t row[CHUNK];
+      decode_row(d, words + r * stride + c * 2 * d->bits, 1, tail && c == chunks - 1, row);
+      for (int i = 0; i < CHUNK; i++) values[i * BAND + r] = (int16_t)(2 * row[i]);
+    }
+  return 1;
+}
+
+static void band_scales(const uint16_t *scales, int64_t stride, int count, float factor, float *out) {
+  for (int i = 0; i < count; i++)
+    for (int r = 0; r < BAND; r++) out[i * BAND + r] = factor * half_to_float(scales[r * stride + i]);
+}
+
+static void band_dot(const Band *b, const Vectors *v, float *out, int64_t stride) {
+  int step = b->group < CHUNK ? b->group : CHUNK;
+  for (int i = 0; i < v->count; i++, out += stride)
+    for (int start = 0; start < b->columns; start += step) {
+      int32_t sums[BAND];
+      for (int r = 0; r < BAND; r++) sums[r] = v->offset[i * v->offset_stride + start / step];
+      for (int c = start; c < start + step; c++)
+        for (int r = 0; r < BAND; r++) sums[r] += v->q[i * v->q_stride + c] * b->values[c * BAND + r];
+      float input_scale = v->scale[i * v->scale_stride + start / CHUNK];
+      const float *scales = b->scales + start / b->group * BAND;
+      for (int r = 0; r < BAND; r++) out[r] += (float)sums[r] * (input_scale * scales[r]);
+    }
 }
 
 static float half_dot(const uint16_t *row, const float *x, int n) {
@@ -117,4 +142,4 @@ static float half_dot(const uint16_t *row, const float *x, int n) {
   return total;
 }
 
-const Kernels bitsmoe_portable = {"portable", row_scales, select_rows, quantize, decode_tile, tile_dot, decode_row, rows_dot, basis_dot, half_dot};
+const Kernels bitsmoe_portable = {"portable", row_scales, select_rows, quantize, decode_tile, tile_dot, order_columns, decode_row, rows_dot, quad_sums, decode_band, band_scales, band_dot, half_dot};
