@@ -381,6 +381,7 @@ def _compare(args: argparse.Namespace, stdout: TextIO) -> None:
         chat_template_kwargs=args.chat_template_kwargs,
         allow_slow=args.allow_slow,
         loading={name: getattr(args, name) for name in (*OWN, "cache_dir", "trust_remote_code")},
+        tasks=args.tasks.split(",") if args.tasks else [],
     )
     if curve:
         from bitsmoe_plugin.commands.compare.curve import compare_curve

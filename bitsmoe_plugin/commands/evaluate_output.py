@@ -16,20 +16,25 @@ def print_evaluation(result: dict[str, Any], stream: TextIO) -> None:
     if "perplexity" in result:
         _print_text(result, console)
     if "tasks" in result:
-        table = Table("task", "metric", "value", "standard error", "examples")
-        for task, values in result["tasks"].items():
-            for metric in [m for m in values if m != "samples" and "_stderr" not in m]:
-                name, comma, filtered = metric.partition(",")
-                error = values.get(f"{name}_stderr{comma}{filtered}")
-                samples = values.get("samples")
-                table.add_row(
-                    task,
-                    metric,
-                    f"{values[metric]:.4f}",
-                    "-" if error is None else f"{error:.4f}",
-                    "-" if samples is None else f"{samples:.0f}",
-                )
-        console.print(table)
+        print_tasks(result["tasks"], console)
+
+
+def print_tasks(tasks: dict[str, dict[str, float]], console: Console) -> None:
+    """Every metric of every task, with its standard error."""
+    table = Table("task", "metric", "value", "standard error", "examples")
+    for task, values in tasks.items():
+        for metric in [m for m in values if m != "samples" and "_stderr" not in m]:
+            name, comma, filtered = metric.partition(",")
+            error = values.get(f"{name}_stderr{comma}{filtered}")
+            samples = values.get("samples")
+            table.add_row(
+                task,
+                metric,
+                f"{values[metric]:.4f}",
+                "-" if error is None else f"{error:.4f}",
+                "-" if samples is None else f"{samples:.0f}",
+            )
+    console.print(table)
 
 
 def _print_text(result: dict[str, Any], console: Console) -> None:

@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from bitsmoe_plugin.commands import bundled_tasks
 from bitsmoe_plugin.errors import ConfigError
 from bitsmoe_plugin.models.model_class import text_model
 
@@ -38,7 +39,7 @@ def language_model(model: Any, tokenizer: Any, batch_size: int) -> HFLM:
 
 
 def find_tasks(names: Sequence[str], task_dir: Path | None = None) -> TaskManager:
-    """lm-eval's tasks, with those of a directory.
+    """lm-eval's tasks, with ``last_word``, which comes with this package, and those of a directory.
 
     Args:
         names: tasks, groups or tags that must be among them.
@@ -63,7 +64,8 @@ def find_tasks(names: Sequence[str], task_dir: Path | None = None) -> TaskManage
 @cache
 def _manager(task_dir: Path | None) -> TaskManager:
     """It reads thousands of files, which takes seconds."""
-    return TaskManager(include_path=str(task_dir) if task_dir else None)
+    # Of two tasks with one name the later counts: the user's.
+    return TaskManager(include_path=[str(bundled_tasks.FOLDER), *([str(task_dir)] if task_dir else [])])
 
 
 def evaluate_tasks(
@@ -77,7 +79,7 @@ def evaluate_tasks(
     batch_size: int = 8,
     unsafe_code: bool = False,
 ) -> dict[str, dict[str, float]]:
-    """Run tasks; their data comes from the hub, unless a task names files.
+    """Run tasks; their data comes from the hub, unless a task names files, or is bundled.
 
     Args:
         tasks: names of tasks, groups or tags.

@@ -253,7 +253,31 @@ def _measured_text(result: dict[str, Any]) -> list[str]:
             f"Against {result['reference']}: KL divergence {result['kl_divergence']:.4f} nats per token, the "
             f"same most likely token at {100 * result['top1_agreement']:.1f} % of the positions."
         )
+        texts += _measured_tokens(result) + _measured_routing(result)
     return texts
+
+
+def _measured_tokens(result: dict[str, Any]) -> list[str]:
+    """A table of the distribution of divergences over tokens; nothing of results that do not have it."""
+    if "kl_median" not in result:
+        return []
+    head = "| median KL | 99 % of tokens up to | 99.9 % up to | RMS change of the token's probability |"
+    values = [f"{result[name]:.4f}" for name in ("kl_median", "kl_99", "kl_999")]
+    values.append(f"{100 * result['probability_change']:.2f} %")
+    return [f"{head}\n|---|---|---|---|\n| {' | '.join(values)} |"]
+
+
+def _measured_routing(result: dict[str, Any]) -> list[str]:
+    """How often other experts are selected, or why that is not known."""
+    if "routing_unknown" in result:
+        return [f"How often other experts are selected is not known: {result['routing_unknown']}"]
+    if "routing_change" not in result:
+        return []
+    layers = ", ".join(f"{100 * share:.1f}" for share in result["routing_change_by_layer"].values())
+    return [
+        f"Another set of experts is selected for {100 * result['routing_change']:.1f} % of the tokens, mean "
+        f"of the layers; from the first layer to the last: {layers} %."
+    ]
 
 
 def _measured_tasks(result: dict[str, Any]) -> list[str]:

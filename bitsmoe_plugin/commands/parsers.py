@@ -81,6 +81,10 @@ _PACKED = "directory that `quantize` wrote"
 _OUT = "directory to write; must not exist, or be empty"
 _WHOLE = ("dense_bits", "size", "fit", "fit_context", "fit_batch")
 """Options about more than the experts."""
+_TASKS = (
+    "tasks of lm-eval: arc_easy,hellaswag; or last_word, which comes with this package: the last words of "
+    "799 sentences of old books"
+)
 _JSON = "print JSON instead of tables"
 
 
@@ -240,7 +244,7 @@ def add_evaluate(commands: Any, run: Run) -> None:
     _add_number(parser, "--sequence-length", "tokens per block of the text", BLOCK)
     text = "overlapping blocks: each begins N tokens after the last and scores only what is new"
     _add_number(parser, "--stride", text)
-    parser.add_argument("--tasks", metavar="NAMES", help="tasks of lm-eval: arc_easy,hellaswag")
+    parser.add_argument("--tasks", metavar="NAMES", help=_TASKS)
     _add_path(parser, "--task-dir", "directory of further tasks, as .yaml files of lm-eval", "DIR")
     _add_number(parser, "--few-shot", "examples in each prompt; default: as the task says")
     _add_number(parser, "--limit", "only the first N examples of each task")
@@ -286,6 +290,7 @@ def add_compare(commands: Any, run: Run) -> None:
     _add_number(parser, "--group-size", "weights that share a scale, for rtn, gptq and autoround", 64)
     text = "for the method checkpoint: a GPTQ or packed model that is there"
     parser.add_argument("--checkpoint", metavar="DIR", help=text)
+    parser.add_argument("--tasks", metavar="NAMES", help=_TASKS)
     parser.add_argument("--prompt", metavar="TEXT", help="also let each of them continue this text")
     _add_number(parser, "--new-tokens", "length of the continuation", 40)
     add_allow_slow(parser)

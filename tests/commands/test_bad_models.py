@@ -71,7 +71,7 @@ def test_every_command_says_the_same(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Guards against errors of libraries, which name no file, and processes that are started first."""
-    monkeypatch.setattr(comparison, "_in_process", lambda *_: pytest.fail("a method was run"))
+    monkeypatch.setattr(comparison, "in_process", lambda *_: pytest.fail("a method was run"))
     spoil, message = BAD[bad]
     folder = shutil.copytree(moe_tiny_path, tmp_path / "model")
     spoil(folder)

@@ -1,5 +1,5 @@
-"""``bitsmoe compare --bits FIRST:LAST:STEP``: which points there are, and that none is measured twice or taken
-over where something changed."""
+"""``bitsmoe compare --bits FIRST:LAST:STEP``: which points there are, and that none is measured twice, or
+taken over where something changed."""
 
 from __future__ import annotations
 
@@ -79,11 +79,12 @@ class Measurements:
     def __init__(self) -> None:
         self.asked: list[str] = []
         self.fails_at = ""
+        self.error: BaseException = QuantizationError("no")
 
     def __call__(self, method: str, task: ComparisonTask, debug: bool) -> dict[str, Any]:
         name = f"{method}-{task.bits:g}"
         if name == self.fails_at:
-            raise QuantizationError("no")
+            raise self.error
         self.asked.append(name)
         numbers = {"bits_per_weight": task.bits, "kl_divergence": 0.1 / task.bits, "per_domain": {}}
         return {"method": method, **numbers, "calibration": task.calibration_tokens}
@@ -110,6 +111,9 @@ def test_an_interrupted_curve_goes_on_and_a_finished_one_is_there(
         run()
     assert measured.asked == BITSMOE[:2]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["points"]
+    measured.error = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt, match=r"2 of 5 points are in .*points, the same command goes on"):
+        run()
     measured.fails_at = ""
     rows = run()
     assert measured.asked == [*BITSMOE, "rtn-2", "rtn-3"]

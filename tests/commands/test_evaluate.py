@@ -1,7 +1,10 @@
 """Perplexity with strides, divergence from a reference, and tasks of lm-eval on files, without a network."""
 
+import importlib.util
 import json
+import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -140,6 +143,62 @@ def test_a_local_task_counts_right_answers(tasks, tokenizer, packed_moe_tiny) ->
     assert first["next_word"]["samples"] == 5
 
 
+def make_last_word():
+    spec = importlib.util.spec_from_file_location("make_last_word", EXAMPLES / "make_last_word.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_bundled_task_is_what_its_script_makes_of_text_that_calibration_does_not_see() -> None:
+    """Guards a file that was edited by hand, and examples that a calibrated model has seen."""
+    script = make_last_word()
+    assert (EXAMPLES / "data" / "last_word.jsonl").read_bytes() == script.FILE.read_bytes() == script.build()
+    rows = [json.loads(line) for line in script.FILE.read_text().splitlines()]
+    documents = {row["id"]: " ".join(row["text"].split()) for row in script.read("eval.jsonl")}
+    seen = " ".join(" ".join(row["text"].split()) for row in script.read("calibration.jsonl"))
+    assert len(rows) == 799
+    assert {row["domain"] for row in rows} == {"fiction", "religion"}
+    for row in rows:
+        whole = f"{row['text']} {row['word']}"
+        assert re.search(re.escape(whole) + "[.!?]", documents[row["id"]])
+        assert whole not in seen
+        assert len(row["text"].split()) >= 30
+
+
+def test_sentences_end_where_they_do() -> None:
+    text = 'Mr. Darcy bowed.  "Is it so?" said he. See ver. 4. "No!"\nShe went.'
+    ends = ["Mr. Darcy bowed.", '"Is it so?" said he.', "See ver. 4.", '"No!"', "She went."]
+    assert make_last_word().sentences(text) == ends
+
+
+@torch.no_grad()
+def test_the_bundled_task_asks_for_the_last_word(tokenizer, moe_tiny, monkeypatch, tmp_path) -> None:
+    """Accuracy against words predicted by hand, and without a network or a cache of data sets."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    lines = make_last_word().FILE.read_text().splitlines()[:40]
+    right, loss = 0, 0.0
+    for row in map(json.loads, lines):
+        start = len(tokenizer(row["text"])["input_ids"])
+        tokens = torch.tensor([tokenizer(f"{row['text']} {row['word']}")["input_ids"]])
+        logits = moe_tiny(tokens).logits[0, start - 1 : -1].float().log_softmax(-1)
+        right += bool((logits.argmax(-1) == tokens[0, start:]).all())
+        loss -= float(logits.gather(-1, tokens[0, start:, None]).sum())
+    found = evaluate_tasks(moe_tiny, tokenizer, ["last_word"], limit=40)["last_word"]
+    assert found["samples"] == 40
+    assert found["acc"] == pytest.approx(right / 40)
+    assert found["perplexity"] == pytest.approx(math.exp(loss / 40), rel=2e-2)
+    assert not (tmp_path / "home").exists()
+
+
+def test_a_task_of_the_users_takes_precedence(tasks, moe_tiny, tokenizer) -> None:
+    """Of the same name as the bundled one."""
+    text = (tasks / "next_word.yaml").read_text().replace("task: next_word", "task: last_word")
+    (tasks / "last_word.yaml").write_text(text)
+    (tasks / "next_word.yaml").unlink()
+    assert evaluate_tasks(moe_tiny, tokenizer, ["last_word"], task_dir=tasks)["last_word"]["samples"] == 24
+
+
 def bitsmoe(*arguments: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "bitsmoe_plugin", "evaluate", *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=600)
@@ -192,6 +251,16 @@ def test_lm_eval_itself_finds_packed_checkpoints(installed_wheel, tasks, packed_
     assert done.returncode == 0, done.stderr
     assert "next_word" in done.stdout
     assert "newly initialized" not in done.stderr
+
+
+def test_the_bundled_task_is_in_the_wheel_with_its_licences(installed_wheel, tmp_path) -> None:
+    code = (
+        "from bitsmoe_plugin.commands.bundled_tasks import FOLDER, last_word; "
+        "from bitsmoe_plugin.commands.evaluate_tasks import find_tasks; find_tasks(['last_word']); "
+        "print(len(last_word.dataset()['test']), 'Chip Chapin' in (FOLDER / 'SOURCES.md').read_text())"
+    )
+    done = run_python(installed_wheel, "-c", code, cwd=tmp_path, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
+    assert done.stdout.split() == ["799", "True"], done.stderr
 
 
 def test_outputs_that_are_not_finite_have_no_perplexity(moe_tiny_path) -> None:

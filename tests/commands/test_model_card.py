@@ -73,6 +73,12 @@ def test_what_was_measured_replaces_what_was_measured_before_and_nothing_else(pa
         "reference": "base",
         "kl_divergence": 0.5,
         "top1_agreement": 0.75,
+        "kl_median": 0.25,
+        "kl_99": 1.5,
+        "kl_999": 2.5,
+        "probability_change": 0.0625,
+        "routing_change": 0.375,
+        "routing_change_by_layer": {"model.layers.0.mlp.experts": 0.25, "model.layers.1.mlp.experts": 0.5},
         "tasks": {"arc": {"acc": 0.5, "acc_stderr": 0.25, "samples": 4}},
     }
     for result in (first, second):
@@ -82,11 +88,16 @@ def test_what_was_measured_replaces_what_was_measured_before_and_nothing_else(pa
         "7,000 tokens in blocks of 8: **11.250**",
         "0.5000 nats",
         "75.0 %",
+        "| 0.2500 | 1.5000 | 2.5000 | 6.25 % |",
+        "37.5 % of the tokens, mean of the layers; from the first layer to the last: 25.0, 50.0 %.",
         "| arc | acc | 0.5000 | 0.2500 |",
     ):
         assert text in card
     assert "12.5" not in card
     assert card.split("## Measured")[0] == before.split("## Measured")[0]
+    del second["routing_change"], second["routing_change_by_layer"]
+    record_evaluation(packed, {**second, "routing_unknown": "model type 'x' has none"})
+    assert "is not known: model type 'x' has none" in (packed / "README.md").read_text()
     (packed / "README.md").write_text("mine\n")
     record_evaluation(packed, first)
     assert (packed / "README.md").read_text().startswith("mine\n\n## Measured")

@@ -26,7 +26,7 @@ from bitsmoe_plugin.commands.report import check_report_extra, write_report
 pytest.importorskip("matplotlib")
 pytest.importorskip("jinja2")
 
-from bitsmoe_plugin.commands.report.checkpoint_data import CheckpointData, gather
+from bitsmoe_plugin.commands.report.checkpoint_data import CheckpointData, gather, with_routing
 from bitsmoe_plugin.commands.report.evaluation_data import read_evaluation
 from bitsmoe_plugin.commands.report.figures import PLOTS, png_files
 from bitsmoe_plugin.commands.report.page import render
@@ -39,6 +39,12 @@ EVALUATION = {
     "per_domain": {"essays": 51.084, "fiction": 53.236},
     "kl_divergence": 0.01415,
     "top1_agreement": 0.904,
+    "kl_median": 0.00512,
+    "kl_99": 0.1234,
+    "kl_999": 0.4567,
+    "probability_change": 0.0345,
+    "routing_change": 0.2345,
+    "routing_change_by_layer": {f"model.layers.{i}.mlp.experts": 0.0678 * i for i in range(4)},
     "tasks": {"arc_easy": {"acc,none": 0.4567, "acc_stderr,none": 0.0123, "samples": 100}},
 }
 
@@ -101,7 +107,7 @@ def page(html: str) -> Page:
 
 @pytest.fixture(scope="module")
 def data(packed_moe_tiny: Path) -> CheckpointData:
-    return gather(packed_moe_tiny)
+    return with_routing(gather(packed_moe_tiny), EVALUATION["routing_change_by_layer"])
 
 
 @pytest.fixture
@@ -193,6 +199,13 @@ def test_page_has_every_section(page: Page) -> None:
 def test_page_has_what_evaluate_measured(page: Page) -> None:
     row = ["this checkpoint", "55.27", "0.0141", "90.4 %", "51.08", "53.24"]
     assert row in page.rows
+    distance = ["0.0141", "0.0051", "0.1234", "0.4567", "90.4 %", "3.45 %", "23.4 %"]
+    assert ["this checkpoint", *distance] in page.rows
+    rows = [row for row in page.rows if len(row) == 2]
+    assert rows[rows.index(["layer", "tokens with other experts"]) :][1:3] == [
+        ["0", "0.00 %"],
+        ["1", "6.78 %"],
+    ]
     assert ["arc_easy", "acc,none", "0.4567", "0.0123"] in page.rows
     assert "364,343 tokens were scored" in page.text
     assert "not measured" not in page.text

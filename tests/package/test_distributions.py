@@ -20,6 +20,8 @@ ROOT = Path(__file__).parents[2]
 PACKAGES = ("bitsmoe_plugin", "vllm_ext")
 REGISTRATION = "optimum/commands/register/register_bitsmoe.py"
 DATA = {f"bitsmoe_plugin/commands/report/templates/report.{kind}" for kind in ("css", "html")}
+TASKS = ("SOURCES.md", "last_word.jsonl", "last_word.yaml")
+DATA |= {f"bitsmoe_plugin/commands/bundled_tasks/{name}" for name in TASKS}
 EXTRAS = ("dev", "report", "optimum", "lm-eval", "peft", "dense")
 METADATA = {"METADATA", "WHEEL", "RECORD", "entry_points.txt", "top_level.txt", "licenses/LICENSE"}
 

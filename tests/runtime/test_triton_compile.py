@@ -15,6 +15,8 @@ import pytest
 pytest.importorskip("triton", reason="Triton is published for Linux only")
 
 KERNELS = {"gate_up", "down", "group", "scale", "grouped_gate_up", "grouped_down", "combine"}
+DENSE = {"expand_rows", "dense_gate_up", "dense_down"}
+DECODING = {"gate_up", "down", "grouped_gate_up", "grouped_down"}
 BASES = {f"{kernel} {bits} bits" for kernel in ("scaled_matvec", "matvec", "expand") for bits in (4, 8, 16)}
 BASES_4 = {name for name in BASES if name.endswith(" 4 bits")}
 MOST_SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
@@ -40,7 +42,7 @@ def check(table: list[dict], kernels: set[str], most: float) -> None:
         assert (row["stack"], row["spill_stores"], row["spill_loads"]) == (0, 0, 0), row
         assert 16 <= row["registers"] <= 255, row
         assert row["shared"] <= MOST_SHARED[row["capability"]], row
-        assert bool(row["instructions"]) == row["kernel"].endswith(("gate_up", "down"))
+        assert bool(row["instructions"]) == (row["kernel"] in DECODING)
         limit = most if row["pairs"] else 9  # decode has chains of loads in its loops, and sums in float32
         assert all(1.5 < count <= limit for count in row["instructions"].values()), row
 
@@ -53,15 +55,18 @@ def test_no_kernel_spills_or_decodes_slowly() -> None:
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize(("capability", "most"), [(80, 10), (90, 8), (100, 8), (120, 11)])
+@pytest.mark.parametrize(("capability", "most"), [(80, 14), (90, 8), (100, 8), (120, 14)])
 def test_no_kernel_spills_on_any_gpu(capability: int, most: float) -> None:
     """All sizes of tiles, both 16-bit dtypes. Where tensor cores take their factors from registers, these are
-    moved there, and products of 128 pairs are a third of the instructions."""
+    moved there, and products of 64 pairs are most of the instructions."""
     table = resources("--capability", str(capability))
-    check(table, KERNELS | BASES, most)
+    check(table, KERNELS | BASES | DENSE, most)
     for dtype in ("float16", "bfloat16"):
-        assert {row["kernel"] for row in table if dtype in row["dtypes"].split("/")} == KERNELS | BASES
-    assert {row["pairs"] for row in table if row["kernel"] == "grouped_down"} == {16, 32, 64, 128}
+        assert {
+            row["kernel"] for row in table if dtype in row["dtypes"].split("/")
+        } == KERNELS | BASES | DENSE
+    sizes = {row["pairs"] for row in table if row["kernel"] == "grouped_down"}
+    assert sizes == {16, 32, 64, 128} - ({128} if capability != 90 else set())
 
 
 @pytest.mark.exhaustive

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from bitsmoe_plugin.codec.layout import LayerShape, PackedExperts
 from bitsmoe_plugin.codec.spec import PackedSpec
+from bitsmoe_plugin.errors import ConfigError
 from bitsmoe_plugin.presets import ALL_WIDTHS
 
 pytest.importorskip("triton", reason="Triton is published for Linux only")
@@ -24,7 +25,14 @@ from triton_support import Inputs, random_inputs, random_layer, random_widths, r
 from bitsmoe_plugin.base.triton_launch import Launch
 from bitsmoe_plugin.runtime.triton.expanded import experts_at_once, scratch_bytes
 from bitsmoe_plugin.runtime.triton.layer import TritonLayer
-from bitsmoe_plugin.runtime.triton.target import INTERPRETER, BlockSizes, DenseTile, Target, Tile
+from bitsmoe_plugin.runtime.triton.target import (
+    INTERPRETER,
+    BlockSizes,
+    DenseTile,
+    Target,
+    Tile,
+    scratch_bytes_wanted,
+)
 
 pytestmark = pytest.mark.skipif(
     os.environ["TRITON_INTERPRET"] != "1", reason="compiled kernels do not take tensors on the CPU"
@@ -73,13 +81,13 @@ def test_sizes_of_tiles_follow_from_the_pairs_per_expert() -> None:
         (3, torch.bfloat16, "scaled_matvec_kernel", 4),
         (4, torch.bfloat16, "expand_kernel", 7),
         (4, torch.float32, "matmul_kernel", 7),
-        (2048, torch.float16, "expand_kernel", 7),
-        (2049, torch.float16, "expand_kernel", 3 + 4 * 2 + 1),
-        (2049, torch.float32, "matmul_kernel", 7),
+        (4096, torch.float16, "expand_kernel", 7),
+        (4097, torch.float16, "expand_kernel", 3 + 4 * 2 + 1),
+        (4097, torch.float32, "matmul_kernel", 7),
     ],
 )
 def test_launches_of_a_layer(tokens: int, dtype: torch.dtype, first: str, number: int) -> None:
-    """The regimes begin where the sizes say. Sixteen experts, one per token; 2049 tokens are more than 128
+    """The regimes begin where the sizes say. Sixteen experts, one per token; 4097 tokens are more than 256
     for each, and half of the experts fit into the scratch buffer."""
     shape = LayerShape(num_experts=16, hidden_size=64, intermediate_size=64)
     spec, packed = random_layer(shape, (0, 2))
@@ -98,6 +106,25 @@ def test_the_scratch_buffer_is_as_large_as_it_may_be() -> None:
         target = replace(H100, scratch_bytes=most)
         assert experts_at_once(state, torch.bfloat16, target) == experts
         assert scratch_bytes(state, torch.bfloat16, target) == experts * one <= max(most, one)
+
+
+def test_the_scratch_buffer_is_bounded_by_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What reaches the workers of a server; nonsense is refused before the first request."""
+    assert scratch_bytes_wanted() == 2**28
+    monkeypatch.setenv("BITSMOE_SCRATCH_MIB", "64")
+    assert scratch_bytes_wanted() == 2**26
+    monkeypatch.setenv("BITSMOE_SCRATCH_MIB", "-1")
+    with pytest.raises(ConfigError, match="BITSMOE_SCRATCH_MIB='-1' is no number of MiB"):
+        scratch_bytes_wanted()
+
+
+def test_memory_is_bounded() -> None:
+    """Of 100,000 tokens too: calls are cut into parts, whatever the design."""
+    spec, packed = random_layer(SHAPE, (0, 2))
+    for scratch in (0, 2**16):
+        layer = TritonLayer.prepare(spec, packed, "silu", replace(H100, scratch_bytes=scratch))
+        few, many, most = (layer.working_bytes(n, 2, torch.bfloat16) for n in (1000, 100_000, 10**7))
+        assert few < many <= most <= 2**29 + scratch
 
 
 @pytest.mark.parametrize("experts", [1, 2, 5])

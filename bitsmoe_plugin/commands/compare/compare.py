@@ -29,6 +29,7 @@ from bitsmoe_plugin.calibration.text import load_documents, token_blocks, token_
 from bitsmoe_plugin.checkpoint.read import check_if_packed
 from bitsmoe_plugin.codec.backends import refuse_slow
 from bitsmoe_plugin.commands.evaluate import check_evaluation, evaluate_model, evaluation_text
+from bitsmoe_plugin.commands.evaluate_output import print_tasks
 from bitsmoe_plugin.commands.tables import table_console
 from bitsmoe_plugin.config import BitsMoEConfig
 from bitsmoe_plugin.errors import BitsMoEError, ConfigError, QuantizationError
@@ -64,6 +65,8 @@ class ComparisonTask:
     allow_slow: bool = False
     loading: dict[str, Any] = field(default_factory=dict)
     """Options of ``ModelSource`` for the model and its tokenizer."""
+    tasks: list[str] = field(default_factory=list)
+    """Tasks of lm-eval."""
 
     @property
     def source(self) -> ModelSource:
@@ -244,7 +247,7 @@ def run_method(method: str, task: ComparisonTask) -> dict[str, Any]:
 
     Returns:
         keys method, bits_per_weight, expert_bytes, total_bytes, those of ``Evaluation`` that are known,
-        quantize_seconds, and sample if the task has a prompt.
+        quantize_seconds; tasks, and sample if the task has a prompt.
     """
     tokenizer = load_tokenizer(task.source)
     texts = evaluation_text(
@@ -266,6 +269,10 @@ def run_method(method: str, task: ComparisonTask) -> dict[str, Any]:
             **{name: value for name, value in asdict(result).items() if value is not None},
             "quantize_seconds": quantized.seconds,
         }
+        if task.tasks:
+            from bitsmoe_plugin.commands.evaluate_tasks import evaluate_tasks
+
+            row["tasks"] = evaluate_tasks(quantized.model, tokenizer, task.tasks, batch_size=task.batch_size)
         if task.prompt is not None:
             row["sample"] = _sample(quantized.model, tokenizer, task)
     return row
@@ -285,6 +292,10 @@ def check_comparison(task: ComparisonTask, methods: tuple[str, ...]) -> None:
     if ("checkpoint" in methods) != (task.checkpoint is not None):
         raise ConfigError("method checkpoint and option --checkpoint need each other")
     task.check()
+    if task.tasks:
+        from bitsmoe_plugin.commands.evaluate_tasks import find_tasks
+
+        find_tasks(task.tasks)
     if "bitsmoe" in methods:
         refuse_slow("cpu", task.allow_slow)
     for method in methods:
@@ -374,6 +385,11 @@ def print_comparison(rows: list[dict[str, Any]], stream: TextIO) -> None:
         )
     console.print(table)
     console.print("bits/weight: everything stored for the routed experts over their number of weights.")
+    if "tasks" in rows[0]:
+        print_tasks(
+            {f"{task}, {row['method']}": row["tasks"][task] for task in rows[0]["tasks"] for row in rows},
+            console,
+        )
     for row in rows:
         if "sample" in row:
             console.print(f"\n[bold]{row['method']}[/bold]: {row['sample']}", highlight=False)

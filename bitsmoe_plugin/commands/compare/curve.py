@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from bitsmoe_plugin.base.atomic_output import replace_file
+from bitsmoe_plugin.commands import bundled_tasks
 from bitsmoe_plugin.commands.compare.compare import PACKAGES, ComparisonTask, check_comparison, in_process
 from bitsmoe_plugin.commands.report import check_report_extra
 from bitsmoe_plugin.errors import ConfigError
@@ -30,7 +31,7 @@ WHOLE_WIDTHS = (2, 3, 4, 8)
 POINTS, RESULT = "points", "curve.json"
 _AT_ONCE = 2**24
 """Bytes of a file that are in memory."""
-_LIBRARIES = ("torch", "transformers", "numpy", "highspy", *PACKAGES.values())
+_LIBRARIES = ("torch", "transformers", "numpy", "highspy", "lm_eval", *PACKAGES.values())
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def compare_curve(
         debug: see ``compare``.
 
     Raises:
-        what ``compare`` and ``points`` do; points that were finished stay.
+        what ``compare`` and ``points`` do, and KeyboardInterrupt; points that were finished stay.
     """
     check_report_extra()
     todo = points(task, methods, budgets)
@@ -95,7 +96,23 @@ def compare_curve(
     if "bitsmoe" in methods:
         _check_reachable(task, budgets[0])
     (out / POINTS).mkdir(parents=True, exist_ok=True)
-    common, rows = _common(task), []
+    rows: list[dict[str, Any]] = []
+    try:
+        for row in _measured(todo, _common(task), out, debug):
+            rows.append(row)
+    except KeyboardInterrupt:
+        text = (
+            f"interrupted; {len(rows)} of {len(todo)} points are in {out / POINTS}, the same command goes on"
+        )
+        raise KeyboardInterrupt(text) from None
+    _write(out, task, rows)
+    return rows
+
+
+def _measured(
+    todo: Sequence[Point], common: dict[str, Any], out: Path, debug: bool
+) -> Iterator[dict[str, Any]]:
+    """The row of each point, kept or new."""
     for number, point in enumerate(todo, 1):
         path, made = out / POINTS / f"{point.name}.json", {**common, "task": asdict(point.task)}
         row = _kept(path, made)
@@ -104,9 +121,7 @@ def compare_curve(
         if row is None:
             row = in_process(point.method, point.task, debug)
             replace_file(path, json.dumps({"row": row, "made_with": made}, indent=2).encode())
-        rows.append(row)
-    _write(out, task, rows)
-    return rows
+        yield row
 
 
 def _check_reachable(task: ComparisonTask, bits: float) -> None:
@@ -133,6 +148,8 @@ def _kept(path: Path, made: dict[str, Any]) -> dict[str, Any] | None:
 def _common(task: ComparisonTask) -> dict[str, Any]:
     """What all points depend on besides their options."""
     files = [Path(task.dataset), Path(task.eval), *_model_files(task.source.directory())]
+    if task.tasks:
+        files += [path for path in sorted(bundled_tasks.FOLDER.iterdir()) if path.is_file()]
     if task.checkpoint is not None:
         files += _model_files(Path(task.checkpoint))
     return {

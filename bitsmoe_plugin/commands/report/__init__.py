@@ -45,14 +45,17 @@ def write_report(directory: Path, out: Path | None = None, evaluation: Path | No
         OSError: ``out`` cannot be written.
     """
     check_report_extra()
-    from bitsmoe_plugin.commands.report.checkpoint_data import gather
+    from bitsmoe_plugin.commands.report.checkpoint_data import gather, with_routing
     from bitsmoe_plugin.commands.report.evaluation_data import read_evaluation
     from bitsmoe_plugin.commands.report.figures import png_files
-    from bitsmoe_plugin.commands.report.page import render
+    from bitsmoe_plugin.commands.report.page import own_row, render
     from bitsmoe_plugin.commands.report.plots_curve import curve_files, read_curves
 
     measured = read_evaluation(evaluation) if evaluation is not None else None
     data = gather(directory)
+    own = own_row(data, measured)
+    if own is not None:
+        data = with_routing(data, own.routing_by_layer)
     out = Path(directory) / FOLDER if out is None else Path(out)
     curves = read_curves(evaluation) if evaluation is not None else {}
     page = render(data, measured, curves).encode()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,8 @@ class LayerData:
         tokens: ``[E]`` float64, calibration tokens of each expert.
         peaks: ``[E]`` float64, largest absolute output value of each expert.
         hidden_size: input dimensions of an expert.
+        routing: share of tokens for which other experts are selected than in full precision, if it was
+            measured.
     """
 
     name: str
@@ -80,6 +82,7 @@ class LayerData:
     tokens: np.ndarray | None
     peaks: np.ndarray | None
     hidden_size: int
+    routing: float | None = None
 
     @property
     def median_tokens(self) -> float | None:
@@ -168,6 +171,16 @@ def gather(directory: Path) -> CheckpointData:
         layers=tuple(layers),
         seconds=read_times(Path(directory)),
     )
+
+
+def with_routing(data: CheckpointData, by_layer: dict[str, float]) -> CheckpointData:
+    """Layers that are told how often routing differs.
+
+    Args:
+        by_layer: path of the experts module -> share of the tokens; others are left out.
+    """
+    layers = (replace(layer, routing=by_layer.get(layer.name)) for layer in data.layers)
+    return replace(data, layers=tuple(layers))
 
 
 def _budget(config: BitsMoEConfig) -> str:

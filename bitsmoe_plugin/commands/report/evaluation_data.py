@@ -22,6 +22,10 @@ class EvaluationRow:
         bits: counted bits per expert weight.
         divergence: nats per token from the full-precision model.
         agreement: share of tokens with the same most likely token.
+        median, most, nearly_all: divergence of the median token, and what 99 and 99.9 % do not exceed.
+        change: of the probability of the text's tokens, root mean square.
+        routing: share of tokens for which other experts are selected.
+        routing_by_layer: the same by path of the experts module.
         domains: name -> perplexity.
     """
 
@@ -31,6 +35,12 @@ class EvaluationRow:
     divergence: float | None
     agreement: float | None
     tokens: float | None
+    median: float | None
+    most: float | None
+    nearly_all: float | None
+    change: float | None
+    routing: float | None
+    routing_by_layer: dict[str, float]
     domains: dict[str, float]
 
 
@@ -79,6 +89,9 @@ def read_evaluation(path: Path) -> EvaluationData:
         rows = [_row({"method": THIS, **values})]
     rows = [row for row in rows if row.perplexity is not None]
     tasks = task_rows(values.get("tasks"))
+    for row in results if isinstance(results, list) else ():
+        if isinstance(row, dict) and isinstance(row.get("tasks"), dict):
+            tasks += task_rows({f"{task}, {row.get('method')}": row["tasks"][task] for task in row["tasks"]})
     if not rows and not tasks:
         raise ConfigError(
             f"evaluation {path} holds no perplexity and no tasks; give what `bitsmoe evaluate --json` or "
@@ -88,8 +101,6 @@ def read_evaluation(path: Path) -> EvaluationData:
 
 
 def _row(values: dict[str, Any]) -> EvaluationRow:
-    domains = values.get("per_domain")
-    domains = domains if isinstance(domains, dict) else {}
     return EvaluationRow(
         method=str(values.get("method", "?")),
         bits=number(values, "bits_per_weight"),
@@ -97,8 +108,20 @@ def _row(values: dict[str, Any]) -> EvaluationRow:
         divergence=number(values, "kl_divergence"),
         agreement=number(values, "top1_agreement"),
         tokens=number(values, "tokens"),
-        domains={name: value for name in domains if (value := number(domains, name)) is not None},
+        median=number(values, "kl_median"),
+        most=number(values, "kl_99"),
+        nearly_all=number(values, "kl_999"),
+        change=number(values, "probability_change"),
+        routing=number(values, "routing_change"),
+        routing_by_layer=_numbers(values.get("routing_change_by_layer")),
+        domains=_numbers(values.get("per_domain")),
     )
+
+
+def _numbers(values: Any) -> dict[str, float]:
+    """What of a table is numbers."""
+    values = values if isinstance(values, dict) else {}
+    return {name: value for name in values if (value := number(values, name)) is not None}
 
 
 def task_rows(tasks: Any) -> tuple[TaskRow, ...]:

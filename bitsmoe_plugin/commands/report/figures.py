@@ -67,6 +67,12 @@ PLOTS = (
         plots_quality.peaks,
         lambda data: any(layer.peaks is not None for layer in data.layers),
     ),
+    Plot(
+        "routing",
+        "Share of tokens for which other experts are selected than in full precision, by layer",
+        plots_quality.routing,
+        lambda data: any(layer.routing is not None for layer in data.layers),
+    ),
     Plot("size", "Bars of the bits per weight of each part that is stored", plots_bits.size_by_part),
 )
 

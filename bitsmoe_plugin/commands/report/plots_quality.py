@@ -186,3 +186,25 @@ def peaks(data: CheckpointData, look: Look) -> Figure:
     layer_ticks(axes, [layer.label for layer in data.layers])
     axes.set(xlabel="layer", ylabel="largest output value")
     return figure
+
+
+def routing(data: CheckpointData, look: Look) -> Figure:
+    """Share of tokens for which each layer selects other experts than in full precision."""
+    figure = look.figure(2.4)
+    axes = figure.subplots()
+    values = np.array([_per_cent(layer.routing) for layer in data.layers])
+    many = len(values) > 16
+    axes.plot(
+        values,
+        "o",
+        color=look.theme.series[0],
+        markersize=3 if many else 6,
+        linestyle="-" if many else "none",
+        linewidth=1,
+    )
+    axes.set_ylim(0, max(1.12 * float(np.nanmax(values)), 0.1))
+    axes.set_xlim(-0.6, len(values) - 0.4)
+    format_ticks(axes.yaxis, per_cent)
+    layer_ticks(axes, [layer.label for layer in data.layers])
+    axes.set(xlabel="layer", ylabel="tokens with other experts")
+    return figure

@@ -29,7 +29,7 @@ from bitsmoe_plugin.runtime.triton.target import Target, block_sizes
 
 CAPABILITIES = (80, 90, 100, 120)
 DTYPES = ("float16", "bfloat16", "float32")
-TOKENS = (1, 64, 256, 512, 1024, 4096)
+TOKENS = (1, 64, 256, 512, 1024, 8192)
 """Of Qwen3-30B-A3B's layer: one for decode, one for each size of tiles, one where experts are expanded."""
 PROCESSORS = 132
 """Of an H100; decides how far decode splits the rank, so grids, not code."""

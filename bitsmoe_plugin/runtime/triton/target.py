@@ -6,9 +6,12 @@ them is that they compile without register spills, and to how many instructions 
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 
 import torch
+
+from bitsmoe_plugin.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,7 @@ class BlockSizes:
     expanded_tokens: int = 4
     gate_up: dict[int, Tile] = field(default_factory=lambda: _GATE_UP)
     down: dict[int, Tile] = field(default_factory=lambda: _DOWN)
-    pairs_per_expert: int = 128
+    pairs_per_expert: int = 256
     expand: Tile = Tile(32, 4, 4)
     dense: DenseTile = DenseTile(128, 64, 8, 3)
 
@@ -135,7 +138,14 @@ INTERPRETER = Target(
 """For tensors on the CPU: large blocks, because the interpreter's time goes by operations, not values;
 its ``tl.dot`` is wrong for bfloat16."""
 
-_BY_CAPABILITY: dict[int, BlockSizes] = {}
+_WIDE = Tile(64, 4, 8)
+_UP_TO_64 = {size: _GATE_UP[size] for size in (16, 32, 64)}
+_BY_CAPABILITY: dict[int, BlockSizes] = {
+    # What does not spill there. Without the tensor cores of sm_90, tiles of 128 pairs lack registers.
+    8: BlockSizes(gate_up=_UP_TO_64),
+    10: BlockSizes(gate_up=_UP_TO_64 | {16: _WIDE, 32: _WIDE}),
+    12: BlockSizes(gate_up=_UP_TO_64 | {16: _WIDE}),
+}
 """Major compute capability -> sizes; others take the default."""
 
 
@@ -144,9 +154,33 @@ def block_sizes(major: int) -> BlockSizes:
     return _BY_CAPABILITY.get(major, BlockSizes())
 
 
+SCRATCH = "BITSMOE_SCRATCH_MIB"
+"""Environment variable, so that it reaches the workers of a server: ``Target.scratch_bytes`` in MiB."""
+
+
+def scratch_bytes_wanted() -> int:
+    """As the environment says, 256 MiB by default.
+
+    Raises:
+        ConfigError: it is no number of MiB.
+    """
+    text = os.environ.get(SCRATCH, "256")
+    if not text.isdecimal():
+        raise ConfigError(f"{SCRATCH}={text!r} is no number of MiB; 256 is the default, 0 expands no experts")
+    return int(text) * 2**20
+
+
 def target_of(device: torch.device) -> Target:
-    """What to build for tensors on ``device``."""
+    """What to build for tensors on ``device``.
+
+    Raises:
+        ConfigError: see ``scratch_bytes_wanted``.
+    """
     if device.type == "cpu":
         return INTERPRETER
     properties = torch.cuda.get_device_properties(device)
-    return Target(block_sizes(properties.major), properties.multi_processor_count)
+    return Target(
+        block_sizes(properties.major),
+        properties.multi_processor_count,
+        scratch_bytes=scratch_bytes_wanted(),
+    )
