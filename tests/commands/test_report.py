@@ -267,7 +267,8 @@ def test_quality_by_size_is_drawn_where_it_was_measured(data: CheckpointData, tm
     pictures = Page(render(data, read_evaluation(path), curves)).values("srcset")
     assert len(set(pictures)) == len(set(Page(render(data, read_evaluation(path))).values("srcset"))) + 3
     path.write_text(json.dumps({"results": rows[:1]}))
-    assert read_curves(path) == {} and not list(curve_files({}))
+    assert read_curves(path) == {}
+    assert not list(curve_files({}))
 
 
 def test_an_interrupted_report_leaves_the_old_one(

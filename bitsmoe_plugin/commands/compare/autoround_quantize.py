@@ -1,4 +1,4 @@
-"""AutoRound baseline: quantize the routed experts of a MoE checkpoint, or attention too, with auto-round, on CPU.
+"""AutoRound baseline: quantize a MoE checkpoint's routed experts, or attention too, with auto-round, on CPU.
 
 Run as ``python -m bitsmoe_plugin.commands.compare.autoround_quantize``, always in a process of its own:
 auto-round changes transformers classes for the life of the process. The checkpoint has the layout
@@ -70,8 +70,8 @@ def _samples(calibration: Sequence[Sequence[int]]) -> list[dict[str, Any]]:
 
 
 def _linear_layers_to_skip(model: Any, all_layers: bool) -> list[str]:
-    """Paths of all linear layers but the routed experts': attention, router, shared experts, dense MLPs, head;
-    or with ``all_layers`` only of those that ``dense_bits`` leaves alone too, and of the head."""
+    """Paths of all linear layers but the routed experts': attention, router, shared experts, dense MLPs,
+    head; or with ``all_layers`` only of those that ``dense_bits`` leaves alone too, and of the head."""
     import torch
 
     linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]

@@ -23,8 +23,8 @@ Curves = dict[str, np.ndarray]
 
 
 def read_curves(path: Path) -> Curves:
-    """Of a file that ``read_evaluation`` takes; rows without bytes or divergence are left out, and the result is
-    empty if fewer than two are left."""
+    """Of a file that ``read_evaluation`` takes; rows without bytes or divergence are left out, and the
+    result is empty if fewer than two are left."""
     values = json.loads(Path(path).read_text(encoding="utf-8"))
     rows = values.get("results") if isinstance(values, dict) else None
     found: dict[str, list[tuple[float, float]]] = {}
