@@ -6,7 +6,7 @@
 First the experts at some budgets with each uniform ``dense_bits``, then for each of these the program at no
 more bytes than that checkpoint has. Each point is written to ``--data`` at once, and not measured again if
 the same command is started again. ``bitsmoe report PACKED --evaluation out/size_curve.json`` draws the curve;
-``make size-curve`` does all of it with the bundled model.
+``make size-curve`` measures the bundled model.
 """
 
 from __future__ import annotations
