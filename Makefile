@@ -8,6 +8,7 @@
 # make test-newest   what needs no GPU with the newest versions, whose builds are for CUDA (16 GB), see the target
 # make install-autoround   for `bitsmoe compare --methods autoround`
 # make ablation  what each element of the method is worth (15 minutes)
+# make size-curve  quality against all bytes of the model (10 minutes)
 # make lock      pin what is installed for CI; make audit: known vulnerabilities of what is pinned
 # make dist      source distribution and wheel in dist/, built twice and compared
 # make test-gpu  tests that need a GPU
@@ -38,8 +39,8 @@ COMPARE = $(BIN)/bitsmoe compare $(EXAMPLE) --bits 2.0 --dataset $(CALIBRATION) 
 	--prompt "In the beginning there was"
 
 .PHONY: install install-gptq install-torchao install-autoround install-vllm install-torchvision demo demo-gptq \
-	ablation test test-gpu test-vllm test-oldest test-newest run-newest test-python310 lint format check lock audit dist \
-	clean
+	ablation size-curve test test-gpu test-vllm test-oldest test-newest run-newest test-python310 lint format check \
+	lock audit dist clean
 install: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml
@@ -95,6 +96,10 @@ demo-gptq: install-gptq
 
 ablation: install
 	$(BIN)/python examples/ablation.py $(EXAMPLE) --dataset $(CALIBRATION) --eval $(EVAL)
+
+size-curve: install
+	$(BIN)/python examples/size_curve.py $(EXAMPLE) --dataset $(CALIBRATION) --eval $(EVAL) \
+		--data out/size_curve.json
 
 test: install install-torchao
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal

@@ -6,7 +6,7 @@
 First the experts at some budgets with each uniform ``dense_bits``, then for each of these the program at no
 more bytes than that checkpoint has. Each point is written to ``--data`` at once, and not measured again if
 the same command is started again. ``bitsmoe report PACKED --evaluation out/size_curve.json`` draws the curve;
-``make size-curve`` does all of it with the bundled model.
+``make size-curve`` measures the bundled model.
 """
 
 from __future__ import annotations
@@ -59,8 +59,10 @@ def measure(args: argparse.Namespace, name: str, options: dict[str, Any]) -> dic
 def dense_layers(directory: Path) -> dict[str, list[str]]:
     """Width -> names of the layers that are stored in it; those in 16 are left out."""
     stored = json.loads((directory / "config.json").read_text())["quantization_config"].get("dense", {})
-    groups = stored.get("config_groups", {}).values()
-    return {str(group["weights"]["num_bits"]): group["targets"] for group in groups}
+    found: dict[str, list[str]] = {}
+    for group in stored.get("config_groups", {}).values():
+        found.setdefault(str(group["weights"]["num_bits"]), []).extend(group["targets"])
+    return found
 
 
 def wanted(args: argparse.Namespace, done: list[dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:

@@ -12,8 +12,6 @@ _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 _OFFSET = 10**10
 """Files that transformers writes are not larger than 50 GB."""
-_LONGER = 8
-"""Names in the files may be so much longer than in the model."""
 
 
 def size_in_bytes(value: Any) -> int | None:
@@ -44,6 +42,6 @@ def readable_size(size: int) -> str:
 
 
 def header_bytes(name: str, shape: Sequence[int]) -> int:
-    """What a tensor takes in the header of a safetensors file, at most, under a name not much longer."""
+    """What a tensor takes in the header of a safetensors file, at most."""
     told = {"dtype": "BF16", "shape": list(shape), "data_offsets": [_OFFSET, _OFFSET]}
-    return len(json.dumps({name: told}, separators=(",", ":"))) + _LONGER
+    return len(json.dumps({name: told}, separators=(",", ":"))) - 1

@@ -17,13 +17,17 @@ from bitsmoe_plugin.errors import ConfigError, QuantizationError
 from bitsmoe_plugin.models.dense_layers import planned_schemes
 from bitsmoe_plugin.models.dense_units import DenseUnit, dense_units, most_candidates
 from bitsmoe_plugin.models.expert_source import ExpertSource
+from bitsmoe_plugin.models.families import layout_of
 from bitsmoe_plugin.options import DENSE_BITS
 from bitsmoe_plugin.runtime.dense_linear import check_library
 
-_PACKED_TENSORS, _LONGEST_NAME = 11, "bitsmoe_output_scales"
-"""Per MoE layer, at most."""
-_PER_FILE, _FILE = 128, 10**9
+_PACKED = ("row_codes", "scale_grid", "payload")
+_PACKED += ("input_basis", "input_scales", "output_basis", "output_scales")
+_BIASES, _KEPT = ("input_bias", "output_bias"), ("kept_input", "kept_output")
+_PER_FILE, _FILE = 64, 10**9
 """What a file has besides, and the least that transformers splits files at by itself."""
+_SPARE = 100_000
+"""One byte of so many is left for names that are longer in the files than in the model."""
 _APART = ("layer_bits", "projection_bits", "factor_bits")
 
 
@@ -57,7 +61,7 @@ def whole_budget(model: Any, source: ExpertSource, config: BitsMoEConfig, carrie
     if units:
         check_library()
     floor = find_floor(source.shapes, config, sum(bias_bits(source)))
-    others = 8 * (_other_bytes(model, source, units, schemes) + carried)
+    others = 8 * (_other_bytes(model, source, config, units, schemes) + carried)
     fixed = others + sum(floor.fixed.values()) + sum(unit.sizes[0] for unit in units)
     payload = 8 * size - fixed
     if payload < floor.narrowest:
@@ -141,15 +145,17 @@ def size_of_cache(model_config: Any, config: BitsMoEConfig) -> int:
 
 
 def _other_bytes(
-    model: Any, source: ExpertSource, units: list[DenseUnit], schemes: Mapping[str, DenseScheme]
+    model: Any,
+    source: ExpertSource,
+    config: BitsMoEConfig,
+    units: list[DenseUnit],
+    schemes: Mapping[str, DenseScheme],
 ) -> int:
     """Files' bytes besides packed experts' data and ``units``: tied tensors once, headers included."""
     experts = {layer.name for layer in source.layers}
     chosen = {f"{name}.weight" for unit in units for name in unit.names}
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
-    total = _PER_FILE
-    for name in experts:
-        total += _PACKED_TENSORS * header_bytes(f"{name}.{_LONGEST_NAME}", (100, 1000, 1000))
+    total = _PER_FILE + _packed_headers(source, config)
     for name, tensor in model.state_dict().items():
         if name.rpartition(".")[0] in experts or name in chosen or name in tied:
             continue
@@ -160,7 +166,17 @@ def _other_bytes(
             shapes = {f"{layer}.{part}": shape for part, shape in stored.items()}
         total += _stored_bytes(tensor, schemes[layer]) if layer in schemes else tensor.nbytes
         total += sum(header_bytes(part, shape) for part, shape in shapes.items())
-    return total + _PER_FILE * (total // _FILE)
+    return total + _PER_FILE * (total // _FILE) + total // _SPARE
+
+
+def _packed_headers(source: ExpertSource, config: BitsMoEConfig) -> int:
+    total, may_keep = 0, config.super_experts != "auto" or config.rounds_as_planned
+    for layer, shape in zip(source.layers, source.shapes, strict=True):
+        names = [*_PACKED, *(_BIASES if layout_of(layer.module).has_bias else ())]
+        names += _KEPT if may_keep else ()
+        largest = (len(shape.factors), shape.num_experts, max(shape.rank, shape.hidden_size))
+        total += sum(header_bytes(f"{layer.name}.bitsmoe_{name}", largest) for name in names)
+    return total
 
 
 def _stored_bytes(weight: Tensor, scheme: DenseScheme) -> int:

@@ -19,6 +19,7 @@ from bitsmoe_plugin.commands.compare.gptq_checkpoint import (
     fuse_experts,
     is_gptq,
     load_gptq_model,
+    other_bytes,
 )
 from bitsmoe_plugin.commands.evaluate import evaluate_path
 from bitsmoe_plugin.errors import CheckpointError, ConfigError
@@ -216,6 +217,16 @@ def test_expert_bytes_counts_zero_points_and_scales(tmp_path: Path) -> None:
     assert expert_bytes(tmp_path) == 2 * 2 * 3 * (qweight + qzeros + scales)
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_other_bytes_are_those_outside_the_experts(tied: bool, tmp_path: Path) -> None:
+    """Guards against totals that leave attention out, or count a head twice that is the embeddings."""
+    dense = _write_checkpoint(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": tied}))
+    others = sum(value.nbytes for name, value in dense.items() if ".experts." not in name)
+    assert other_bytes(tmp_path) == others - tied * dense["lm_head.weight"].nbytes
+
+
 def test_loaded_model_has_exactly_the_dense_weights(tmp_path: Path) -> None:
     """Guards against experts that silently keep random values (fused parameters)."""
     dense = _write_checkpoint(tmp_path)
@@ -258,6 +269,16 @@ def test_only_experts_and_all_of_them_must_be_quantized(tmp_path: Path, extra: s
     save_file({extra: torch.zeros(1)}, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match=extra):
         count_quantized_experts(tmp_path)
+
+
+def test_all_layers_means_more_than_the_experts(tmp_path: Path) -> None:
+    """Guards against a peer of the whole model that quantized its experts alone."""
+    _write_checkpoint(tmp_path)
+    with pytest.raises(CheckpointError, match="nothing but routed experts"):
+        count_quantized_experts(tmp_path, all_layers=True)
+    (tmp_path / "mixtral").mkdir()
+    _write_autogptq_mixtral(tmp_path / "mixtral")  # attention too
+    assert count_quantized_experts(tmp_path / "mixtral", all_layers=True) == 2 * 3
 
 
 def test_other_quantization_methods_are_refused(tmp_path: Path) -> None:

@@ -30,6 +30,8 @@ from bitsmoe_plugin.commands.report.checkpoint_data import CheckpointData, gathe
 from bitsmoe_plugin.commands.report.evaluation_data import read_evaluation
 from bitsmoe_plugin.commands.report.figures import PLOTS, png_files
 from bitsmoe_plugin.commands.report.page import render
+from bitsmoe_plugin.commands.report.plots_curve import curve_files, draw, read_curves
+from bitsmoe_plugin.commands.report.style import LIGHT, Look, applied
 
 EVALUATION = {
     "perplexity": 55.268,
@@ -243,6 +245,30 @@ def test_files_are_there_and_nothing_else(written: Path) -> None:
     pngs = [written / f"{plot.name}{dark}.png" for plot in PLOTS for dark in ("", "-dark")]
     assert sorted(written.iterdir()) == sorted([*pngs, written / "report.html"])
     assert all(png.read_bytes().startswith(b"\x89PNG") for png in pngs)
+
+
+def test_quality_by_size_is_drawn_where_it_was_measured(data: CheckpointData, tmp_path: Path) -> None:
+    """Guards against a curve that swaps its axes, or rows without numbers that end it."""
+    rows = [
+        {"method": "size", "total_bytes": size, "kl_divergence": kl, "perplexity": 50}
+        for size, kl in ((3000, 0.01), (2000, 0.02), (2500, None))
+    ]
+    rows += [{"method": "full", "total_bytes": 9000, "kl_divergence": 0.0, "perplexity": 49}, 7]
+    path = tmp_path / "curve.json"
+    path.write_text(json.dumps({"results": rows}))
+    curves = read_curves(path)
+    assert {name: points.tolist() for name, points in curves.items()} == {
+        "size": [[2000, 0.02], [3000, 0.01]]
+    }
+    with applied(Look(LIGHT)):
+        axes = draw(curves, Look(LIGHT)).axes[0]
+    assert axes.get_yscale() == "log"
+    assert axes.get_lines()[0].get_xdata().tolist() == [2000, 3000]
+    pictures = Page(render(data, read_evaluation(path), curves)).values("srcset")
+    assert len(set(pictures)) == len(set(Page(render(data, read_evaluation(path))).values("srcset"))) + 3
+    path.write_text(json.dumps({"results": rows[:1]}))
+    assert read_curves(path) == {}
+    assert not list(curve_files({}))
 
 
 def test_an_interrupted_report_leaves_the_old_one(

@@ -34,6 +34,8 @@ def baseline_parser(description: str, defaults: BaselineSettings) -> argparse.Ar
     parser.add_argument("--group-size", type=int, default=defaults.group_size)
     parser.add_argument("--seed", type=int, default=defaults.seed)
     parser.add_argument("--trust-remote-code", action="store_true")
+    text = "also other linear layers of decoder layers, but no routers"
+    parser.add_argument("--all-layers", action="store_true", help=text)
     return parser
 
 

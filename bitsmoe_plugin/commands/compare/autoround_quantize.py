@@ -1,4 +1,4 @@
-"""AutoRound baseline: quantize the routed experts of a MoE checkpoint with auto-round, on CPU.
+"""AutoRound baseline: quantize a MoE checkpoint's routed experts, or attention too, with auto-round, on CPU.
 
 Run as ``python -m bitsmoe_plugin.commands.compare.autoround_quantize``, always in a process of its own:
 auto-round changes transformers classes for the life of the process. The checkpoint has the layout
@@ -20,6 +20,8 @@ from bitsmoe_plugin.commands.compare.answer import answer, baseline_parser
 from bitsmoe_plugin.commands.compare.gptq_checkpoint import ROUTED_EXPERT, count_quantized_experts
 from bitsmoe_plugin.commands.compare.gptq_quantize import read_calibration, scratch_directory
 from bitsmoe_plugin.errors import BitsMoEError
+from bitsmoe_plugin.models.dense_layers import head_name, linear_layers
+from bitsmoe_plugin.models.families import find_moe_layers
 
 
 class AutoRoundMissingError(BitsMoEError, ImportError):
@@ -34,6 +36,7 @@ class AutoRoundSettings:
     its recipe "best" takes 1000). ``lr``: None lets auto-round choose, 1 / iters, or 2 / iters for
     1000 steps at 2 or 3 bits. ``alg_ext``: its improved algorithm for 2 bits, symmetric only;
     "best" with it is what its authors recommend for 2 bits. ``batch_size``: sequences per step.
+    ``all_layers``: not the experts alone.
     """
 
     bits: int = 2
@@ -44,6 +47,7 @@ class AutoRoundSettings:
     alg_ext: bool = False
     batch_size: int = 8
     seed: int = 0
+    all_layers: bool = False
 
 
 def _import_autoround() -> Any:
@@ -65,12 +69,17 @@ def _samples(calibration: Sequence[Sequence[int]]) -> list[dict[str, Any]]:
     return [{"input_ids": row[None], "attention_mask": torch.ones_like(row)[None]} for row in tokens]
 
 
-def _linear_layers_to_skip(model: Any) -> list[str]:
-    """Paths of all linear layers but the routed experts': attention, router, shared experts, dense MLPs."""
+def _linear_layers_to_skip(model: Any, all_layers: bool) -> list[str]:
+    """Paths of all linear layers but the routed experts': attention, router, shared experts, dense MLPs,
+    head; or with ``all_layers`` only of those that ``dense_bits`` leaves alone too, and of the head."""
     import torch
 
     linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
-    return [name for name in linear if not ROUTED_EXPERT.search(name)]
+    others = [name for name in linear if not ROUTED_EXPERT.search(name)]
+    if not all_layers:
+        return others
+    taken = linear_layers(model, find_moe_layers(model))
+    return [name for name in others if name not in taken or name == head_name(model)]
 
 
 def quantize_experts(
@@ -102,6 +111,7 @@ def quantize_experts(
     model = load_model(model_dir)
     options = dataclasses.asdict(settings)
     options["enable_alg_ext"] = options.pop("alg_ext")
+    skipped = _linear_layers_to_skip(model, options.pop("all_layers"))
     rounder = auto_round.AutoRound(
         model,
         tokenizer=AutoTokenizer.from_pretrained(model_dir, trust_remote_code=trust_remote_code),
@@ -109,7 +119,7 @@ def quantize_experts(
         dataset=_samples(calibration),
         seqlen=len(calibration[0]),
         nsamples=len(calibration),
-        ignore_layers=",".join(_linear_layers_to_skip(model)),
+        ignore_layers=",".join(skipped),
         device_map="cpu",
         amp=model.dtype != torch.float32,  # else a float32 model would be stored in bfloat16
         enable_torch_compile=False,  # needs a C++ compiler; changes only the speed
@@ -121,7 +131,7 @@ def quantize_experts(
         _, folder = rounder.quantize_and_save(os.path.abspath("out"), format="auto_gptq")
         seconds = time.perf_counter() - start
         shutil.copytree(folder, out_dir, dirs_exist_ok=True)
-    if not count_quantized_experts(out_dir):
+    if not count_quantized_experts(out_dir, settings.all_layers):
         raise ValueError(f"{model_dir}: auto-round found no routed experts to quantize")
     return seconds
 

@@ -149,7 +149,7 @@ def _rtn(task: ComparisonTask, scratch: Path) -> Quantized:
 
 def _peer(module: str, options: tuple[str, ...], task: ComparisonTask, scratch: Path) -> Quantized:
     """Run ``comparison.<module>`` in a process of its own and read the GPTQ-format checkpoint it writes."""
-    from bitsmoe_plugin.commands.compare.gptq_checkpoint import expert_bytes, load_gptq_model
+    from bitsmoe_plugin.commands.compare.gptq_checkpoint import expert_bytes, load_gptq_model, other_bytes
 
     tokenizer = load_tokenizer(task.source)
     blocks = token_blocks(
@@ -172,7 +172,7 @@ def _peer(module: str, options: tuple[str, ...], task: ComparisonTask, scratch: 
         raise ToldError(f"{module}: {_last_words(done)}")
     record = json.loads(done.stdout.strip().splitlines()[-1])
     model = load_gptq_model(out, _dtype(task)).eval()
-    return Quantized(model, expert_bytes(out), record["quantize_seconds"])
+    return Quantized(model, expert_bytes(out), record["quantize_seconds"], other_bytes(out))
 
 
 def _dtype(task: ComparisonTask) -> torch.dtype:
@@ -209,6 +209,7 @@ def _checkpoint(task: ComparisonTask, scratch: Path) -> Quantized:
 
 
 PACKAGES = {"gptq": "gptqmodel", "autoround": "auto_round"}
+PACKAGES |= {f"{name}-all": package for name, package in PACKAGES.items()}
 """Packages that methods need besides what this one requires."""
 RUNNERS: dict[str, Callable[[ComparisonTask, Path], Quantized]] = {
     "full": _full,
@@ -216,6 +217,9 @@ RUNNERS: dict[str, Callable[[ComparisonTask, Path], Quantized]] = {
     "gptq": partial(_peer, "gptq_quantize", ()),
     # Asymmetric, because that came out better than its default (55.93 to 56.20, bundled model, 2 bits).
     "autoround": partial(_peer, "autoround_quantize", ("--no-sym",)),
+    # Attention, shared experts and dense layers like the experts; routers, embeddings and head stay.
+    "gptq-all": partial(_peer, "gptq_quantize", ("--all-layers",)),
+    "autoround-all": partial(_peer, "autoround_quantize", ("--no-sym", "--all-layers")),
     "bitsmoe": _bitsmoe,
     "checkpoint": _checkpoint,
 }
@@ -297,7 +301,8 @@ def check_comparison(task: ComparisonTask, methods: tuple[str, ...]) -> None:
     for method in methods:
         if find_spec(PACKAGES.get(method, "torch")) is None:
             raise ConfigError(
-                f"method {method} needs {PACKAGES[method]}, which is not there; run `make install-{method}`"
+                f"method {method} needs {PACKAGES[method]}, which is not there; run "
+                f"`make install-{method.removesuffix('-all')}`"
             )
     source = task.source
     for path in (source.name, task.checkpoint):

@@ -178,29 +178,47 @@ def expert_bytes(directory: Path | str) -> int:
     A ``g_idx`` in rising order says no more than the group size does; it is stored all the same,
     but a loader needs none of it, so it is left out in favour of GPTQ.
     """
-    total = 0
-    for name, handle in _tensors(Path(directory)):
-        if ROUTED_EXPERT.search(name):
-            tensor = handle.get_tensor(name)
-            redundant = name.endswith(".g_idx") and bool((tensor.diff() >= 0).all())
-            total += 0 if redundant else tensor.nbytes
-    return total
+    return _bytes_by_part(Path(directory))[0]
 
 
-def count_quantized_experts(directory: Path | str) -> int:
+def other_bytes(directory: Path | str) -> int:
+    """The same of all other tensors; a head that is tied to the embeddings is left out."""
+    return _bytes_by_part(Path(directory))[1]
+
+
+def _bytes_by_part(directory: Path) -> tuple[int, int]:
+    experts = others = 0
+    tied = read_object(directory / "config.json").get("tie_word_embeddings", False)
+    for name, handle in _tensors(directory):
+        tensor = handle.get_tensor(name)
+        redundant = name.endswith(".g_idx") and bool((tensor.diff() >= 0).all())
+        size = 0 if redundant or (tied and name == "lm_head.weight") else tensor.nbytes
+        is_expert = ROUTED_EXPERT.search(name) is not None
+        experts, others = experts + size * is_expert, others + size * (not is_expert)
+    return experts, others
+
+
+def count_quantized_experts(directory: Path | str, all_layers: bool = False) -> int:
     """Return the number of quantized linear layers of routed experts.
 
+    Args:
+        all_layers: others were to be quantized too.
+
     Raises CheckpointError if an expert's layer was left dense (gptqmodel skips layers that saw
-    no token when its fallback is off) or a layer outside the routed experts was quantized.
+    no token when its fallback is off), or not as many others were quantized as should be: none,
+    or at least one.
     """
-    count = 0
+    count = others = 0
     for name, _ in _tensors(Path(directory)):
         is_expert = ROUTED_EXPERT.search(name) is not None
         if is_expert and name.endswith(".weight"):
             raise CheckpointError(f"{directory}: expert tensor {name!r} was not quantized")
-        if not is_expert and name.endswith(".qweight"):
+        quantized = name.endswith(".qweight")
+        if quantized and not is_expert and not all_layers:
             raise CheckpointError(f"{directory}: {name!r} is quantized but is no routed expert")
-        count += name.endswith(".qweight")
+        count, others = count + (quantized and is_expert), others + (quantized and not is_expert)
+    if all_layers and not others:
+        raise CheckpointError(f"{directory}: nothing but routed experts was quantized")
     return count
 
 

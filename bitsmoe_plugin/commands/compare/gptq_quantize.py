@@ -1,4 +1,4 @@
-"""GPTQ baseline: quantize the routed experts of a MoE checkpoint with gptqmodel, on CPU.
+"""GPTQ baseline: quantize the routed experts of a MoE checkpoint, or attention too, with gptqmodel, on CPU.
 
 Run as ``python -m bitsmoe_plugin.commands.compare.gptq_quantize``, always in a process of its own:
 gptqmodel changes transformers classes for the life of the process. Logs go to stderr; stdout gets
@@ -38,7 +38,7 @@ class GptqSettings:
     ``mse`` is the exponent p of the clipping search min sum |q(w) - w|^p (0: plain min-max).
     ``fallback_percent``: a linear layer that sees fewer than this share of the calibration
     tokens is rounded to nearest instead (0.5 is gptqmodel's default; without a fallback it
-    leaves a layer that saw no token unquantized).
+    leaves a layer that saw no token unquantized). ``all_layers``: not the experts alone.
     """
 
     bits: int = 2
@@ -51,6 +51,7 @@ class GptqSettings:
     fallback_percent: float = 0.5
     checkpoint_format: str = "gptq_v2"
     seed: int = 0
+    all_layers: bool = False
 
 
 def read_calibration(path: Path) -> list[list[int]]:
@@ -80,7 +81,8 @@ def _import_gptqmodel() -> Any:
 
 
 def quantize_config(settings: GptqSettings) -> Any:
-    """Translate our settings to a gptqmodel ``QuantizeConfig`` that only touches experts."""
+    """Translate our settings to a gptqmodel ``QuantizeConfig``; without ``all_layers`` it only touches
+    experts. Routers and the head are no layers that gptqmodel quantizes."""
     from gptqmodel.quantization.config import Fallback, QuantizeConfig
 
     return QuantizeConfig(
@@ -92,7 +94,7 @@ def quantize_config(settings: GptqSettings) -> Any:
         damp_percent=settings.damp_percent,
         mse=settings.mse,
         fallback=Fallback(threshold=f"{settings.fallback_percent}%"),
-        dynamic={SKIP_ALL_BUT_ROUTED_EXPERTS: {}},
+        dynamic=None if settings.all_layers else {SKIP_ALL_BUT_ROUTED_EXPERTS: {}},
         format=settings.checkpoint_format,
         device="cpu",
         offload_to_disk=False,
@@ -141,7 +143,7 @@ def quantize_experts(
         log = model.quantize(examples, batch_size=batch_size, backend=backend)
         seconds = time.perf_counter() - start
         model.save(str(out_dir))
-    if not count_quantized_experts(out_dir):
+    if not count_quantized_experts(out_dir, settings.all_layers):
         raise ValueError(f"{model_dir}: gptqmodel found no routed experts to quantize")
     rows = [row for process_rows in log.values() for row in process_rows]
     return seconds, sum("fallback" in str(row.get("loss")) for row in rows)

@@ -49,6 +49,7 @@ def write_report(directory: Path, out: Path | None = None, evaluation: Path | No
     from bitsmoe_plugin.commands.report.evaluation_data import read_evaluation
     from bitsmoe_plugin.commands.report.figures import png_files
     from bitsmoe_plugin.commands.report.page import own_row, render
+    from bitsmoe_plugin.commands.report.plots_curve import curve_files, read_curves
 
     measured = read_evaluation(evaluation) if evaluation is not None else None
     data = gather(directory)
@@ -56,8 +57,9 @@ def write_report(directory: Path, out: Path | None = None, evaluation: Path | No
     if own is not None:
         data = with_routing(data, own.routing_by_layer)
     out = Path(directory) / FOLDER if out is None else Path(out)
-    page = render(data, measured).encode()
-    files = [*png_files(data), (PAGE, page)]
+    curves = read_curves(evaluation) if evaluation is not None else {}
+    page = render(data, measured, curves).encode()
+    files = [*png_files(data), *curve_files(curves), (PAGE, page)]
     out.mkdir(parents=True, exist_ok=True)
     for name, content in files:
         replace_file(out / name, content)

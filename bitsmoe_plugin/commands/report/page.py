@@ -9,6 +9,7 @@ from bitsmoe_plugin.calibration.coverage import THIN_TOKENS_PER_DIMENSION
 from bitsmoe_plugin.commands.report.checkpoint_data import PART_NAMES, CheckpointData, LayerData, worst
 from bitsmoe_plugin.commands.report.evaluation_data import THIS, EvaluationData, EvaluationRow
 from bitsmoe_plugin.commands.report.figures import pictures
+from bitsmoe_plugin.commands.report.plots_curve import Curves, curve_picture
 from bitsmoe_plugin.commands.report.plots_quality import wanted_tokens
 from bitsmoe_plugin.version import __version__
 
@@ -19,11 +20,12 @@ ORIGINAL_BITS = 16
 """What experts are compared with: nearly all models are released in bfloat16."""
 
 
-def render(data: CheckpointData, evaluation: EvaluationData | None) -> str:
+def render(data: CheckpointData, evaluation: EvaluationData | None, curves: Curves | None = None) -> str:
     """The page, with everything it needs inside.
 
     Args:
         evaluation: what was measured on text, if it was.
+        curves: quality against size, if several models were.
     """
     rows = evaluation.rows if evaluation else ()
     # Names of models, layers and texts were written by others: all of them are escaped.
@@ -41,7 +43,7 @@ def render(data: CheckpointData, evaluation: EvaluationData | None) -> str:
         evaluation=evaluation,
         own=own_row(data, evaluation),
         full=next((row for row in rows if row.method == "full"), None),
-        pictures=pictures(data),
+        pictures={**pictures(data), **curve_picture(curves or {})},
         style=Markup(style),
         version=__version__,
         part_names=PART_NAMES,
