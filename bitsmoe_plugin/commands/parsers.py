@@ -163,7 +163,7 @@ def add_estimate(commands: Any, run: Run) -> None:
     )
     text = "directory of the model; without its weights, their .index.json is enough"
     parser.add_argument("model", type=Path, help=text)
-    _add_options(parser, "bits", "factor_bits", *_WHOLE, "calibration_tokens")
+    _add_options(parser, "bits", "factor_bits", *_WHOLE, "calibration_tokens", "tune")
     _add_method(parser)
     _add_json(parser)
 
@@ -180,6 +180,7 @@ def add_quantize(commands: Any, run: Run) -> None:
     parser.add_argument("out", type=Path, help=_OUT)
     _add_options(parser, "bits", "factor_bits", *_WHOLE)
     _add_calibration(parser)
+    _add_options(parser, "tune")
     _add_method(parser)
     _add_device(parser, "; with several processes each takes its own GPU")
     add_allow_slow(parser)
@@ -192,7 +193,7 @@ def add_quantize(commands: Any, run: Run) -> None:
 
 
 def add_tune(commands: Any, run: Run) -> None:
-    summary = "bring a packed model closer to the original, at the same size"
+    summary = "bring a packed model closer to the original, at the same size (or: quantize --tune)"
     example = "out/qwen3-2bit out/qwen3-2bit-tuned --reference Qwen3-30B-A3B --dataset calibration.jsonl"
     parser = _add_command(commands, run, "tune", summary, example)
     defaults = TuningSettings()
