@@ -23,7 +23,7 @@ from hypothesis import settings
 from torch import Tensor, nn
 from wheel_support import build_sdist
 
-from bitsmoe_plugin.calibration.statistics import LayerActivations
+from bitsmoe_plugin.calibration.activations import LayerActivations
 from bitsmoe_plugin.models.expert_weights import ExpertWeights
 
 pytest_plugins = ["untrusted_cases"]

@@ -13,6 +13,7 @@ import vllm.envs as envs
 from vllm.config import VllmConfig
 
 from bitsmoe_plugin.errors import ConfigError
+from bitsmoe_plugin.runtime import batch_invariance
 
 LOAD_FORMATS = ("auto", "hf", "safetensors")
 """Formats whose files lie on a local disk as they were written; the packed tensors are read there."""
@@ -36,10 +37,9 @@ def check_engine(config: VllmConfig) -> None:
     _check_transfer(config.weight_transfer_config)
     _check_dispatch(config.parallel_config, config.device_config.device)
     if envs.VLLM_BATCH_INVARIANT:
-        raise ConfigError(
-            "VLLM_BATCH_INVARIANT: kernels of packed experts are chosen by the number of tokens and sum in "
-            "another order then; unset it"
-        )
+        batch_invariance.refuse_device(config.device_config.device, "VLLM_BATCH_INVARIANT")
+    if batch_invariance.is_wanted():
+        batch_invariance.refuse_device(config.device_config.device)
 
 
 def _check_load_format(load: Any) -> None:

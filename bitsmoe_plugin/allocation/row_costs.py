@@ -32,14 +32,14 @@ def _spectral_weights(problem: LayerProblem, chosen: slice) -> tuple[Tensor, Ten
     ``row_costs`` takes errors relative to each projection's total, the only common unit there is.
     """
     energies = []
-    for tokens in problem.tokens[chosen]:
+    for tokens in problem.sampled[chosen]:
         z = problem.z[:, tokens.tokens]
         energies.append((z.square() * tokens.weights[:, None]).sum(1))
     z_energy = torch.stack(energies, 1)
-    moments = problem.statistics.hidden_moment[chosen]
-    hidden = moments.diagonal(dim1=1, dim2=2).mean(-1, keepdim=True).expand(-1, problem.shape.rank)
+    assert problem.hidden_moments is not None, "of a layer that is planned"
+    hidden = problem.hidden_moments.energy[chosen, None].expand(-1, problem.shape.rank)
     shape = problem.shape
-    ones = torch.ones(len(shape.factors), len(moments), shape.intermediate_size, device=problem.device)
+    ones = torch.ones(len(shape.factors), len(hidden), shape.intermediate_size, device=problem.device)
     return ones, torch.stack([*z_energy.expand(shape.inputs, -1, -1), hidden])
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitsmoe_plugin.calibration.statistics import LayerActivations
+from bitsmoe_plugin.calibration.activations import LayerActivations
 from bitsmoe_plugin.codec.layout import LayerShape
 from bitsmoe_plugin.errors import QuantizationError
 

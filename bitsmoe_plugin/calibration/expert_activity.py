@@ -24,15 +24,29 @@ class ExpertActivity:
     importance: tuple[Tensor, ...]
 
 
+def _products(
+    weights: ExpertWeights, biases: ExpertBiases | None, inputs: Tensor, expert: int
+) -> tuple[Tensor, ...]:
+    """Of gate and up, or of up alone, ``[n, I]`` float32."""
+    x = inputs.float()
+    products = tuple(product(x, matrix[expert].float()) for matrix in weights.inputs)
+    return products if biases is None else biases.add(*products, expert=expert)
+
+
+@span("statistics")
+def hidden_activations(
+    weights: ExpertWeights, biases: ExpertBiases | None, gating: Gating, inputs: Tensor, expert: int
+) -> Tensor:
+    """``ExpertActivity.hidden`` alone."""
+    return gating(*_products(weights, biases, inputs, expert))
+
+
 @span("statistics")
 def expert_activity(
     weights: ExpertWeights, biases: ExpertBiases | None, gating: Gating, inputs: Tensor, expert: int
 ) -> ExpertActivity:
     """Of the inputs ``[n, H]``."""
-    x = inputs.float()
-    products = tuple(product(x, matrix[expert].float()) for matrix in weights.inputs)
-    products = products if biases is None else biases.add(*products, expert=expert)
-    hidden, *slopes = _gating_with_slopes(gating, *products)
+    hidden, *slopes = _gating_with_slopes(gating, *_products(weights, biases, inputs, expert))
     reach = weights.down[expert].float().square().sum(0) / weights.hidden_size
     return ExpertActivity(hidden, tuple(slope.square_().mul_(reach) for slope in slopes))
 

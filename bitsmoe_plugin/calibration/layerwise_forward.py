@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from bitsmoe_plugin.base.free_memory import release_free_memory
 from bitsmoe_plugin.base.spans import span
+from bitsmoe_plugin.calibration.activations import LayerActivations
 from bitsmoe_plugin.calibration.blocks import Blocks, Inputs, batches, pieces
 from bitsmoe_plugin.calibration.carried import (
     Carried,
@@ -27,7 +28,6 @@ from bitsmoe_plugin.calibration.carried import (
     with_left,
 )
 from bitsmoe_plugin.calibration.recording import RecordedCall, after_layers, record_call
-from bitsmoe_plugin.calibration.statistics import LayerActivations
 from bitsmoe_plugin.errors import QuantizationError
 from bitsmoe_plugin.models.families import routed_inputs
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from bitsmoe_plugin.calibration.statistics import LayerActivations, routed_slots
+from bitsmoe_plugin.calibration.activations import LayerActivations, routed_slots
 from bitsmoe_plugin.models.declared_computation import expert_output
 from bitsmoe_plugin.models.expert_weights import ExpertBiases, ExpertWeights
 from bitsmoe_plugin.models.families import layout_of

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bitsmoe_plugin.calibration.activations import LayerActivations
 from bitsmoe_plugin.calibration.carried import first_batches
 from bitsmoe_plugin.calibration.layerwise_forward import LayerwiseForward
-from bitsmoe_plugin.calibration.statistics import LayerActivations
 from bitsmoe_plugin.models.families import layer_shape, layout_of
 
 _PROBE = 0.3

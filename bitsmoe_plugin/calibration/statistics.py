@@ -15,6 +15,7 @@ of the first two is factored as (neuron weight E[a q_i]) x (covariance of z weig
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -22,129 +23,32 @@ from torch import Tensor
 
 from bitsmoe_plugin.base.linalg import product, second_moment
 from bitsmoe_plugin.base.spans import span
-from bitsmoe_plugin.calibration.expert_activity import expert_activity
+from bitsmoe_plugin.calibration.activations import ExpertTokens, LayerActivations, routed_slots
+from bitsmoe_plugin.calibration.expert_activity import expert_activity, hidden_activations
 from bitsmoe_plugin.errors import QuantizationError
 from bitsmoe_plugin.models.expert_weights import ExpertBiases, ExpertWeights
 from bitsmoe_plugin.models.gating import Gating
 
-PRIOR_TOKENS = 64
-"""An expert with fewer routed tokens also sees this many tokens drawn from the whole layer."""
-
-
-@dataclass(frozen=True)
-class LayerActivations:
-    """Inputs and routing of one MoE layer over the calibration text (T tokens, k experts each).
-
-    Attributes:
-        hidden: ``[T, hidden_size]``, model dtype.
-        top_k_index: ``[T, k]`` int64; ids >= num_experts mean "nowhere".
-        top_k_weights: ``[T, k]`` float32.
-        token_weights: ``[T]`` float32, omega of the module text.
-    """
-
-    hidden: Tensor
-    top_k_index: Tensor
-    top_k_weights: Tensor
-    token_weights: Tensor
-
-    def first(self, tokens: int) -> LayerActivations:
-        """The first ``tokens`` tokens."""
-        return LayerActivations(*(tensor[:tokens] for tensor in vars(self).values()))
-
-    def sampled(self, tokens: int, seed: int) -> LayerActivations:
-        """So many tokens, drawn at random; all, where there are no more."""
-        total, device = len(self.hidden), self.hidden.device
-        if tokens >= total:
-            return self
-        generator = torch.Generator().manual_seed(seed)
-        order = torch.randperm(total, generator=generator, device="cpu")
-        chosen = order[:tokens].sort().values.to(device)
-        return LayerActivations(*(tensor[chosen] for tensor in vars(self).values()))
+_PEAK_TOKENS = 256
+"""Of an expert, those of its largest hidden activations, in which its largest output value is looked for."""
+_BLOCK = 4096
+"""Tokens whose inputs are in float32 at a time."""
 
 
 @dataclass(frozen=True)
 class LayerStatistics:
     """Attributes:
     second_moment: ``[H, H]`` float64, sum_te a x x^T / sum_te a, the inputs as routed.
-    hidden_moment: ``[E, I, I]`` float32, E[a h h^T] / H per expert; of no expert if it was not asked for.
     neuron_weights: ``[n, E, I]`` float32, E[a q_i] for gate and up (n = 2), or up alone.
-    slot_weights: ``[n, T, k]`` float32, a sum_i q_ti of each routed (token, slot).
-    output_energy: E[omega |y|^2 / H] of the whole layer; 0 if it was not asked for.
+    slot_weights: ``[n, T, k]`` float32, a sum_i q_ti of each routed (token, slot) that was looked at.
     output_peaks: ``[E]`` float32, largest absolute output value of each expert over the tokens routed to
         it, before the router's weight; 0 without any, or if they were not asked for.
     """
 
     second_moment: Tensor
-    hidden_moment: Tensor
     neuron_weights: Tensor
     slot_weights: Tensor
-    output_energy: float
     output_peaks: Tensor
-
-
-def routed_slots(activations: LayerActivations, num_experts: int) -> list[tuple[Tensor, Tensor]]:
-    """For each expert the (token, slot) index pairs that are routed to it."""
-    flat = activations.top_k_index.flatten()
-    order = torch.argsort(flat, stable=True)
-    counts = torch.bincount(flat, minlength=num_experts)[:num_experts].tolist()
-    k = activations.top_k_index.shape[1]
-    pieces = order[: sum(counts)].split(counts)
-    return [(piece // k, piece % k) for piece in pieces]
-
-
-@dataclass(frozen=True)
-class ExpertTokens:
-    """Calibration tokens of one expert.
-
-    Attributes:
-        tokens: ``[n]`` int64, rows of ``LayerActivations.hidden``; the routed ones come first.
-        slots: ``[routed]`` int64, their column in ``top_k_index``.
-        weights: ``[n]`` float32, a = omega p^2 / T.
-    """
-
-    tokens: Tensor
-    slots: Tensor
-    weights: Tensor
-
-    @property
-    def routed(self) -> int:
-        return len(self.slots)
-
-
-def expert_tokens(
-    activations: LayerActivations, num_experts: int, seed: int, all_tokens: bool = False
-) -> list[ExpertTokens]:
-    """Routed tokens of every expert; thin experts are topped up with tokens of the whole layer.
-
-    The added tokens weigh together as much as the layer's median expert, less what the expert has
-    seen itself, so that an unrouted expert counts as a typical one instead of as worthless.
-
-    Args:
-        all_tokens: every expert also sees all other tokens, as if they were ``PRIOR_TOKENS`` of the layer's.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    total = activations.hidden.shape[0]
-    weight = activations.token_weights[:, None] * activations.top_k_weights.square() / total
-    slots = routed_slots(activations, num_experts)
-    mass = torch.stack([weight[token, slot].sum() for token, slot in slots])
-    if not bool((mass > 0).any()):
-        raise QuantizationError("no calibration token is routed to any expert of a layer")
-    typical = mass[mass > 0].median()
-    tokens = []
-    for token, slot in slots:
-        a = weight[token, slot]
-        if all_tokens:
-            others = torch.ones(total, dtype=torch.bool, device=token.device)
-            others[token] = False
-            extra = torch.nonzero(others).flatten()
-            share = typical * PRIOR_TOKENS / (len(token) + PRIOR_TOKENS) / max(len(extra), 1)
-            token, a = torch.cat([token, extra]), torch.cat([a, share.expand(len(extra))])
-        elif len(token) < PRIOR_TOKENS:
-            extra = torch.randint(total, (PRIOR_TOKENS,), generator=generator, device="cpu").to(token.device)
-            share = (1 - len(token) / PRIOR_TOKENS) * typical / PRIOR_TOKENS
-            token, a = torch.cat([token, extra]), torch.cat([a, share.expand(PRIOR_TOKENS)])
-        tokens.append(ExpertTokens(token, slot, a))
-    return tokens
 
 
 _INPUTS = {
@@ -171,10 +75,10 @@ def _all_finite(tensor: Tensor) -> bool:
     return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
 
 
-def check_finite_statistics(name: str, statistics: LayerStatistics) -> None:
+def check_finite_statistics(name: str, statistics: LayerStatistics, **others: Tensor) -> None:
     """Raises QuantizationError for NaN or infinity, which finite weights and activations may still give."""
-    for part, value in vars(statistics).items():
-        if not bool(torch.isfinite(torch.as_tensor(value)).all()):
+    for part, value in (*vars(statistics).items(), *others.items()):
+        if not bool(torch.isfinite(value).all()):
             raise QuantizationError(
                 f"{name}: NaN or infinity in the statistics ({part}): weights or activations are too large "
                 "for float32. Check the checkpoint."
@@ -189,49 +93,65 @@ def collect(
     gating: Gating,
     neuron_weighting: bool = True,
     biases: ExpertBiases | None = None,
-    hidden_moments: bool = True,
-    outputs: bool = True,
+    sampled: list[ExpertTokens] | None = None,
+    take: Callable[[int, Tensor], None] | None = None,
+    peaks: bool = True,
 ) -> LayerStatistics:
     """Accumulate the statistics of one layer, one expert at a time.
 
     Args:
-        biases: of the experts; those of down are in no statistic, ``output_energy`` included.
+        tokens: whose inputs are in ``second_moment``.
         neuron_weighting: if not, the neurons of an expert weigh alike.
-        hidden_moments: whether ``hidden_moment`` is needed.
-        outputs: whether ``output_energy`` and ``output_peaks`` are.
+        biases: of the experts; those of down are in no statistic.
+        sampled: for all the rest; default: ``tokens``.
+        take: is given each expert's ``E[a h h^T] / H``, ``[I, I]`` float32, which are not kept.
+        peaks: whether ``output_peaks`` are needed.
     """
     num_experts, size, h = weights.num_experts, weights.intermediate_size, weights.hidden_size
-    device = activations.hidden.device
-    hidden_moment = torch.empty(num_experts if hidden_moments else 0, size, size, device=device)
-    inputs = len(weights.inputs)
+    device, inputs = activations.hidden.device, len(weights.inputs)
     neuron_weights = torch.empty(inputs, num_experts, size, device=device)
     slot_weights = torch.zeros(inputs, *activations.top_k_index.shape, device=device)
-    output = torch.zeros(activations.hidden.shape[0] if outputs else 0, h, device=device)
-    peaks = torch.zeros(num_experts, device=device)
-    token_mass = torch.zeros(activations.hidden.shape[0], device=device)
-    for expert, picked in enumerate(tokens):
+    largest = torch.zeros(num_experts, device=device)
+    for expert, picked in enumerate(tokens if sampled is None else sampled):
         a, routed = picked.weights, picked.routed
         seen = expert_activity(weights, biases, gating, activations.hidden[picked.tokens], expert)
         for part, q in enumerate(seen.importance):
             slot_weights[part, picked.tokens[:routed], picked.slots] = (a * q.sum(-1))[:routed]
             neuron_weights[part, expert] = a @ q if neuron_weighting else (a @ q).mean()
-        if hidden_moments:
-            hidden_moment[expert] = second_moment(seen.hidden, a) / h
-        token_mass.index_add_(0, picked.tokens, a)
-        if not outputs:
-            continue
-        p = activations.top_k_weights[picked.tokens[:routed], picked.slots, None]
-        single = product(seen.hidden[:routed], weights.down[expert].float())
-        peaks[expert] = single.abs().max() if routed else 0.0
-        output.index_add_(0, picked.tokens[:routed], single * p)
-    x = activations.hidden.float()
-    return LayerStatistics(
-        second_moment=second_moment(x, token_mass / token_mass.sum()).double(),
-        hidden_moment=hidden_moment,
-        neuron_weights=neuron_weights,
-        slot_weights=slot_weights,
-        output_energy=float((output.square().mean(-1) * activations.token_weights).mean())
-        if outputs
-        else 0.0,
-        output_peaks=peaks,
-    )
+        if take is not None:
+            take(expert, second_moment(seen.hidden, a) / h)
+        if peaks and routed:
+            largest[expert] = _output_peak(seen.hidden[:routed], weights.down[expert])
+    return LayerStatistics(_input_moment(activations, tokens), neuron_weights, slot_weights, largest)
+
+
+def _output_peak(hidden: Tensor, down: Tensor) -> Tensor:
+    """Largest absolute output value of an expert ``[H, I]``, from hidden activations ``[n, I]``."""
+    strong = hidden.square().sum(-1).topk(min(len(hidden), _PEAK_TOKENS)).indices
+    return product(hidden[strong], down.float()).abs().max()
+
+
+def _input_moment(activations: LayerActivations, tokens: list[ExpertTokens]) -> Tensor:
+    """``LayerStatistics.second_moment``, a block of tokens after the other."""
+    hidden = activations.hidden
+    mass = torch.zeros(len(hidden), device=hidden.device)
+    for own in tokens:
+        mass.index_add_(0, own.tokens, own.weights)
+    mass /= mass.sum()
+    moment = torch.zeros(hidden.shape[1], hidden.shape[1], dtype=torch.float64, device=hidden.device)
+    for rows, share in zip(hidden.split(_BLOCK), mass.split(_BLOCK), strict=True):
+        moment += second_moment(rows.float(), share)
+    return moment
+
+
+@span("statistics")
+def output_energy(
+    weights: ExpertWeights, activations: LayerActivations, gating: Gating, biases: ExpertBiases | None
+) -> float:
+    """E[omega |y|^2 / H] of a whole layer, without the biases of down."""
+    output = torch.zeros(activations.hidden.shape, device=activations.hidden.device)
+    for expert, (token, slot) in enumerate(routed_slots(activations, weights.num_experts)):
+        hidden = hidden_activations(weights, biases, gating, activations.hidden[token], expert)
+        single = product(hidden, weights.down[expert].float())
+        output.index_add_(0, token, single.mul_(activations.top_k_weights[token, slot, None]))
+    return float((output.square().mean(-1) * activations.token_weights).mean())

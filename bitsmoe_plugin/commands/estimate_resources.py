@@ -14,9 +14,13 @@ import torch
 
 from bitsmoe_plugin.base import native
 from bitsmoe_plugin.base.devices import CPU_WORKING_SET
+from bitsmoe_plugin.calibration.activations import enough
 from bitsmoe_plugin.codec.layout import LayerShape
 from bitsmoe_plugin.commands.estimate_tuning import tuning_decoding, tuning_flops, tuning_memory
 from bitsmoe_plugin.config import BitsMoEConfig
+from bitsmoe_plugin.rounding.refit_down import REFIT_TOKENS
+from bitsmoe_plugin.spectral.moments import COVARIANCE_TOKENS
+from bitsmoe_plugin.spectral.statistics_tokens import FEWEST_MOMENT_TOKENS, MEAN_TOKENS, MOMENT_TOKENS
 
 PROCESS_BYTES = 390 * 2**20
 """Python with torch and transformers, measured."""
@@ -70,7 +74,7 @@ def quantizing_memory(work: Workload, config: BitsMoEConfig) -> dict[str, int]:
     ``plan``: costs, energies and bases of one layer.
     ``kernels``: what torch keeps of the forward passes, see ``_KERNEL_BYTES``.
     ``activations``: hidden states of all tokens (embedded, inputs, exact, outputs, captured, residual,
-    drift: 7 in the model's dtype; 3 in float32 while statistics are computed).
+    drift: 7 in the model's dtype; drift twice in float32, while it is taken into the basis).
     ``layer``: see ``_layer_bytes``.
     ``shown``: with ``all_experts``, see ``_shown_bytes``.
 
@@ -88,7 +92,7 @@ def quantizing_memory(work: Workload, config: BitsMoEConfig) -> dict[str, int]:
         "experts": work.itemsize * max(shape.weights for shape in work.shapes),
         "kernels": _KERNEL_BYTES * min(KERNELS, products) if work.itemsize == 2 else 0,
         "plan": max(_plan_bytes(shape, config) for shape in work.shapes),
-        "activations": work.tokens * hidden * (7 * work.itemsize + 3 * 4),
+        "activations": work.tokens * hidden * (7 * work.itemsize + 2 * 4),
         "layer": max(_layer_bytes(shape, work.tokens, bits, config.input_bases) for shape in work.shapes),
         "shown": max(_shown_bytes(shape, work.tokens, config) for shape in work.shapes),
     }
@@ -104,30 +108,34 @@ def _plan_bytes(shape: LayerShape, config: BitsMoEConfig) -> int:
 def _layer_bytes(shape: LayerShape, tokens: int, bits: float, input_bases: int) -> int:
     """The working set of ``layer_rounding.round_experts``, float32 but where said otherwise.
 
-    Held all along: refitted down and the feedback of its neurons, second moments, bases and their
-    inverses (about 10 of [H, H], two of them in float64), inputs in the basis, packed rows.
+    Held all along: second moments, bases and their inverses (about 10 of [H, H], two of them in float64),
+    inputs in the basis, packed rows.
     Of a group of experts: gate and up as factors, what is left of them, codes and values; feedback twice
-    (while it is stacked).
+    (while it is stacked). Of one expert: inputs, in the basis and not, and activations of the tokens that
+    down is refitted to.
     """
     input_bases = min(input_bases, shape.inputs)
     covariance = input_bases * shape.rank**2
     group = min(shape.num_experts, max(1, CPU_WORKING_SET // covariance))
-    kept = 4 * shape.weights // len(shape.factors) + 4 * shape.num_experts * shape.intermediate_size**2
-    kept += 12 * 4 * shape.hidden_size**2 + 4 * tokens * input_bases * shape.rank
+    kept = 12 * 4 * shape.hidden_size**2 + 4 * tokens * input_bases * shape.rank
     kept += int(bits * shape.weights / 8)
     rows = shape.inputs * group * shape.rank * shape.intermediate_size
-    return kept + 4 * 4 * rows + 2 * 4 * group * covariance
+    return kept + 4 * 4 * rows + 2 * 4 * group * covariance + _activity_bytes(shape, tokens, input_bases)
+
+
+def _activity_bytes(shape: LayerShape, tokens: int, input_bases: int) -> int:
+    """Of the one expert at work, if all tokens are its."""
+    seen = min(tokens, enough(REFIT_TOKENS, shape.intermediate_size))
+    return 4 * seen * ((1 + input_bases) * shape.hidden_size + _NEURON_VALUES * shape.intermediate_size)
 
 
 def _shown_bytes(shape: LayerShape, tokens: int, config: BitsMoEConfig) -> int:
-    """What ``all_experts`` adds: which tokens every expert sees and their weights, and the activations of the
-    one expert at work, which routing would keep to few tokens."""
+    """What ``all_experts`` adds: which tokens every expert sees and their weights, and as many activations of
+    the one expert at work again."""
     if not config.all_experts:
         return 0
-    h, i = shape.hidden_size, shape.intermediate_size
-    return tokens * (
-        12 * shape.num_experts + 4 * ((1 + min(config.input_bases, shape.inputs)) * h + _NEURON_VALUES * i)
-    )
+    shown = _activity_bytes(shape, tokens, min(config.input_bases, shape.inputs))
+    return tokens * 12 * shape.num_experts + shown
 
 
 def rough_seconds(work: Workload, config: BitsMoEConfig) -> float | None:
@@ -152,25 +160,33 @@ def rough_seconds(work: Workload, config: BitsMoEConfig) -> float | None:
 def _layer_flops(shape: LayerShape, tokens: int, experts_per_token: int) -> int:
     """Multiplications and additions in matrix products for one layer.
 
-    Four forward passes (first pass; exact, captured and rounded in the second), and twice: activations and
-    outputs (8HI), covariances of gate's and up's inputs (4H^2), of hidden activations (4I^2) per routed row;
-    inputs in the basis (2H^2) per token; Gram matrices (4IH^2), feedback factors (1/3 n^3 for gate and up,
-    4/3 n^3 for down, in float64 at half the speed) and factors (6IH^2) per expert.
+    Four forward passes (first pass; exact, captured and rounded in the second). Of as many rows as are drawn:
+    activations (4HI) and their covariances (2I^2) in the plan, means of activations, exact and rounded ones
+    (8HI) and what down is refitted to (4I^2), covariances of inputs (H^2, one half). Inputs in the basis
+    (2H^2) per token and pass; Gram matrices (4IH^2), feedback factors (1/3 n^3 for gate and up, 4/3 n^3 for
+    down, in float64 at half the speed) and factors (6IH^2) per expert.
     """
     h, i = shape.hidden_size, shape.intermediate_size
-    per_row = 4 * 6 * h * i + 2 * (8 * h * i + 4 * h**2 + 4 * i**2)
+    rows = tokens * experts_per_token // shape.num_experts
+    planned = min(rows, max(FEWEST_MOMENT_TOKENS, MOMENT_TOKENS * i))
+    refitted, covered = min(rows, enough(REFIT_TOKENS, i)), min(rows, enough(COVARIANCE_TOKENS, h))
     per_expert = 2 * (10 * i * h**2 + 2 * 2 * 2 * h**3 // 3 + 2 * 8 * i**3 // 3)
-    return tokens * (experts_per_token * per_row + 2 * 2 * h**2) + shape.num_experts * per_expert
+    per_expert += planned * (4 * h * i + 2 * i**2) + min(rows, MEAN_TOKENS) * 4 * h * i
+    per_expert += refitted * (8 * h * i + 4 * i**2) + covered * h**2
+    passes = tokens * (experts_per_token * 4 * 6 * h * i + 2 * 2 * h**2)
+    return passes + shape.num_experts * per_expert
 
 
 def _shown_flops(shape: LayerShape, tokens: int, experts_per_token: int) -> int:
-    """Of the tokens that ``all_experts`` shows to experts that they are not routed to.
+    """Of the tokens that ``all_experts`` shows to experts that they are not routed to, as many as are drawn.
 
     Gate and up in either pass (8HI); what the refit of down compares, with exact and with rounded weights
     (8HI); covariances of hidden activations, once in the first pass (2I^2) and twice in the refit (4I^2).
     """
     h, i = shape.hidden_size, shape.intermediate_size
-    return tokens * (shape.num_experts - experts_per_token) * (16 * h * i + 6 * i**2)
+    others = tokens * (shape.num_experts - experts_per_token) // shape.num_experts
+    shown = shape.num_experts * min(others, enough(REFIT_TOKENS, i))
+    return shown * (16 * h * i + 6 * i**2)
 
 
 def _matmul_speed() -> float:

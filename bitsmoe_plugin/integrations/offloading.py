@@ -12,6 +12,7 @@ from bitsmoe_plugin.codec.layout import PackedExperts
 from bitsmoe_plugin.config import BitsMoEConfig
 from bitsmoe_plugin.errors import ConfigError
 from bitsmoe_plugin.integrations.spread_state import value_of
+from bitsmoe_plugin.runtime import batch_invariance
 from bitsmoe_plugin.runtime.experts import BitsMoEExperts
 
 
@@ -34,6 +35,18 @@ def check_for_quantization(device_map: Any, distributed: Any) -> None:
             raise ConfigError(
                 f"a model is not quantized while device_map={device_map} puts a part on {device}; {remedy}"
             )
+
+
+def check_invariance(device_map: Any) -> None:
+    """Refuse devices whose kernels give a token another output in another batch, if that was asked for.
+
+    Raises:
+        ConfigError: naming the device, or a switch that is neither on nor off.
+    """
+    if batch_invariance.is_wanted() and isinstance(device_map, dict):
+        for device in device_map.values():
+            if device not in ("disk", "meta"):
+                batch_invariance.refuse_device("cuda" if isinstance(device, int) else device)
 
 
 def verify_layers(model: Any, config: BitsMoEConfig, device_map: Any) -> None:

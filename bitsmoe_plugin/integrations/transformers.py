@@ -75,9 +75,11 @@ class BitsMoEQuantizer(HfQuantizer):
 
         Called a second time with the device map that "auto" and the like became.
         """
-        from bitsmoe_plugin.integrations.offloading import check_for_quantization
+        from bitsmoe_plugin.integrations.offloading import check_for_quantization, check_invariance
 
-        if not self._packed:
+        if self._packed:
+            check_invariance(kwargs.get("device_map"))
+        else:
             check_for_quantization(kwargs.get("device_map"), None)
         if not self._packed and self.quantization_config.dataset is None:
             raise ConfigError(

@@ -12,8 +12,6 @@ _FLOATS = ("float-quantized", "naive-quantized")
 _PACKED = "pack-quantized"
 _PARTS = ("weight_scale", "weight_zero_point", "weight_global_scale", "weight_shape", "weight_g_idx")
 """Beside a weight."""
-_INPUTS = ("input_scale", "input_zero_point")
-"""Of activations, which are not quantized here."""
 
 
 def check_schemes(
@@ -52,7 +50,6 @@ def check_schemes(
             scheme.check_supported(weight)
             scheme.check_parts(weight, beside)
             found |= {name, *(part.name for part in beside.values())}
-            found |= {f"{base}.{part}" for part in _INPUTS} & stored.keys()
     return found
 
 

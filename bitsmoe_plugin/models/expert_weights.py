@@ -92,6 +92,10 @@ class ExpertBiases:
         """Products ``[..., I]`` of gate and up, or up alone, with the biases of an expert, or one each."""
         return tuple(x + bias[expert].float() for x, bias in zip(products, self.inputs, strict=True))
 
+    def every(self, stride: int) -> ExpertBiases:
+        """Views of every ``stride``-th neuron's."""
+        return ExpertBiases.of([bias[:, ::stride] for bias in self.inputs], self.down)
+
     def to(self, device: torch.device) -> ExpertBiases:
         """The same on a device."""
         return ExpertBiases.of([bias.to(device) for bias in self.inputs], self.down.to(device))

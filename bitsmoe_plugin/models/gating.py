@@ -27,6 +27,8 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": functional.relu,
     "relu2": lambda x: functional.relu(x).square(),
 }
+ACTIVATIONS = tuple(_ACTIVATIONS)
+"""Names, in the order in which ``csrc/bitsmoe.h`` counts them."""
 
 
 @dataclass(frozen=True)

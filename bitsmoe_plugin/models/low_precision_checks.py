@@ -21,6 +21,11 @@ from bitsmoe_plugin.models.stored_tensors import StoredTensor
 _FP8 = ("F8_E4M3", "F8_E5M2")
 _FP8_SCALES = ("weight_scale_inv", "scale", "qscale_weight")
 _FP4_BLOCK = 32
+_ACTIVATIONS = frozenset(
+    {"activation_scale", "input_scale", "input_zero_point", "output_scale"}
+    | {f"{part}_scale" for part in ("q", "k", "v", "kv", "prob", "prob_output")}
+)
+"""Scales of inputs and of cached keys and values, which stay in 16 bits here: they are left out."""
 _MXFP4_BYTES = 16
 """Two values in each, which share a scale."""
 
@@ -41,10 +46,20 @@ def check_stored(
         QuantizationError: naming a tensor and the scheme.
     """
     if source.method == "mxfp4":
-        return _check_mxfp4(stored)
-    if source.method == "compressed-tensors":
-        return check_schemes(source.quantizer.compressor.quantization_config, stored, is_expert)
-    return _check_fp8(source, stored, is_expert)
+        found = _check_mxfp4(stored)
+    elif source.method == "compressed-tensors":
+        found = check_schemes(source.quantizer.compressor.quantization_config, stored, is_expert)
+    else:
+        found = _check_fp8(source, stored, is_expert)
+    return found | _of_activations(stored)
+
+
+def _of_activations(stored: Mapping[str, StoredTensor]) -> set[str]:
+    """Scales of activations of modules that have weights, in themselves or below."""
+    weights = {name.rpartition(".")[0] for name in stored if name.rpartition(".")[2] not in _ACTIVATIONS}
+    modules = weights | {name.rpartition(".")[0] for name in weights}
+    candidates = (name.rpartition(".") for name in stored)
+    return {f"{base}.{end}" for base, _, end in candidates if end in _ACTIVATIONS and base in modules}
 
 
 def check_finite(source: LowPrecision, stored: Mapping[str, StoredTensor], names: Iterable[str]) -> None:
@@ -94,7 +109,7 @@ def _check_mxfp4(stored: Mapping[str, StoredTensor]) -> set[str]:
 def _check_fp8(
     source: LowPrecision, stored: Mapping[str, StoredTensor], is_expert: Callable[[str], bool]
 ) -> set[str]:
-    found, used = set(), set()
+    found: set[str] = set()
     for name, weight in stored.items():
         base, _, end = name.rpartition(".")
         ends = [f"{end}_scale_inv"] if end in FUSED else list(_FP8_SCALES)
@@ -111,9 +126,8 @@ def _check_fp8(
                 f"{weight} is stored in {source.method}, and {missing} ({base}.{ends[0]})"
             )
         _check_grid(source, weight, scales[0], is_expert(name))
-        used |= {name, scales[0].name}
-        found |= {name, scales[0].name} | ({f"{base}.activation_scale"} & stored.keys())
-    for name in stored.keys() - used:
+        found |= {name, scales[0].name}
+    for name in stored.keys() - found:
         if name.endswith("_scale_inv"):
             raise QuantizationError(
                 f"{stored[name]} are scales of {source.method}, and their weight is missing"

@@ -13,7 +13,7 @@ from bitsmoe_plugin.allocation.row_costs import row_costs
 from bitsmoe_plugin.base.devices import computing_on
 from bitsmoe_plugin.codec.layout import LayerShape, row_sizes
 from bitsmoe_plugin.rounding.layer_rounding import round_experts
-from bitsmoe_plugin.rounding.refit_down import exact, sampled_error
+from bitsmoe_plugin.rounding.refit_down import Exact, exact, sampled_error
 from bitsmoe_plugin.rounding.rounded_layer import RoundedLayer
 from bitsmoe_plugin.spectral.bases import SharedBases
 from bitsmoe_plugin.spectral.error_feedback import Feedback
@@ -32,7 +32,7 @@ class LayerPlan:
     energies: ``[f, E, r]`` float32, first-order output error of dropping each row.
     bases: quantized, to be reused when the layer is rounded.
     correction: measured over estimated error of a trial rounding; already inside ``costs``.
-    output_energy: of the layer, see ``statistics.LayerStatistics``.
+    output_energy: of the layer, see ``LayerProblem``.
     row_weights: if rounding needs no more than the plan, see ``BitsMoEConfig.rounds_as_planned``.
     """
 
@@ -53,13 +53,13 @@ def plan_layer(problem: LayerProblem, payload_bits: int) -> LayerPlan:
     Args:
         payload_bits: the layer's share of the budget, for the trial.
     """
-    cpu, energy, config = torch.device("cpu"), problem.statistics.output_energy, problem.config
+    cpu, energy, config = torch.device("cpu"), problem.output_energy, problem.config
     with computing_on(problem.device):
         weights, correction = None, 1.0
         if config.cost == "spectral":
             costs, energies = row_costs(problem)
         elif config.cost == "model":
-            weights = row_weights(problem, _trial_feedback(problem))
+            weights = row_weights(problem, _trial_feedback(problem, _exact(problem)))
             costs, energies = row_costs(problem, weights)
         else:
             costs, energies, correction = _corrected_costs(problem, payload_bits)
@@ -74,27 +74,31 @@ def plan_layer(problem: LayerProblem, payload_bits: int) -> LayerPlan:
     )
 
 
-def _trial_feedback(problem: LayerProblem) -> dict[int, Feedback]:
-    """Feedback of some experts, evenly spaced, which tell what it does to the others'."""
+def _exact(problem: LayerProblem) -> dict[int, Exact]:
+    """What some experts compute, evenly spaced."""
     stride = max(1, problem.shape.num_experts // _TRIAL_EXPERTS)
-    return {expert: rank_feedback(problem, expert) for expert in range(0, problem.shape.num_experts, stride)}
+    return {expert: exact(problem, expert) for expert in range(0, problem.shape.num_experts, stride)}
+
+
+def _trial_feedback(problem: LayerProblem, given: dict[int, Exact]) -> dict[int, Feedback]:
+    """Feedback of some experts, which tell what it does to the others'."""
+    return {expert: rank_feedback(problem, expert, known.slot_weights) for expert, known in given.items()}
 
 
 def _corrected_costs(problem: LayerProblem, payload_bits: int) -> tuple[Tensor, Tensor, float]:
     """Costs times the correction, energies, and the correction of a plan."""
-    widths, feedback = problem.config.widths, _trial_feedback(problem)
-    experts = list(feedback)
+    widths, given = problem.config.widths, _exact(problem)
+    feedback, experts = _trial_feedback(problem, given), list(given)
     costs, energies = row_costs(problem, row_weights(problem, feedback))
     sizes = row_sizes(problem.shape, widths)
     least = costs.shape[:-1].numel() * sizes[0]
     trial = allocate([costs.view(-1, len(widths)).cpu().numpy()], [sizes], max(payload_bits, least))
     choice = torch.from_numpy(trial.choice).to(costs.device).long().view(costs.shape[:-1])
     bits = torch.tensor(widths, device=choice.device)[choice[:, experts]]
-    given = {expert: exact(problem, expert) for expert in experts}
     rounded, _ = round_experts(problem, bits, experts, feedback, given, with_values=True)
     assert rounded.values is not None
     estimated = costs[:, experts].gather(-1, choice[:, experts, :, None]).sum()
-    measured = sampled_error(problem, experts, rounded.values, list(given.values()))
+    measured = sampled_error(problem, experts, rounded.values)
     correction = measured / float(estimated) if float(estimated) > 0 and measured > 0 else 1.0
     return costs * correction, energies, correction
 

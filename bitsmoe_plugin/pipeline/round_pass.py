@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from bitsmoe_plugin.allocation.row_widths import Widths, experts_with_rows
+from bitsmoe_plugin.calibration.activations import LayerActivations
 from bitsmoe_plugin.calibration.carried import copied
 from bitsmoe_plugin.calibration.coverage import refuse_thin_calibration, tokens_per_expert
 from bitsmoe_plugin.calibration.layerwise_forward import capture_layer
 from bitsmoe_plugin.calibration.post_norm import through_norm
 from bitsmoe_plugin.calibration.residual_gain import measured_passage
-from bitsmoe_plugin.calibration.statistics import LayerActivations
 from bitsmoe_plugin.checkpoint.energy_summary import spectrum
 from bitsmoe_plugin.checkpoint.manifest import entry_spec, layer_manifest
 from bitsmoe_plugin.codec.layout import PackedExperts

@@ -18,9 +18,9 @@ from bitsmoe_plugin.base.free_memory import release_free_memory
 from bitsmoe_plugin.base.interruption import Interrupted
 from bitsmoe_plugin.base.spans import span
 from bitsmoe_plugin.base.workers import Workers
+from bitsmoe_plugin.calibration.activations import LayerActivations
 from bitsmoe_plugin.calibration.layerwise_forward import LayerwiseForward
 from bitsmoe_plugin.calibration.residual_gain import as_seen_by_the_stream
-from bitsmoe_plugin.calibration.statistics import LayerActivations
 from bitsmoe_plugin.codec.dense import DenseScheme
 from bitsmoe_plugin.config import BitsMoEConfig
 from bitsmoe_plugin.errors import QuantizationError

@@ -13,6 +13,7 @@ from bitsmoe_plugin.base.native import absence, library
 from bitsmoe_plugin.codec.layout import PackedExperts
 from bitsmoe_plugin.codec.spec import PackedSpec
 from bitsmoe_plugin.models.gating import Gating, GatingForm, form_of
+from bitsmoe_plugin.runtime import batch_invariance
 
 
 class Runtime(Protocol):
@@ -39,7 +40,11 @@ class Runtime(Protocol):
 
 
 def prepare(spec: PackedSpec, packed: PackedExperts, gating: Gating) -> Runtime:
-    """The fastest implementation for the device that the tensors are on; says so if it is the slow one."""
+    """The fastest implementation for the device that the tensors are on; says so if it is the slow one.
+
+    Raises:
+        ConfigError: batch invariance is asked for and is not to be had there.
+    """
     from bitsmoe_plugin.runtime.with_originals import WithOriginals
 
     runtime = _fastest(spec, packed, gating)
@@ -82,10 +87,14 @@ def warm_up(runtime: Runtime, slots: int, dtype: torch.dtype, most: int) -> None
 def _fastest(spec: PackedSpec, packed: PackedExperts, gating: Gating) -> Runtime:
     from bitsmoe_plugin.runtime.reference_layer import ReferenceLayer
 
-    device = packed.payload.device.type
+    device, invariant = packed.payload.device.type, batch_invariance.is_wanted()
+    if invariant:
+        batch_invariance.refuse_device(device)
     runtime, missing = _on_cpu(spec, packed, gating) if device == "cpu" else _on_gpu(spec, packed, gating)
     if runtime is not None:
         return runtime
+    if invariant:
+        batch_invariance.refuse_plain_torch(missing)
     warnings.warn(f"packed experts on {device} run in plain torch, much slower: {missing}", stacklevel=2)
     return ReferenceLayer.prepare(spec, packed, gating)
 

@@ -11,6 +11,8 @@ from torch import Tensor
 from bitsmoe_plugin.codec.layout import PackedExperts
 from bitsmoe_plugin.codec.spec import PackedSpec
 from bitsmoe_plugin.models.gating import Gating
+from bitsmoe_plugin.runtime import cpu_blocks
+from bitsmoe_plugin.runtime.cpu_layer import CpuLayer
 
 if TYPE_CHECKING:
     from bitsmoe_plugin.runtime.dispatch import Runtime
@@ -45,9 +47,7 @@ class WithOriginals:
         out = self.runtime.forward(hidden, top_k_index, top_k_weights).float()
         weights = top_k_weights.float()
         if self.packed.output_bias is not None:
-            here = (top_k_index >= 0) & (top_k_index < self.spec.shape.num_experts)
-            bias = self.spec.original(self.packed.output_bias)[torch.where(here, top_k_index, 0).long()]
-            out += ((weights * here)[:, None] @ bias.float()).squeeze(1)
+            out += self._bias_of_down(weights, top_k_index)
         for position, expert in enumerate(self.spec.kept):
             share = (weights * (top_k_index == expert)).sum(-1)
             if hidden.device.type == "cpu":
@@ -58,19 +58,40 @@ class WithOriginals:
                 out += share[:, None] * self._kept(position, hidden)
         return out.to(hidden.dtype)
 
+    def _bias_of_down(self, weights: Tensor, top_k_index: Tensor) -> Tensor:
+        """``[T, H]`` float32, slot by slot: how a product sums may follow the number of tokens."""
+        assert self.packed.output_bias is not None
+        stored = self.spec.original(self.packed.output_bias)
+        here = (top_k_index >= 0) & (top_k_index < self.spec.shape.num_experts)
+        chosen = torch.where(here, top_k_index, 0).long()
+        shares = (weights * here).unbind(1)
+        return sum(  # type: ignore[return-value]
+            share[:, None] * stored[expert].float()
+            for share, expert in zip(shares, chosen.unbind(1), strict=True)
+        )
+
     def _kept(self, position: int, hidden: Tensor) -> Tensor:
         """Output ``[n, H]`` float32 of a kept expert, without the bias of down.
 
-        Of the hidden states' and the weights' dtypes neither is rounded to the other.
+        Of the hidden states' and the weights' dtypes neither is rounded to the other. On a CPU a token's is
+        the same bit by bit whatever tokens are computed with it.
         """
         stored_input, stored_output = self.packed.kept_input, self.packed.kept_output
         assert stored_input is not None
         assert stored_output is not None
         weights = self.spec.original(stored_input[position])
+        if isinstance(self.runtime, CpuLayer):
+            products = [cpu_blocks.product(hidden, weight) for weight in weights]
+            h = cpu_blocks.gated(self.gating, torch.stack(self._biased(position, products), 1))
+            return cpu_blocks.product(h, self.spec.original(stored_output[position]))
         dtype = torch.promote_types(hidden.dtype, weights.dtype)
         products = [(hidden.to(dtype) @ weight.to(dtype).T).float() for weight in weights]
-        if self.packed.input_bias is not None:
-            biases = self.spec.original(self.packed.input_bias[self.spec.kept[position]]).float()
-            products = [product + bias for product, bias in zip(products, biases, strict=True)]
-        h = self.gating(*products).to(dtype)
+        h = self.gating(*self._biased(position, products)).to(dtype)
         return (h @ self.spec.original(stored_output[position]).to(dtype).T).float()
+
+    def _biased(self, position: int, products: list[Tensor]) -> list[Tensor]:
+        """A kept expert's products with its biases, if it has any."""
+        if self.packed.input_bias is None:
+            return products
+        biases = self.spec.original(self.packed.input_bias[self.spec.kept[position]]).float()
+        return [product + bias for product, bias in zip(products, biases, strict=True)]

@@ -9,6 +9,12 @@ import torch
 from torch import Tensor
 
 from bitsmoe_plugin.base.linalg import upper_root
+from bitsmoe_plugin.config import BitsMoEConfig
+
+_MOST_DAMPING = 10.0
+"""Times the option's."""
+_LEAST_LEFT = 0.3
+"""Of a variance learnt from few tokens, which damping has raised already."""
 
 
 @dataclass(frozen=True)
@@ -61,3 +67,38 @@ def stacked_feedback(parts: list[Feedback], dim: int = 0) -> Feedback:
     units = [f.unit for f in parts if f.unit is not None]
     variance = torch.stack([f.variance for f in parts], dim)
     return Feedback(torch.stack(units, dim) if units else None, variance)
+
+
+def damping(config: BitsMoEConfig, tokens: int, dimensions: int) -> float:
+    """Share of the mean diagonal that is added to the second moment of so many tokens before it is inverted.
+
+    Ten times the option's with up to one token per dimension, falling with the square of more, the option's
+    from about three on. (Bundled model, unseen error at 2 bits with 0.1 for 0.01, by tokens per dimension:
+    0.25 -12 %, 1 -9 %, 2.7 -3 %, 10.7 +0.8 %; at 3 bits with 0.02 for 0.01 at 5: +2 %.)
+    """
+    known = tokens / dimensions
+    return min(1.0, config.damping * max(1.0, _MOST_DAMPING / max(1.0, known) ** 2))
+
+
+def feedback_of(moments: Tensor, config: BitsMoEConfig, tokens: list[int] | None = None) -> Feedback:
+    """Feedback of second moments ``[..., n, n]``, none if the config switches it off.
+
+    Args:
+        tokens: that each is known from; default: plenty.
+    """
+    if config.feedback:
+        size = moments.shape[-1]
+        shares = None if tokens is None else [damping(config, count, size) for count in tokens]
+        return Feedback.of(moments, config.damping if shares is None else shares)
+    return Feedback.none(moments.diagonal(dim1=-2, dim2=-1), config.damping)
+
+
+def on_other_tokens(variance: Tensor, tokens: int) -> Tensor:
+    """``Feedback.variance`` ``[..., n]``, learnt from so many tokens, as it is on others.
+
+    What m coordinates explain of another among N tokens is too much by chance, on average by m / N of what is
+    left. (Bundled model, 2 bits, layers planned from 4 tokens per neuron: unseen error 0.0157, with this
+    0.0152.)
+    """
+    later = torch.arange(variance.shape[-1] - 1, -1, -1, device=variance.device)
+    return variance / (1 - later / max(tokens, 1)).clamp_min(_LEAST_LEFT)

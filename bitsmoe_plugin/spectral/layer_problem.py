@@ -11,7 +11,8 @@ from bitsmoe_plugin.base.devices import computing_on, working_set
 from bitsmoe_plugin.base.linalg import product
 from bitsmoe_plugin.base.spans import span
 from bitsmoe_plugin.calibration import statistics
-from bitsmoe_plugin.calibration.statistics import ExpertTokens, LayerActivations, LayerStatistics
+from bitsmoe_plugin.calibration.activations import ExpertTokens, LayerActivations, expert_tokens
+from bitsmoe_plugin.calibration.statistics import LayerStatistics
 from bitsmoe_plugin.codec.basis import quantize_basis
 from bitsmoe_plugin.codec.layout import LayerShape
 from bitsmoe_plugin.config import BitsMoEConfig
@@ -19,14 +20,14 @@ from bitsmoe_plugin.models.expert_weights import ExpertBiases, ExpertWeights
 from bitsmoe_plugin.models.gating import Gating
 from bitsmoe_plugin.spectral import bases as spectral_bases
 from bitsmoe_plugin.spectral.bases import BasisInverses, Experts, SharedBases
-from bitsmoe_plugin.spectral.moments import (
-    basis_moments,
-    pooled_covariance,
-)
+from bitsmoe_plugin.spectral.moments import HiddenMoments, basis_moments, pooled_covariance
+from bitsmoe_plugin.spectral.statistics_tokens import statistics_tokens
 
 _SECOND_MOMENT_SHRINKAGE = 1e-3
-_TOKENS_PER_NEURON = 4
-"""Of an expert on average, from which means are taken where it is rounded."""
+_ENERGY_TOKENS = 2048
+"""Of a layer, from which its output energy is taken."""
+_BLOCK = 4096
+"""Tokens whose inputs are in float32 at a time."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,8 @@ class LayerProblem:
     the weights.
 
     Attributes:
-        statistics: of all tokens where the layer is planned; where it is rounded of some, without
-            ``hidden_moment``, outputs, and ``slot_weights`` of the others.
+        tokens: of each expert.
+        sampled: those that ``statistics``, but for ``second_moment``, are of.
         drift: ``[T, r]`` float32, how far the residual stream after this layer, with its experts exact, is
             from that of the unquantized model, in coordinates of the output basis; None if the layer shall
             not make up for it.
@@ -47,12 +48,15 @@ class LayerProblem:
         pooled: ``[1 or 2, r, r]`` float32, see ``moments.pooled_covariance``.
         output_basis: ``[H, r]`` float32, dequantized.
         biases: of the experts, None if they have none.
+        hidden_moments: None where the layer is rounded.
+        output_energy: E[omega |y|^2 / H]; 0 where the layer is rounded.
     """
 
     name: str
     weights: ExpertWeights
     activations: LayerActivations
     tokens: list[ExpertTokens]
+    sampled: list[ExpertTokens]
     gating: Gating
     statistics: LayerStatistics
     bases: SharedBases
@@ -63,6 +67,8 @@ class LayerProblem:
     config: BitsMoEConfig
     drift: Tensor | None = None
     biases: ExpertBiases | None = None
+    hidden_moments: HiddenMoments | None = None
+    output_energy: float = 0.0
 
     @property
     def shape(self) -> LayerShape:
@@ -86,6 +92,11 @@ class LayerProblem:
         """``[e, r, I]`` float32, see ``bases.down_factors``."""
         return spectral_bases.down_factors(self.weights, self.inverses, experts)
 
+    def sample(self, expert: int, most: int) -> ExpertTokens:
+        """At most so many tokens of an expert, always the same."""
+        seed = self.config.seed + expert
+        return self.tokens[expert].sampled(most, self.activations.token_weights, seed)
+
     def hidden(self, *products: Tensor, expert: int) -> Tensor:
         """Hidden activations ``[n, I]`` of an expert from its gate and up, or up, products ``[n, I]``."""
         return self.gating(*(products if self.biases is None else self.biases.add(*products, expert=expert)))
@@ -106,9 +117,11 @@ def expert_groups(experts: int, covariance: int, device: torch.device) -> list[s
 
 
 @span("bases")
-def shared_bases(weights: ExpertWeights, stats: LayerStatistics, config: BitsMoEConfig) -> SharedBases:
+def shared_bases(
+    weights: ExpertWeights, stats: LayerStatistics, hidden: HiddenMoments, config: BitsMoEConfig
+) -> SharedBases:
     """Bases of a layer, quantized as the config says."""
-    moments = basis_moments(weights, stats, config.neuron_weighting)
+    moments = basis_moments(weights, stats, hidden, config.neuron_weighting)
     if config.whitening:
         metric = spectral_bases.shrink(stats.second_moment, _SECOND_MOMENT_SHRINKAGE)
         outputs = moments.output
@@ -123,16 +136,6 @@ def shared_bases(weights: ExpertWeights, stats: LayerStatistics, config: BitsMoE
         quantize_basis(given, config.basis_bits, config.basis_group_size),
         quantize_basis(out, config.basis_bits, config.basis_group_size),
     )
-
-
-def _for_means(
-    activations: LayerActivations, weights: ExpertWeights, config: BitsMoEConfig
-) -> LayerActivations:
-    """As many tokens as means over an expert's tokens need. (A layer planned from as few had 12 % more unseen
-    error; rounded from a plan of all, no more.)"""
-    per_token = activations.top_k_index.shape[1]
-    per_expert = _TOKENS_PER_NEURON * weights.intermediate_size
-    return activations.sampled(-(-per_expert * weights.num_experts // per_token), config.seed)
 
 
 def build_problem(
@@ -183,37 +186,54 @@ def _collected(
 ) -> LayerProblem:
     """``build_problem`` of tensors on one device."""
     statistics.check_finite(name, weights, activations)
-    tokens = statistics.expert_tokens(activations, weights.num_experts, config.seed, config.all_experts)
-    seen, known = activations, tokens
-    if bases is not None:  # what rounding takes from all tokens it computes itself, expert by expert
-        seen = _for_means(activations, weights, config)
-        known = statistics.expert_tokens(seen, weights.num_experts, config.seed, config.all_experts)
+    tokens = expert_tokens(activations, weights.num_experts, config.seed, config.all_experts)
+    plan = bases is None
+    sampled = statistics_tokens(weights.shape, activations, tokens, config, plan)
+    hidden = HiddenMoments(weights, config, [own.routed for own in sampled]) if plan else None
     stats = statistics.collect(
         weights,
-        seen,
-        known,
+        activations,
+        tokens,
         gating,
         config.neuron_weighting,
         biases,
-        hidden_moments=bases is None,
-        outputs=bases is None,
+        sampled,
+        take=None if hidden is None else hidden.take,
+        peaks=plan,
     )
-    statistics.check_finite_statistics(name, stats)
-    bases = bases or shared_bases(weights, stats, config)
+    others = {} if hidden is None else {"hidden_moment": hidden.energy}
+    statistics.check_finite_statistics(name, stats, **others)
+    energy = 0.0
+    if bases is None:
+        assert hidden is not None
+        bases = shared_bases(weights, stats, hidden, config)
+        some = activations.sampled(_ENERGY_TOKENS, config.seed)
+        energy = statistics.output_energy(weights, some, gating, biases)
     input_bases, inverses = bases.input_bases(), BasisInverses.of(bases)
     return LayerProblem(
         name=name,
         weights=weights,
         activations=activations,
         tokens=tokens,
+        sampled=sampled,
         gating=gating,
         statistics=stats,
         bases=bases,
         inverses=inverses,
-        z=torch.stack([product(activations.hidden.float(), basis) for basis in input_bases]),
+        z=torch.stack([_in_basis(activations.hidden, basis) for basis in input_bases]),
         pooled=pooled_covariance(input_bases, stats),
         output_basis=bases.output_basis.dequantize(),
         config=config,
-        drift=None if drift is None else product(drift.float(), inverses.output),
+        drift=None if drift is None else _in_basis(drift, inverses.output),
         biases=biases,
+        hidden_moments=hidden,
+        output_energy=energy,
     )
+
+
+def _in_basis(rows: Tensor, basis: Tensor) -> Tensor:
+    """``basis rows[t]``, ``[T, r]`` float32, of ``[T, H]`` in any dtype and ``[r, H]``."""
+    result = torch.empty(len(rows), len(basis), device=rows.device)
+    for part, block in zip(result.split(_BLOCK), rows.split(_BLOCK), strict=True):
+        part.copy_(product(block.float(), basis))
+    return result

@@ -10,7 +10,7 @@ from torch import Tensor
 from bitsmoe_plugin.base.spans import span
 from bitsmoe_plugin.spectral.bases import Experts
 from bitsmoe_plugin.spectral.error_feedback import Feedback
-from bitsmoe_plugin.spectral.layer_feedback import hidden_feedback, rank_variances
+from bitsmoe_plugin.spectral.layer_feedback import rank_variances
 from bitsmoe_plugin.spectral.layer_problem import LayerProblem
 
 
@@ -53,11 +53,7 @@ def row_weights(problem: LayerProblem, known: dict[int, Feedback]) -> RowWeights
     Args:
         known: see ``rank_variances``.
     """
-    statistics = problem.statistics
-    hidden = torch.cat(
-        [
-            hidden_feedback(problem, statistics.hidden_moment[part], part).variance
-            for part in problem.chunks(problem.shape.num_experts)
-        ]
+    assert problem.hidden_moments is not None, "of a layer that is planned"
+    return RowWeights(
+        problem.statistics.neuron_weights, problem.hidden_moments.variance, rank_variances(problem, known)
     )
-    return RowWeights(statistics.neuron_weights, hidden, rank_variances(problem, known))

@@ -19,9 +19,10 @@ STEPS = ("served unquantized", "served")
 SECONDS = 500
 """That one engine may take."""
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25}
-_DTYPE = re.compile(r"dtype|b?float|half", re.IGNORECASE)
+_DTYPE = re.compile(r"dtype|b?float|half|bf16", re.IGNORECASE)
 OPTIONS: dict[str, Any] = {
     "enforce_eager": True,
+    "enable_prefix_caching": False,  # vLLM turns it off on a CPU, too late for models with linear attention
     "max_model_len": 128,
     "max_num_seqs": 4,
     "gpu_memory_utilization": 0.1,

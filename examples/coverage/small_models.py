@@ -87,6 +87,28 @@ _YARN = {
 """As in every published DeepSeek. Without scaling, vLLM 0.32 on a CPU rotates interleaved positions otherwise
 than transformers does, in unquantized models too."""
 _DEEPSEEK = {"topk_method": "noaux_tc", "scoring_func": "sigmoid", "rope_parameters": _YARN}
+_MIMO = {
+    "num_key_value_heads": 1,
+    "head_dim": 64,
+    "v_head_dim": 32,
+    "hybrid_layer_pattern": [0, 1],
+    "moe_layer_freq": [0, 1],
+    "layernorm_epsilon": 1e-5,
+    "sliding_window_size": 64,
+    "swa_num_attention_heads": 2,
+    "swa_num_key_value_heads": 1,
+    "swa_head_dim": 64,
+    "swa_v_head_dim": 32,
+    "rope_theta": 5e6,
+    "swa_rope_theta": 1e4,
+    "partial_rotary_factor": 0.5,
+    "scoring_func": "sigmoid",
+    "add_swa_attention_sink_bias": True,
+    "rope_parameters": {
+        "full_attention": {"rope_type": "default", "rope_theta": 5e6, "partial_rotary_factor": 0.5},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+    },
+}
 _SPARSE = {"index_topk": 8, "indexer_types": ["full", "shared"]}
 _SPARSE_3 = {"index_topk": 8, "indexer_types": ["full", "full", "shared"]}
 OVERRIDES: dict[str, dict[str, Any]] = {
@@ -112,7 +134,6 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "dbrx": {"attn_config": {"rope_theta": 1e4, "clip_qkv": 8.0}},
     "doge": {"is_moe": True},
     "nllb-moe": {"encoder_sparse_step": 1, "decoder_sparse_step": 1},
-    "mimo_v2_flash": {"num_key_value_heads": 1},
     "nemotron_h_omni": {"vision_config": {"video_temporal_patch_size": 2}},
     "qwen3_omni_moe": {
         "talker_config": {"text_config": {"shared_expert_intermediate_size": 64}, "spatial_merge_size": 2}
@@ -145,10 +166,17 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "deepseek_v3": _DEEPSEEK,
     "deepseek_v32": _DEEPSEEK,
     "glm_moe_dsa": {**_DEEPSEEK, **_SPARSE},
-    "axk1": _DEEPSEEK,
-    "glm4_moe_lite": _DEEPSEEK,
+    "axk1": {**_DEEPSEEK, "mlp_layer_types": ["sparse"] * 2, "first_k_dense_replace": 0},
+    "glm4_moe": {"head_dim": 32},
+    "glm4_moe_lite": {**_DEEPSEEK, "first_k_dense_replace": 1},
     "kimi_k25": {"text_config": _DEEPSEEK},
-    "afmoe": {"score_func": "sigmoid"},
+    "afmoe": {"score_func": "sigmoid", "route_norm": True, "n_group": 1, "topk_group": 1},
+    "hy_v3": {"first_k_dense_replace": 1, "route_norm": True, "qk_norm": True, "expert_hidden_dim": 64},
+    "longcat_flash": {"mla_scale_q_lora": True, "mla_scale_kv_lora": True, "zero_expert_type": "identity"},
+    "mistral4": {"kv_lora_rank": 256, "qk_nope_head_dim": 256},
+    "qwen3_vl_moe": {"text_config": {"norm_topk_prob": True}},
+    "mellum": {"num_nextn_predict_layers": 0},
+    "mimo_v2_flash": _MIMO,
     "minimax_m2": {"rotary_dim": 32, "use_routing_bias": True, "scoring_func": "sigmoid"},
 }
 """Model type -> entries of the config (of the text config, if it has one) that the sizes above do not fit."""

@@ -19,7 +19,7 @@ from small_models import small_model
 from bitsmoe_plugin import BitsMoEConfig, BitsMoEError
 from bitsmoe_plugin.integrations.dequantize_checkpoint import dequantize_checkpoint
 from bitsmoe_plugin.models.families import find_moe_layers
-from bitsmoe_plugin.models.model_class import auto_class, load_model
+from bitsmoe_plugin.models.model_class import auto_class, load_model, text_model
 from bitsmoe_plugin.runtime.experts import BitsMoEExperts
 
 STEPS = ("built", "accepted", "quantized", "reloaded", "generates")
@@ -89,9 +89,10 @@ class _Run:
         """Tokens with the key-value cache are those without; they are kept for vLLM to be compared with."""
         sequences = [_greedy(self.packed, prompt) for prompt in PROMPTS]
         (self.folder / "reference.json").write_text(json.dumps(sequences))
-        if not self.packed.can_generate():
+        model = text_model(self.packed)
+        if not model.can_generate():
             raise Failed("the class does not generate")
-        out = self.packed.generate(
+        out = model.generate(
             torch.tensor([PROMPTS[0]]), max_new_tokens=4, min_new_tokens=4, do_sample=False, pad_token_id=0
         )
         if out.shape[1] < 4:
@@ -113,7 +114,7 @@ def _logits(model: Any) -> torch.Tensor:
     tokens = torch.tensor([PROMPTS[0]])
     others = {"decoder_input_ids": tokens} if model.config.is_encoder_decoder else {}
     with torch.no_grad():
-        return model(tokens, **others).logits.float()
+        return text_model(model)(tokens, **others).logits.float()
 
 
 def _relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
@@ -126,7 +127,7 @@ def _greedy(model: Any, prompt: list[int]) -> dict[str, Any]:
     chosen token leads the next best."""
     tokens, leads = list(prompt), []
     for _ in range(NEW_TOKENS):
-        found = model(torch.tensor([tokens])).logits[0].float().log_softmax(-1)
+        found = text_model(model)(torch.tensor([tokens])).logits[0].float().log_softmax(-1)
         best = found[-1].topk(2)
         tokens.append(int(best.indices[0]))
         leads.append(float(best.values[0] - best.values[1]))

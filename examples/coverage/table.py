@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from isolated import ROOT
+from reasons import reason
 
 DATA = ROOT / "examples" / "coverage" / "results.json"
 PAGE = ROOT / "examples" / "docs" / "models.md"
@@ -106,5 +107,5 @@ def _mark(text: str | None) -> str:
 
 def _reason(name: str, steps: dict[str, str]) -> str:
     step = _failed(steps) or ""
-    text = " ".join(steps[step].split()).replace(str(Path.home()), "~")
+    text = " ".join(reason(steps[step]).split()).replace(str(Path.home()), "~")
     return f"- {name}, {step}: {text[:_LONGEST]}{'...' if len(text) > _LONGEST else ''}"

@@ -13,7 +13,7 @@ from bitsmoe_plugin import BitsMoEConfig, QuantizationError
 from bitsmoe_plugin.calibration import coverage
 from bitsmoe_plugin.codec.layout import LayerShape
 from bitsmoe_plugin.models.routing import experts_per_token
-from bitsmoe_plugin.spectral.layer_feedback import damping
+from bitsmoe_plugin.spectral.error_feedback import damping
 
 QWEN3_30B, QWEN3_235B, DEEPSEEK_V3 = (
     LayerShape(128, 2048, 768),

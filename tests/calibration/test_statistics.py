@@ -9,17 +9,21 @@ import pytest
 import torch
 from torch import Tensor
 
+from bitsmoe_plugin.calibration import activations as layer_activations
 from bitsmoe_plugin.calibration import statistics
-from bitsmoe_plugin.calibration.statistics import PRIOR_TOKENS, LayerStatistics
+from bitsmoe_plugin.calibration.activations import PRIOR_TOKENS
+from bitsmoe_plugin.calibration.statistics import LayerStatistics
 from bitsmoe_plugin.config import BitsMoEConfig
 from bitsmoe_plugin.errors import QuantizationError
 from bitsmoe_plugin.models.expert_weights import ExpertWeights
 from bitsmoe_plugin.spectral.layer_problem import build_problem
 from bitsmoe_plugin.spectral.moments import (
     BasisMoments,
+    HiddenMoments,
     basis_moments,
     input_covariance,
     input_variance,
+    own_share,
     pooled_covariance,
 )
 
@@ -35,8 +39,9 @@ def slopes(gating: Callable, gate: Tensor, up: Tensor, step: float = 1e-5) -> li
     return [by_gate, by_up]
 
 
-def slow_statistics(layer, tokens) -> tuple[LayerStatistics, BasisMoments]:
-    """The sums of the module text, one token of one expert after another, in float64."""
+def slow_statistics(layer, tokens) -> tuple[LayerStatistics, Tensor, BasisMoments, float]:
+    """The sums of the module text, one token of one expert after another, in float64: statistics, second
+    moments of hidden activations, those that bases are of, and the layer's output energy."""
     w, a = layer.weights, layer.activations
     second, outputs = (torch.zeros(H, H, dtype=torch.double) for _ in range(2))
     gram = torch.zeros(2, H, H, dtype=torch.double)
@@ -70,7 +75,7 @@ def slow_statistics(layer, tokens) -> tuple[LayerStatistics, BasisMoments]:
     y = layer.forward(a.hidden, a.top_k_index, a.top_k_weights)
     energy = float((a.token_weights.double() * (y**2).sum(1) / H).mean())
     moments = BasisMoments(gram, outputs)
-    return LayerStatistics(second / mass, moment, neurons, slots, energy, peaks), moments
+    return LayerStatistics(second / mass, neurons, slots, peaks), moment, moments, energy
 
 
 @pytest.fixture
@@ -82,21 +87,34 @@ def collect(layer, tokens) -> LayerStatistics:
     return statistics.collect(layer.weights, layer.activations, tokens, layer.gating)
 
 
+def moments_of(layer, tokens) -> Tensor:
+    """``[E, I, I]``, what ``collect`` gives away."""
+    given = dict[int, Tensor]()
+    statistics.collect(layer.weights, layer.activations, tokens, layer.gating, take=given.__setitem__)
+    return torch.stack([given[expert] for expert in range(E)])
+
+
 def test_every_sum_agrees_with_a_slow_implementation(layer) -> None:
     """Guards against a transposed product, a lost weight or a wrong slope in any statistic."""
-    tokens = statistics.expert_tokens(layer.activations, E, seed=0)
-    fast, (slow, slow_moments) = collect(layer, tokens), slow_statistics(layer, tokens)
-    moments = basis_moments(layer.weights, fast)
+    tokens = layer_activations.expert_tokens(layer.activations, E, seed=0)
+    fast, (slow, moment, slow_moments, energy) = collect(layer, tokens), slow_statistics(layer, tokens)
+    hidden = HiddenMoments(layer.weights, BitsMoEConfig(), [T] * E)
+    for expert, found in enumerate(moments_of(layer, tokens)):
+        torch.testing.assert_close(found.double(), moment[expert], **TOLERANCE)
+        hidden.take(expert, found)
+    moments = basis_moments(layer.weights, fast, hidden)
     for name, value in {**vars(slow), **vars(slow_moments)}.items():
-        got = torch.as_tensor((vars(fast) | vars(moments))[name], dtype=torch.double)
-        torch.testing.assert_close(got, torch.as_tensor(value, dtype=torch.double), **TOLERANCE, msg=name)
+        got = (vars(fast) | vars(moments))[name].double()
+        torch.testing.assert_close(got, value.double(), **TOLERANCE, msg=name)
+    found = statistics.output_energy(layer.weights, layer.activations, layer.gating, None)
+    assert found == pytest.approx(energy, rel=1e-4)
 
 
 def test_tokens_are_the_routed_ones_and_their_weights(layer) -> None:
     """Each (token, slot) belongs to exactly one expert, with weight omega p^2 / T, routed ones first."""
     a = layer.activations
     seen = torch.zeros(T, K)
-    for e, own in enumerate(statistics.expert_tokens(a, E, seed=0)):
+    for e, own in enumerate(layer_activations.expert_tokens(a, E, seed=0)):
         tokens = own.tokens[: own.routed]
         seen[tokens, own.slots] += 1
         assert bool((a.top_k_index[tokens, own.slots] == e).all())
@@ -107,20 +125,22 @@ def test_tokens_are_the_routed_ones_and_their_weights(layer) -> None:
 
 def test_thin_experts_are_topped_up_to_the_median_expert(layer, make_layer) -> None:
     """Added tokens weigh (1 - n / 64) of the layer's median expert; experts with 64 tokens get none."""
-    tokens = statistics.expert_tokens(layer.activations, E, seed=0)
+    tokens = layer_activations.expert_tokens(layer.activations, E, seed=0)
     typical = torch.stack([r.weights[: r.routed].sum() for r in tokens]).median()
     for r in tokens:
         assert len(r.tokens) == r.routed + PRIOR_TOKENS
         wanted = (1 - r.routed / PRIOR_TOKENS) * typical
         torch.testing.assert_close(r.weights[r.routed :].sum(), wanted)
-    plenty = statistics.expert_tokens(make_layer(E, SIZE, H, 600, K).activations, E, seed=0)
+    plenty = layer_activations.expert_tokens(make_layer(E, SIZE, H, 600, K).activations, E, seed=0)
     assert all(len(r.tokens) == r.routed >= PRIOR_TOKENS for r in plenty)
 
 
 def covariance_of(bases: Tensor, stats, activations, tokens, prior: float) -> Tensor:
     pooled = pooled_covariance(bases, stats)
     z = activations.hidden.float() @ bases.transpose(1, 2)
-    return input_covariance(z, pooled, stats, tokens, prior)
+    return input_covariance(
+        z, pooled, tokens, tokens.of_slots(stats.slot_weights), own_share(tokens, H, prior)
+    )
 
 
 def test_unrouted_expert_gets_the_statistics_of_a_typical_one(make_layer) -> None:
@@ -128,10 +148,10 @@ def test_unrouted_expert_gets_the_statistics_of_a_typical_one(make_layer) -> Non
     layer = make_layer(E, SIZE, H, 600, K)
     index = layer.activations.top_k_index
     activations = replace(layer.activations, top_k_index=torch.where(index == 2, 3, index))
-    tokens = statistics.expert_tokens(activations, E, seed=0)
+    tokens = layer_activations.expert_tokens(activations, E, seed=0)
     assert tokens[2].routed == 0
     stats = statistics.collect(layer.weights, activations, tokens, layer.gating)
-    for value in (stats.hidden_moment, stats.neuron_weights, stats.second_moment):
+    for value in (moments_of(replace(layer, activations=activations), tokens), *vars(stats).values()):
         assert bool(torch.isfinite(value).all())
     mass = stats.neuron_weights.sum(-1)
     assert bool((mass[:, 2] > mass[:, [0, 1, 3]].amin(1) / 4).all())
@@ -142,14 +162,14 @@ def test_unrouted_expert_gets_the_statistics_of_a_typical_one(make_layer) -> Non
 def test_slots_that_point_nowhere_are_ignored(layer) -> None:
     """Ids from num_experts on mark tokens of other devices: they must not shift the other slots."""
     index = torch.where(layer.activations.top_k_index == 1, E, layer.activations.top_k_index)
-    slots = statistics.routed_slots(replace(layer.activations, top_k_index=index), E)
+    slots = layer_activations.routed_slots(replace(layer.activations, top_k_index=index), E)
     assert [len(token) for token, _ in slots] == [int((index == e).sum()) for e in range(E)]
     assert all(bool((index[token, slot] == e).all()) for e, (token, slot) in enumerate(slots))
 
 
 def routed_only(layer, experts: int):
     """Rows without stand-in tokens, so that predictions speak of the routed tokens alone."""
-    tokens = statistics.expert_tokens(layer.activations, experts, seed=0)
+    tokens = layer_activations.expert_tokens(layer.activations, experts, seed=0)
     return [replace(r, tokens=r.tokens[: r.routed], weights=r.weights[: r.routed]) for r in tokens]
 
 
@@ -163,11 +183,11 @@ def measured_error(layer, changed: ExpertWeights) -> float:
 
 def test_hidden_moment_predicts_the_error_of_a_down_row(layer) -> None:
     """Exact, as the output is linear in down: |u|^2 d^T E[a h h^T] d for down + u d^T."""
-    stats = collect(layer, routed_only(layer, E))
+    moments = moments_of(layer, routed_only(layer, E))
     u, d = torch.randn(H), torch.randn(SIZE)
     down = layer.weights.down.clone()
     down[1] += torch.outer(u, d)
-    predicted = float(u.square().sum() * (d @ stats.hidden_moment[1] @ d))
+    predicted = float(u.square().sum() * (d @ moments[1] @ d))
     assert predicted == pytest.approx(measured_error(layer, replace(layer.weights, down=down)), rel=1e-4)
 
 
@@ -202,7 +222,7 @@ def test_covariance_blends_by_token_count(layer, bases: int) -> None:
 
 def test_gate_and_up_have_the_covariance_of_their_own_basis(layer) -> None:
     """Guards the order of two bases, gate's first: each part as if its basis were the only one."""
-    tokens = statistics.expert_tokens(layer.activations, E, seed=0)
+    tokens = layer_activations.expert_tokens(layer.activations, E, seed=0)
     stats = collect(layer, tokens)
     bases = torch.randn(2, H, H)
     both = covariance_of(bases, stats, layer.activations, tokens[1], 0.5)
@@ -213,7 +233,7 @@ def test_gate_and_up_have_the_covariance_of_their_own_basis(layer) -> None:
 
 def test_one_basis_has_the_mean_covariance_of_gate_and_up(layer) -> None:
     """Guards that neither of them is left out."""
-    tokens = statistics.expert_tokens(layer.activations, E, seed=0)
+    tokens = layer_activations.expert_tokens(layer.activations, E, seed=0)
     stats, basis = collect(layer, tokens), torch.randn(1, H, H)
     each = covariance_of(basis.expand(2, H, H), stats, layer.activations, tokens[1], 0.5)
     one = covariance_of(basis, stats, layer.activations, tokens[1], 0.5)
@@ -223,10 +243,10 @@ def test_one_basis_has_the_mean_covariance_of_gate_and_up(layer) -> None:
 
 @pytest.mark.parametrize("bases", [1, 2])
 def test_variances_are_the_diagonal_of_the_covariance(layer, bases: int) -> None:
-    tokens = statistics.expert_tokens(layer.activations, E, seed=0)
+    tokens = layer_activations.expert_tokens(layer.activations, E, seed=0)
     stats, basis = collect(layer, tokens), torch.randn(bases, H, H)
     z = layer.activations.hidden.float() @ basis.transpose(1, 2)
-    given = z, pooled_covariance(basis, stats), stats, tokens[1], 0.5
+    given = z, pooled_covariance(basis, stats), tokens[1], tokens[1].of_slots(stats.slot_weights), 0.7
     covariance, variance = input_covariance(*given), input_variance(*given)
     torch.testing.assert_close(variance, covariance.diagonal(dim1=1, dim2=2), **TOLERANCE)
 
@@ -234,17 +254,18 @@ def test_variances_are_the_diagonal_of_the_covariance(layer, bases: int) -> None
 def test_neurons_weigh_alike_without_neuron_weighting(layer) -> None:
     """The switch changes two things: an expert's neurons all weigh its mean, so that its share in the
     layer stays, and the bases see the plain weights. All else is as before."""
-    tokens = statistics.expert_tokens(layer.activations, E, seed=0)
+    tokens = layer_activations.expert_tokens(layer.activations, E, seed=0)
     weighted = collect(layer, tokens)
     plain = statistics.collect(layer.weights, layer.activations, tokens, layer.gating, neuron_weighting=False)
     mean = weighted.neuron_weights.mean(-1, keepdim=True).expand(2, E, SIZE)
     torch.testing.assert_close(plain.neuron_weights, mean)
     assert float((weighted.neuron_weights / mean).std()) > 0.1, "the example has nothing to switch off"
-    gram = basis_moments(layer.weights, plain, neuron_weighting=False).gram
+    hidden = HiddenMoments(layer.weights, BitsMoEConfig(), [T] * E)
+    gram = basis_moments(layer.weights, plain, hidden, neuron_weighting=False).gram
     for part, weights in enumerate((layer.weights.gate, layer.weights.up)):
         stacked = weights.double().flatten(0, 1)
         torch.testing.assert_close(gram[part], stacked.T @ stacked, **TOLERANCE)
-    for name in ("second_moment", "hidden_moment", "slot_weights", "output_energy"):
+    for name in ("second_moment", "slot_weights", "output_peaks"):
         torch.testing.assert_close(getattr(plain, name), getattr(weighted, name), msg=name)
 
 
@@ -306,8 +327,8 @@ def test_all_tokens_can_be_shown_to_every_expert(layer) -> None:
     weight, and an expert that no token was routed to still weighs as much as a typical one."""
     index = layer.activations.top_k_index.masked_fill(layer.activations.top_k_index == 1, 0)
     activations = replace(layer.activations, top_k_index=index)
-    routed = statistics.expert_tokens(activations, E, 0)
-    shown = statistics.expert_tokens(activations, E, 0, all_tokens=True)
+    routed = layer_activations.expert_tokens(activations, E, 0)
+    shown = layer_activations.expert_tokens(activations, E, 0, all_tokens=True)
     assert shown[1].routed == 0
     typical = torch.stack([r.weights[: r.routed].sum() for r in routed if r.routed]).median()
     assert float(shown[1].weights.sum()) == pytest.approx(float(typical), rel=1e-5)

@@ -23,6 +23,7 @@ from transformers import (
 from bitsmoe_plugin import BitsMoEConfig, BitsMoEError, CheckpointError, QuantizationError
 from bitsmoe_plugin.checkpoint.read import read_config
 from bitsmoe_plugin.codec.layout import LayerShape
+from bitsmoe_plugin.commands import estimate_resources
 from bitsmoe_plugin.commands.estimate import Estimate, estimate
 from bitsmoe_plugin.commands.estimate_resources import KERNELS, Workload, peak_memory, rough_seconds
 from bitsmoe_plugin.commands.inspect import inspect_checkpoint
@@ -156,9 +157,9 @@ def test_plan_in_memory_is_that_of_a_layer(make_layer: Callable[..., Any]) -> No
 
 def test_activations_take_memory_by_the_token(moe_tiny_path: Path) -> None:
     """Guards that calibration_tokens is what counts, not its default: T x H values, 7 of the model's dtype
-    and 3 of float32."""
+    and 2 of float32."""
     memory = estimate(moe_tiny_path, BitsMoEConfig(calibration_tokens=1_000)).memory
-    assert memory["activations"] == 1_000 * 128 * (7 * 2 + 3 * 4)
+    assert memory["activations"] == 1_000 * 128 * (7 * 2 + 2 * 4)
 
 
 def test_compiled_kernels_are_bounded() -> None:
@@ -253,8 +254,9 @@ def test_no_weight_is_allocated(description: Path) -> None:
     assert 4 * result.memory["experts"] == 2 * result.expert_weights
 
 
-def test_showing_all_tokens_to_all_experts_takes_more() -> None:
+def test_showing_all_tokens_to_all_experts_takes_more(monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards users of ``all_experts`` against the estimate of a run without it."""
+    monkeypatch.setattr(estimate_resources, "_matmul_speed", lambda: 1e11)
     shapes = [LayerShape(40, 64, 32)]
     work = partial(Workload, shapes, experts_per_token=2, other_bytes=0, active_weights=0, itemsize=2)
     shown = BitsMoEConfig(all_experts=True)
@@ -264,7 +266,17 @@ def test_showing_all_tokens_to_all_experts_takes_more() -> None:
         == 2 * peak_memory(work(tokens=1000), shown)["shown"]
         > 0
     )
-    few, many = (rough_seconds(work(tokens=10**9), config) for config in (CONFIG, shown))
+    few, many = (rough_seconds(work(tokens=10**5), config) for config in (CONFIG, shown))
     assert few is not None
     assert many is not None
     assert many > few
+
+
+def test_memory_of_a_layer_grows_with_its_experts_by_what_is_packed_of_them() -> None:
+    """Guards layers of hundreds of large experts: only the experts themselves, their plan and their packed
+    rows may take memory for each."""
+    work = partial(Workload, tokens=4096, experts_per_token=8, other_bytes=0, active_weights=0, itemsize=2)
+    few, many = (peak_memory(work([LayerShape(n, 7168, 2048)]), CONFIG) for n in (16, 384))
+    weights = 368 * 3 * 7168 * 2048
+    assert many["layer"] - few["layer"] == pytest.approx(CONFIG.bits * weights / 8, rel=1e-6)
+    assert many["experts"] - few["experts"] == 2 * weights

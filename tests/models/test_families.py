@@ -21,7 +21,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
-from bitsmoe_plugin.calibration.statistics import LayerActivations
+from bitsmoe_plugin.calibration.activations import LayerActivations
 from bitsmoe_plugin.codec.layout import LayerShape
 from bitsmoe_plugin.commands.compare.rtn import quantize_rtn, round_to_nearest
 from bitsmoe_plugin.errors import ConfigError, QuantizationError

@@ -192,6 +192,39 @@ def test_prediction_layers_are_decoded(kind: str, tiny_model: Any, tmp_path: Pat
     assert any(f"{others / 1000:.3f} kB stored" in str(warning.message) for warning in told)
 
 
+OF_ACTIVATIONS: dict[str, tuple[Make, str]] = {
+    "fp8, cache": (fp8, "self_attn.k_scale"),
+    "fp8, inputs": (lambda a, b: fp8(a, b, None), "self_attn.q_proj.input_scale"),
+    "compressed-tensors, cache": (lambda a, b: compressed(a, b, scheme("fp8 tensor")), "self_attn.v_scale"),
+    "compressed-tensors, output": (
+        lambda a, b: compressed(a, b, scheme("int4")),
+        "self_attn.k_proj.output_scale",
+    ),
+    "compressed-tensors, inputs": (
+        lambda a, b: compressed(a, b, scheme("fp8 tensor")),
+        "mlp.experts.2.up_proj.input_scale",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", OF_ACTIVATIONS)
+def test_scales_of_activations_are_left_out(kind: str, dense: Path, tmp_path: Path) -> None:
+    """Guards checkpoints whose publisher also quantizes inputs, or cached keys and values: what has no
+    module around it is refused as before."""
+    make, name = OF_ACTIVATIONS[kind]
+    low, more = (make(dense, tmp_path / out) for out in ("low", "more"))
+    rewrite(more, lambda t: t.update({f"model.layers.1.{name}": torch.tensor(0.5)}))
+    wanted, found = _quantized(low), _quantized(more)
+    assert wanted.state_dict().keys() == found.state_dict().keys()
+    assert all(torch.equal(t, found.state_dict()[key]) for key, t in wanted.state_dict().items())
+    assert load_model(more).state_dict().keys() == load_model(low).state_dict().keys()
+    found.save_pretrained(tmp_path / "packed")
+    assert f"model.layers.1.{name}" not in load_file(tmp_path / "packed" / "model.safetensors")
+    lost = "model.layers.1.lost.k_scale"
+    rewrite(more, lambda t: t.update({lost: torch.tensor(0.5)}))
+    _refused(more, rf"used by nothing in the model: {lost}")
+
+
 def test_scales_in_another_file(tiny_model: Any, tmp_path: Path) -> None:
     """Guards large checkpoints, where weights and their scales need not stand in the same file."""
     tiny_model("qwen3_moe").bfloat16().save_pretrained(tmp_path / "dense")

@@ -13,7 +13,7 @@ pytest.importorskip("triton", reason="Triton is published for Linux only")
 from pretended_device import pretended_device
 
 from bitsmoe_plugin.base.devices import choose_device
-from bitsmoe_plugin.calibration.statistics import LayerActivations
+from bitsmoe_plugin.calibration.activations import LayerActivations
 from bitsmoe_plugin.calibration.super_experts import forms_massive_activations
 from bitsmoe_plugin.config import BitsMoEConfig
 from bitsmoe_plugin.errors import ConfigError

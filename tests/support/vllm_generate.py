@@ -1,10 +1,11 @@
 """Generate with vLLM in a process of its own: ``python vllm_generate.py JOBS.json RESULTS.json``.
 
 A job is ``{"model", "prompts": [[token id]], "max_tokens", "options": {of vllm.LLM}}``; its result holds
-the tokens, their log-probabilities and those of the prompt, and what the process holds for the experts. A job
-may also have "again" (generate again, shuffled, then one prompt at a time), "adapter" (directory of a LoRA
-adapter to generate with), "refused_adapters" (directories; the result holds the messages) and "refused" (the
-engine must not start; the result is ``{"error"}``).
+the tokens, their log-probabilities and those of the prompt (as vLLM expanded it), and what the process holds
+for the experts. A job may also have "images" (files of images for each prompt), "again" (generate again,
+shuffled, then one prompt at a time), "adapter" (directory of a LoRA adapter to generate with),
+"refused_adapters" (directories; the result holds the messages) and "refused" (the engine must not start; the
+result is ``{"error"}``).
 The transformers side of a comparison runs elsewhere, because vLLM changes classes of transformers.
 """
 
@@ -19,6 +20,7 @@ from typing import Any
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 
+from PIL import Image
 from vllm import LLM, SamplingParams
 from vllm.lora.request import LoRARequest
 
@@ -78,12 +80,13 @@ def sequences(
         temperature=0, max_tokens=job["max_tokens"], logprobs=0, prompt_logprobs=0, ignore_eos=True
     )
     sampling.detokenize = False
-    inputs = [{"prompt_token_ids": p} for p in prompts]
+    inputs: list[Any] = [{"prompt_token_ids": p} for p in prompts]
+    for entry, files in zip(inputs, job.get("images", ()), strict=False):
+        entry["multi_modal_data"] = {"image": [Image.open(file) for file in files]}
     found = []
-    for prompt, output in zip(
-        prompts, llm.generate(inputs, sampling, use_tqdm=False, **options), strict=True
-    ):
+    for output in llm.generate(inputs, sampling, use_tqdm=False, **options):
         tokens = list(output.outputs[0].token_ids)
+        prompt = list(output.prompt_token_ids)
         found.append(
             {
                 "prompt": prompt,

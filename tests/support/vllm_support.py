@@ -127,8 +127,11 @@ def pack_small(model: Any, directory: Path, extra: dict[str, Tensor] | None = No
     return directory / "packed"
 
 
-def run_vllm(jobs: list[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
+def run_vllm(jobs: list[dict[str, Any]], folder: Path, python_path: str = "") -> list[dict[str, Any]]:
     """Run ``vllm_generate.py``.
+
+    Args:
+        python_path: folders to find more packages in, before those of PYTHONPATH.
 
     Raises:
         RuntimeError: with what vLLM wrote.
@@ -136,7 +139,9 @@ def run_vllm(jobs: list[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
     (folder / "jobs.json").write_text(json.dumps(jobs))
     script = Path(__file__).with_name("vllm_generate.py")
     command = [sys.executable, str(script), str(folder / "jobs.json"), str(folder / "results.json")]
-    run = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=600)
+    path = os.pathsep.join(filter(None, (python_path, ENVIRONMENT.get("PYTHONPATH", ""))))
+    environment = {**ENVIRONMENT, "PYTHONPATH": path} if path else ENVIRONMENT
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     if run.returncode:
         raise RuntimeError(run.stdout[-4000:] + run.stderr[-8000:])
     return json.loads((folder / "results.json").read_text())

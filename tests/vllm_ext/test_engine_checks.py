@@ -106,13 +106,30 @@ def test_others_are_not(options: dict[str, Any]) -> None:
     _check(**options)
 
 
-def test_batch_invariance_is_refused(monkeypatch) -> None:
-    """The kernels sum otherwise for one token than for many."""
-    from vllm import envs
+@pytest.mark.parametrize("switch", ["VLLM_BATCH_INVARIANT", "BITSMOE_BATCH_INVARIANT"])
+def test_batch_invariance_is_refused_on_a_gpu(switch: str, monkeypatch) -> None:
+    """The kernels there sum otherwise for one token than for many; those for a CPU never do."""
+    monkeypatch.setenv(switch, "1")
+    with pytest.raises(ConfigError, match=rf"^{switch}: on cuda .*unset it"):
+        _check(device="cuda")
+    _check(device="cpu")
+    monkeypatch.setenv(switch, "0")
+    _check(device="cuda")
 
-    monkeypatch.setattr(envs, "VLLM_BATCH_INVARIANT", True, raising=False)
-    with pytest.raises(ConfigError, match=r"VLLM_BATCH_INVARIANT.*unset it"):
-        _check()
+
+def test_a_token_is_the_same_in_any_batch_on_a_cpu(tmp_path: Path) -> None:
+    """The experts as vLLM calls them, with ids of 32 bits."""
+    from vllm_layers import Model
+
+    write_random_packed(tmp_path, SHAPE, 1)
+    model = Model(tmp_path)
+    model.process()
+    method = model.experts[0].quant_method
+    x, weights = torch.randn(40, SHAPE.hidden_size).bfloat16(), torch.rand(40, 2)
+    ids = torch.rand(40, SHAPE.num_experts).argsort(1)[:, :2].int()
+    wanted = method.forward(x, weights, ids)
+    for batch in (torch.tensor([5]), torch.arange(3), torch.arange(17), torch.randperm(40)[:33]):
+        assert torch.equal(method.forward(x[batch], weights[batch], ids[batch]), wanted[batch])
 
 
 def test_an_engine_is_checked_before_its_layers_are_made(tmp_path: Path, monkeypatch) -> None:

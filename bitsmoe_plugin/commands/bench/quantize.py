@@ -20,8 +20,7 @@ from bitsmoe_plugin.allocation.budget import plan_budget
 from bitsmoe_plugin.allocation.knapsack.solve import allocate
 from bitsmoe_plugin.base.devices import choose_device
 from bitsmoe_plugin.base.spans import recorded
-from bitsmoe_plugin.calibration import statistics
-from bitsmoe_plugin.calibration.statistics import LayerActivations
+from bitsmoe_plugin.calibration.activations import LayerActivations, routed_slots
 from bitsmoe_plugin.codec.backends import refuse_slow
 from bitsmoe_plugin.codec.layout import LayerShape, row_sizes
 from bitsmoe_plugin.commands.bench.output import Row
@@ -105,7 +104,7 @@ def _gptq_seconds(weights: ExpertWeights, activations: LayerActivations, experts
     device = weights.up.device
     settings = GptqSettings() if search else GptqSettings(mse=0.0)
 
-    slots = statistics.routed_slots(activations, weights.num_experts)
+    slots = routed_slots(activations, weights.num_experts)
     total = 0.0
     for expert in range(experts):
         x = activations.hidden[slots[expert][0]]

@@ -8,6 +8,8 @@
 #include <immintrin.h>
 #include <math.h>
 
+#include "dense_kernels.h"
+#include "gating_kernels.h"
 #include "lookup.h"
 
 enum { LANES = 16, VECTORS = CHUNK / LANES }; /* 16-bit lanes of a vector, vectors of a chunk */
@@ -366,5 +368,5 @@ static float half_dot(const uint16_t *row, const float *x, int n) {
   return total;
 }
 
-const Kernels bitsmoe_avx2 = {"avx2", row_scales, select_rows, quantize, decode_tile, tile_dot, order_columns, decode_row, rows_dot, quad_sums, decode_band, band_scales, band_dot, half_dot};
+const Kernels bitsmoe_avx2 = {"avx2", row_scales, select_rows, quantize, decode_tile, tile_dot, order_columns, decode_row, rows_dot, quad_sums, decode_band, band_scales, band_dot, gate, half_dot, dots};
 #endif

@@ -8,7 +8,8 @@
 #include <math.h>
 #include <string.h>
 
-#include "bitsmoe.h"
+#include "dense_kernels.h"
+#include "gating_kernels.h"
 
 #define INLINE static inline __attribute__((always_inline))
 
@@ -388,5 +389,5 @@ static float half_dot(const uint16_t *row, const float *x, int n) {
   return _mm512_reduce_add_ps(sum);
 }
 
-const Kernels bitsmoe_avx512 = {"avx512", row_scales, select_rows, quantize, decode_tile, tile_dot, order_columns, decode_row, rows_dot, quad_sums, decode_band, band_scales, band_dot, half_dot};
+const Kernels bitsmoe_avx512 = {"avx512", row_scales, select_rows, quantize, decode_tile, tile_dot, order_columns, decode_row, rows_dot, quad_sums, decode_band, band_scales, band_dot, gate, half_dot, dots};
 #endif

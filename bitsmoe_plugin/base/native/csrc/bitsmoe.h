@@ -38,6 +38,17 @@ typedef struct {
   uint8_t perm[CHUNK], shift[CHUNK]; /* vector code: source bytes, then bits, of each code of a chunk */
 } Decoder;
 
+/* Gatings in the order of models/gating.py, and one that is known in Python alone. */
+enum { SILU, GELU, GELU_TANH, RELU, RELU2, UNKNOWN = -1 };
+
+typedef struct {
+  int32_t activation, clamps_activation;
+  float alpha, limit, offset;
+} GatingForm;
+
+/* Dtypes of what is stored as it was. */
+enum { NO_BIAS, BFLOAT16, FLOAT16, FLOAT32 };
+
 typedef struct {
   int32_t experts, hidden, rank, size; /* E, H, r, I */
   int32_t inputs, bases;             /* factors before down: gate and up, or up; their bases */
@@ -55,6 +66,9 @@ typedef struct {
   const uint16_t *input_scales, *output_scales; /* float16 */
   const uint16_t *tile_scales, *row_gains; /* float16 [rows, ceil(I / TILE)], [rows]; NULL in other grids */
   const int64_t *row_starts;               /* [inputs + 1, E] first of those rows */
+  const void *input_bias;                  /* [E, inputs, I] */
+  int32_t bias_dtype;
+  GatingForm gating;
 } Layer;
 
 /* BAND rows of a basis, up to PANEL columns. */
@@ -119,8 +133,12 @@ typedef struct {
   void (*band_scales)(const uint16_t *scales, int64_t stride, int count, float factor, float *out);
   /* out[i * stride + row] += sum over columns of q * (2 u - offset2) * scale[column / CHUNK] * scales[column / group][row] */
   void (*band_dot)(const Band *band, const Vectors *vectors, float *out, int64_t stride);
+  /* out[CHUNK * chunks] = gating of gate and up, of experts without a gate of up (as `gate`; `up` is NULL) */
+  void (*gate)(const GatingForm *form, const float *gate, const float *up, int chunks, float *out);
   /* sum of row[i] * x[i], row in float16 */
   float (*half_dot)(const uint16_t *row, const float *x, int n);
+  /* out[i * out_stride] = sum of row * (x + i * stride), i < count, whole chunks */
+  void (*dots)(const float *row, const float *x, int64_t stride, int64_t count, int chunks, float *out, int64_t out_stride);
 } Kernels;
 
 extern const Kernels bitsmoe_portable;

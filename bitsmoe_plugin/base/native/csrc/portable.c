@@ -1,6 +1,8 @@
 /* The kernels in plain C, for the compiler to vectorise. */
 #include <math.h>
 
+#include "dense_kernels.h"
+#include "gating_kernels.h"
 #include "lookup.h"
 
 static void row_scales(const uint8_t *codes, const uint16_t *low, const uint16_t *step, int n, float *out) {
@@ -142,4 +144,4 @@ static float half_dot(const uint16_t *row, const float *x, int n) {
   return total;
 }
 
-const Kernels bitsmoe_portable = {"portable", row_scales, select_rows, quantize, decode_tile, tile_dot, order_columns, decode_row, rows_dot, quad_sums, decode_band, band_scales, band_dot, half_dot};
+const Kernels bitsmoe_portable = {"portable", row_scales, select_rows, quantize, decode_tile, tile_dot, order_columns, decode_row, rows_dot, quad_sums, decode_band, band_scales, band_dot, gate, half_dot, dots};
