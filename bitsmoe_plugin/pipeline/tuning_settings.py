@@ -15,24 +15,24 @@ LEARNABLE = ("bases", "rows", "norms", "routers")
 class TuningSettings:
     """Attributes:
     epochs: how often all blocks are seen, 1 to 1000.
-    learn: of ``LEARNABLE``. All keep their dtypes and sizes. Norms and routers are not experts' own, and move
-        a tenth as fast.
     learning_rate: largest change of the logarithm of a scale per step, about; falls to 0. 1e-6 to 1.
     batch_size: blocks per step.
     held_out: share of the blocks that are only measured on: what was learnt until the epoch that is best
         there is taken. Above 0, at most 0.5.
     seed: of the order of the blocks.
+    learn: of ``LEARNABLE``. All keep their dtypes and sizes. Norms and routers are not experts' own, and move
+        a tenth as fast.
 
     Raises:
         ConfigError: naming the setting, its value and what is allowed.
     """
 
     epochs: int = 2
-    learn: tuple[str, ...] = ("bases", "rows")
     learning_rate: float = 2e-3
     batch_size: int = 2
     held_out: float = 0.0625
     seed: int = 0
+    learn: tuple[str, ...] = ("bases", "rows")
 
     def __post_init__(self) -> None:
         check = partial(check_number, owner="TuningSettings")

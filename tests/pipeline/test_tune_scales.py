@@ -176,7 +176,12 @@ def test_it_changes_what_is_learnt_alone(
     model = copy.deepcopy(packed)
     held = model.config.quantization_config
     assert held.to_dict() == packed.config.quantization_config.to_dict()
-    tune(model, moe_tiny, blocks[:8], TuningSettings(1, learn, learning_rate=0.5, batch_size=7, held_out=0.2))
+    tune(
+        model,
+        moe_tiny,
+        blocks[:8],
+        TuningSettings(1, learn=learn, learning_rate=0.5, batch_size=7, held_out=0.2),
+    )
     old, new = packed.state_dict(), model.state_dict()
     changed = {name for name in old if not torch.equal(old[name], new[name])}
     wanted = {name for name in old for ending in CHANGES[learn[0]] if name.endswith(ending)}
@@ -206,7 +211,10 @@ def test_stopped_it_keeps_what_it_has(
         return measured(*args)
 
     monkeypatch.setattr(tune_scales, "_held_out", stopped)
-    model, settings = copy.deepcopy(packed), TuningSettings(3, LEARNABLE, learning_rate=5e-3, batch_size=8)
+    model, settings = (
+        copy.deepcopy(packed),
+        TuningSettings(3, learn=LEARNABLE, learning_rate=5e-3, batch_size=8),
+    )
     if epoch == 0:
         with pytest.raises(KeyboardInterrupt):
             tune(model, moe_tiny, blocks, settings)
