@@ -187,7 +187,7 @@ def _tune(args: argparse.Namespace, stdout: TextIO) -> None:
     from bitsmoe_plugin.models.model_source import ModelSource
     from bitsmoe_plugin.pipeline.tuning_settings import TuningSettings
 
-    names = ("epochs", "learning_rate", "batch_size", "held_out", "seed")
+    names = ("epochs", "learn", "learning_rate", "batch_size", "held_out", "seed")
     result = tune_to_directory(
         ModelSource.of(args.model, trust_remote_code=args.trust_remote_code),
         source_of(args, "reference"),

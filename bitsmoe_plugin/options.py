@@ -374,6 +374,16 @@ class Options:
         flag="N",
         stored="if changed",
     )
+    tune: int = option(
+        "how often all calibration text is seen once more when the model is packed, to move scales such that "
+        "its predictions come closer to the original's; 0: not at all. Both models are then in memory",
+        "As ``bitsmoe tune`` does it, with its defaults; of the epochs the best on the sequences held out "
+        "counts. Not stored; the manifest tells what came of it.",
+        check=number(0, 1000, whole=True),
+        default=0,
+        flag="EPOCHS",
+        stored="never",
+    )
     format_version: int = option(
         "of the packed tensors",
         check=number(FORMAT_VERSION, FORMAT_VERSION, whole=True),

@@ -50,6 +50,7 @@ VARIANTS = (
     Variant("fast", {"method": "fast"}),
     Variant("paper-v1", {"method": "paper-v1"}),
     Variant("paper-v2", {"method": "paper-v2"}),
+    Variant("tuned through the whole model, two epochs", {"tune": 2}),
 )
 
 

@@ -16,6 +16,7 @@ from bitsmoe_plugin.base import native
 from bitsmoe_plugin.base.devices import CPU_WORKING_SET
 from bitsmoe_plugin.calibration.activations import enough
 from bitsmoe_plugin.codec.layout import LayerShape
+from bitsmoe_plugin.commands.estimate_tuning import tuning_decoding, tuning_flops, tuning_memory
 from bitsmoe_plugin.config import BitsMoEConfig
 from bitsmoe_plugin.rounding.refit_down import REFIT_TOKENS
 from bitsmoe_plugin.spectral.moments import COVARIANCE_TOKENS
@@ -56,7 +57,15 @@ class Workload:
 
 
 def peak_memory(work: Workload, config: BitsMoEConfig) -> dict[str, int]:
-    """Bytes at the peak, which is the rounding of the largest layer, by part.
+    """Bytes at the peak, by part: of ``quantizing_memory``, or of tuning afterwards if that takes more."""
+    phases = [quantizing_memory(work, config)]
+    if config.tune:
+        phases.append(tuning_memory(work, config, PROCESS_BYTES))
+    return max(phases, key=lambda parts: sum(parts.values()))
+
+
+def quantizing_memory(work: Workload, config: BitsMoEConfig) -> dict[str, int]:
+    """Bytes at the peak of quantization itself, which is the rounding of the largest layer, by part.
 
     Nothing here grows with the depth of the model, but ``kernels`` up to its limit.
 
@@ -133,7 +142,7 @@ def rough_seconds(work: Workload, config: BitsMoEConfig) -> float | None:
     """Order of magnitude of the time on this machine; None if the experts per token are unknown.
 
     Two terms: matrix products, counted and divided by a speed measured now (for 10 ms), and pricing and
-    rounding, in proportion to the expert weights.
+    rounding (and decoding, for ``tune``), in proportion to the expert weights.
     """
     if work.experts_per_token is None:
         return None
@@ -142,8 +151,10 @@ def rough_seconds(work: Workload, config: BitsMoEConfig) -> float | None:
     flops += sum(_layer_flops(shape, work.tokens, work.experts_per_token) for shape in work.shapes)
     if config.all_experts:
         flops += sum(_shown_flops(shape, work.tokens, work.experts_per_token) for shape in work.shapes)
+    flops += tuning_flops(work, config)
     slower = 1 if native.library() is not None else _WITHOUT_KERNELS
-    return slower * _SECONDS_PER_WEIGHT * weights / torch.get_num_threads() + flops / _matmul_speed()
+    alone = slower * _SECONDS_PER_WEIGHT * weights + tuning_decoding(work, config)
+    return alone / torch.get_num_threads() + flops / _matmul_speed()
 
 
 def _layer_flops(shape: LayerShape, tokens: int, experts_per_token: int) -> int:

@@ -13,7 +13,7 @@ from bitsmoe_plugin.commands.compare.budget_range import budgets
 from bitsmoe_plugin.commands.defaults import BLOCK, TOKENS
 from bitsmoe_plugin.commands.source_options import add_chat_template, add_source
 from bitsmoe_plugin.options import OPTIONS
-from bitsmoe_plugin.pipeline.tuning_settings import TuningSettings
+from bitsmoe_plugin.pipeline.tuning_settings import LEARNABLE, TuningSettings
 
 Run = Callable[..., None]
 _DESCRIPTIONS = {
@@ -32,9 +32,10 @@ stops after the layer, twice: at once), a crash or a reboot, the same command
 continues there, with the same result.
 """,
     "tune": """\
-Move the scales of a packed model's bases such that its predictions come
-closer to the original's, on calibration text. Size and speed stay. Both models
-are in memory, and a step takes several times as long as evaluating them.
+Move the scales of a packed model's bases and rows, and if asked norms and
+routers, such that its predictions come closer to the original's, on
+calibration text. Size and speed stay. Both models are in memory, and a step
+takes several times as long as evaluating them.
 """,
     "inspect": """\
 Count what a packed model stores for its experts, and show for each layer how
@@ -162,7 +163,7 @@ def add_estimate(commands: Any, run: Run) -> None:
     )
     text = "directory of the model; without its weights, their .index.json is enough"
     parser.add_argument("model", type=Path, help=text)
-    _add_options(parser, "bits", "factor_bits", *_WHOLE, "calibration_tokens")
+    _add_options(parser, "bits", "factor_bits", *_WHOLE, "calibration_tokens", "tune")
     _add_method(parser)
     _add_json(parser)
 
@@ -179,6 +180,7 @@ def add_quantize(commands: Any, run: Run) -> None:
     parser.add_argument("out", type=Path, help=_OUT)
     _add_options(parser, "bits", "factor_bits", *_WHOLE)
     _add_calibration(parser)
+    _add_options(parser, "tune")
     _add_method(parser)
     _add_device(parser, "; with several processes each takes its own GPU")
     add_allow_slow(parser)
@@ -191,7 +193,7 @@ def add_quantize(commands: Any, run: Run) -> None:
 
 
 def add_tune(commands: Any, run: Run) -> None:
-    summary = "bring a packed model closer to the original, at the same size"
+    summary = "bring a packed model closer to the original, at the same size (or: quantize --tune)"
     example = "out/qwen3-2bit out/qwen3-2bit-tuned --reference Qwen3-30B-A3B --dataset calibration.jsonl"
     parser = _add_command(commands, run, "tune", summary, example)
     defaults = TuningSettings()
@@ -200,12 +202,18 @@ def add_tune(commands: Any, run: Run) -> None:
     parser.add_argument("--reference", required=True, metavar="MODEL", help="what it was quantized from")
     _add_calibration(parser, batch_size=defaults.batch_size, calibration_tokens=TOKENS)
     _add_number(parser, "--epochs", "how often all of the text is seen", defaults.epochs)
+    text = f"of {', '.join(LEARNABLE)}, what may move (default: {','.join(defaults.learn)})"
+    parser.add_argument("--learn", type=_names, default=defaults.learn, metavar="NAMES", help=text)
     text = "largest relative change of a scale per step, about"
     _add_number(parser, "--learning-rate", text, defaults.learning_rate, float)
     text = "share of the text that is only measured on, to take the best epoch"
     _add_number(parser, "--held-out", text, defaults.held_out, float)
     _add_device(parser)
     add_source(parser, reference=True, model=False)
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(text.split(","))
 
 
 def add_inspect(commands: Any, run: Run) -> None:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from bitsmoe_plugin.codec.dense import DenseScheme
     from bitsmoe_plugin.commands.quantize import quantize_to_directory
     from bitsmoe_plugin.integrations.parallel import SplitLayers
+    from bitsmoe_plugin.integrations.tune_on_load import PlannedTuning
     from bitsmoe_plugin.models.expert_source import ExpertSource
     from bitsmoe_plugin.models.stored_names import StoredNames
 
@@ -61,6 +62,7 @@ class BitsMoEQuantizer(HfQuantizer):
         self._packed = self.pre_quantized and self._low is None
         self._source: ExpertSource | None = None
         self._blocks: Blocks | None = None
+        self._tuning: PlannedTuning | None = None
         self._carried = CarriedTensors({})
         self._split: SplitLayers | None = None
         self._device_map: Any = None
@@ -131,6 +133,7 @@ class BitsMoEQuantizer(HfQuantizer):
         from bitsmoe_plugin.integrations.offloading import check_for_quantization
         from bitsmoe_plugin.integrations.parallel import distributed_config
         from bitsmoe_plugin.integrations.quantize_on_load import planned_source
+        from bitsmoe_plugin.integrations.tune_on_load import PlannedTuning
         from bitsmoe_plugin.models.source_tensors import check_source, stored_dtypes
         from bitsmoe_plugin.models.stored_names import StoredNames
 
@@ -146,7 +149,9 @@ class BitsMoEQuantizer(HfQuantizer):
         quantizer = self._low.quantizer if self._low else None
         carried = self._carried.bytes()
         self._source = planned_source(model, files or [], self.quantization_config, quantizer, carried)
-        self._blocks = calibration_blocks(model, self.quantization_config, files, self._source.shapes)
+        config = self.quantization_config
+        self._blocks = calibration_blocks(model, config, files, self._source.shapes)
+        self._tuning = PlannedTuning.of(model, files, self._blocks, config, self._device_map)
 
     def _carry(self, model: Any, names: StoredNames, files: list[str]) -> None:
         """Keep what the model does not load and others do, to save it with the model."""
@@ -178,6 +183,9 @@ class BitsMoEQuantizer(HfQuantizer):
         fill_linears(model, self._dense)
         self._keep_names(model)
         leave_to_each_process(model)
+        if self._tuning is not None:
+            self._tuning.run(model)
+            self.quantization_config, self._tuning = model.config.quantization_config, None
 
     def _quantize(self, model: Any) -> None:
         from bitsmoe_plugin.integrations.quantize_on_load import loaded_source, tell_left_out

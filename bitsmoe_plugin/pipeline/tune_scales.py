@@ -1,40 +1,39 @@
-"""Tuning of a packed model: the scales of its shared bases, learnt through the whole model.
+"""Tuning of a packed model: its scales, and if wanted norms and routers, learnt through the whole model.
 
 Layers are quantized one at a time, so what their errors together do to the model's predictions is seen only
-at the end. Every group of basis values has a float16 scale; gradient descent moves these scales such that
-KL(full precision || packed) falls on calibration text. Codes, widths and all other tensors stay, and so
-do size and speed. (Continuous parameters are tuned after quantization in AQLM, arXiv 2401.06118, and
-QuIP#, arXiv 2402.04396, too; there norms and whole layers, here what belongs to the experts.)
+at the end. Every group of basis values has a float16 scale and every row a scale code; gradient descent moves
+these such that KL(full precision || packed) falls on calibration text. Codes, widths and all other tensors
+stay, and so do size and speed. (Continuous parameters are tuned after quantization in AQLM, arXiv 2401.06118,
+and QuIP#, arXiv 2402.04396, too; there norms and whole layers, here what belongs to the experts first.)
 """
 
 from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers.utils import logging
 
 from bitsmoe_plugin.base.process_state import known_state
 from bitsmoe_plugin.calibration.blocks import held_out_last
 from bitsmoe_plugin.checkpoint.manifest import tensor_digest
-from bitsmoe_plugin.codec.layout import PackedExperts
 from bitsmoe_plugin.errors import QuantizationError
 from bitsmoe_plugin.models.model_class import text_model
+from bitsmoe_plugin.pipeline.tunable_layer import DifferentiableOriginals, TunableLayer
+from bitsmoe_plugin.pipeline.tunable_weights import TunableWeights, norm_weights, router_weights
 from bitsmoe_plugin.pipeline.tuning_settings import TuningSettings
 from bitsmoe_plugin.runtime.experts import BitsMoEExperts
-from bitsmoe_plugin.runtime.reference_layer import ReferenceLayer
-from bitsmoe_plugin.runtime.with_originals import WithOriginals
 
 _WARM_UP = 5
 """Steps in which the learning rate rises."""
-_LARGEST = torch.finfo(torch.float16).max
+_OF_WEIGHTS = 0.1
+"""Of the learning rate, for norms and routers."""
 
 
 @dataclass(frozen=True)
@@ -43,65 +42,21 @@ class Tuning:
     tokens: that were learnt from.
     epoch: after which the scales were taken; 0: nothing was better than what was there.
     before, after: KL(full precision || packed) on the held-out blocks, nats per token.
+    learnt: what could move, see ``TuningSettings.learn``.
     """
 
     tokens: int
     epoch: int
     before: float
     after: float
-
-
-class TunableLayer:
-    """A packed layer whose basis scales are multiplied with exp(gain); see ``dispatch.Runtime``.
-
-    What it computes is computed again in the backward pass, so that the decoded rows of only one layer are
-    in memory.
-    """
-
-    def __init__(self, module: BitsMoEExperts) -> None:
-        self._layer = ReferenceLayer.prepare(module.spec, module.packed(), module.gating)
-        self._scales = self.packed.input_scales, self.packed.output_scales
-        self.gains = tuple(
-            torch.zeros(scales.shape, dtype=torch.float32, device=scales.device, requires_grad=True)
-            for scales in self._scales
-        )
-
-    @property
-    def packed(self) -> PackedExperts:
-        """The tensors that it computes from."""
-        return self._layer.packed
-
-    def forward(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """Differentiable in the gains, too."""
-        inputs = hidden, top_k_index, top_k_weights, *self.gains
-        return checkpoint(self._compute, *inputs, use_reentrant=False)  # type: ignore[no-any-return]
-
-    def _compute(self, hidden: Tensor, index: Tensor, weights: Tensor, *gains: Tensor) -> Tensor:
-        bases = [
-            (basis.view(*gain.shape, -1) * gain.exp()[..., None]).flatten(1)
-            for basis, gain in zip(self._layer.bases(), gains, strict=True)
-        ]
-        return self._layer.compute(hidden, index, weights, *bases)
-
-    def scales(self) -> tuple[Tensor, ...]:
-        """The scales as they are stored, int16, with the gains in them."""
-        return tuple(
-            (scales.view(torch.float16).float() * gain.detach().exp())
-            .clamp(-_LARGEST, _LARGEST)
-            .half()
-            .view(torch.int16)
-            for scales, gain in zip(self._scales, self.gains, strict=True)
-        )
-
-
-class _DifferentiableOriginals(WithOriginals):
-    forward = WithOriginals.compute
+    learnt: tuple[str, ...] = ("bases",)
 
 
 @known_state(gradients=True)
 def tune(model: Any, reference: nn.Module, blocks: Tensor, settings: TuningSettings) -> Tuning:
-    """Tune the basis scales of a packed model in place; a config that says so, with their hashes, takes the
-    place of its config.
+    """Tune a packed model in place; a config that says so, with the hashes, takes the place of its config.
+
+    If it fails, or nothing is better than before on the blocks held out, the model is as it was.
 
     Args:
         model: a transformers causal language model with packed experts (``BitsMoEExperts``).
@@ -109,40 +64,70 @@ def tune(model: Any, reference: nn.Module, blocks: Tensor, settings: TuningSetti
         blocks: ``[blocks, sequence_length]`` int64, calibration text.
 
     Raises:
-        QuantizationError: no packed experts, bases without scales, too few blocks, or a divergence that is
-            not finite.
+        QuantizationError: no packed experts, nothing there to learn of what is asked for, too few blocks, or
+            a divergence that is not finite.
     """
-    modules = _tunable_modules(model)
+    modules = _tunable_modules(model, settings)
+    check_blocks(len(blocks), settings)
     device = next(model.parameters()).device
     blocks, seen = held_out_last(blocks, settings.held_out)
-    if seen == len(blocks):
-        raise QuantizationError(
-            f"{len(blocks)} blocks of calibration text are too few to hold {settings.held_out:g} of them "
-            f"out; give at least {-int(-1 // settings.held_out)}, or hold out a larger share"
-        )
     learnt, held = blocks[:seen].to(device), blocks[seen:].to(device)
-    layers = {name: TunableLayer(module) for name, module in modules.items()}
-    with _only_gains(model, reference), _computed_by(modules, layers):
-        best = _learn(model, reference, learnt, held, list(layers.values()), settings)
+    layers = {name: TunableLayer(module, settings.learn) for name, module in modules.items()}
+    weights = _tunable_weights(model, settings)
+    descent = _Descent(list(layers.values()), weights, settings, -(-len(learnt) // settings.batch_size))
+    with _only_gains(model, reference), weights.learnt(), _computed_by(modules, layers):
+        best = _learn(model, reference, learnt, held, descent, settings)
     if best.epoch:
         config = copy.copy(model.config.quantization_config)  # others may hold that one
         for name, module in modules.items():
-            _store(module, layers[name])
+            module.load_packed(layers[name].tuned())
             config.layers[name]["sha256"] = tensor_digest(module.packed())
-        config.calibration["tuning"] = asdict(best)
+        config.calibration["tuning"] = {**asdict(best), "learnt": list(best.learnt)}
         model.config.quantization_config = config
     return best
 
 
-def _tunable_modules(model: nn.Module) -> dict[str, BitsMoEExperts]:
+def check_blocks(blocks: int, settings: TuningSettings) -> None:
+    """Refuse so few that none would be held out.
+
+    Raises:
+        QuantizationError: naming both numbers.
+    """
+    if not int(blocks * settings.held_out):
+        raise QuantizationError(
+            f"{blocks} blocks of calibration text are too few to hold {settings.held_out:g} of them "
+            f"out; give at least {-int(-1 // settings.held_out)}, or hold out a larger share"
+        )
+
+
+def _tunable_modules(model: nn.Module, settings: TuningSettings) -> dict[str, BitsMoEExperts]:
     modules = {name: m for name, m in model.named_modules() if isinstance(m, BitsMoEExperts)}
     if not modules:
         raise QuantizationError("the model has no packed experts to tune; give one that `quantize` wrote")
     spec = next(iter(modules.values())).spec
-    if spec.basis_bits == 16 or spec.is_tiled:
-        what = "basis_bits=16" if spec.basis_bits == 16 else 'the grid "tiled"'
-        raise QuantizationError(f"bases of {what} have no scales that could be tuned; use basis_bits=4 or 8")
+    if spec.is_tiled:
+        raise QuantizationError(
+            'bases and rows of the grid "tiled" have no scales that could be tuned; quantize the original'
+        )
+    if spec.basis_bits == 16 and "bases" in settings.learn:
+        raise QuantizationError(
+            "bases of basis_bits=16 have no scales that could be tuned; leave bases out of what is learnt "
+            "(learn), or use basis_bits=4 or 8"
+        )
     return modules
+
+
+def _tunable_weights(model: nn.Module, settings: TuningSettings) -> TunableWeights:
+    found: list[nn.Parameter] = []
+    for name, find in (("norms", norm_weights), ("routers", router_weights)):
+        if name in settings.learn:
+            parameters = find(model)
+            if not parameters:
+                raise QuantizationError(
+                    f"no {name} were found in {type(model).__name__}; leave {name} out of what is learnt"
+                )
+            found += parameters
+    return TunableWeights(found)
 
 
 @contextmanager
@@ -164,12 +149,12 @@ def _only_gains(*models: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _computed_by(modules: dict[str, BitsMoEExperts], layers: dict[str, TunableLayer]) -> Iterator[None]:
+def _computed_by(modules: dict[str, BitsMoEExperts], layers: Mapping[str, TunableLayer]) -> Iterator[None]:
     try:
         for name, module in modules.items():
             spec, layer = module.spec, layers[name]
             originals = spec.has_bias or bool(spec.kept)
-            module.compute_by(_DifferentiableOriginals(layer, spec, module.gating) if originals else layer)
+            module.compute_by(DifferentiableOriginals(layer, spec, module.gating) if originals else layer)
         yield
     finally:
         for module in modules.values():
@@ -181,19 +166,16 @@ def _learn(
     reference: nn.Module,
     learnt: Tensor,
     held: Tensor,
-    layers: list[TunableLayer],
+    descent: _Descent,
     settings: TuningSettings,
 ) -> Tuning:
-    """Leaves the layers with the best gains; Ctrl-C once there are some ends it with them."""
-    gains = [gain for layer in layers for gain in layer.gains]
-    steps = settings.epochs * -(-len(learnt) // settings.batch_size)
-    descent = _Descent(gains, settings.learning_rate, steps)
+    """Leaves the best gains; Ctrl-C once there are some ends it with them."""
     order = torch.Generator().manual_seed(settings.seed)
     divergence = _held_out(model, reference, held, settings.batch_size)
-    best = Tuning(learnt.numel(), 0, divergence, divergence)
-    best_gains = [gain.detach().clone() for gain in gains]
+    best = Tuning(learnt.numel(), 0, divergence, divergence, settings.learn)
+    best_gains = descent.gains()
     try:
-        with logging.tqdm(total=steps, desc="Tuning") as bar:
+        with logging.tqdm(total=descent.steps, desc="Tuning") as bar:
             for epoch in range(1, settings.epochs + 1):
                 shuffled = learnt[torch.randperm(len(learnt), generator=order, device="cpu")]
                 for batch in shuffled.split(settings.batch_size):
@@ -203,36 +185,57 @@ def _learn(
                 divergence = _held_out(model, reference, held, settings.batch_size)
                 if divergence < best.after:
                     best = replace(best, epoch=epoch, after=divergence)
-                    best_gains = [gain.detach().clone() for gain in gains]
+                    best_gains = descent.gains()
     except KeyboardInterrupt:
         if not best.epoch:
             raise
-        warnings.warn(f"stopped; the scales are those after epoch {best.epoch}", stacklevel=2)
-    with torch.no_grad():
-        for gain, value in zip(gains, best_gains, strict=True):
-            gain.copy_(value)
+        warnings.warn(f"stopped; what was learnt until epoch {best.epoch} is kept", stacklevel=2)
+    descent.go_back_to(best_gains)
     return best
 
 
 class _Descent:
-    """Adam with a learning rate that rises for a few steps and then falls to 0."""
+    """Adam with a learning rate that rises for a few steps and then falls to 0.
 
-    def __init__(self, gains: list[Tensor], learning_rate: float, steps: int) -> None:
-        self._gains = gains
+    Attributes:
+        steps: in all.
+    """
+
+    def __init__(
+        self, layers: list[TunableLayer], weights: TunableWeights, settings: TuningSettings, per_epoch: int
+    ) -> None:
+        self._weights, self.steps = weights, settings.epochs * per_epoch
+        scales = [gain for layer in layers for gain in layer.gains]
+        rate = settings.learning_rate
+        groups = [{"params": scales, "lr": rate}, {"params": weights.gains, "lr": rate * _OF_WEIGHTS}]
+        self._gains = [*scales, *weights.gains]
         # The defaults remember the gradients of 1000 steps; here there may be 20 in all.
-        self._optimizer = torch.optim.Adam(gains, lr=learning_rate, betas=(0.9, 0.95))
+        self._optimizer = torch.optim.Adam([g for g in groups if g["params"]], lr=rate, betas=(0.9, 0.95))
         self._schedule = torch.optim.lr_scheduler.LambdaLR(
-            self._optimizer, lambda step: min(1.0, (step + 1) / _WARM_UP) * (1 - step / steps)
+            self._optimizer, lambda step: min(1.0, (step + 1) / _WARM_UP) * (1 - step / self.steps)
         )
 
     def step(self, loss: Tensor) -> float:
         """Returns the loss."""
         self._optimizer.zero_grad()
         loss.backward()
+        self._weights.take_gradients()
         nn.utils.clip_grad_norm_(self._gains, 1.0)
         self._optimizer.step()
         self._schedule.step()
+        self._weights.write()
         return float(loss.detach())
+
+    def gains(self) -> list[Tensor]:
+        """A copy of what is learnt so far."""
+        return [gain.detach().clone() for gain in self._gains]
+
+    @torch.no_grad()
+    def go_back_to(self, gains: list[Tensor]) -> None:
+        """Take gains that were there before."""
+        for gain, value in zip(self._gains, gains, strict=True):
+            gain.copy_(value)
+        self._weights.write()
 
 
 @torch.no_grad()
@@ -253,9 +256,3 @@ def _divergence(model: nn.Module, reference: nn.Module, batch: Tensor) -> Tensor
             "the first steps went well, take a smaller learning rate"
         )
     return loss
-
-
-def _store(module: BitsMoEExperts, layer: TunableLayer) -> None:
-    """Put tuned scales into a module."""
-    input_scales, output_scales = layer.scales()
-    module.load_packed(replace(module.packed(), input_scales=input_scales, output_scales=output_scales))

@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 
-from bitsmoe_plugin.base.option_checks import check_number
+from bitsmoe_plugin.base.option_checks import check_number, fail
+
+LEARNABLE = ("bases", "rows", "norms", "routers")
+"""What tuning can move: scales of the shared bases, scale codes of rows, weights of norms and of routers."""
 
 
 @dataclass(frozen=True)
@@ -14,9 +17,11 @@ class TuningSettings:
     epochs: how often all blocks are seen, 1 to 1000.
     learning_rate: largest change of the logarithm of a scale per step, about; falls to 0. 1e-6 to 1.
     batch_size: blocks per step.
-    held_out: share of the blocks that are only measured on: the scales of the epoch that is best there are
-        taken. Above 0, at most 0.5.
+    held_out: share of the blocks that are only measured on: what was learnt until the epoch that is best
+        there is taken. Above 0, at most 0.5.
     seed: of the order of the blocks.
+    learn: of ``LEARNABLE``. All keep their dtypes and sizes. Norms and routers are not experts' own, and move
+        a tenth as fast.
 
     Raises:
         ConfigError: naming the setting, its value and what is allowed.
@@ -27,10 +32,14 @@ class TuningSettings:
     batch_size: int = 2
     held_out: float = 0.0625
     seed: int = 0
+    learn: tuple[str, ...] = ("bases", "rows")
 
     def __post_init__(self) -> None:
         check = partial(check_number, owner="TuningSettings")
         check("epochs", self.epochs, 1, 1000, whole=True)
+        known = isinstance(self.learn, tuple) and all(name in LEARNABLE for name in self.learn)
+        if not known or not self.learn or len(set(self.learn)) < len(self.learn):
+            fail("learn", self.learn, f"some of {', '.join(LEARNABLE)}, each once", owner="TuningSettings")
         check("learning_rate", self.learning_rate, 1e-6, 1)
         check("batch_size", self.batch_size, 1, 10**6, whole=True)
         check("held_out", self.held_out, 1e-6, 0.5)

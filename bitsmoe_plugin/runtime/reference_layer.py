@@ -108,18 +108,23 @@ class ReferenceLayer:
         top_k_weights: Tensor,
         input_basis: Tensor,
         output_basis: Tensor,
+        row_gains: Tensor | None = None,
     ) -> Tensor:
-        """``forward`` with these bases, see ``moe_forward``; differentiable in all but the indices."""
+        """``forward`` with these bases, see ``moe_forward``; differentiable in all but the indices.
+
+        Args:
+            row_gains: ``[f, E, r]`` float32, which rows are multiplied with.
+        """
         used = [e for e in torch.unique(top_k_index).tolist() if 0 <= e < self.spec.shape.num_experts]
         if not used:
             return torch.zeros_like(hidden)
-        bias = self.packed.input_bias
+        bias, rows_of = self.packed.input_bias, self.rows_of(used)
         return moe_forward(
             hidden,
             _positions(used, top_k_index),
             top_k_weights,
             experts=len(used),
-            rows_of=self.rows_of(used),
+            rows_of=rows_of if row_gains is None else _scaled(rows_of, row_gains[:, used]),
             input_basis=input_basis,
             output_basis=output_basis,
             gating=self.gating,
@@ -156,6 +161,16 @@ class ReferenceLayer:
     def _basis(self, words: Tensor, scales: Tensor) -> Tensor:
         spec = self.spec
         return layout.unpack_basis(words, scales, spec.basis_bits, spec.shape.hidden_size, spec.grid)
+
+
+def _scaled(rows_of: RowReader, gains: Tensor) -> RowReader:
+    """Reads rows multiplied with their gains ``[f, experts, r]``."""
+
+    def read(factor: int, expert: int) -> tuple[Tensor, Tensor]:
+        rows, order = rows_of(factor, expert)
+        return rows * gains[factor, expert, order, None], order
+
+    return read
 
 
 def _positions(used: list[int], index: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ from bitsmoe_plugin.calibration.blocks import held_out_last
 from bitsmoe_plugin.commands.evaluate import EvaluationText, evaluate_model
 from bitsmoe_plugin.commands.inspect import inspect_checkpoint
 from bitsmoe_plugin.pipeline import tune_scales
-from bitsmoe_plugin.pipeline.tune_scales import TunableLayer, TuningSettings, tune
+from bitsmoe_plugin.pipeline.tunable_layer import TunableLayer
+from bitsmoe_plugin.pipeline.tune_scales import tune
+from bitsmoe_plugin.pipeline.tuning_settings import LEARNABLE, TuningSettings
 from bitsmoe_plugin.runtime.experts import BitsMoEExperts
 from bitsmoe_plugin.runtime.with_originals import WithOriginals
 
@@ -65,7 +68,7 @@ def test_gradients_are_those_of_differences(packed: Any, which: int) -> None:
         return (layer.forward(*inputs).double() * direction).sum()
 
     projection().backward()
-    gain = layer.gains[which]
+    gain = layer.bases[which]
     found, step = gain.grad[100], 0.02  # the strongest rows come last
     for group in range(gain.shape[1]):
         ends = []
@@ -76,6 +79,52 @@ def test_gradients_are_those_of_differences(packed: Any, which: int) -> None:
                 gain[100, group] = 0
         assert float(found[group]) == pytest.approx((ends[0] - ends[1]) / (2 * step), rel=0.02, abs=1e-5)
     assert float(found.abs().max()) > 1e-4
+
+
+def test_rows_are_learnt_as_they_are_stored(packed: Any) -> None:
+    """Scale codes move by whole steps and stay in their grid, widths stay, and what was computed with gains
+    is what the tensors with them compute."""
+    module, inputs = copy.deepcopy(packed.get_submodule(FIRST)), routed(9, seed=3)
+    layer = TunableLayer(module)
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for gain in layer.gains:
+            gain.copy_(0.5 * torch.randn(gain.shape, generator=generator))
+        layer.rows[:, 0] = 20.0  # beyond every grid
+        found = layer.forward(*inputs)
+    before, tuned = module.packed().row_codes, layer.tuned()
+    assert torch.equal(before // 32, tuned.row_codes // 32)
+    used = before // 32 > 0
+    steps = module.packed().scale_grid.view(torch.float16)[:, 1].float()
+    assert bool((tuned.row_codes % 32 == 31)[:, 0][used[:, 0] & (steps > 1e-3)].all())
+    assert torch.equal(tuned.row_codes[~used], before[~used])
+    assert 0.2 < float((tuned.row_codes != before)[used].float().mean()) < 1
+    module.load_packed(tuned)
+    again = TunableLayer(module).forward(*inputs)
+    torch.testing.assert_close(found, again, rtol=1e-4, atol=1e-4)
+
+
+def test_gradients_of_rows_are_those_of_scales(packed: Any) -> None:
+    """Of the output's projection on a fixed direction, times exp(gain) for exp2(step) of a code."""
+    module, inputs = copy.deepcopy(packed.get_submodule(FIRST)), routed(5, seed=1)
+    layer, direction = TunableLayer(module), torch.randn(5, 128, generator=torch.Generator().manual_seed(2))
+    (layer.forward(*inputs).double() * direction).sum().backward()
+    gradient, steps = layer.rows.grad, layer._steps().expand_as(layer.rows)
+    ratio = 0.5 * (torch.exp2(steps) - torch.exp2(-steps))
+    codes = module.packed().row_codes % 32
+    inside = (codes > 0) & (codes < 31) & (steps > 1e-3) & (steps < 0.2)
+    place = int(torch.where(inside, gradient.abs(), 0).argmax())
+    ends = []
+    for sign in (1, -1):
+        moved = module.packed().row_codes.clone().flatten()
+        moved[place] += sign
+        other = copy.deepcopy(module)
+        other.load_packed(replace(module.packed(), row_codes=moved.view_as(codes)))
+        out = TunableLayer(other).forward(*inputs).detach().double()
+        ends.append(float((out * direction).sum()))
+    assert float(gradient.flatten()[place]) == pytest.approx(
+        (ends[0] - ends[1]) / (2 * float(ratio.flatten()[place])), rel=0.03
+    )
 
 
 def test_hidden_states_and_router_get_their_gradients(packed: Any) -> None:
@@ -106,20 +155,46 @@ def test_tuning_comes_closer_and_says_how_much(packed: Any, moe_tiny: Any, block
     assert all(p.requires_grad == p.is_floating_point() for p in model.parameters())
 
 
-def test_it_changes_basis_scales_alone(packed: Any, moe_tiny: Any, blocks: Tensor) -> None:
-    """And of the config that others may hold, nothing."""
+CHANGES = {
+    "bases": {"bitsmoe_input_scales", "bitsmoe_output_scales"},
+    "rows": {"bitsmoe_row_codes"},
+    "norms": {
+        f"{n}norm.weight" for n in ("input_layer", "post_attention_layer", "self_attn.q_", "self_attn.k_", "")
+    },
+    "routers": {"mlp.gate.weight"},
+}
+"""What is learnt -> tensors that change in every decoder layer, or once."""
+
+
+@pytest.mark.parametrize("learn", [("bases",), ("rows",), ("norms",), ("routers",)])
+def test_it_changes_what_is_learnt_alone(
+    packed: Any, moe_tiny: Any, blocks: Tensor, learn: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And of the config that others may hold, nothing. Ends are said to be ever better."""
+    ends = iter((3.0, 2.0))
+    monkeypatch.setattr(tune_scales, "_held_out", lambda *_: next(ends))
     model = copy.deepcopy(packed)
     held = model.config.quantization_config
     assert held.to_dict() == packed.config.quantization_config.to_dict()
-    tune(model, moe_tiny, blocks, TuningSettings(epochs=1, learning_rate=5e-3))
+    tune(
+        model,
+        moe_tiny,
+        blocks[:8],
+        TuningSettings(1, learn=learn, learning_rate=0.5, batch_size=7, held_out=0.2),
+    )
     old, new = packed.state_dict(), model.state_dict()
     changed = {name for name in old if not torch.equal(old[name], new[name])}
-    assert {name.rsplit(".", 1)[-1] for name in changed} == {"bitsmoe_input_scales", "bitsmoe_output_scales"}
-    assert len(changed) == 2 * 4
+    wanted = {name for name in old for ending in CHANGES[learn[0]] if name.endswith(ending)}
+    assert changed == wanted
+    assert len(changed) == {"bases": 8, "rows": 4, "norms": 17, "routers": 4}[learn[0]]
     assert held.to_dict() == packed.config.quantization_config.to_dict()
     noted = model.config.quantization_config
     assert noted.calibration["tuning"]["epoch"] == 1
-    assert all(noted.layers[name]["sha256"] != entry["sha256"] for name, entry in held.layers.items())
+    assert noted.calibration["tuning"]["learnt"] == list(learn)
+    other = learn[0] in ("bases", "rows")
+    assert all(
+        (noted.layers[name]["sha256"] != entry["sha256"]) == other for name, entry in held.layers.items()
+    )
     assert all(old[name].shape == new[name].shape and old[name].dtype == new[name].dtype for name in old)
 
 
@@ -136,22 +211,25 @@ def test_stopped_it_keeps_what_it_has(
         return measured(*args)
 
     monkeypatch.setattr(tune_scales, "_held_out", stopped)
-    model, settings = copy.deepcopy(packed), TuningSettings(epochs=3, learning_rate=5e-3)
+    model, settings = (
+        copy.deepcopy(packed),
+        TuningSettings(3, learn=LEARNABLE, learning_rate=5e-3, batch_size=8),
+    )
     if epoch == 0:
         with pytest.raises(KeyboardInterrupt):
             tune(model, moe_tiny, blocks, settings)
     else:
         with pytest.warns(UserWarning, match="after epoch 1"):
             assert tune(model, moe_tiny, blocks, settings).epoch == 1
-    changed = not torch.equal(
-        model.get_submodule(FIRST).bitsmoe_input_scales, packed.get_submodule(FIRST).bitsmoe_input_scales
-    )
-    assert changed == (epoch == 1)
+    old, new = packed.state_dict(), model.state_dict()
+    for name in (f"{FIRST}.bitsmoe_input_scales", "model.norm.weight", "model.layers.0.mlp.gate.weight"):
+        assert torch.equal(old[name], new[name]) == (epoch == 0), name
 
 
 def test_a_rate_that_ruins_the_model_is_not_taken(packed: Any, moe_tiny: Any, blocks: Tensor) -> None:
     model = copy.deepcopy(packed)
-    result = tune(model, moe_tiny, blocks, TuningSettings(epochs=1, learning_rate=1.0))
+    settings = TuningSettings(epochs=1, learn=LEARNABLE, learning_rate=1.0, batch_size=5)
+    result = tune(model, moe_tiny, blocks, settings)
     assert (result.epoch, result.after) == (0, result.before)
     old, new = packed.state_dict(), model.state_dict()
     assert all(torch.equal(old[name], new[name]) for name in old)
@@ -203,7 +281,18 @@ def test_bases_without_scales_are_refused(moe_tiny_path: Path, moe_tiny: Any, bl
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"epochs": 0}, {"learning_rate": 0}, {"batch_size": 1.5}, {"held_out": 0}, {"seed": -1}]
+    "wrong",
+    [
+        {"epochs": 0},
+        {"learning_rate": 0},
+        {"batch_size": 1.5},
+        {"held_out": 0},
+        {"seed": -1},
+        {"learn": ("codes",)},
+        {"learn": ()},
+        {"learn": "rows"},
+        {"learn": ("rows", "rows")},
+    ],
 )
 def test_settings_are_checked(wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=f"TuningSettings: {next(iter(wrong))}="):
@@ -224,8 +313,9 @@ def test_the_command_writes_a_checkpoint_of_the_same_size(
     before, after = inspect_checkpoint(packed_moe_tiny), inspect_checkpoint(out)
     assert before["bits_per_weight"] == after["bits_per_weight"]
     old, new = (load_file(path / "model.safetensors") for path in (packed_moe_tiny, out))
-    assert {name.rsplit("_", 1)[-1] for name in old if not torch.equal(old[name], new[name])} == {"scales"}
-    assert "Basis scales tuned on 1,920 tokens: KL" in (out / "README.md").read_text()
+    changed = {name.rsplit(".", 1)[-1] for name in old if not torch.equal(old[name], new[name])}
+    assert changed == CHANGES["bases"] | CHANGES["rows"]
+    assert "Tuned (bases, rows) on 1,920 tokens: KL" in (out / "README.md").read_text()
     assert [path.name for path in tmp_path.iterdir()] == ["tuned"]
     assert run_here(capfd, *given, *size)[0] == 2  # it exists
 

@@ -1,0 +1,86 @@
+"""Tuning of a model right after ``from_pretrained`` has quantized it (option ``tune``)."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from bitsmoe_plugin.base.spans import span
+from bitsmoe_plugin.base.workers import Workers
+from bitsmoe_plugin.calibration.blocks import Blocks
+from bitsmoe_plugin.config import BitsMoEConfig
+from bitsmoe_plugin.errors import ConfigError
+from bitsmoe_plugin.models.model_class import check_loadable, load_model
+from bitsmoe_plugin.models.model_source import ModelSource
+from bitsmoe_plugin.pipeline.tune_scales import check_blocks, tune
+from bitsmoe_plugin.pipeline.tuning_settings import TuningSettings
+
+_REMEDY = "leave tune out, save the packed model, then use `bitsmoe tune`"
+
+
+@dataclass(frozen=True)
+class PlannedTuning:
+    """What is needed once the model is quantized.
+
+    Attributes:
+        reference: where the unquantized model is loaded from again: its experts are gone by then.
+        blocks: ``[blocks, sequence_length]`` int64, the calibration text.
+    """
+
+    reference: ModelSource
+    blocks: Tensor
+    settings: TuningSettings
+
+    @classmethod
+    def of(
+        cls, model: Any, files: Sequence[str] | None, blocks: Blocks, config: BitsMoEConfig, device_map: Any
+    ) -> PlannedTuning | None:
+        """None if ``config`` asks for none.
+
+        Args:
+            model: of transformers, not loaded yet.
+            files: of its weights.
+
+        Raises:
+            ConfigError: what cannot be tuned in the same call.
+            QuantizationError: too little text.
+        """
+        if not config.tune:
+            return None
+        what = f"BitsMoEConfig: tune={config.tune} is not possible"
+        if Workers.present().size > 1:
+            raise ConfigError(f"{what} with several processes; {_REMEDY}")
+        if isinstance(device_map, dict) and len({str(device) for device in device_map.values()}) > 1:
+            raise ConfigError(f"{what} while device_map puts the model on several devices; {_REMEDY}")
+        if not files:
+            raise ConfigError(f"{what} for a model that is not loaded from files, which are read again")
+        if not isinstance(blocks, Tensor):
+            raise ConfigError(f"{what} with images in the calibration text; leave tune out, or the images")
+        settings = TuningSettings(
+            epochs=config.tune,
+            learn=("rows",) if config.basis_bits == 16 else TuningSettings().learn,
+            held_out=config.held_out or TuningSettings().held_out,
+            seed=config.seed,
+        )
+        check_blocks(len(blocks), settings)
+        reference = ModelSource.of_files(model.config._name_or_path, files)
+        check_loadable(reference)
+        return cls(reference, blocks, settings)
+
+    def run(self, model: Any) -> None:
+        """Tune a packed model; a warning says so where nothing came closer."""
+        device = next(model.parameters()).device
+        with span("tuning"):
+            reference = load_model(self.reference, dtype=model.dtype).eval().to(device)
+            result = tune(model, reference, self.blocks, self.settings)
+        if not result.epoch:
+            warnings.warn(
+                f"tune={self.settings.epochs}: no epoch came closer to the original on the text held out (KL "
+                f"{result.before:.4f} before), so the model stays as it was quantized; more calibration text "
+                "helps",
+                stacklevel=2,
+            )

@@ -1,0 +1,111 @@
+"""``quantize --tune``: the same as quantizing and then tuning, in one call that can go on where it ended."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command_line import run_here
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from bitsmoe_plugin import BitsMoEConfig, ConfigError, QuantizationError
+from bitsmoe_plugin.base.interruption import Interrupted
+from bitsmoe_plugin.base.workers import Workers
+from bitsmoe_plugin.codec.layout import LayerShape
+from bitsmoe_plugin.commands import estimate_resources
+from bitsmoe_plugin.commands.estimate import estimate
+from bitsmoe_plugin.commands.quantize import quantize_to_directory
+from bitsmoe_plugin.commands.times import read_times
+from bitsmoe_plugin.integrations import tune_on_load
+from bitsmoe_plugin.integrations.optimum import BitsMoEQuantizer
+
+TEXT = str(Path(__file__).parents[2] / "examples" / "data" / "calibration.jsonl")
+OPTIONS: dict[str, Any] = {"bits": 2.0, "method": "fast", "calibration_tokens": 2048, "sequence_length": 128}
+FLAGS = ["--dataset", TEXT, "--calibration-tokens", "2048", "--sequence-length", "128"]
+
+
+def test_it_is_quantizing_and_tuning_in_one(
+    moe_tiny_path: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the byte; interrupted while it tunes, it goes on with the layers that it has."""
+    whole, packed, tuned = (tmp_path / name for name in ("whole", "packed", "tuned"))
+    config = BitsMoEConfig(dataset=TEXT, tune=1, **OPTIONS)
+
+    def stopped(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(tune_on_load, "tune", stopped)
+        with pytest.raises(Interrupted, match="finished"):
+            quantize_to_directory(str(moe_tiny_path), whole, config)
+    assert not whole.exists()
+    command = ["quantize", str(moe_tiny_path), str(whole), "--method", "fast", *FLAGS, "--tune", "1"]
+    assert run_here(capfd, *command)[0] == 0
+    assert "tuning" in read_times(whole)
+    assert [path.name for path in tmp_path.iterdir()] == ["whole"]
+    quantize_to_directory(str(moe_tiny_path), packed, BitsMoEConfig(dataset=TEXT, **OPTIONS))
+    given = ["tune", str(packed), str(tuned), "--reference", str(moe_tiny_path), *FLAGS, "--epochs", "1"]
+    assert run_here(capfd, *given)[0] == 0
+    before, one, two = (load_file(path / "model.safetensors") for path in (packed, whole, tuned))
+    assert all(one[name].equal(tensor) for name, tensor in two.items())
+    assert not all(before[name].equal(tensor) for name, tensor in two.items())
+    notes = [AutoModelForCausalLM.from_pretrained(p).config.quantization_config for p in (whole, tuned)]
+    assert notes[0].to_dict() == notes[1].to_dict()
+    assert notes[0].calibration["tuning"]["learnt"] == ["bases", "rows"]
+
+
+def test_where_nothing_comes_closer_the_model_stays(
+    moe_tiny_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    none = tune_on_load.TuningSettings
+    monkeypatch.setattr(tune_on_load, "TuningSettings", lambda **given: none(**given, learning_rate=1.0))
+    config = BitsMoEConfig(dataset=TEXT, tune=1, **OPTIONS)
+    with pytest.warns(UserWarning, match="tune=1: no epoch came closer"):
+        model = AutoModelForCausalLM.from_pretrained(moe_tiny_path, quantization_config=config)
+    assert "tuning" not in model.config.quantization_config.calibration
+
+
+def test_what_cannot_be_tuned_is_refused_before_work(
+    moe_tiny_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also in optimum, whose options are the same."""
+    monkeypatch.setattr("bitsmoe_plugin.integrations.quantize_on_load.loaded_source", None)
+    few = BitsMoEQuantizer.from_pretrained(moe_tiny_path)
+    with pytest.raises(QuantizationError, match=r"4 blocks .* at least 16"):
+        few.quantize(tmp_path / "out", dataset=TEXT, tune=1, **{**OPTIONS, "calibration_tokens": 512})
+    with pytest.raises(ConfigError, match="tune=-1"):
+        BitsMoEConfig(tune=-1)
+    model = AutoModelForCausalLM.from_pretrained(moe_tiny_path)
+    planned = tune_on_load.PlannedTuning.of
+    config, blocks = BitsMoEConfig(tune=2), [{"pixel_values": None}]
+    with pytest.raises(ConfigError, match="tune=2 is not possible with images"):
+        planned(model, ["model.safetensors"], blocks, config, None)
+    with pytest.raises(ConfigError, match="not loaded from files"):
+        planned(model, None, blocks, config, None)
+    with pytest.raises(ConfigError, match=r"several devices; leave tune out"):
+        planned(model, ["model.safetensors"], blocks, config, {"model": "cuda:0", "lm_head": "cuda:1"})
+    monkeypatch.setattr(Workers, "present", lambda: Workers(0, 2))
+    with pytest.raises(ConfigError, match=r"several processes; leave tune out"):
+        planned(model, ["model.safetensors"], blocks, config, None)
+    assert planned(model, None, blocks, BitsMoEConfig(), None) is None
+
+
+def test_estimate_tells_what_it_takes(moe_tiny_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seconds in proportion to the epochs; all experts of the original in memory beside the packed ones."""
+    monkeypatch.setattr(estimate_resources, "_matmul_speed", lambda: 1e10)
+    none, two, four = (estimate(moe_tiny_path, BitsMoEConfig(tune=n)).seconds for n in (0, 2, 4))
+    assert none is not None
+    assert two is not None
+    assert four is not None
+    assert four - none == pytest.approx(2 * (two - none))
+    assert two > 1.2 * none
+    shapes = [LayerShape(64, 512, 256)] * 40
+    work = estimate_resources.Workload(
+        shapes, tokens=8192, experts_per_token=4, other_bytes=10**8, active_weights=5 * 10**7, itemsize=2
+    )
+    memory = estimate_resources.peak_memory(work, BitsMoEConfig(tune=1))
+    weights = 40 * 64 * 3 * 512 * 256
+    assert (memory["experts"], memory["packed"], memory["model"]) == (2 * weights, weights // 4, 2 * 10**8)
+    assert "packed" not in estimate_resources.peak_memory(work, BitsMoEConfig())
