@@ -21,8 +21,8 @@ from bitsmoe_plugin.models.families import layout_of
 from bitsmoe_plugin.options import DENSE_BITS
 from bitsmoe_plugin.runtime.dense_linear import check_library
 
-_PACKED = ("row_codes", "scale_grid", "payload")
-_PACKED += ("input_basis", "input_scales", "output_basis", "output_scales")
+_BASES = ("input_basis", "input_scales", "output_basis", "output_scales")
+_PACKED = ("row_codes", "scale_grid", "payload", *_BASES)
 _BIASES, _KEPT = ("input_bias", "output_bias"), ("kept_input", "kept_output")
 _PER_FILE, _FILE = 64, 10**9
 """What a file has besides, and the least that transformers splits files at by itself."""

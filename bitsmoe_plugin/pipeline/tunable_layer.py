@@ -66,11 +66,11 @@ class TunableLayer:
 
     def _compute(self, hidden: Tensor, index: Tensor, weights: Tensor, *gains: Tensor) -> Tensor:
         *of_bases, of_rows = gains
-        bases = [
+        given, out = (
             _scaled(basis, scales, gain)
             for basis, scales, gain in zip(self._layer.bases(), self._scales, of_bases, strict=True)
-        ]
-        return self._layer.compute(hidden, index, weights, *bases, row_gains=self._row_gains(of_rows))
+        )
+        return self._layer.compute(hidden, index, weights, given, out, self._row_gains(of_rows))
 
     def _row_gains(self, gains: Tensor) -> Tensor:
         """Scale of every row over the one that is stored, ``[f, E, r]``."""
