@@ -354,8 +354,9 @@ def test_autogptq_layout_is_read(tmp_path: Path) -> None:
 
 
 def test_evaluate_and_compare_read_gptq_checkpoints(moe_tiny_path: Path, tmp_path: Path) -> None:
-    """Guards against random experts: rounded to 8 bits in GPTQ's format, the bundled model keeps its
-    perplexity, from the function behind ``evaluate`` and from the row of ``compare``."""
+    """Guards against random experts: rounded to 8 bits in GPTQ's format, attention too, the bundled model
+    keeps its perplexity, from the function behind ``evaluate`` and from the row of ``compare``, which counts
+    attention as it is stored."""
     _write_rounded(moe_tiny_path, tmp_path)
     text = str(moe_tiny_path.parent / "data" / "eval.jsonl")
     limits = {"sequence_length": 128, "max_tokens": 1024}
@@ -374,16 +375,19 @@ def test_evaluate_and_compare_read_gptq_checkpoints(moe_tiny_path: Path, tmp_pat
     assert row["kl_divergence"] < 3e-3  # bfloat16 hidden states; rounding to 2 bits gives 0.14
     # Codes, and per group a zero point of 8 and a scale of 16 bits; as many bytes as are in the file.
     assert row["bits_per_weight"] == pytest.approx(8 + 24 / 64, rel=1e-3)
+    stored = load_file(tmp_path / "model.safetensors")
+    assert any("self_attn" in name and name.endswith("qweight") for name in stored)
+    assert row["total_bytes"] == sum(t.nbytes for name, t in stored.items() if not name.endswith("g_idx"))
     with pytest.raises(ConfigError, match="need each other"):
         compare(task, ("full",))
 
 
 def _write_rounded(model: Path, directory: Path, group: int = 64) -> None:
-    """Round the experts of a model to 8 bits and store them in GPTQModel's layout."""
+    """Round experts and attention of a model to 8 bits and store them in GPTQModel's layout."""
     stored = {}
     weights = {k: v for file in model.glob("*.safetensors") for k, v in load_file(file).items()}
     for name, weight in weights.items():
-        if ".experts." not in name:
+        if ".experts." not in name and "_proj" not in name:
             stored[name] = weight
             continue
         prefix, (outputs, inputs) = name.removesuffix(".weight"), weight.shape

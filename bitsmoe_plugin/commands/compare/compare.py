@@ -132,7 +132,7 @@ def _full(task: ComparisonTask, scratch: Path) -> Quantized:
     settings = stored_settings(task.source.config())
     files = source_in(task.source.directory(), model, settings) if settings is not None else None
     if files is not None:  # as they are stored, in low precision
-        return Quantized(model, files.expert_bytes, 0.0)
+        return Quantized(model, files.expert_bytes, 0.0, files.other_bytes)
     size = next(iter(find_moe_layers(model))).module.down_proj.element_size()
     return Quantized(model, size * _expert_weights(model), 0.0)
 
@@ -198,12 +198,18 @@ def _packed(inspected: dict[str, Any], model: Any, seconds: float) -> Quantized:
 
 def _checkpoint(task: ComparisonTask, scratch: Path) -> Quantized:
     """A GPTQ checkpoint of AutoGPTQ or GPTQModel, or a packed one, that is there already."""
-    from bitsmoe_plugin.commands.compare.gptq_checkpoint import expert_bytes, is_gptq, load_gptq_model
+    from bitsmoe_plugin.commands.compare.gptq_checkpoint import (
+        expert_bytes,
+        is_gptq,
+        load_gptq_model,
+        other_bytes,
+    )
     from bitsmoe_plugin.commands.inspect import inspect_checkpoint
 
     path = Path(str(task.checkpoint))
     if is_gptq(path):
-        return Quantized(load_gptq_model(path, _dtype(task)).eval(), expert_bytes(path), 0.0)
+        model = load_gptq_model(path, _dtype(task)).eval()
+        return Quantized(model, expert_bytes(path), 0.0, other_bytes(path))
     inspected = inspect_checkpoint(path)  # first: it refuses what a loader would trip over
     return _packed(inspected, _load(path), 0.0)
 
@@ -226,7 +232,7 @@ RUNNERS: dict[str, Callable[[ComparisonTask, Path], Quantized]] = {
 
 
 def _other_bytes(quantized: Quantized, reference: Any) -> int:
-    """What is stored besides the experts; gptq, rtn and autoround leave it as it is here."""
+    """What is stored besides the experts; rtn leaves it as it is here."""
     if quantized.other_bytes is not None:
         return quantized.other_bytes
     experts = {layer.name for layer in find_moe_layers(reference)}
