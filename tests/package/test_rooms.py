@@ -176,8 +176,8 @@ def test_peers_are_run_by_the_names_of_their_modules() -> None:
     started."""
     from bitsmoe_plugin.commands.compare.compare import RUNNERS
 
-    modules = [runner.args[0] for runner in RUNNERS.values() if hasattr(runner, "args")]
-    assert modules == ["gptq_quantize", "autoround_quantize"]
+    modules = {runner.args[0] for runner in RUNNERS.values() if hasattr(runner, "args")}
+    assert modules == {"gptq_quantize", "autoround_quantize"}
     for module in modules:
         source = PACKAGE / "commands" / "compare" / f"{module}.py"
         assert 'if __name__ == "__main__":' in source.read_text(encoding="utf-8"), module
