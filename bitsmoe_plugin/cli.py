@@ -356,7 +356,8 @@ def _evaluate_text(args: argparse.Namespace, model: Any, tokenizer: Any) -> dict
 
 
 def _compare(args: argparse.Namespace, stdout: TextIO) -> None:
-    from bitsmoe_plugin.commands.compare.compare import ComparisonTask, compare, print_comparison
+    from bitsmoe_plugin.commands.compare.compare import compare, print_comparison
+    from bitsmoe_plugin.commands.compare.task import ComparisonTask
 
     curve, methods = isinstance(args.bits, tuple), tuple(args.methods.split(","))
     if args.out is not None and not curve:

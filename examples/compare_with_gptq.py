@@ -15,7 +15,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from bitsmoe_plugin.commands.compare.compare import ComparisonTask, compare, print_comparison
+from bitsmoe_plugin.commands.compare.compare import compare, print_comparison
+from bitsmoe_plugin.commands.compare.task import ComparisonTask
 
 
 def main() -> None:

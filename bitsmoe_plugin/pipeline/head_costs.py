@@ -17,6 +17,7 @@ from bitsmoe_plugin.calibration.carried import first_batches
 from bitsmoe_plugin.models.dense_units import NO_LAYER
 from bitsmoe_plugin.pipeline.dense_costs import DenseCosts, rounded_to
 from bitsmoe_plugin.pipeline.dense_pass import head_moments
+from bitsmoe_plugin.pipeline.noise import with_noise
 from bitsmoe_plugin.pipeline.run import Run
 
 _TOKENS = 1024
@@ -39,7 +40,7 @@ def head_costs(run: Run) -> DenseCosts:
     count = next((n for n in range(1, len(sizes)) if sum(sizes[:n]) >= _TOKENS), len(sizes))
     few, tokens = first_batches(run.forward.hidden, count), min(_TOKENS, run.tokens)
     rows = _rows(run.forward.head_inputs(few), tokens)
-    noisy = _rows(run.forward.head_inputs([_with_noise(part, run.config.seed) for part in few]), tokens)
+    noisy = _rows(run.forward.head_inputs(with_noise(few, _NOISE, run.config.seed)), tokens)
     weight, bias = head.weight.data, head.bias
     of_noise = _divergence(rows, weight, bias, noisy - rows, weight)
     moments = {name: head_moments(run, run.forward.head_inputs())}
@@ -53,15 +54,6 @@ def head_costs(run: Run) -> DenseCosts:
 
 def _rows(inputs: list[Tensor], tokens: int) -> Tensor:
     return torch.cat([part.flatten(0, -2) for part in inputs])[:tokens]
-
-
-def _with_noise(hidden: Tensor, seed: int) -> Tensor:
-    """``[blocks, tokens, ...]`` with Gaussian noise in proportion to each token's own size."""
-    generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(hidden.shape, generator=generator, device="cpu").to(hidden.device).flatten(2)
-    flat = hidden.flatten(2).float()
-    flat = flat + noise * (_NOISE * flat.square().mean(-1, keepdim=True)).sqrt()
-    return flat.view(hidden.shape).to(hidden.dtype)
 
 
 def _divergence(rows: Tensor, weight: Tensor, bias: Tensor | None, changes: Tensor, by: Tensor) -> float:

@@ -90,10 +90,7 @@ def _corrected_costs(problem: LayerProblem, payload_bits: int) -> tuple[Tensor, 
     widths, given = problem.config.widths, _exact(problem)
     feedback, experts = _trial_feedback(problem, given), list(given)
     costs, energies = row_costs(problem, row_weights(problem, feedback))
-    sizes = row_sizes(problem.shape, widths)
-    least = costs.shape[:-1].numel() * sizes[0]
-    trial = allocate([costs.view(-1, len(widths)).cpu().numpy()], [sizes], max(payload_bits, least))
-    choice = torch.from_numpy(trial.choice).to(costs.device).long().view(costs.shape[:-1])
+    choice = _alone(costs, problem.shape, widths, payload_bits)
     bits = torch.tensor(widths, device=choice.device)[choice[:, experts]]
     rounded, _ = round_experts(problem, bits, experts, feedback, given, with_values=True)
     assert rounded.values is not None
@@ -101,6 +98,20 @@ def _corrected_costs(problem: LayerProblem, payload_bits: int) -> tuple[Tensor, 
     measured = sampled_error(problem, experts, rounded.values)
     correction = measured / float(estimated) if float(estimated) > 0 and measured > 0 else 1.0
     return costs * correction, energies, correction
+
+
+def _alone(costs: Tensor, shape: LayerShape, widths: tuple[int, ...], payload_bits: int) -> Tensor:
+    """``[f, E, r]`` int64: the width of each row if the layer is allocated alone."""
+    sizes = row_sizes(shape, widths)
+    least = costs.shape[:-1].numel() * sizes[0]
+    found = allocate([costs.reshape(-1, len(widths)).cpu().numpy()], [sizes], max(payload_bits, least))
+    return torch.from_numpy(found.choice).to(costs.device).long().view(costs.shape[:-1])
+
+
+def expected_error(plan: LayerPlan, shape: LayerShape, widths: tuple[int, ...], payload_bits: int) -> float:
+    """Output error of a layer whose rows may spend ``payload_bits``."""
+    choice = _alone(plan.costs, shape, widths, payload_bits)
+    return float(plan.costs.gather(-1, choice[..., None]).sum())
 
 
 def bits_over_bound(

@@ -18,7 +18,7 @@ from bitsmoe_plugin.models.dense_units import NO_LAYER
 from bitsmoe_plugin.models.families import apply_gating, layer_shape, read_biases
 from bitsmoe_plugin.pipeline.dense_costs import DenseCosts, dense_costs
 from bitsmoe_plugin.pipeline.head_costs import head_costs
-from bitsmoe_plugin.pipeline.layer_plan import plan_layer
+from bitsmoe_plugin.pipeline.layer_plan import LayerPlan, expected_error, plan_layer
 from bitsmoe_plugin.pipeline.progress import Hidden, PlannedLayer
 from bitsmoe_plugin.pipeline.run import Run, finite
 from bitsmoe_plugin.spectral.layer_problem import build_problem
@@ -91,7 +91,19 @@ def _plan_layer(run: Run, index: int) -> tuple[PlannedLayer, DenseCosts, Hidden]
         seen = through_norm(layer.module, weights, biases, seen)
         problem = build_problem(layer.name, weights, seen, gating, run.config, biases=biases)
         plan = plan_layer(problem, run.share(index))
-        costs = dense_costs(run, index, outputs)
+        costs = dense_costs(run, index, outputs, _error_before(run, index, plan))
     massive = forms_massive_activations(run.forward.hidden, outputs)
     peaks = problem.statistics.output_peaks.cpu()
     return PlannedLayer(plan, ExpertOutputs(peaks, massive)), costs, outputs
+
+
+def _error_before(run: Run, index: int, plan: LayerPlan) -> float:
+    """What experts of earlier layers will have added to a layer's inputs, if each adds as much as its own do.
+
+    Other workers may be planning them now.
+    """
+    earlier = sum(other < index for other in run.moe)
+    if not run.units or not earlier:
+        return 0.0
+    shape = layer_shape(run.moe[index].module)
+    return earlier * expected_error(plan, shape, run.config.widths, run.share(index))

@@ -10,7 +10,7 @@ import pytest
 from command_line import run_here
 
 from bitsmoe_plugin.commands.compare import METHODS
-from bitsmoe_plugin.commands.compare.compare import RUNNERS
+from bitsmoe_plugin.commands.compare.runners import RUNNERS
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 MODEL = str(EXAMPLES / "moe-tiny")

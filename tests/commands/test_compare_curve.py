@@ -16,8 +16,8 @@ from command_line import run_here
 from bitsmoe_plugin import ConfigError
 from bitsmoe_plugin.commands.compare import curve
 from bitsmoe_plugin.commands.compare.budget_range import budgets
-from bitsmoe_plugin.commands.compare.compare import ComparisonTask
 from bitsmoe_plugin.commands.compare.curve import compare_curve, points
+from bitsmoe_plugin.commands.compare.task import ComparisonTask
 from bitsmoe_plugin.errors import QuantizationError
 
 pytest.importorskip("matplotlib")

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from bitsmoe_plugin.commands.compare.compare import ComparisonTask, compare, run_method
+from bitsmoe_plugin.commands.compare.compare import compare
 from bitsmoe_plugin.commands.compare.gptq_checkpoint import (
     count_quantized_experts,
     dequantize_gptq_linear,
@@ -21,6 +21,8 @@ from bitsmoe_plugin.commands.compare.gptq_checkpoint import (
     load_gptq_model,
     other_bytes,
 )
+from bitsmoe_plugin.commands.compare.method import run_method
+from bitsmoe_plugin.commands.compare.task import ComparisonTask
 from bitsmoe_plugin.commands.evaluate import evaluate_path
 from bitsmoe_plugin.errors import CheckpointError, ConfigError
 

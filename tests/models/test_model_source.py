@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bitsmoe_plugin import BitsMoEConfig
 from bitsmoe_plugin.checkpoint.read import read_config
-from bitsmoe_plugin.commands.compare.compare import ComparisonTask, run_method
+from bitsmoe_plugin.commands.compare.method import run_method
+from bitsmoe_plugin.commands.compare.task import ComparisonTask
 from bitsmoe_plugin.commands.estimate import estimate
 from bitsmoe_plugin.commands.evaluate import evaluate_path
 from bitsmoe_plugin.errors import CheckpointError, ConfigError

@@ -174,7 +174,7 @@ def test_every_path_that_is_named_exists() -> None:
 def test_peers_are_run_by_the_names_of_their_modules() -> None:
     """Guards the child processes of ``bitsmoe compare``: the names are put together where they are
     started."""
-    from bitsmoe_plugin.commands.compare.compare import RUNNERS
+    from bitsmoe_plugin.commands.compare.runners import RUNNERS
 
     modules = {runner.args[0] for runner in RUNNERS.values() if hasattr(runner, "args")}
     assert modules == {"gptq_quantize", "autoround_quantize"}

@@ -18,7 +18,10 @@ from typing import Any
 
 from bitsmoe_plugin.base.atomic_output import replace_file
 from bitsmoe_plugin.commands import bundled_tasks
-from bitsmoe_plugin.commands.compare.compare import PACKAGES, ComparisonTask, check_comparison, in_process
+from bitsmoe_plugin.commands.compare.compare import check_comparison
+from bitsmoe_plugin.commands.compare.method import in_process
+from bitsmoe_plugin.commands.compare.runners import PACKAGES
+from bitsmoe_plugin.commands.compare.task import ComparisonTask
 from bitsmoe_plugin.commands.report import check_report_extra
 from bitsmoe_plugin.errors import ConfigError
 from bitsmoe_plugin.pipeline.run_identity import source_files
