@@ -43,6 +43,8 @@ def test_served_as_in_transformers_alone_and_in_parallel(packed: dict[str, Path]
     in_parallel = {"tensor_parallel_size": 2, "enable_expert_parallel": True}
     options: list[tuple[str, dict[str, Any]]] = [
         ("8", in_parallel),
+        ("8", {"tensor_parallel_size": 2}),
+        ("4", {"tensor_parallel_size": 2, "dtype": "float16"}),
         ("4", {"dtype": "float16"}),
     ]
     jobs: list[dict[str, Any]] = [
