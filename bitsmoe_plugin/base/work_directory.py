@@ -35,7 +35,8 @@ _LOCK = "lock"
 _TEMPORARY = ".tmp"
 OUTPUT = "checkpoint"
 """Directory for what is made of the finished work; no part of its state."""
-_OURS = re.compile(rf"(({_JOURNAL}|[a-z]+(-\d+)?\.safetensors)({re.escape(_TEMPORARY)})?|{_LOCK}|{OUTPUT})")
+_FILE = r"[a-z]+(-\d+){0,2}\.safetensors"
+_OURS = re.compile(rf"(({_JOURNAL}|{_FILE})({re.escape(_TEMPORARY)})?|{_LOCK}|{OUTPUT})")
 
 _held: dict[Path, tuple[int, int]] = {}
 """Directory -> thread that holds its lock, and how often it has asked for it."""
@@ -204,6 +205,18 @@ def _removed_if_it_fails(temporary: Path) -> Iterator[None]:
         raise
 
 
+def differences(there: Any, here: Any, name: str = "") -> list[str]:
+    """Where two JSON objects differ, in words."""
+    if isinstance(there, dict) and isinstance(here, dict):
+        keys = dict.fromkeys([*there, *here])
+        return [
+            text
+            for key in keys
+            for text in differences(there.get(key), here.get(key), f"{name} {key}".strip())
+        ]
+    return [] if there == here else [f"{name} was {there}, is {here}"]
+
+
 class WorkDirectory:
     """State (a JSON object) and files of tensors, under the lock that the caller holds.
 
@@ -260,7 +273,7 @@ class WorkDirectory:
         """Write a file.
 
         Args:
-            name: ``letters.safetensors`` or ``letters-number.safetensors``.
+            name: letters, up to two numbers with a hyphen before each, ``.safetensors``.
             values: JSON-ready, stored with the tensors.
         """
         assert _OURS.fullmatch(name), name

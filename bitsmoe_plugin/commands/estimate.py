@@ -193,6 +193,14 @@ def _workload(
     )
 
 
+def workload_of(model: Any, config: BitsMoEConfig) -> Workload:
+    """Of a model without weights (``model_class.empty_model``)."""
+    source = LoadedExperts(model)
+    experts = {id(tensor) for layer in source.layers for tensor in layer.module.parameters(recurse=False)}
+    others = [tensor for tensor in _tensors(model) if id(tensor) not in experts]
+    return _workload(model, source, others, config)
+
+
 def _tokens_per_dimension(work: Workload) -> float | None:
     chosen = work.experts_per_token
     if chosen is None:

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     import torch
 
     from bitsmoe_plugin.checkpoint.carried_tensors import CarriedTensors
-    from bitsmoe_plugin.config import BitsMoEConfig
     from bitsmoe_plugin.models.low_precision_source import LowPrecisionSource
     from bitsmoe_plugin.models.stored_names import StoredNames
 
@@ -38,7 +37,7 @@ class LowPrecisionLoading:
     """
 
     def __init__(self, config: SourceConfig) -> None:
-        self.options: BitsMoEConfig = config.options
+        self.options: Any = config.options
         self._settings = config.settings
         self._source: LowPrecisionSource | None = None
         self._rules: tuple[list[Any], list[Any]] = [], []

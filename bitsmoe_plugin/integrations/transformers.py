@@ -21,6 +21,7 @@ from transformers.quantizers.base import HfQuantizer
 from bitsmoe_plugin.base.process_state import known_state
 from bitsmoe_plugin.config import QUANT_METHOD, BitsMoEConfig
 from bitsmoe_plugin.errors import ConfigError
+from bitsmoe_plugin.models.streamed_config import STREAMED, StreamedConfig
 
 if TYPE_CHECKING:
     from bitsmoe_plugin.calibration.blocks import Blocks
@@ -291,3 +292,8 @@ def register() -> None:
         register_quantization_config(QUANT_METHOD)(BitsMoEConfig)
     if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
         register_quantizer(QUANT_METHOD)(BitsMoEQuantizer)
+    if STREAMED not in AUTO_QUANTIZER_MAPPING:
+        from bitsmoe_plugin.integrations.streamed_loading import StreamedQuantizer
+
+        register_quantization_config(STREAMED)(StreamedConfig)
+        register_quantizer(STREAMED)(StreamedQuantizer)
