@@ -12,8 +12,7 @@ from typing import Any
 from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from bitsmoe_plugin.config import QUANT_METHOD, BitsMoEConfig
-from bitsmoe_plugin.models.streamed_config import StreamedConfig
+from bitsmoe_plugin.config import QUANT_METHOD, BitsMoEConfig, StreamedConfig
 
 
 class SourceConfig(QuantizationConfigMixin):

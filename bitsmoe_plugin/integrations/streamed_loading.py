@@ -1,4 +1,4 @@
-"""``from_pretrained`` of an unquantized model without its experts, see ``models.streamed_config``."""
+"""``from_pretrained`` of an unquantized model without its experts, see ``config.StreamedConfig``."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Any
 from torch import nn
 from transformers.quantizers.base import HfQuantizer
 
+from bitsmoe_plugin.config import STREAMED
+from bitsmoe_plugin.errors import CheckpointError
 from bitsmoe_plugin.integrations.transformers import BitsMoEQuantizer
 
 
@@ -22,7 +24,11 @@ class StreamedQuantizer(BitsMoEQuantizer):
         self._source = None
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        """There is nothing that it needs."""
+        """Refuse a checkpoint that calls itself so; there is nothing else that it needs."""
+        if self.pre_quantized and self._low is None:
+            raise CheckpointError(
+                f"config.json has quant_method {STREAMED!r}, of which there are no checkpoints"
+            )
 
     def update_attn_implementation(self, config: Any) -> Any:
         return config

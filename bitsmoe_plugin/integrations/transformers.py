@@ -19,9 +19,8 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 
 from bitsmoe_plugin.base.process_state import known_state
-from bitsmoe_plugin.config import QUANT_METHOD, BitsMoEConfig
+from bitsmoe_plugin.config import QUANT_METHOD, STREAMED, BitsMoEConfig, StreamedConfig
 from bitsmoe_plugin.errors import ConfigError
-from bitsmoe_plugin.models.streamed_config import STREAMED, StreamedConfig
 
 if TYPE_CHECKING:
     from bitsmoe_plugin.calibration.blocks import Blocks

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from bitsmoe_plugin.config import StreamedConfig
 from bitsmoe_plugin.models.expert_source import ExpertSource
 from bitsmoe_plugin.models.model_class import load_model
 from bitsmoe_plugin.models.model_source import ModelSource
-from bitsmoe_plugin.models.streamed_config import StreamedConfig
 
 
 def load_streamed(model: ModelSource, dtype: Any = "auto", device: Any = "cpu") -> tuple[Any, ExpertSource]:

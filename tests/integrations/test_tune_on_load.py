@@ -64,7 +64,8 @@ def test_where_nothing_comes_closer_the_model_stays(
 ) -> None:
     none = tune_on_load.TuningSettings
     monkeypatch.setattr(tune_on_load, "TuningSettings", lambda **given: none(**given, learning_rate=1.0))
-    config = BitsMoEConfig(dataset=TEXT, tune=1, **OPTIONS)
+    few = {"calibration_tokens": 1024, "sequence_length": 64}
+    config = BitsMoEConfig(dataset=TEXT, tune=1, **{**OPTIONS, **few})
     with pytest.warns(UserWarning, match="tune=1: no epoch came closer"):
         model = AutoModelForCausalLM.from_pretrained(moe_tiny_path, quantization_config=config)
     assert "tuning" not in model.config.quantization_config.calibration
