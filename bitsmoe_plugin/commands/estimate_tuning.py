@@ -11,8 +11,16 @@ from bitsmoe_plugin.pipeline.tuning_streams import CHUNK
 if TYPE_CHECKING:
     from bitsmoe_plugin.commands.estimate_resources import Workload
 
+WAYS = {
+    "layers": "layer by layer",
+    "model": "through the whole model",
+    "both": "layer by layer, then through the whole model",
+}
+"""Of ``TuningSettings.through``, in words."""
 _KEPT_VALUES = 24
 """Values in float32 per token, layer and hidden feature that wait for the backward pass."""
+_LOGITS = 6
+"""Times that logits of a step are in memory, float32: of both models, their logarithms and gradients."""
 _SECONDS_PER_DECODED = 3e-8
 """Of a weight of the experts, in plain torch, one core: what is left of a step of the bundled model without
 its matrix products."""
@@ -45,6 +53,7 @@ def layers_memory(
         "packed": int(_bits(config) * at_once * weights / 8),
         "layer": 2 * 4 * weights,
         "activations": 4 * _KEPT_VALUES * tokens * hidden * at_once,
+        "logits": 4 * _LOGITS * tokens * work.vocab_size,
         "chunks": 4 * work.itemsize * min(work.tokens, CHUNK) * hidden,
     }
 
@@ -60,7 +69,7 @@ def model_memory(
 
     ``model``: what is no expert, of both. ``experts``: the unquantized ones. ``packed``: those in few bits.
     ``layer``: the decoded rows of one layer with their gradients, float32. ``activations``: of a step's
-    tokens, without logits.
+    tokens. ``logits``: of the same.
     """
     weights = [shape.weights for shape in work.shapes]
     tokens = settings.batch_size * config.sequence_length
@@ -72,6 +81,7 @@ def model_memory(
         "packed": int(_bits(config) * sum(weights) / 8),
         "layer": 2 * 4 * max(weights),
         "activations": 4 * _KEPT_VALUES * tokens * hidden * len(work.shapes),
+        "logits": 4 * _LOGITS * tokens * work.vocab_size,
     }
 
 

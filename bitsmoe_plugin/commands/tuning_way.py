@@ -11,16 +11,10 @@ from bitsmoe_plugin.base.free_memory import available_memory
 from bitsmoe_plugin.base.sizes import readable_size
 from bitsmoe_plugin.commands.estimate import workload_of
 from bitsmoe_plugin.commands.estimate_resources import PROCESS_BYTES
-from bitsmoe_plugin.commands.estimate_tuning import layers_memory, model_memory
+from bitsmoe_plugin.commands.estimate_tuning import WAYS, layers_memory, model_memory
 from bitsmoe_plugin.config import BitsMoEConfig
 from bitsmoe_plugin.models.model_class import empty_model
 from bitsmoe_plugin.pipeline.tuning_settings import TuningSettings
-
-_WORDS = {
-    "layers": "layer by layer",
-    "model": "through the whole model",
-    "both": "layer by layer, then through the whole model",
-}
 
 
 def settled(
@@ -48,5 +42,5 @@ def settled(
     reason = "" if free is None else f", {readable_size(free)} are free"
     if settings.through == "auto" and way == "layers":
         reason += f", the whole model would take {readable_size(model)}"
-    print(f"tuning {_WORDS[way]}: about {readable_size(needed)} of memory{reason}", file=sys.stderr)
+    print(f"tuning {WAYS[way]}: about {readable_size(needed)} of memory{reason}", file=sys.stderr)
     return replace(settings, through=way)

@@ -43,7 +43,7 @@ class StreamedQuantizer(BitsMoEQuantizer):
 
         files = checkpoint_files or []
         if self._low is not None:
-            self._low.plan(model, files)
+            self._low.plan(model, files, saved=False)
         else:
             check_source(StoredNames(model), stored_dtypes(files), method=unknown_method(files))
         self._source = source_of_files(model, files, self._low.quantizer if self._low else None)

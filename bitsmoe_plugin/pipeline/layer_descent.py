@@ -106,7 +106,7 @@ class LayerDescent:
     def _held(self) -> float:
         """Error on text held out, of layers as they will be served."""
         served: Mapping[str, Any] = {n: Served.of(self._learners[n], m) for n, m in self.modules.items()}
-        total, blocks = torch.zeros((), dtype=torch.float64), 0
+        total, blocks = torch.zeros((), dtype=torch.float64, device="cpu"), 0
         with computed_by(self.modules, served, complete=True):
             for chunk in self.streams.held():
                 for target in self.streams.targets(self.layers, chunk=chunk):

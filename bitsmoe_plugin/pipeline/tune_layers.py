@@ -90,7 +90,14 @@ def tune_layers(
         streams = Streams(pair, layers, original.source, blocks, settings, progress, weighting)
         _tune(streams, _blocks(layers[1], modules, settings), settings, progress, stop)
         epoch, (before, after) = max(b.epoch for b in progress.blocks), streams.divergences()
-        result = Tuning(streams.tokens, epoch, before, after, settings.learn, "layers")
+        result = Tuning(
+            tokens=streams.tokens,
+            epoch=epoch,
+            before=before,
+            after=after,
+            learnt=settings.learn,
+            through="layers",
+        )
         if epoch and after < before:
             gained.append(result)
     if not gained:
@@ -177,7 +184,9 @@ def _tune_block(
 ) -> None:
     streams.pass_original(block.layers)
     streams.pass_packed(block.layers, untuned=True)
-    learnt = LayerDescent(streams, block.layers, block.modules, settings, bar).run()
+    learnt = LayerDescent(
+        streams=streams, layers=block.layers, modules=block.modules, settings=settings, bar=bar
+    ).run()
     layers = streams.layers[1]
     if learnt.block.epoch:
         names = {id(module): name for name, module in block.modules.items()}

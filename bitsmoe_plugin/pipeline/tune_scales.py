@@ -188,7 +188,7 @@ def _learn(
     """Leaves the best gains; Ctrl-C once there are some ends it with them."""
     order = torch.Generator().manual_seed(settings.seed)
     divergence = _held_out(model, reference, held, settings.batch_size)
-    best = Tuning(learnt.numel(), 0, divergence, divergence, settings.learn)
+    best = Tuning(tokens=learnt.numel(), epoch=0, before=divergence, after=divergence, learnt=settings.learn)
     best_gains = descent.gains()
     try:
         with logging.tqdm(total=descent.steps, desc="Tuning") as bar:

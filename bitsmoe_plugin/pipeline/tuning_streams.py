@@ -171,7 +171,7 @@ class Streams:
     def divergences(self) -> tuple[float, float]:
         """KL(original || packed) on text held out, nats per token, before and after tuning: at the end of the
         last layer."""
-        last, sums, tokens = len(self.layers[0]), torch.zeros(2, dtype=torch.float64), 0
+        last, sums, tokens = len(self.layers[0]), torch.zeros(2, dtype=torch.float64, device="cpu"), 0
         for chunk in self.held():
             streams = self._progress.untuned, self._progress.hidden
             exact, *others = (s.read(last, chunk.number) for s in (self._progress.exact, *streams))

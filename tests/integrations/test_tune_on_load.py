@@ -107,6 +107,11 @@ def test_estimate_tells_what_it_takes(moe_tiny_path: Path, monkeypatch: pytest.M
     assert four is not None
     assert four - none == pytest.approx(2 * (two - none))
     assert two > 1.2 * none
+    tuning = estimate(moe_tiny_path, BitsMoEConfig(tune=2)).tuning
+    assert tuning["model"]["seconds"] == pytest.approx(two - none)
+    assert 0 < tuning["layers"]["seconds"] < 1.1 * tuning["model"]["seconds"]
+    assert tuning["layers"]["memory_bytes"] < tuning["model"]["memory_bytes"]
+    assert estimate(moe_tiny_path, BitsMoEConfig()).tuning == {}
     shapes = [LayerShape(64, 512, 256)] * 40
     work = estimate_resources.Workload(
         shapes, tokens=8192, experts_per_token=4, other_bytes=10**8, active_weights=5 * 10**7, itemsize=2

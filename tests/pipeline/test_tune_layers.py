@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 from command_line import run_here
+from low_precision import fp8
+from multimodal_support import build
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
@@ -24,6 +26,8 @@ from bitsmoe_plugin.commands import tuning_way
 from bitsmoe_plugin.commands.evaluate import EvaluationText, evaluate_model
 from bitsmoe_plugin.commands.tune import tune_to_directory
 from bitsmoe_plugin.models.expert_source import LoadedExperts
+from bitsmoe_plugin.models.families import read_experts
+from bitsmoe_plugin.models.model_class import auto_class, load_model
 from bitsmoe_plugin.models.model_source import ModelSource
 from bitsmoe_plugin.models.streamed_experts import StreamedExperts
 from bitsmoe_plugin.models.streamed_model import load_streamed
@@ -32,7 +36,12 @@ from bitsmoe_plugin.pipeline.tune_layers import Original, tune_layers
 from bitsmoe_plugin.pipeline.tune_scales import Tuning
 from bitsmoe_plugin.pipeline.tuning_settings import TuningSettings
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*calibration token")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*calibration token",
+    "ignore:attention and the rest",
+    "ignore:dense_bits leaves",
+    "ignore:.*no epoch came closer",
+)
 TEXT = str(Path(__file__).parents[2] / "examples" / "data" / "calibration.jsonl")
 SETTINGS = TuningSettings(epochs=1, batch_size=4, held_out=0.25, learning_rate=5e-3, through="layers")
 
@@ -323,3 +332,32 @@ def test_several_processes_are_refused(
             calibration_tokens=2048,
             sequence_length=128,
         )
+
+
+def test_originals_in_low_precision_and_with_other_parts(tiny_model: Any, tmp_path: Path) -> None:
+    """Experts that are decoded as they are read, layers in 8 bits, and a model that sees images: in the call
+    that quantizes, too. What is read layer by layer is what the model is when it is loaded whole."""
+    tiny_model("deepseek_v3", num_hidden_layers=3, kv_lora_rank=16).bfloat16().save_pretrained(tmp_path / "a")
+    fp8(tmp_path / "a", tmp_path / "fp8")
+    build("qwen3_vl_moe").save_pretrained(tmp_path / "images")
+    tokens = torch.randint(10, 64, (16, 32), generator=torch.Generator().manual_seed(1)).tolist()
+    options = {"bits": 8, "method": "fast", "basis_group_size": 16, "dense_bits": 8, "held_out": 0.25}
+    options |= {"dataset": tokens, "sequence_length": 32, "tune": 2, "tune_through": "layers"}
+    for name in ("fp8", "images"):
+        path = tmp_path / name
+        model, source = load_streamed(ModelSource(str(path)))
+        whole = load_model(path)
+        for layer, stored in zip(source.layers, LoadedExperts(whole).layers, strict=True):
+            with source.loaded(layer) as weights:
+                wanted = read_experts(stored.module)
+                assert all(torch.equal(tensor, vars(wanted)[part]) for part, tensor in vars(weights).items())
+        assert changed(model, whole) == set()
+        config = BitsMoEConfig(work_dir=tmp_path / f"{name}-work", **options)
+        packed = auto_class(ModelSource(str(path)).config()).from_pretrained(path, quantization_config=config)
+        with locked(config.work_dir):
+            blocks = WorkDirectory(config.work_dir).state["tuning"]["blocks"]
+        assert [block["layers"] for block in blocks] == [[0], [1], [2]]
+        assert any(block["after"] < block["before"] for block in blocks)
+        packed.save_pretrained(tmp_path / f"{name}-packed")
+        loaded = load_model(tmp_path / f"{name}-packed")
+        assert changed(loaded, packed) == set()
