@@ -32,7 +32,7 @@ from bitsmoe_plugin.errors import QuantizationError
 from bitsmoe_plugin.models.families import routed_inputs
 
 
-def _out_of_memory(error: RuntimeError) -> bool:
+def is_out_of_memory(error: RuntimeError) -> bool:
     """Whether a device or the machine had no more memory; only devices have an exception of their own."""
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
@@ -95,7 +95,7 @@ class LayerwiseForward:
             try:
                 return self._run(index, inputs or self.hidden)
             except RuntimeError as error:
-                if not _out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
                 if self._at_once == 1:
                     longest = max(batch["input_ids"].shape[1] for batch in self._batches)

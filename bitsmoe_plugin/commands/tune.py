@@ -68,7 +68,8 @@ def tune_to_directory(
             were held out then.
 
     Raises:
-        BitsMoEError: bad input, or nothing was better on the blocks held out. Nothing is left behind.
+        BitsMoEError: bad input, or nothing was better on the blocks held out. Nothing is left behind but
+            layers that were finished.
         Interrupted: Ctrl-C; says how to go on.
     """
     BitsMoEConfig(calibration_tokens=calibration_tokens, sequence_length=sequence_length)  # it checks them
@@ -84,6 +85,7 @@ def tune_to_directory(
     beside_weights = side_files(packed_source)
     work = out.with_name(f"{out.name}.work")
     with _kept(work):  # from the start: what cannot be written should not show at the end
+        _refuse_quantization(work)
         packed = load_for_evaluation(packed_source)
         blocks = token_blocks(
             documents,
@@ -124,6 +126,13 @@ def _kept(work: Path) -> Iterator[None]:
                     f"stopped; {work} holds the layers that are finished. Start the same again to go on"
                 ) from error
             raise
+
+
+def _refuse_quantization(work: Path) -> None:
+    """Leave alone what a quantization with the same ``out`` has finished."""
+    directory = WorkDirectory(work)
+    if "identity" in directory.state:
+        raise directory.damaged("it holds layers of a model that is being quantized")
 
 
 def _tuned(

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bitsmoe_plugin.calibration.layerwise_forward import is_out_of_memory
 from bitsmoe_plugin.codec.layout import PackedExperts
 from bitsmoe_plugin.errors import QuantizationError
 from bitsmoe_plugin.pipeline.descent import Descent
@@ -17,7 +18,7 @@ from bitsmoe_plugin.pipeline.tunable_weights import TunableWeights, learnt_weigh
 from bitsmoe_plugin.pipeline.tune_scales import computed_by
 from bitsmoe_plugin.pipeline.tuning_progress import TunedBlock
 from bitsmoe_plugin.pipeline.tuning_settings import TuningSettings
-from bitsmoe_plugin.pipeline.tuning_streams import Chunk, Streams
+from bitsmoe_plugin.pipeline.tuning_streams import Chunk, Streams, Target
 from bitsmoe_plugin.runtime.experts import BitsMoEExperts
 
 
@@ -96,11 +97,23 @@ class LayerDescent:
         targets = self.streams.targets(self.layers, chunk=chunk)
         for number in torch.randperm(len(targets), generator=order, device="cpu").tolist():
             target = targets[number]
-            found = chunk.packed.through(self.layers, number, target.hidden, target.left)
-            loss = descent.step(self._finite(target.error(found)))
+            loss = self._step(descent, chunk, target)
             shown = f"{self.layers[-1]}: {loss:.3g}"
             self.bar.set_postfix(layer=shown, held_out=f"{best.after:.3g}", refresh=False)
             self.bar.update()
+
+    def _step(self, descent: Descent, chunk: Chunk, target: Target) -> float:
+        try:
+            found = chunk.packed.through(self.layers, target.number, target.hidden, target.left)
+            return descent.step(self._finite(target.error(found)))
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            raise QuantizationError(
+                f"out of memory in a step of {target.hidden.shape[0]} blocks of {target.hidden.shape[1]} "
+                f"tokens at decoder layer {self.layers[-1]}; use a smaller batch_size, fewer layers_at_once "
+                "or a smaller sequence_length"
+            ) from error
 
     @torch.no_grad()
     def _held(self) -> float:

@@ -39,6 +39,8 @@ class ProgressOnDisk:
         """
         identity = json.loads(json.dumps(identity))  # as it will be read again
         self._directory, self._device = directory, device
+        if "tuning" in directory.state and "identity" not in directory.state:
+            raise directory.damaged("it holds layers of a packed model that is being tuned")
         if not directory.state:
             directory.state.update(
                 identity=identity,

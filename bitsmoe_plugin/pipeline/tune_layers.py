@@ -196,6 +196,7 @@ def _tune_block(
             progress.write(index, packed, learnt.parameters_in(layers[index]))
         _put(progress, learnt.block, layers)
     streams.pass_packed(block.layers)
+    streams.agree()
     progress.finish(learnt.block)
 
 

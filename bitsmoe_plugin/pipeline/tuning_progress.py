@@ -70,6 +70,15 @@ class TuningProgress:
         """Whether the inputs of the next layer are there."""
         return bool(self._state["chunks"])
 
+    @property
+    def at_once(self) -> int | None:
+        """Blocks that layers are given at once, as of the last finished block; committed with it."""
+        return self._state.get("at_once")
+
+    @at_once.setter
+    def at_once(self, blocks: int) -> None:
+        self._state["at_once"] = blocks
+
     def begin(self, chunks: int) -> None:
         """The inputs of the first layer are written, in so many chunks."""
         self._state["chunks"] = chunks

@@ -111,6 +111,7 @@ class Streams:
                 self.chunks.append(Chunk(len(self.chunks), held, original, packed, batches))
         if not progress.embedded:
             progress.begin(len(self.chunks))
+        self.agree()
 
     def _begin(self, number: int, held: bool, forwards: list[LayerwiseForward]) -> None:
         original, packed = (forward.take_embedded() for forward in forwards)
@@ -120,6 +121,17 @@ class Streams:
         self._progress.hidden.write(0, number, packed)
         if held:
             self._progress.untuned.write(0, number, packed)
+
+    def agree(self) -> None:
+        """Have all chunks pass as many blocks at once as that with the least memory, also in a later run: how
+        products are rounded may depend on it."""
+        forwards = [forward for chunk in self.chunks for forward in (chunk.original, chunk.packed)]
+        fewest = min(forward.at_once for forward in forwards)
+        fewest = min(fewest, self._progress.at_once or fewest)
+        for forward in forwards:
+            if forward.at_once > fewest:
+                forward.limit(fewest)
+        self._progress.at_once = fewest
 
     def pass_original(self, layers: list[int]) -> None:
         """What the original's layers put out; of its experts one layer's are in memory at a time."""

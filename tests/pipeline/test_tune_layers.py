@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +24,10 @@ from bitsmoe_plugin.base.interruption import Interrupted
 from bitsmoe_plugin.base.work_directory import WorkDirectory, locked
 from bitsmoe_plugin.base.workers import Workers
 from bitsmoe_plugin.calibration.blocks import held_out_last
+from bitsmoe_plugin.calibration.layerwise_forward import LayerwiseForward
 from bitsmoe_plugin.commands import tuning_way
 from bitsmoe_plugin.commands.evaluate import EvaluationText, evaluate_model
+from bitsmoe_plugin.commands.quantize import quantize_to_directory
 from bitsmoe_plugin.commands.tune import tune_to_directory
 from bitsmoe_plugin.models.expert_source import LoadedExperts
 from bitsmoe_plugin.models.families import read_experts
@@ -117,7 +121,7 @@ def test_it_comes_closer_and_says_how_much(packed: Any, whole: Any, moe_tiny: An
     assert all(p.requires_grad == p.is_floating_point() for p in model.parameters())
 
 
-@pytest.mark.parametrize("after", [0, 1, 3])
+@pytest.mark.parametrize("after", [0, 3])
 def test_stopped_it_goes_on_with_the_same_result(
     packed: Any, whole: Any, moe_tiny: Any, blocks: Tensor, tmp_path: Path, after: int
 ) -> None:
@@ -205,6 +209,39 @@ def test_a_rate_that_ruins_layers_is_not_taken(
     assert "tuning" not in model.config.quantization_config.calibration
 
 
+def test_little_memory_is_remembered_and_too_little_said(
+    packed: Any, moe_tiny: Any, blocks: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In passes without gradients a layer gets fewer blocks at once, also in the run that goes on, which then
+    computes the same; in a step there is nothing to be made smaller."""
+    part = LayerwiseForward._run_part
+    most: list[int] = []
+
+    def cramped(self: Any, index: int, call: Any, hidden: Tensor, *args: Any) -> Any:
+        most.append(len(hidden))
+        if index == 1 and len(hidden) > 2 and not torch.is_grad_enabled():
+            raise torch.OutOfMemoryError("pretended")
+        return part(self, index, call, hidden, *args)
+
+    monkeypatch.setattr(LayerwiseForward, "_run_part", cramped)
+    with pytest.warns(UserWarning, match="2 instead of 4"):
+        whole = tuned(packed, moe_tiny, blocks, tmp_path / "whole")[0]
+    asked = iter(range(9))
+    with pytest.warns(UserWarning, match="2 instead of 4"), pytest.raises(Interrupted):
+        tuned(packed, moe_tiny, blocks, tmp_path / "cut", stop=lambda: next(asked) == 2)
+    most.clear()
+    assert_same(tuned(packed, moe_tiny, blocks, tmp_path / "cut")[0], whole)
+    assert max(most) == 2
+
+    def full(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("pretended")
+
+    monkeypatch.setattr(LayerwiseForward, "through", full)
+    monkeypatch.setattr(layer_descent.LayerDescent, "_held", lambda _: 1.0)
+    with pytest.raises(QuantizationError, match=r"4 blocks of 48 tokens at decoder layer 0; use a smaller"):
+        tuned(packed, moe_tiny, blocks, tmp_path / "full")
+
+
 @pytest.mark.parametrize(("learn", "ending"), [("norms", "norm.weight"), ("routers", "mlp.gate.weight")])
 def test_norms_and_routers_are_learnt_in_their_layers(
     packed: Any, moe_tiny: Any, blocks: Tensor, tmp_path: Path, learn: str, ending: str
@@ -276,7 +313,8 @@ def test_free_memory_is_that_of_the_group(tmp_path: Path, monkeypatch: pytest.Mo
     assert free_memory.available_memory() > 10**7
 
 
-FLAGS = ["--dataset", TEXT, "--calibration-tokens", "4096", "--sequence-length", "128", "--epochs", "1"]
+FLAGS = ["--dataset", TEXT, "--calibration-tokens", "2048", "--sequence-length", "128", "--epochs", "1"]
+FLAGS += ["--held-out", "0.25", "--batch-size", "1"]
 
 
 def test_the_command_goes_on(
@@ -316,6 +354,26 @@ def test_the_command_goes_on(
     assert before.keys() == after.keys()
     loaded = AutoModelForCausalLM.from_pretrained(one)  # verifies hashes
     assert loaded.config.quantization_config.calibration["tuning"]["through"] == "layers"
+
+
+def test_work_of_quantizing_and_of_tuning_is_told_apart(
+    packed_moe_tiny: Path, moe_tiny_path: Path, tmp_path: Path
+) -> None:
+    """Guards the layers that either has finished when both are to write the same directory."""
+    out, work = tmp_path / "out", tmp_path / "out.work"
+    given = str(packed_moe_tiny), str(moe_tiny_path), out, TEXT, SETTINGS
+    tune = partial(tune_to_directory, *given, calibration_tokens=2048, sequence_length=128)
+    quantize = partial(quantize_to_directory, str(moe_tiny_path), out, BitsMoEConfig(dataset=TEXT))
+    for name, other, start in (("identity", "quantized", tune), ("tuning", "tuned", quantize)):
+        with locked(work):
+            directory = WorkDirectory(work)
+            directory.state[name] = {"blocks": []}
+            directory.write("widths.safetensors", {"0": torch.zeros(1)})
+            directory.commit()
+        with pytest.raises(QuantizationError, match=rf"out\.work: it holds layers .* being {other}"):
+            start()
+        assert (work / "widths.safetensors").exists()
+        shutil.rmtree(work)
 
 
 def test_several_processes_are_refused(
