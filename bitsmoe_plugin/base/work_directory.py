@@ -291,6 +291,10 @@ class WorkDirectory:
         if self._files.pop(name, None) is not None:
             self._obsolete.append(name)
 
+    def holds(self, name: str) -> bool:
+        """Whether a file of this name counts, or will with the next ``commit``."""
+        return name in self._files
+
     def read(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors of a file, mapped into memory, and its values.
 

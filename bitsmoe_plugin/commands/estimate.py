@@ -29,7 +29,6 @@ from bitsmoe_plugin.calibration.coverage import (
     wanted_tokens,
 )
 from bitsmoe_plugin.commands.estimate_resources import Workload, peak_memory, rough_seconds, tuning_ways
-from bitsmoe_plugin.commands.estimate_tuning import WAYS
 from bitsmoe_plugin.commands.tables import table_console
 from bitsmoe_plugin.config import QUANT_METHOD, BitsMoEConfig
 from bitsmoe_plugin.errors import CheckpointError, QuantizationError
@@ -46,6 +45,7 @@ from bitsmoe_plugin.models.routing import experts_per_token
 from bitsmoe_plugin.models.source_tensors import check_source, folder_dtypes
 from bitsmoe_plugin.models.stored_names import StoredNames
 from bitsmoe_plugin.pipeline.size_budget import dense_bytes_saved, uniform_choices, whole_budget
+from bitsmoe_plugin.pipeline.tuning_settings import WAYS
 
 _HEADER_BYTES = 128
 """Per tensor in the header of a safetensors file; 110 to 120 measured, more with longer names."""

@@ -11,12 +11,6 @@ from bitsmoe_plugin.pipeline.tuning_streams import CHUNK
 if TYPE_CHECKING:
     from bitsmoe_plugin.commands.estimate_resources import Workload
 
-WAYS = {
-    "layers": "layer by layer",
-    "model": "through the whole model",
-    "both": "layer by layer, then through the whole model",
-}
-"""Of ``TuningSettings.through``, in words."""
 _KEPT_VALUES = 24
 """Values in float32 per token, layer and hidden feature that wait for the backward pass."""
 _LOGITS = 6

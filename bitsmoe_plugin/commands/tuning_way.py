@@ -11,10 +11,10 @@ from bitsmoe_plugin.base.free_memory import available_memory
 from bitsmoe_plugin.base.sizes import readable_size
 from bitsmoe_plugin.commands.estimate import workload_of
 from bitsmoe_plugin.commands.estimate_resources import PROCESS_BYTES
-from bitsmoe_plugin.commands.estimate_tuning import WAYS, layers_memory, model_memory
+from bitsmoe_plugin.commands.estimate_tuning import layers_memory, model_memory
 from bitsmoe_plugin.config import BitsMoEConfig
 from bitsmoe_plugin.models.model_class import empty_model
-from bitsmoe_plugin.pipeline.tuning_settings import TuningSettings
+from bitsmoe_plugin.pipeline.tuning_settings import WAYS, TuningSettings
 
 
 def settled(

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
+from bitsmoe_plugin.base.interruption import Interrupted
 from bitsmoe_plugin.base.spans import span
 from bitsmoe_plugin.base.work_directory import WorkDirectory, locked
 from bitsmoe_plugin.base.workers import Workers
@@ -92,7 +93,10 @@ class PlannedTuning:
             yield self.work_dir
             return
         with tempfile.TemporaryDirectory(prefix="bitsmoe-") as folder:
-            yield Path(folder)
+            try:
+                yield Path(folder)
+            except Interrupted as error:  # which says that there is something to go on with
+                raise KeyboardInterrupt from error
 
     def run(self, model: Any) -> None:
         """Tune a packed model; a warning says so where nothing came closer."""

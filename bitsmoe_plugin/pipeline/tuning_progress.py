@@ -117,7 +117,9 @@ class TuningProgress:
 
     @torch.no_grad()
     def put(self, index: int, layer: nn.Module) -> None:
-        """Give a decoder layer what was learnt there."""
+        """Give a decoder layer what was learnt there, if anything was."""
+        if not self.directory.holds(_file(index)):
+            return
         tensors, _ = self.directory.read(_file(index))
         for module in layer.modules():
             if isinstance(module, BitsMoEExperts):

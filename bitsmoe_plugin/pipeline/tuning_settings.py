@@ -10,8 +10,14 @@ from bitsmoe_plugin.base.option_checks import check_number, fail
 LEARNABLE = ("bases", "rows", "norms", "routers")
 """What tuning can move: scales of the shared bases, scale codes of rows, weights of norms and of routers."""
 
-THROUGH = ("auto", "layers", "model", "both")
-"""Ways of tuning."""
+WAYS = {
+    "layers": "layer by layer",
+    "model": "through the whole model",
+    "both": "layer by layer, then through the whole model",
+}
+"""Ways of tuning, in words."""
+THROUGH = ("auto", *WAYS)
+"""Values of ``TuningSettings.through``."""
 
 
 @dataclass(frozen=True)

@@ -275,7 +275,9 @@ def test_layers_of_other_forms(family: str, changes: Any, tiny_model: Any, tmp_p
     config = BitsMoEConfig(bits=14, sequence_length=32, basis_group_size=16, super_experts={layer: [1]})
     packed = copy.deepcopy(reference)
     packed.config.quantization_config = quantize_model(packed, tokens, config)
-    model, result = tuned(packed, reference, tokens, tmp_path)
+    settings = TuningSettings(**{**vars(SETTINGS), "layers_at_once": 2})  # a dense layer with one of experts
+    model, result = tuned(packed, reference, tokens, tmp_path, settings)
+    assert_same(tuned(packed, reference, tokens, tmp_path, settings)[0], model)
     assert result.after <= result.before
     assert bool(changed(model, packed)) == bool(result.epoch)
     assert any(path.name.startswith("tuned-") for path in tmp_path.iterdir())
