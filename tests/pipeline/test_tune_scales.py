@@ -332,7 +332,7 @@ def test_nothing_is_written_if_nothing_came_closer(
     status, _, printed = run_here(
         capfd, "tune", str(packed_moe_tiny), str(tmp_path / "out"), "--reference", str(moe_tiny_path),
         "--dataset", str(text), "--calibration-tokens", "1024", "--sequence-length", "64", "--epochs", "1",
-        "--learning-rate", "1",
+        "--learning-rate", "1", "--through", "layers",
     )  # fmt: skip
     assert status == 2
     assert "nothing was written; give more text" in printed
