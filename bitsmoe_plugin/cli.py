@@ -182,12 +182,14 @@ def _write_report(directory: Path, evaluation: dict[str, Any] | None) -> None:
 
 
 def _tune(args: argparse.Namespace, stdout: TextIO) -> None:
+    from dataclasses import fields
+
     from bitsmoe_plugin.base.devices import choose_device
     from bitsmoe_plugin.commands.tune import tune_to_directory
     from bitsmoe_plugin.models.model_source import ModelSource
     from bitsmoe_plugin.pipeline.tuning_settings import TuningSettings
 
-    names = ("epochs", "learn", "learning_rate", "batch_size", "held_out", "seed")
+    names = [field.name for field in fields(TuningSettings)]
     result = tune_to_directory(
         ModelSource.of(args.model, trust_remote_code=args.trust_remote_code),
         source_of(args, "reference"),

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 QUANT_METHOD = "bitsmoe"
+STREAMED = "bitsmoe-streamed"
+"""Of no checkpoint: see ``StreamedConfig``."""
 _SIGNATURE = signature_of(OPTIONS)
 _NO_OPTIONS = ("quant_method", "made_with")
 
@@ -191,3 +193,11 @@ class BitsMoEConfig(Options, QuantizationConfigMixin):
 
 
 BitsMoEConfig.__init__.__signature__ = _SIGNATURE  # type: ignore[attr-defined]
+
+
+class StreamedConfig(QuantizationConfigMixin):
+    """Asks ``from_pretrained`` for a model whose experts stay in its files; nothing is quantized. See
+    ``models.streamed_model``."""
+
+    def __init__(self, **_: Any) -> None:
+        self.quant_method = STREAMED  # type: ignore[assignment]

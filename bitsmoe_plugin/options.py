@@ -376,12 +376,21 @@ class Options:
     )
     tune: int = option(
         "how often all calibration text is seen once more when the model is packed, to move scales such that "
-        "its predictions come closer to the original's; 0: not at all. Both models are then in memory",
+        "its predictions come closer to the original's; 0: not at all",
         "As ``bitsmoe tune`` does it, with its defaults; of the epochs the best on the sequences held out "
         "counts. Not stored; the manifest tells what came of it.",
         check=number(0, 1000, whole=True),
         default=0,
         flag="EPOCHS",
+        stored="never",
+    )
+    tune_through: str = option(
+        "how tune goes: through the layers one by one, with the experts of one in memory; through the model, "
+        "which is in memory whole, as is the original; both, one after the other; auto: both if there is "
+        "memory for it, or else layers",
+        "Not stored, as ``tune``.",
+        check=one_of("auto", "layers", "model", "both"),
+        default="auto",
         stored="never",
     )
     format_version: int = option(

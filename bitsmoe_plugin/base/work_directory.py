@@ -35,7 +35,8 @@ _LOCK = "lock"
 _TEMPORARY = ".tmp"
 OUTPUT = "checkpoint"
 """Directory for what is made of the finished work; no part of its state."""
-_OURS = re.compile(rf"(({_JOURNAL}|[a-z]+(-\d+)?\.safetensors)({re.escape(_TEMPORARY)})?|{_LOCK}|{OUTPUT})")
+_FILE = r"[a-z]+(-\d+){0,2}\.safetensors"
+_OURS = re.compile(rf"(({_JOURNAL}|{_FILE})({re.escape(_TEMPORARY)})?|{_LOCK}|{OUTPUT})")
 
 _held: dict[Path, tuple[int, int]] = {}
 """Directory -> thread that holds its lock, and how often it has asked for it."""
@@ -204,6 +205,18 @@ def _removed_if_it_fails(temporary: Path) -> Iterator[None]:
         raise
 
 
+def differences(there: Any, here: Any, name: str = "") -> list[str]:
+    """Where two JSON objects differ, in words."""
+    if isinstance(there, dict) and isinstance(here, dict):
+        keys = dict.fromkeys([*there, *here])
+        return [
+            text
+            for key in keys
+            for text in differences(there.get(key), here.get(key), f"{name} {key}".strip())
+        ]
+    return [] if there == here else [f"{name} was {there}, is {here}"]
+
+
 class WorkDirectory:
     """State (a JSON object) and files of tensors, under the lock that the caller holds.
 
@@ -260,7 +273,7 @@ class WorkDirectory:
         """Write a file.
 
         Args:
-            name: ``letters.safetensors`` or ``letters-number.safetensors``.
+            name: letters, up to two numbers with a hyphen before each, ``.safetensors``.
             values: JSON-ready, stored with the tensors.
         """
         assert _OURS.fullmatch(name), name
@@ -277,6 +290,10 @@ class WorkDirectory:
         """Remove a file, if it is there, once the next journal no longer names it."""
         if self._files.pop(name, None) is not None:
             self._obsolete.append(name)
+
+    def holds(self, name: str) -> bool:
+        """Whether a file of this name counts, or will with the next ``commit``."""
+        return name in self._files
 
     def read(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors of a file, mapped into memory, and its values.

@@ -8,7 +8,7 @@ been quantized meanwhile passes its real outputs on.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -27,12 +27,12 @@ from bitsmoe_plugin.calibration.carried import (
     left_returned,
     with_left,
 )
-from bitsmoe_plugin.calibration.recording import RecordedCall, after_layers, record_call
+from bitsmoe_plugin.calibration.recording import RecordedCall, after_layers, logits_after, record_call
 from bitsmoe_plugin.errors import QuantizationError
 from bitsmoe_plugin.models.families import routed_inputs
 
 
-def _out_of_memory(error: RuntimeError) -> bool:
+def is_out_of_memory(error: RuntimeError) -> bool:
     """Whether a device or the machine had no more memory; only devices have an exception of their own."""
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
@@ -95,7 +95,7 @@ class LayerwiseForward:
             try:
                 return self._run(index, inputs or self.hidden)
             except RuntimeError as error:
-                if not _out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
                 if self._at_once == 1:
                     longest = max(batch["input_ids"].shape[1] for batch in self._batches)
@@ -110,18 +110,34 @@ class LayerwiseForward:
     @torch.no_grad()
     def _run(self, index: int, inputs: list[Tensor]) -> Carried:
         calls = iter(self._calls)
-        outputs, left = [], []
-        for batch, before in zip(inputs, left_beside(inputs), strict=True):
-            parts, left_of_parts = [], []
-            for start in range(0, len(batch), self._at_once):
-                blocks = slice(start, start + self._at_once)
-                out, beside = self._run_part(index, next(calls), batch[blocks], before, blocks)
-                parts.append(out)
-                left_of_parts.append(beside)
-            # Contiguous, as hidden states are when they are read from a file: see ``progress_on_disk``.
-            outputs.append(parts[0].contiguous() if len(parts) == 1 else torch.cat(parts))
-            left.append(joined(left_of_parts))
-        return Carried(outputs, left)
+        pairs = zip(inputs, left_beside(inputs), strict=True)
+        done = [self._run_batch(index, calls, batch, before) for batch, before in pairs]
+        return Carried((outputs for outputs, _ in done), [left for _, left in done])
+
+    def _run_batch(
+        self, index: int, calls: Iterator[RecordedCall], batch: Tensor, before: Left
+    ) -> tuple[Tensor, Left]:
+        parts, left_of_parts = [], []
+        for start in range(0, len(batch), self._at_once):
+            blocks = slice(start, start + self._at_once)
+            out, beside = self._run_part(index, next(calls), batch[blocks], before, blocks)
+            parts.append(out)
+            left_of_parts.append(beside)
+        # Contiguous, as hidden states are when they are read from a file: see ``progress_on_disk``.
+        return parts[0].contiguous() if len(parts) == 1 else torch.cat(parts), joined(left_of_parts)
+
+    def through(self, layers: Sequence[int], number: int, hidden: Tensor, left: Left) -> Tensor:
+        """Outputs of the last of some layers in a row for one batch; differentiable where autograd records.
+
+        Args:
+            number: of the batch.
+            hidden, left: inputs of the first layer, and what layers before it left.
+        """
+        counts = [-(-len(batch["input_ids"]) // self._at_once) for batch in self._batches[: number + 1]]
+        for index in layers:
+            calls = iter(self._calls[sum(counts[:number]) :])
+            hidden, left = self._run_batch(index, calls, hidden, left)
+        return hidden
 
     def _run_part(
         self, index: int, call: RecordedCall, hidden: Tensor, before: Left, blocks: slice
@@ -178,6 +194,17 @@ class LayerwiseForward:
                 for inputs, given in parts
             ]
         return found
+
+    def logits(self, outputs: list[Tensor]) -> Iterator[Tensor]:
+        """Of the model if its last layer puts out ``outputs``, in parts of as many blocks as layers get."""
+        for batch, hidden in zip(self._batches, outputs, strict=True):
+            for part, given in zip(pieces(batch, self._at_once), hidden.split(self._at_once), strict=True):
+                yield logits_after(self._model, self._layers, part, given, self._returns or 1)
+
+    def take_embedded(self) -> list[Tensor]:
+        """The inputs of the first layer, for those who keep them themselves; ``restart`` has none then."""
+        embedded, self._embedded, self.hidden = self._embedded, [], []
+        return embedded
 
     def restart(self) -> None:
         """Back to the inputs of the first layer."""

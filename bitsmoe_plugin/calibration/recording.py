@@ -21,6 +21,7 @@ from bitsmoe_plugin.calibration.recorders import (
 )
 from bitsmoe_plugin.calibration.returned import Returned, marks_in, wanted_after
 from bitsmoe_plugin.errors import QuantizationError
+from bitsmoe_plugin.models.model_class import text_model
 
 _COUNTS = (1, 2, 3, 4)
 """Of values that layers may return."""
@@ -138,7 +139,6 @@ def _check_handed_on(
                 raise not_carried(model, index - 1, "it depends on what that returns beside them")
 
 
-@torch.no_grad()
 def after_layers(
     model: Any, layers: nn.ModuleList, inputs: Inputs, hidden: Tensor, returns: int = 1
 ) -> Tensor:
@@ -147,12 +147,25 @@ def after_layers(
     Args:
         returns: of ``RecordedCall``.
     """
+    base = getattr(model, "base_model", model)
+    result: Tensor = _called(base, model, layers, inputs, hidden, returns).last_hidden_state
+    return result
+
+
+def logits_after(model: Any, layers: nn.ModuleList, inputs: Inputs, hidden: Tensor, returns: int) -> Tensor:
+    """Logits of the model if its last decoder layer puts out ``hidden``; see ``after_layers``."""
+    result: Tensor = _called(text_model(model), model, layers, inputs, hidden, returns).logits
+    return result
+
+
+@torch.no_grad()
+def _called(
+    part: Any, model: Any, layers: nn.ModuleList, inputs: Inputs, hidden: Tensor, returns: int
+) -> Any:
     device = next(model.parameters()).device
     on_device = {name: tensor.to(device) for name, tensor in inputs.items()}
-    base = getattr(model, "base_model", model)
     with state_kept(model), recording(layers, Put(returns=returns, last=hidden)):
-        result: Tensor = base(**on_device, use_cache=False).last_hidden_state
-    return result
+        return part(**on_device, use_cache=False)
 
 
 def _changed(pair: list[Recorder]) -> bool:

@@ -28,7 +28,7 @@ from bitsmoe_plugin.calibration.coverage import (
     tokens_per_dimension,
     wanted_tokens,
 )
-from bitsmoe_plugin.commands.estimate_resources import Workload, peak_memory, rough_seconds
+from bitsmoe_plugin.commands.estimate_resources import Workload, peak_memory, rough_seconds, tuning_ways
 from bitsmoe_plugin.commands.tables import table_console
 from bitsmoe_plugin.config import QUANT_METHOD, BitsMoEConfig
 from bitsmoe_plugin.errors import CheckpointError, QuantizationError
@@ -45,6 +45,7 @@ from bitsmoe_plugin.models.routing import experts_per_token
 from bitsmoe_plugin.models.source_tensors import check_source, folder_dtypes
 from bitsmoe_plugin.models.stored_names import StoredNames
 from bitsmoe_plugin.pipeline.size_budget import dense_bytes_saved, uniform_choices, whole_budget
+from bitsmoe_plugin.pipeline.tuning_settings import WAYS
 
 _HEADER_BYTES = 128
 """Per tensor in the header of a safetensors file; 110 to 120 measured, more with longer names."""
@@ -78,6 +79,8 @@ class Estimate:
         memory: at the peak of quantization, by part; see ``estimate_resources.peak_memory``.
         peak_memory_bytes: their sum.
         seconds: order of magnitude on this machine; None if unknown.
+        tuning: with ``tune``, what each way of it takes by itself, see ``tuning_ways``; ``memory`` and
+            ``seconds`` are for ``tune_through``, "auto" as "both".
         choices: with ``size`` or ``fit``, bits of the linear layers outside the experts -> counted bits that
             are left for an expert weight; quantizing chooses for each layer, all else here is for the largest
             of them up to 8.
@@ -102,6 +105,7 @@ class Estimate:
     memory: dict[str, int]
     peak_memory_bytes: int
     seconds: float | None
+    tuning: dict[str, dict[str, float | None]]
     choices: dict[int, float]
     calibration_tokens: int
     tokens_per_dimension: float | None
@@ -190,7 +194,16 @@ def _workload(
         other_bytes=sum(map(_bytes, others)),
         active_weights=sum(tensor.numel() for tensor in others),
         itemsize=source.dtypes[0].itemsize,
+        vocab_size=model.get_input_embeddings().num_embeddings,
     )
+
+
+def workload_of(model: Any, config: BitsMoEConfig) -> Workload:
+    """Of a model without weights (``model_class.empty_model``)."""
+    source = LoadedExperts(model)
+    experts = {id(tensor) for layer in source.layers for tensor in layer.module.parameters(recurse=False)}
+    others = [tensor for tensor in _tensors(model) if id(tensor) not in experts]
+    return _workload(model, source, others, config)
 
 
 def _tokens_per_dimension(work: Workload) -> float | None:
@@ -261,6 +274,7 @@ def estimate(directory: Path, config: BitsMoEConfig) -> Estimate:
         memory=memory,
         peak_memory_bytes=sum(memory.values()),
         seconds=rough_seconds(work, config),
+        tuning=tuning_ways(work, config) if config.tune else {},
         choices=choices,
         calibration_tokens=work.tokens,
         tokens_per_dimension=_tokens_per_dimension(work),
@@ -305,10 +319,17 @@ def print_estimate(result: Estimate, stream: TextIO) -> None:
     console.print(memory)
     console.print(_calibration(result), highlight=False)
     if result.seconds is not None:
-        hours = result.seconds / 3600
-        rough = f"{hours:.1f} hours" if hours >= 1 else f"{result.seconds / 60:.1f} minutes"
         gpu = ", on its CPU (a GPU takes less)" if torch.cuda.is_available() else ""
-        console.print(f"time on this machine{gpu}: of the order of {rough}", highlight=False)
+        console.print(f"time on this machine{gpu}: of the order of {_rough(result.seconds)}", highlight=False)
+    for way, needs in result.tuning.items():
+        memory_bytes, seconds = needs["memory_bytes"], needs["seconds"]
+        text = f"tuning {WAYS[way]}: {_size(int(memory_bytes or 0))} of memory"
+        text += "" if seconds is None else f", of the order of {_rough(seconds)}"
+        console.print(text, highlight=False)
+
+
+def _rough(seconds: float) -> str:
+    return f"{seconds / 3600:.1f} hours" if seconds >= 3600 else f"{seconds / 60:.1f} minutes"
 
 
 def _calibration(result: Estimate) -> str:

@@ -7,6 +7,7 @@ Memory was up to 29 % more than what was measured, see ``peak_memory``; time is 
 
 from __future__ import annotations
 
+import copy
 import time
 from dataclasses import dataclass
 
@@ -16,8 +17,15 @@ from bitsmoe_plugin.base import native
 from bitsmoe_plugin.base.devices import CPU_WORKING_SET
 from bitsmoe_plugin.calibration.activations import enough
 from bitsmoe_plugin.codec.layout import LayerShape
-from bitsmoe_plugin.commands.estimate_tuning import tuning_decoding, tuning_flops, tuning_memory
+from bitsmoe_plugin.commands.estimate_tuning import (
+    layers_memory,
+    model_memory,
+    tuning_decoding,
+    tuning_flops,
+    tuning_memory,
+)
 from bitsmoe_plugin.config import BitsMoEConfig
+from bitsmoe_plugin.pipeline.tuning_settings import TuningSettings
 from bitsmoe_plugin.rounding.refit_down import REFIT_TOKENS
 from bitsmoe_plugin.spectral.moments import COVARIANCE_TOKENS
 from bitsmoe_plugin.spectral.statistics_tokens import FEWEST_MOMENT_TOKENS, MEAN_TOKENS, MOMENT_TOKENS
@@ -46,6 +54,7 @@ class Workload:
     other_bytes: all of the unquantized model but the routed experts.
     active_weights: weights outside the routed experts, each used once per token.
     itemsize: bytes per value of hidden states.
+    vocab_size: logits of a token.
     """
 
     shapes: list[LayerShape]
@@ -54,6 +63,7 @@ class Workload:
     other_bytes: int
     active_weights: int
     itemsize: int
+    vocab_size: int = 0
 
 
 def peak_memory(work: Workload, config: BitsMoEConfig) -> dict[str, int]:
@@ -155,6 +165,22 @@ def rough_seconds(work: Workload, config: BitsMoEConfig) -> float | None:
     slower = 1 if native.library() is not None else _WITHOUT_KERNELS
     alone = slower * _SECONDS_PER_WEIGHT * weights + tuning_decoding(work, config)
     return alone / torch.get_num_threads() + flops / _matmul_speed()
+
+
+def tuning_ways(work: Workload, config: BitsMoEConfig) -> dict[str, dict[str, float | None]]:
+    """Way of ``TuningSettings.through`` -> ``memory_bytes`` at the peak and ``seconds``, None if unknown; of
+    tuning alone."""
+    speed = _matmul_speed()
+    found: dict[str, dict[str, float | None]] = {}
+    for way, memory in (("layers", layers_memory), ("model", model_memory)):
+        own = copy.copy(config)
+        own.tune_through = way
+        seconds = tuning_decoding(work, own) / torch.get_num_threads() + tuning_flops(work, own) / speed
+        found[way] = {
+            "memory_bytes": sum(memory(work, own, PROCESS_BYTES, TuningSettings(through=way)).values()),
+            "seconds": None if work.experts_per_token is None else seconds,
+        }
+    return found
 
 
 def _layer_flops(shape: LayerShape, tokens: int, experts_per_token: int) -> int:

@@ -286,13 +286,22 @@ def load_reference(path: str | ModelSource, model: Any) -> Any:
         ConfigError: its vocabulary is another.
     """
     reference = load_for_evaluation(path, next(model.parameters()).device)
+    check_same_vocabulary(reference, model, path)
+    return reference
+
+
+def check_same_vocabulary(reference: Any, model: Any, path: str | ModelSource) -> None:
+    """Refuse to compare a model with one of another vocabulary.
+
+    Raises:
+        ConfigError: naming both sizes.
+    """
     sizes = [m.get_output_embeddings().weight.shape[0] for m in (reference, model)]
     if sizes[0] != sizes[1]:
         raise ConfigError(
             f"reference {ModelSource.of(path).name} has {sizes[0]} tokens in its vocabulary and the "
             f"evaluated model {sizes[1]}; give the model that was quantized"
         )
-    return reference
 
 
 def evaluate_text(

@@ -22,7 +22,7 @@ from bitsmoe_plugin.commands.report.checkpoint_data import PART_NAMES
 from bitsmoe_plugin.commands.report.evaluation_data import task_rows
 from bitsmoe_plugin.config import BitsMoEConfig
 from bitsmoe_plugin.models.model_class import auto_class
-from bitsmoe_plugin.pipeline.tuning_settings import LEARNABLE
+from bitsmoe_plugin.pipeline.tuning_settings import LEARNABLE, WAYS
 from bitsmoe_plugin.version import __version__
 
 _TEXT = """
@@ -162,8 +162,10 @@ def _tuning(told: Any) -> str:
     tokens, before, after = values
     learnt = told.get("learnt", ["bases"])  # older releases tuned these
     known = [name for name in LEARNABLE if isinstance(learnt, (list, tuple)) and name in learnt]
+    through = told.get("through")
+    way = f" {WAYS[through]}" if isinstance(through, str) and through in WAYS else ""
     return (
-        f"\n- Tuned ({', '.join(known)}) on {tokens:,.0f} tokens: KL to the original on held-out text "
+        f"\n- Tuned{way} ({', '.join(known)}) on {tokens:,.0f} tokens: KL to the original on held-out text "
         f"{before:.4f} before, {after:.4f} after. What else is told about errors was measured before."
     )
 

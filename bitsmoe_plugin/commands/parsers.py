@@ -13,7 +13,7 @@ from bitsmoe_plugin.commands.compare.budget_range import budgets
 from bitsmoe_plugin.commands.defaults import BLOCK, TOKENS
 from bitsmoe_plugin.commands.source_options import add_chat_template, add_source
 from bitsmoe_plugin.options import OPTIONS
-from bitsmoe_plugin.pipeline.tuning_settings import LEARNABLE, TuningSettings
+from bitsmoe_plugin.pipeline.tuning_settings import LEARNABLE, THROUGH, TuningSettings
 
 Run = Callable[..., None]
 _DESCRIPTIONS = {
@@ -34,8 +34,12 @@ continues there, with the same result.
     "tune": """\
 Move the scales of a packed model's bases and rows, and if asked norms and
 routers, such that its predictions come closer to the original's, on
-calibration text. Size and speed stay. Both models are in memory, and a step
-takes several times as long as evaluating them.
+calibration text. Size and speed stay.
+
+First layer by layer, with the experts of one layer of both models in memory,
+then through the whole model if there is memory for both (--through). Finished
+layers are kept in OUT.work: after Ctrl-C, a crash or a reboot the same command
+continues there, with the same result.
 """,
     "inspect": """\
 Count what a packed model stores for its experts, and show for each layer how
@@ -163,7 +167,7 @@ def add_estimate(commands: Any, run: Run) -> None:
     )
     text = "directory of the model; without its weights, their .index.json is enough"
     parser.add_argument("model", type=Path, help=text)
-    _add_options(parser, "bits", "factor_bits", *_WHOLE, "calibration_tokens", "tune")
+    _add_options(parser, "bits", "factor_bits", *_WHOLE, "calibration_tokens", "tune", "tune_through")
     _add_method(parser)
     _add_json(parser)
 
@@ -180,7 +184,7 @@ def add_quantize(commands: Any, run: Run) -> None:
     parser.add_argument("out", type=Path, help=_OUT)
     _add_options(parser, "bits", "factor_bits", *_WHOLE)
     _add_calibration(parser)
-    _add_options(parser, "tune")
+    _add_options(parser, "tune", "tune_through")
     _add_method(parser)
     _add_device(parser, "; with several processes each takes its own GPU")
     add_allow_slow(parser)
@@ -206,6 +210,13 @@ def add_tune(commands: Any, run: Run) -> None:
     parser.add_argument("--learn", type=_names, default=defaults.learn, metavar="NAMES", help=text)
     text = "largest relative change of a scale per step, about"
     _add_number(parser, "--learning-rate", text, defaults.learning_rate, float)
+    text = (
+        "layers: one by one; model: through the whole model, in memory with the original; both; auto: both "
+        "if there is memory for it, or else layers (default: %(default)s)"
+    )
+    parser.add_argument("--through", choices=THROUGH, default=defaults.through, help=text)
+    text = "decoder layers that are tuned together where they are tuned one by one"
+    _add_number(parser, "--layers-at-once", text, defaults.layers_at_once)
     text = "share of the text that is only measured on, to take the best epoch"
     _add_number(parser, "--held-out", text, defaults.held_out, float)
     _add_device(parser)

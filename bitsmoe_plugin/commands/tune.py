@@ -3,23 +3,43 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor, nn
+
 from bitsmoe_plugin.base.atomic_output import check_output_directory
+from bitsmoe_plugin.base.interruption import Interrupted
 from bitsmoe_plugin.base.process_state import known_state
-from bitsmoe_plugin.base.work_directory import OUTPUT, staging, writing
+from bitsmoe_plugin.base.work_directory import (
+    OUTPUT,
+    WorkDirectory,
+    has_progress,
+    locked,
+    remove,
+    staging,
+    writing,
+)
+from bitsmoe_plugin.base.workers import Workers
 from bitsmoe_plugin.calibration.text import load_documents, token_blocks
 from bitsmoe_plugin.checkpoint.read import read_config
-from bitsmoe_plugin.commands.evaluate import load_for_evaluation, load_reference
+from bitsmoe_plugin.commands.evaluate import check_same_vocabulary, load_for_evaluation, load_reference
 from bitsmoe_plugin.commands.quantize import write_checkpoint
+from bitsmoe_plugin.commands.tuning_way import settled
 from bitsmoe_plugin.config import BitsMoEConfig
-from bitsmoe_plugin.errors import QuantizationError
+from bitsmoe_plugin.errors import ConfigError, QuantizationError
 from bitsmoe_plugin.models.model_class import check_loadable
 from bitsmoe_plugin.models.model_source import ModelSource
 from bitsmoe_plugin.models.side_files import side_files
+from bitsmoe_plugin.models.streamed_model import load_streamed
 from bitsmoe_plugin.models.tokenizer import load_tokenizer
-from bitsmoe_plugin.pipeline.tune_scales import Tuning, TuningSettings, tune
+from bitsmoe_plugin.pipeline.tune_layers import Original
+from bitsmoe_plugin.pipeline.tune_scales import Tuning, TuningSettings, check_blocks
+from bitsmoe_plugin.pipeline.tuning import tune_by
+from bitsmoe_plugin.runtime.experts import BitsMoEExperts
 
 
 @known_state(gradients=True)
@@ -35,7 +55,10 @@ def tune_to_directory(
     device: str = "cpu",
     chat_template_kwargs: dict[str, Any] | None = None,
 ) -> Tuning:
-    """See ``tune_scales.tune``. ``out`` takes its name at the end, so it is either absent or complete.
+    """See ``tuning.tune_by``. ``out`` takes its name at the end, so it is either absent or complete.
+
+    Layers that are finished are kept in a directory, ``out`` with ".work" appended, until all is done: the
+    same call continues there if this one ends early.
 
     Args:
         model: directory of a packed model.
@@ -45,20 +68,25 @@ def tune_to_directory(
             were held out then.
 
     Raises:
-        BitsMoEError: bad input, or nothing was better on the blocks held out. Nothing is left behind.
+        BitsMoEError: bad input, or nothing was better on the blocks held out. Nothing is left behind but
+            layers that were finished.
+        Interrupted: Ctrl-C; says how to go on.
     """
     BitsMoEConfig(calibration_tokens=calibration_tokens, sequence_length=sequence_length)  # it checks them
     out, packed_source, origin = Path(out).resolve(), ModelSource.of(model), ModelSource.of(reference)
+    if Workers.present().size > 1:
+        raise ConfigError("a model is tuned by one process; start it without torchrun")
     check_output_directory(out)
-    read_config(Path(packed_source.name))
+    config = read_config(Path(packed_source.name))
     check_loadable(origin)
     documents = load_documents(dataset, max_tokens=calibration_tokens, sequence_length=sequence_length)
     tokenizer = load_tokenizer(packed_source)
     saved = copy.deepcopy(tokenizer)  # encoding leaves traces, which should not be saved
     beside_weights = side_files(packed_source)
     work = out.with_name(f"{out.name}.work")
-    with staging(work):  # from the start: what cannot be written should not show at the end
-        packed = load_for_evaluation(packed_source, device)
+    with _kept(work):  # from the start: what cannot be written should not show at the end
+        _refuse_quantization(work)
+        packed = load_for_evaluation(packed_source)
         blocks = token_blocks(
             documents,
             tokenizer,
@@ -68,8 +96,12 @@ def tune_to_directory(
             seed=settings.seed,
             chat_template_kwargs=chat_template_kwargs,
         )
-        result = tune(packed, load_reference(origin, packed), blocks, settings)
+        check_blocks(len(blocks), settings)
+        config.sequence_length = sequence_length
+        settings = settled(settings, origin.config(), config, blocks.numel(), device)
+        result = _tuned(packed, origin, blocks, settings, work, device)
         if not result.epoch:
+            remove(work)
             raise QuantizationError(
                 f"no epoch came closer to {origin.name} on the text held out (KL {result.before:.4f} "
                 "before), so nothing was written; give more text (calibration_tokens) or a smaller learning "
@@ -78,4 +110,48 @@ def tune_to_directory(
         with writing(out):
             partial = work / OUTPUT
             write_checkpoint(packed.to("cpu"), saved, origin.name, dataset, partial, out, beside_weights)
+        remove(work)
     return result
+
+
+@contextmanager
+def _kept(work: Path) -> Iterator[None]:
+    """Hold the work directory; it stays if this ends early and layers are finished, and then says so."""
+    with locked(work), staging(work):
+        try:
+            yield
+        except KeyboardInterrupt as error:
+            if has_progress(work) and not isinstance(error, Interrupted):
+                raise Interrupted(
+                    f"stopped; {work} holds the layers that are finished. Start the same again to go on"
+                ) from error
+            raise
+
+
+def _refuse_quantization(work: Path) -> None:
+    """Leave alone what a quantization with the same ``out`` has finished."""
+    directory = WorkDirectory(work)
+    if "identity" in directory.state:
+        raise directory.damaged("it holds layers of a model that is being quantized")
+
+
+def _tuned(
+    packed: Any, origin: ModelSource, blocks: Tensor, settings: TuningSettings, work: Path, device: str
+) -> Tuning:
+    def original() -> Original:
+        _move_all_but_experts(packed, device)
+        model, source = load_streamed(origin, device=device)
+        check_same_vocabulary(model, packed, origin)
+        return Original(model, source)
+
+    def reference() -> nn.Module:
+        return load_reference(origin, packed.to(device))  # type: ignore[no-any-return]
+
+    kept = partial(WorkDirectory, work)
+    return tune_by(settings, packed, blocks, original=original, reference=reference, directory=kept)
+
+
+def _move_all_but_experts(model: nn.Module, device: str) -> None:
+    for module in model.modules():
+        if not isinstance(module, BitsMoEExperts):
+            module._apply(lambda tensor: tensor.to(device), recurse=False)

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     import torch
 
     from bitsmoe_plugin.checkpoint.carried_tensors import CarriedTensors
-    from bitsmoe_plugin.config import BitsMoEConfig
     from bitsmoe_plugin.models.low_precision_source import LowPrecisionSource
     from bitsmoe_plugin.models.stored_names import StoredNames
 
@@ -38,7 +37,7 @@ class LowPrecisionLoading:
     """
 
     def __init__(self, config: SourceConfig) -> None:
-        self.options: BitsMoEConfig = config.options
+        self.options: Any = config.options
         self._settings = config.settings
         self._source: LowPrecisionSource | None = None
         self._rules: tuple[list[Any], list[Any]] = [], []
@@ -53,11 +52,12 @@ class LowPrecisionLoading:
         """Of transformers, which dequantizes what is stored; None before ``plan``."""
         return self._source and self._source.precision.quantizer
 
-    def plan(self, model: Any, files: list[str]) -> StoredNames:
+    def plan(self, model: Any, files: list[str], *, saved: bool = True) -> StoredNames:
         """Check the files of a model before they are loaded, and say how its other weights grow.
 
         Args:
             model: on the meta device, with its experts.
+            saved: whether its other weights will be stored, and grow.
 
         Returns:
             what becomes of the stored tensors.
@@ -69,7 +69,7 @@ class LowPrecisionLoading:
 
         source = self._source = LowPrecisionSource(model, self._settings, files)
         source.check_finite()
-        growth = source.growth()
+        growth = source.growth() if saved else None
         if growth is not None:
             warnings.warn(growth, stacklevel=2)
         config = model.config

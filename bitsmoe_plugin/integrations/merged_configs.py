@@ -12,19 +12,19 @@ from typing import Any
 from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from bitsmoe_plugin.config import QUANT_METHOD, BitsMoEConfig
+from bitsmoe_plugin.config import QUANT_METHOD, BitsMoEConfig, StreamedConfig
 
 
 class SourceConfig(QuantizationConfigMixin):
     """Stands in a model's config while it is loaded to be quantized.
 
     Attributes:
-        options: how it is to be quantized.
+        options: how it is to be quantized, or that its experts stay in their files.
         settings: ``quantization_config`` of the checkpoint.
     """
 
-    def __init__(self, options: BitsMoEConfig, settings: Mapping[str, Any]) -> None:
-        self.quant_method = QUANT_METHOD  # type: ignore[assignment]
+    def __init__(self, options: BitsMoEConfig | StreamedConfig, settings: Mapping[str, Any]) -> None:
+        self.quant_method = options.quant_method
         self.options = options
         self.settings = dict(settings)
 
@@ -42,7 +42,7 @@ def merged(stored: Any, given: Any) -> SourceConfig | None:
     if isinstance(given, dict) and given.get("quant_method") == QUANT_METHOD:
         given = BitsMoEConfig.checked_copy(given)
     settings = stored if isinstance(stored, Mapping) else stored.to_dict()
-    if not isinstance(given, BitsMoEConfig) or settings.get("quant_method") == QUANT_METHOD:
+    if not isinstance(given, (BitsMoEConfig, StreamedConfig)) or settings.get("quant_method") == QUANT_METHOD:
         return None
     return SourceConfig(given, settings)
 

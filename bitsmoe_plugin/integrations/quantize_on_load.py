@@ -32,17 +32,21 @@ def planned_source(
         QuantizationError: the budget is too small.
         ConfigError: see ``planned_dense``.
     """
-    if files and can_stream(files):
-        source: ExpertSource = StreamedExperts(model, files, quantizer)
-    else:
-        source = LoadedExperts(model)
-        warnings.warn(
-            "the model is not loaded from safetensors files, so all of it is in memory while it is quantized",
-            stacklevel=2,
-        )
+    source = source_of_files(model, files, quantizer)
     whole_budget(model, source, config, carried_bytes)
     planned_dense(model, source.layers, config)
     return source
+
+
+def source_of_files(model: nn.Module, files: list[str], quantizer: Any = None) -> ExpertSource:
+    """Where they will come from: files, if they can be read in parts; a warning says so if not."""
+    if files and can_stream(files):
+        return StreamedExperts(model, files, quantizer)
+    warnings.warn(
+        "the model is not loaded from safetensors files, so all of it is in memory while it is quantized",
+        stacklevel=3,
+    )
+    return LoadedExperts(model)
 
 
 def tell_left_out(model: Any, names: StoredNames, files: list[str]) -> None:

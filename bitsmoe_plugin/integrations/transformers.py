@@ -19,7 +19,7 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 
 from bitsmoe_plugin.base.process_state import known_state
-from bitsmoe_plugin.config import QUANT_METHOD, BitsMoEConfig
+from bitsmoe_plugin.config import QUANT_METHOD, STREAMED, BitsMoEConfig, StreamedConfig
 from bitsmoe_plugin.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -291,3 +291,8 @@ def register() -> None:
         register_quantization_config(QUANT_METHOD)(BitsMoEConfig)
     if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
         register_quantizer(QUANT_METHOD)(BitsMoEQuantizer)
+    if STREAMED not in AUTO_QUANTIZER_MAPPING:
+        from bitsmoe_plugin.integrations.streamed_loading import StreamedQuantizer
+
+        register_quantization_config(STREAMED)(StreamedConfig)
+        register_quantizer(STREAMED)(StreamedQuantizer)

@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+import copy
+import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from bitsmoe_plugin.base.interruption import Interrupted
 from bitsmoe_plugin.base.spans import span
+from bitsmoe_plugin.base.work_directory import WorkDirectory, locked
 from bitsmoe_plugin.base.workers import Workers
 from bitsmoe_plugin.calibration.blocks import Blocks
+from bitsmoe_plugin.commands.tuning_way import settled
 from bitsmoe_plugin.config import BitsMoEConfig
 from bitsmoe_plugin.errors import ConfigError
 from bitsmoe_plugin.models.model_class import check_loadable, load_model
 from bitsmoe_plugin.models.model_source import ModelSource
-from bitsmoe_plugin.pipeline.tune_scales import check_blocks, tune
+from bitsmoe_plugin.models.streamed_model import load_streamed
+from bitsmoe_plugin.pipeline.tune_layers import Original
+from bitsmoe_plugin.pipeline.tune_scales import check_blocks
+from bitsmoe_plugin.pipeline.tuning import tune_by
 from bitsmoe_plugin.pipeline.tuning_settings import TuningSettings
 
 _REMEDY = "leave tune out, save the packed model, then use `bitsmoe tune`"
@@ -29,11 +40,13 @@ class PlannedTuning:
     Attributes:
         reference: where the unquantized model is loaded from again: its experts are gone by then.
         blocks: ``[blocks, sequence_length]`` int64, the calibration text.
+        work_dir: of the quantization.
     """
 
     reference: ModelSource
     blocks: Tensor
     settings: TuningSettings
+    work_dir: Path | None
 
     @classmethod
     def of(
@@ -65,18 +78,43 @@ class PlannedTuning:
             learn=("rows",) if config.basis_bits == 16 else TuningSettings().learn,
             held_out=config.held_out or TuningSettings().held_out,
             seed=config.seed,
+            through=config.tune_through,
         )
         check_blocks(len(blocks), settings)
         reference = ModelSource.of_files(model.config._name_or_path, files)
         check_loadable(reference)
-        return cls(reference, blocks, settings)
+        work_dir = None if config.work_dir is None else Path(config.work_dir)
+        return cls(reference, blocks, settings, work_dir)
+
+    @contextmanager
+    def _directory(self) -> Iterator[Path]:
+        """Where finished layers are kept, and hidden states on their way."""
+        if self.work_dir is not None:
+            yield self.work_dir
+            return
+        with tempfile.TemporaryDirectory(prefix="bitsmoe-") as folder:
+            try:
+                yield Path(folder)
+            except Interrupted as error:  # which says that there is something to go on with
+                raise KeyboardInterrupt from error
 
     def run(self, model: Any) -> None:
         """Tune a packed model; a warning says so where nothing came closer."""
         device = next(model.parameters()).device
-        with span("tuning"):
-            reference = load_model(self.reference, dtype=model.dtype).eval().to(device)
-            result = tune(model, reference, self.blocks, self.settings)
+        config = copy.copy(model.config.quantization_config)
+        config.sequence_length = self.blocks.shape[1]
+        settings = settled(self.settings, self.reference.config(), config, self.blocks.numel(), device)
+
+        def original() -> Original:
+            return Original(*load_streamed(self.reference, model.dtype, device))
+
+        def reference() -> Any:
+            return load_model(self.reference, dtype=model.dtype).eval().to(device)
+
+        with span("tuning"), self._directory() as path, locked(path):
+            kept = partial(WorkDirectory, path)
+            given = settings, model, self.blocks
+            result = tune_by(*given, original=original, reference=reference, directory=kept)
         if not result.epoch:
             warnings.warn(
                 f"tune={self.settings.epochs}: no epoch came closer to the original on the text held out (KL "

@@ -12,29 +12,17 @@ import torch
 from torch import Tensor
 
 from bitsmoe_plugin.allocation.row_widths import Widths
-from bitsmoe_plugin.base.work_directory import WorkDirectory
-from bitsmoe_plugin.calibration.carried import Carried, Left, left_beside
+from bitsmoe_plugin.base.work_directory import WorkDirectory, differences
 from bitsmoe_plugin.calibration.super_experts import ExpertOutputs
 from bitsmoe_plugin.codec.basis import QuantizedBasis
 from bitsmoe_plugin.codec.layout import PackedExperts
+from bitsmoe_plugin.pipeline.hidden_files import listed, numbered
 from bitsmoe_plugin.pipeline.layer_plan import LayerPlan
 from bitsmoe_plugin.pipeline.progress import Hidden, PackedLayer, PlannedLayer, check_digest
 from bitsmoe_plugin.spectral.bases import SharedBases
 from bitsmoe_plugin.spectral.row_weights import RowWeights
 
 _BASES = ("input_basis", "output_basis")
-
-
-def _differences(there: Any, here: Any, name: str = "") -> list[str]:
-    """Where two JSON objects differ, in words."""
-    if isinstance(there, dict) and isinstance(here, dict):
-        keys = dict.fromkeys([*there, *here])
-        return [
-            text
-            for key in keys
-            for text in _differences(there.get(key), here.get(key), f"{name} {key}".strip())
-        ]
-    return [] if there == here else [f"{name} was {there}, is {here}"]
 
 
 class ProgressOnDisk:
@@ -51,6 +39,8 @@ class ProgressOnDisk:
         """
         identity = json.loads(json.dumps(identity))  # as it will be read again
         self._directory, self._device = directory, device
+        if "tuning" in directory.state and "identity" not in directory.state:
+            raise directory.damaged("it holds layers of a packed model that is being tuned")
         if not directory.state:
             directory.state.update(
                 identity=identity,
@@ -64,7 +54,7 @@ class ProgressOnDisk:
                 seconds={},
             )
             directory.commit()
-        changes = _differences(directory.state["identity"], identity)
+        changes = differences(directory.state["identity"], identity)
         if changes:
             raise directory.damaged(f"it holds the progress of another run: {'; '.join(changes)}")
         self._state = directory.state
@@ -105,7 +95,7 @@ class ProgressOnDisk:
                 tensors |= {f"{name}.codes": basis.codes, f"{name}.scales": basis.scales}
                 values[name] = {"bits": basis.bits, "group_size": basis.group_size}
             self._directory.write(f"plan-{index}.safetensors", tensors, values)
-        self._directory.write(f"calibrated-{index}.safetensors", _numbered("hidden", hidden))
+        self._directory.write(f"calibrated-{index}.safetensors", numbered("hidden", hidden))
         self._directory.forget(f"calibrated-{index - 1}.safetensors")
         self.planned = self._state["planned"] = index + 1
         self._state["dense_costs"] = {str(i): costs for i, costs in self.dense_costs.items()}
@@ -142,7 +132,7 @@ class ProgressOnDisk:
         if self.planned == 0 or self.widths is not None:
             return None
         tensors, _ = self._directory.read(f"calibrated-{self.planned - 1}.safetensors")
-        return self._listed("hidden", tensors)
+        return listed("hidden", tensors, self._device)
 
     def finish_widths(self, widths: Widths) -> None:
         tensors = {str(index): rows for index, rows in widths.rows.items()}
@@ -172,7 +162,7 @@ class ProgressOnDisk:
         if layer is not None:
             self._directory.write(f"packed-{index}.safetensors", dict(layer.packed.tensors()))
             self._state["entries"][str(index)] = {"name": layer.name, "entry": layer.entry}
-        tensors = _numbered("exact", exact) | _numbered("hidden", hidden)
+        tensors = numbered("exact", exact) | numbered("hidden", hidden)
         self._directory.write(f"rounded-{index}.safetensors", tensors)
         self._directory.forget(f"rounded-{index - 1}.safetensors")
         self._directory.forget(f"plan-{index}.safetensors")
@@ -195,26 +185,4 @@ class ProgressOnDisk:
         if self.rounded == 0:
             return None
         tensors, _ = self._directory.read(f"rounded-{self.rounded - 1}.safetensors")
-        return self._listed("exact", tensors), self._listed("hidden", tensors)
-
-    def _listed(self, name: str, tensors: dict[str, Tensor]) -> Hidden:
-        """The inverse of ``_numbered``; copies, for the reason given in ``plan``."""
-        own = {
-            tuple(key.split(".", 3)[1:]): tensor.clone().to(self._device)
-            for key, tensor in tensors.items()
-            if key.startswith(f"{name}.")
-        }
-        batches = range(sum(len(place) == 1 for place in own))
-        left: list[Left] = [{} for _ in batches]
-        for number, part, key in sorted((p for p in own if len(p) == 3), key=lambda p: int(p[1])):
-            left[int(number)][key] = (*left[int(number)].get(key, ()), own[number, part, key])
-        return Carried((own[(str(number),)] for number in batches), left)
-
-
-def _numbered(name: str, hidden: Hidden) -> dict[str, Tensor]:
-    """Names in a file: ``name.batch``, and ``name.batch.part.key`` of what was left beside it."""
-    numbered = {f"{name}.{i}": tensor for i, tensor in enumerate(hidden)}
-    for i, left in enumerate(left_beside(hidden)):
-        for key, tensors in left.items():
-            numbered |= {f"{name}.{i}.{j}.{key}": tensor for j, tensor in enumerate(tensors)}
-    return numbered
+        return listed("exact", tensors, self._device), listed("hidden", tensors, self._device)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+from collections.abc import Sequence
+from dataclasses import asdict
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -19,6 +21,7 @@ from bitsmoe_plugin.checkpoint.other_tensors import fingerprint
 from bitsmoe_plugin.config import BitsMoEConfig
 from bitsmoe_plugin.models.expert_source import ExpertSource
 from bitsmoe_plugin.models.files import header_text
+from bitsmoe_plugin.pipeline.tuning_settings import TuningSettings
 from bitsmoe_plugin.version import __version__
 
 _ROOT = Path(__file__).parents[1]  # the package
@@ -45,6 +48,29 @@ def identity(model: nn.Module, blocks: Blocks, config: BitsMoEConfig, source: Ex
             "weights outside the experts": _other_weights(model, source),
             "file": {path.name: _header(path) for path in source.files},
         },
+    }
+
+
+def tuning_identity(
+    model: Any, files: Sequence[Path], blocks: Blocks, settings: TuningSettings
+) -> dict[str, Any]:
+    """The same of tuning layer by layer.
+
+    Args:
+        model: packed; its layers are known by the hashes of its manifest.
+        files: of the original.
+    """
+    manifest = json.dumps(model.config.quantization_config.to_dict(), sort_keys=True)
+    state = sorted(model.state_dict(keep_vars=True).items())
+    others = (f"{name} {fingerprint(t)} ".encode() for name, t in state if ".bitsmoe_" not in name)
+    options = {name: value for name, value in asdict(settings).items() if name != "through"}
+    return {
+        "code": {"bitsmoe-plugin": __version__, "sources": _sources(), **_libraries()},
+        "machine": _machine(model),
+        "settings": options,
+        "calibration tokens": f"{len(blocks)} blocks, {blocks_digest(blocks)[:16]}",
+        "packed model": _digest(manifest.encode(), *others),
+        "original": {path.name: _header(path) for path in files},
     }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from bitsmoe_plugin.codec.layout import PackedExperts, row_widths
 from bitsmoe_plugin.codec.scale_grid import SCALE_LEVELS
+from bitsmoe_plugin.runtime.dispatch import Runtime, prepare
 from bitsmoe_plugin.runtime.experts import BitsMoEExperts
 from bitsmoe_plugin.runtime.reference_layer import ReferenceLayer
 from bitsmoe_plugin.runtime.with_originals import WithOriginals
@@ -102,6 +103,28 @@ class TunableLayer:
         widths = packed.row_codes - packed.row_codes % SCALE_LEVELS
         codes = widths + self._codes(self.rows).round().to(torch.uint8)
         return replace(packed, input_scales=read, output_scales=write, row_codes=codes)
+
+
+@dataclass(frozen=True)
+class Served:
+    """What is learnt so far as it will be served: by the fastest runtime; see ``dispatch.Runtime``.
+
+    Attributes:
+        packed: of the module that it computes, which it takes the place of.
+    """
+
+    packed: PackedExperts
+    runtime: Runtime
+
+    @classmethod
+    def of(cls, layer: TunableLayer, module: BitsMoEExperts) -> Served:
+        """Of a layer that learns for a module."""
+        return cls(layer.packed, prepare(module.spec, layer.tuned(), module.gating))
+
+    @torch.no_grad()
+    def forward(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """See ``dispatch.Runtime``."""
+        return self.runtime.forward(hidden, top_k_index, top_k_weights)
 
 
 class DifferentiableOriginals(WithOriginals):

@@ -85,3 +85,15 @@ def router_weights(model: nn.Module) -> list[nn.Parameter]:
                 if is_router and sizes and len(parameter) >= shape.num_experts:
                     found[id(parameter)] = parameter
     return list(found.values())
+
+
+def learnt_weights(module: nn.Module, learn: Iterable[str]) -> list[nn.Parameter]:
+    """Of a model, or of a decoder layer, what ``TuningSettings.learn`` names besides experts."""
+    found: list[nn.Parameter] = []
+    for name, find in WEIGHTS.items():
+        found += find(module) if name in learn else []
+    return found
+
+
+WEIGHTS = {"norms": norm_weights, "routers": router_weights}
+"""What can be learnt besides experts -> finds it."""

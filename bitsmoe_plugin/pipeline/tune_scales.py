@@ -25,15 +25,11 @@ from bitsmoe_plugin.calibration.blocks import held_out_last
 from bitsmoe_plugin.checkpoint.manifest import tensor_digest
 from bitsmoe_plugin.errors import QuantizationError
 from bitsmoe_plugin.models.model_class import text_model
+from bitsmoe_plugin.pipeline.descent import Descent
 from bitsmoe_plugin.pipeline.tunable_layer import DifferentiableOriginals, TunableLayer
-from bitsmoe_plugin.pipeline.tunable_weights import TunableWeights, norm_weights, router_weights
+from bitsmoe_plugin.pipeline.tunable_weights import WEIGHTS, TunableWeights, learnt_weights
 from bitsmoe_plugin.pipeline.tuning_settings import TuningSettings
 from bitsmoe_plugin.runtime.experts import BitsMoEExperts
-
-_WARM_UP = 5
-"""Steps in which the learning rate rises."""
-_OF_WEIGHTS = 0.1
-"""Of the learning rate, for norms and routers."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +39,7 @@ class Tuning:
     epoch: after which the scales were taken; 0: nothing was better than what was there.
     before, after: KL(full precision || packed) on the held-out blocks, nats per token.
     learnt: what could move, see ``TuningSettings.learn``.
+    through: "model", "layers" or "both", one after the other; see ``TuningSettings.through``.
     """
 
     tokens: int
@@ -50,6 +47,11 @@ class Tuning:
     before: float
     after: float
     learnt: tuple[str, ...] = ("bases",)
+    through: str = "model"
+
+    def noted(self) -> dict[str, Any]:
+        """As the manifest has it, JSON-ready."""
+        return {**asdict(self), "learnt": list(self.learnt)}
 
 
 @known_state(gradients=True)
@@ -67,22 +69,22 @@ def tune(model: Any, reference: nn.Module, blocks: Tensor, settings: TuningSetti
         QuantizationError: no packed experts, nothing there to learn of what is asked for, too few blocks, or
             a divergence that is not finite.
     """
-    modules = _tunable_modules(model, settings)
+    modules = tunable_modules(model, settings)
     check_blocks(len(blocks), settings)
     device = next(model.parameters()).device
     blocks, seen = held_out_last(blocks, settings.held_out)
     learnt, held = blocks[:seen].to(device), blocks[seen:].to(device)
     layers = {name: TunableLayer(module, settings.learn) for name, module in modules.items()}
-    weights = _tunable_weights(model, settings)
-    descent = _Descent(list(layers.values()), weights, settings, -(-len(learnt) // settings.batch_size))
-    with _only_gains(model, reference), weights.learnt(), _computed_by(modules, layers):
+    weights = TunableWeights(tunable_weights(model, settings))
+    descent = Descent(list(layers.values()), weights, settings, -(-len(learnt) // settings.batch_size))
+    with only_gains(model, reference), weights.learnt(), computed_by(modules, layers):
         best = _learn(model, reference, learnt, held, descent, settings)
     if best.epoch:
         config = copy.copy(model.config.quantization_config)  # others may hold that one
         for name, module in modules.items():
             module.load_packed(layers[name].tuned())
             config.layers[name]["sha256"] = tensor_digest(module.packed())
-        config.calibration["tuning"] = {**asdict(best), "learnt": list(best.learnt)}
+        config.calibration["tuning"] = best.noted()
         model.config.quantization_config = config
     return best
 
@@ -100,7 +102,12 @@ def check_blocks(blocks: int, settings: TuningSettings) -> None:
         )
 
 
-def _tunable_modules(model: nn.Module, settings: TuningSettings) -> dict[str, BitsMoEExperts]:
+def tunable_modules(model: nn.Module, settings: TuningSettings) -> dict[str, BitsMoEExperts]:
+    """The packed experts of a model, by name.
+
+    Raises:
+        QuantizationError: there are none, or none of what is to be learnt.
+    """
     modules = {name: m for name, m in model.named_modules() if isinstance(m, BitsMoEExperts)}
     if not modules:
         raise QuantizationError("the model has no packed experts to tune; give one that `quantize` wrote")
@@ -117,21 +124,22 @@ def _tunable_modules(model: nn.Module, settings: TuningSettings) -> dict[str, Bi
     return modules
 
 
-def _tunable_weights(model: nn.Module, settings: TuningSettings) -> TunableWeights:
-    found: list[nn.Parameter] = []
-    for name, find in (("norms", norm_weights), ("routers", router_weights)):
-        if name in settings.learn:
-            parameters = find(model)
-            if not parameters:
-                raise QuantizationError(
-                    f"no {name} were found in {type(model).__name__}; leave {name} out of what is learnt"
-                )
-            found += parameters
-    return TunableWeights(found)
+def tunable_weights(model: nn.Module, settings: TuningSettings) -> list[nn.Parameter]:
+    """What is to be learnt besides experts.
+
+    Raises:
+        QuantizationError: there is none of it.
+    """
+    for name, find in WEIGHTS.items():
+        if name in settings.learn and not find(model):
+            raise QuantizationError(
+                f"no {name} were found in {type(model).__name__}; leave {name} out of what is learnt"
+            )
+    return learnt_weights(model, settings.learn)
 
 
 @contextmanager
-def _only_gains(*models: nn.Module) -> Iterator[None]:
+def only_gains(*models: nn.Module) -> Iterator[None]:
     """No parameter of the models gets a gradient."""
     wanted = [p for model in models for p in model.parameters() if p.requires_grad]
     training = [model.training for model in models]
@@ -149,11 +157,19 @@ def _only_gains(*models: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _computed_by(modules: dict[str, BitsMoEExperts], layers: Mapping[str, TunableLayer]) -> Iterator[None]:
+def computed_by(
+    modules: dict[str, BitsMoEExperts], layers: Mapping[str, Any], *, complete: bool = False
+) -> Iterator[None]:
+    """Modules are computed by other runtimes inside.
+
+    Args:
+        layers: the runtimes, by the names of modules.
+        complete: whether they see to biases and kept experts themselves.
+    """
     try:
         for name, module in modules.items():
             spec, layer = module.spec, layers[name]
-            originals = spec.has_bias or bool(spec.kept)
+            originals = not complete and (spec.has_bias or bool(spec.kept))
             module.compute_by(DifferentiableOriginals(layer, spec, module.gating) if originals else layer)
         yield
     finally:
@@ -166,13 +182,13 @@ def _learn(
     reference: nn.Module,
     learnt: Tensor,
     held: Tensor,
-    descent: _Descent,
+    descent: Descent,
     settings: TuningSettings,
 ) -> Tuning:
     """Leaves the best gains; Ctrl-C once there are some ends it with them."""
     order = torch.Generator().manual_seed(settings.seed)
     divergence = _held_out(model, reference, held, settings.batch_size)
-    best = Tuning(learnt.numel(), 0, divergence, divergence, settings.learn)
+    best = Tuning(tokens=learnt.numel(), epoch=0, before=divergence, after=divergence, learnt=settings.learn)
     best_gains = descent.gains()
     try:
         with logging.tqdm(total=descent.steps, desc="Tuning") as bar:
@@ -192,50 +208,6 @@ def _learn(
         warnings.warn(f"stopped; what was learnt until epoch {best.epoch} is kept", stacklevel=2)
     descent.go_back_to(best_gains)
     return best
-
-
-class _Descent:
-    """Adam with a learning rate that rises for a few steps and then falls to 0.
-
-    Attributes:
-        steps: in all.
-    """
-
-    def __init__(
-        self, layers: list[TunableLayer], weights: TunableWeights, settings: TuningSettings, per_epoch: int
-    ) -> None:
-        self._weights, self.steps = weights, settings.epochs * per_epoch
-        scales = [gain for layer in layers for gain in layer.gains]
-        rate = settings.learning_rate
-        groups = [{"params": scales, "lr": rate}, {"params": weights.gains, "lr": rate * _OF_WEIGHTS}]
-        self._gains = [*scales, *weights.gains]
-        # The defaults remember the gradients of 1000 steps; here there may be 20 in all.
-        self._optimizer = torch.optim.Adam([g for g in groups if g["params"]], lr=rate, betas=(0.9, 0.95))
-        self._schedule = torch.optim.lr_scheduler.LambdaLR(
-            self._optimizer, lambda step: min(1.0, (step + 1) / _WARM_UP) * (1 - step / self.steps)
-        )
-
-    def step(self, loss: Tensor) -> float:
-        """Returns the loss."""
-        self._optimizer.zero_grad()
-        loss.backward()
-        self._weights.take_gradients()
-        nn.utils.clip_grad_norm_(self._gains, 1.0)
-        self._optimizer.step()
-        self._schedule.step()
-        self._weights.write()
-        return float(loss.detach())
-
-    def gains(self) -> list[Tensor]:
-        """A copy of what is learnt so far."""
-        return [gain.detach().clone() for gain in self._gains]
-
-    @torch.no_grad()
-    def go_back_to(self, gains: list[Tensor]) -> None:
-        """Take gains that were there before."""
-        for gain, value in zip(self._gains, gains, strict=True):
-            gain.copy_(value)
-        self._weights.write()
 
 
 @torch.no_grad()

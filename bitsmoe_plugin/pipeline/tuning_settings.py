@@ -10,6 +10,15 @@ from bitsmoe_plugin.base.option_checks import check_number, fail
 LEARNABLE = ("bases", "rows", "norms", "routers")
 """What tuning can move: scales of the shared bases, scale codes of rows, weights of norms and of routers."""
 
+WAYS = {
+    "layers": "layer by layer",
+    "model": "through the whole model",
+    "both": "layer by layer, then through the whole model",
+}
+"""Ways of tuning, in words."""
+THROUGH = ("auto", *WAYS)
+"""Values of ``TuningSettings.through``."""
+
 
 @dataclass(frozen=True)
 class TuningSettings:
@@ -23,6 +32,12 @@ class TuningSettings:
     learn: of ``LEARNABLE``. All keep their dtypes and sizes. Norms and routers are not experts' own, and move
         a tenth as fast.
 
+    through: "layers": one decoder layer after the other, with that layer's experts alone in memory. "model":
+        through the whole model, which is in memory with the original. "both": one after the other. "auto":
+        "both" if there is memory for it, or else "layers".
+    layers_at_once: decoder layers that are tuned together by "layers"; that many layers' hidden states wait
+        for gradients.
+
     Raises:
         ConfigError: naming the setting, its value and what is allowed.
     """
@@ -33,6 +48,8 @@ class TuningSettings:
     held_out: float = 0.0625
     seed: int = 0
     learn: tuple[str, ...] = ("bases", "rows")
+    through: str = "auto"
+    layers_at_once: int = 1
 
     def __post_init__(self) -> None:
         check = partial(check_number, owner="TuningSettings")
@@ -43,4 +60,7 @@ class TuningSettings:
         check("learning_rate", self.learning_rate, 1e-6, 1)
         check("batch_size", self.batch_size, 1, 10**6, whole=True)
         check("held_out", self.held_out, 1e-6, 0.5)
+        if self.through not in THROUGH:
+            fail("through", self.through, f"one of {', '.join(THROUGH)}", owner="TuningSettings")
+        check("layers_at_once", self.layers_at_once, 1, 1000, whole=True)
         check("seed", self.seed, 0, 2**63 - 1, whole=True)

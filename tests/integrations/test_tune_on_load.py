@@ -14,12 +14,14 @@ from bitsmoe_plugin import BitsMoEConfig, ConfigError, QuantizationError
 from bitsmoe_plugin.base.interruption import Interrupted
 from bitsmoe_plugin.base.workers import Workers
 from bitsmoe_plugin.codec.layout import LayerShape
-from bitsmoe_plugin.commands import estimate_resources
+from bitsmoe_plugin.commands import estimate_resources, estimate_tuning
 from bitsmoe_plugin.commands.estimate import estimate
 from bitsmoe_plugin.commands.quantize import quantize_to_directory
 from bitsmoe_plugin.commands.times import read_times
 from bitsmoe_plugin.integrations import tune_on_load
 from bitsmoe_plugin.integrations.optimum import BitsMoEQuantizer
+from bitsmoe_plugin.pipeline import tuning
+from bitsmoe_plugin.pipeline.tuning_settings import TuningSettings
 
 TEXT = str(Path(__file__).parents[2] / "examples" / "data" / "calibration.jsonl")
 OPTIONS: dict[str, Any] = {"bits": 2.0, "method": "fast", "calibration_tokens": 2048, "sequence_length": 128}
@@ -29,7 +31,7 @@ FLAGS = ["--dataset", TEXT, "--calibration-tokens", "2048", "--sequence-length",
 def test_it_is_quantizing_and_tuning_in_one(
     moe_tiny_path: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """To the byte; interrupted while it tunes, it goes on with the layers that it has."""
+    """To the byte; interrupted once all layers are tuned, it goes on with them."""
     whole, packed, tuned = (tmp_path / name for name in ("whole", "packed", "tuned"))
     config = BitsMoEConfig(dataset=TEXT, tune=1, **OPTIONS)
 
@@ -37,10 +39,11 @@ def test_it_is_quantizing_and_tuning_in_one(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(tune_on_load, "tune", stopped)
+        patched.setattr(tuning, "tune", stopped)
         with pytest.raises(Interrupted, match="finished"):
             quantize_to_directory(str(moe_tiny_path), whole, config)
     assert not whole.exists()
+    assert len(list(tmp_path.glob("whole.work/tuned-*.safetensors"))) >= 1
     command = ["quantize", str(moe_tiny_path), str(whole), "--method", "fast", *FLAGS, "--tune", "1"]
     assert run_here(capfd, *command)[0] == 0
     assert "tuning" in read_times(whole)
@@ -61,7 +64,8 @@ def test_where_nothing_comes_closer_the_model_stays(
 ) -> None:
     none = tune_on_load.TuningSettings
     monkeypatch.setattr(tune_on_load, "TuningSettings", lambda **given: none(**given, learning_rate=1.0))
-    config = BitsMoEConfig(dataset=TEXT, tune=1, **OPTIONS)
+    few = {"calibration_tokens": 1024, "sequence_length": 64}
+    config = BitsMoEConfig(dataset=TEXT, tune=1, **{**OPTIONS, **few})
     with pytest.warns(UserWarning, match="tune=1: no epoch came closer"):
         model = AutoModelForCausalLM.from_pretrained(moe_tiny_path, quantization_config=config)
     assert "tuning" not in model.config.quantization_config.calibration
@@ -93,14 +97,21 @@ def test_what_cannot_be_tuned_is_refused_before_work(
 
 
 def test_estimate_tells_what_it_takes(moe_tiny_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Seconds in proportion to the epochs; all experts of the original in memory beside the packed ones."""
+    """Seconds in proportion to the epochs; all experts of the original in memory beside the packed ones, or
+    those of one layer."""
     monkeypatch.setattr(estimate_resources, "_matmul_speed", lambda: 1e10)
-    none, two, four = (estimate(moe_tiny_path, BitsMoEConfig(tune=n)).seconds for n in (0, 2, 4))
+    through = {"tune_through": "model"}
+    none, two, four = (estimate(moe_tiny_path, BitsMoEConfig(tune=n, **through)).seconds for n in (0, 2, 4))
     assert none is not None
     assert two is not None
     assert four is not None
     assert four - none == pytest.approx(2 * (two - none))
     assert two > 1.2 * none
+    tuning = estimate(moe_tiny_path, BitsMoEConfig(tune=2)).tuning
+    assert tuning["model"]["seconds"] == pytest.approx(two - none)
+    assert 0 < tuning["layers"]["seconds"] < 1.1 * tuning["model"]["seconds"]
+    assert tuning["layers"]["memory_bytes"] < tuning["model"]["memory_bytes"]
+    assert estimate(moe_tiny_path, BitsMoEConfig()).tuning == {}
     shapes = [LayerShape(64, 512, 256)] * 40
     work = estimate_resources.Workload(
         shapes, tokens=8192, experts_per_token=4, other_bytes=10**8, active_weights=5 * 10**7, itemsize=2
@@ -108,4 +119,10 @@ def test_estimate_tells_what_it_takes(moe_tiny_path: Path, monkeypatch: pytest.M
     memory = estimate_resources.peak_memory(work, BitsMoEConfig(tune=1))
     weights = 40 * 64 * 3 * 512 * 256
     assert (memory["experts"], memory["packed"], memory["model"]) == (2 * weights, weights // 4, 2 * 10**8)
+    memory = estimate_tuning.layers_memory(work, BitsMoEConfig(), 0, TuningSettings(through="layers"))
+    assert (memory["experts"], memory["packed"], memory["model"]) == (
+        weights // 20,
+        weights // 160,
+        2 * 10**8,
+    )
     assert "packed" not in estimate_resources.peak_memory(work, BitsMoEConfig())

@@ -245,21 +245,43 @@ def test_progress_bars_are_as_they_were(tiny_model: Any, tmp_path: Path) -> None
             logging.enable_progress_bar()
 
 
-def test_peak_memory_does_not_grow_with_depth(tmp_path: Path) -> None:
-    """Guards the bound, from outside: 6 further layers are 28 MB of experts, 57 MB in the float32 of the
-    computation. They have taken 2 MB of memory, and 9 MB with the pages of files that are mapped.
+SMALL = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 32, "vocab_size": 256}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "most"),
+    [
+        ({"hidden_size": 64, "moe_intermediate_size": 512, "num_experts": 24}, (12e6, 20e6)),
+        pytest.param(
+            {"hidden_size": 256, "moe_intermediate_size": 512, "num_experts": 48},
+            (12e6, 60e6),
+            marks=pytest.mark.exhaustive,
+        ),
+    ],
+)
+def test_peak_memory_does_not_grow_with_depth(
+    sizes: dict[str, int], most: tuple[float, float], tmp_path: Path, moe_tiny_path: Path
+) -> None:
+    """Guards the bound, from outside, of quantizing and of tuning layer by layer: 6 further layers are 28 MB
+    (the larger: 226 MB) of experts, twice that in the float32 of the computation. They have taken 2 MB of
+    memory, and 9 MB with the pages of files that are mapped. Tuning takes no more than quantizing does, and
+    one layer's rows in float32 with their gradients.
     """
-    sizes = {"hidden_size": 64, "moe_intermediate_size": 512, "num_experts": 24, "num_experts_per_tok": 4}
-    small = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 32, "vocab_size": 256}
-    peaks = []
+    peaks: list[dict[str, int]] = []
+    tuned: list[dict[str, int]] = []
     for layers in (2, 8):
-        model = tmp_path / f"model{layers}"
-        write_checkpoint(model, qwen3_moe(layers, **sizes, **small))
-        peaks.append(measured(model, Path(f"{model}-out")))
-    growth = {kind: peaks[1][kind] - peaks[0][kind] for kind in ("anonymous", "resident")}
-    print(f"peak at 2 layers {peaks[0]}, at 8 layers {peaks[1]}")
-    assert growth["anonymous"] < 12e6
-    assert growth["resident"] < 20e6
+        model, out = tmp_path / f"model{layers}", tmp_path / f"out{layers}"
+        write_checkpoint(model, qwen3_moe(layers, num_experts_per_tok=4, **sizes, **SMALL))
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(moe_tiny_path / name, model)
+        peaks.append(measured(model, out))
+        tuned.append(measured(model, tmp_path / f"tuned{layers}", out))
+    print(f"peak at 2 layers {peaks[0]}, at 8 layers {peaks[1]}; of tuning {tuned}")
+    for kind, limit in zip(("anonymous", "resident"), most, strict=True):
+        assert peaks[1][kind] - peaks[0][kind] < limit
+        assert tuned[1][kind] - tuned[0][kind] < limit
+    weights = 3 * sizes["hidden_size"] * sizes["moe_intermediate_size"] * sizes["num_experts"]
+    assert tuned[1]["anonymous"] < peaks[1]["anonymous"] + 2 * 4 * weights
 
 
 def test_written_checkpoint_loads_and_is_the_same_twice(tmp_path: Path) -> None:

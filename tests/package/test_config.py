@@ -67,6 +67,7 @@ INVALID: dict[str, tuple[list[Any], str]] = {
     "allow_thin": ([1, 0, "yes"], "True, False"),
     "allow_slow": ([1, 0, "yes"], "True, False"),
     "tune": ([-1, 1.5, "2", True, None], "a whole number from 0 to 1000"),
+    "tune_through": (["layer", "", None, 1], "'auto', 'layers', 'model', 'both'"),
     "seed": ([-1, 0.5, 2**63, "0", None, True], "a whole number from 0 to"),
     "dense_bits": ([0, 2, 8.0, "x", True, None, {}, {"q_proj": 3}, {3: 8}], '16, 8, 4 or {"pattern"'),
     "dense_group_size": ([0, 64, "32", True], "128, 32"),
@@ -114,7 +115,7 @@ def test_every_option_is_covered_above() -> None:
     dense |= {"size": "2GB", "fit": "3GB", "fit_context": 9, "fit_batch": 2}
     # Those are not stored if empty, or as they are by default.
     stored = set(BitsMoEConfig(**budgets, **dense).to_dict()) - {"quant_method"}
-    assert stored == set(INVALID) - {"allow_slow", "allow_thin", "tune"}
+    assert stored == set(INVALID) - {"allow_slow", "allow_thin", "tune", "tune_through"}
 
 
 @pytest.mark.parametrize(

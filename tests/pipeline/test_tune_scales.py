@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -288,6 +289,8 @@ def test_bases_without_scales_are_refused(moe_tiny_path: Path, moe_tiny: Any, bl
         {"batch_size": 1.5},
         {"held_out": 0},
         {"seed": -1},
+        {"through": "layer"},
+        {"layers_at_once": 0},
         {"learn": ("codes",)},
         {"learn": ()},
         {"learn": "rows"},
@@ -315,7 +318,8 @@ def test_the_command_writes_a_checkpoint_of_the_same_size(
     old, new = (load_file(path / "model.safetensors") for path in (packed_moe_tiny, out))
     changed = {name.rsplit(".", 1)[-1] for name in old if not torch.equal(old[name], new[name])}
     assert changed == CHANGES["bases"] | CHANGES["rows"]
-    assert "Tuned (bases, rows) on 1,920 tokens: KL" in (out / "README.md").read_text()
+    card = (out / "README.md").read_text()
+    assert re.search(r"Tuned .*through the whole model \(bases, rows\) on 1,920 tokens: KL", card)
     assert [path.name for path in tmp_path.iterdir()] == ["tuned"]
     assert run_here(capfd, *given, *size)[0] == 2  # it exists
 
@@ -328,7 +332,7 @@ def test_nothing_is_written_if_nothing_came_closer(
     status, _, printed = run_here(
         capfd, "tune", str(packed_moe_tiny), str(tmp_path / "out"), "--reference", str(moe_tiny_path),
         "--dataset", str(text), "--calibration-tokens", "1024", "--sequence-length", "64", "--epochs", "1",
-        "--learning-rate", "1",
+        "--learning-rate", "1", "--through", "layers",
     )  # fmt: skip
     assert status == 2
     assert "nothing was written; give more text" in printed
