@@ -10,12 +10,13 @@ of the *quantized* basis, so that the bases' rounding error does not reach the o
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from bitsmoe_plugin.base.linalg import principal_directions, product
+from bitsmoe_plugin.base.linalg import Operand, columns, principal_directions, product, rows
 from bitsmoe_plugin.base.spans import span
 from bitsmoe_plugin.codec.basis import QuantizedBasis
 from bitsmoe_plugin.models.expert_weights import ExpertWeights
@@ -124,16 +125,19 @@ def input_factors(weights: ExpertWeights, inverses: BasisInverses, experts: Expe
     """Factors ``[n, e, rank, I]`` float32 that reproduce gate and up (n = 2), or up alone, exactly in the
     quantized bases: gate = factor^T input_basis."""
     pairs = zip((inverses.given[0], inverses.given[-1]), weights.inputs, strict=False)
-    return torch.stack([_times_all(inverse.T, matrix[experts]) for inverse, matrix in pairs])
+    return torch.stack([_times_all(inverse.T, matrix[experts], rows) for inverse, matrix in pairs])
 
 
 @span("factors")
 def down_factors(weights: ExpertWeights, inverses: BasisInverses, experts: Experts) -> Tensor:
     """Factors ``[e, rank, I]`` float32 that reproduce down exactly: down = output_basis factor."""
-    return _times_all(inverses.output, weights.down[experts].transpose(1, 2)).contiguous()
+    return _times_all(inverses.output, weights.down[experts], columns)
 
 
-def _times_all(matrix: Tensor, rows: Tensor) -> Tensor:
-    """``matrix rows[e]^T`` for all e, ``[e, m, I]``, of ``[m, n]`` and ``[e, I, n]``, in one product."""
-    together = product(matrix, rows.float().flatten(0, 1))
-    return together.view(len(matrix), *rows.shape[:2]).transpose(0, 1)
+def _times_all(matrix: Tensor, given: Tensor, neurons: Callable[[Tensor], Operand]) -> Tensor:
+    """``matrix neurons(given[e])^T`` for all e, ``[e, m, I]``, of ``[m, n]`` and neurons ``[I, n]``."""
+    left, right = rows(matrix), [neurons(one) for one in given]
+    result = torch.empty(len(given), len(matrix), right[0].shape[0], device=matrix.device)
+    for one, found in zip(right, result, strict=True):
+        product(left, one, out=found)
+    return result
