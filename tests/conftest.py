@@ -23,6 +23,7 @@ from hypothesis import settings
 from torch import Tensor, nn
 from wheel_support import build_sdist
 
+from bitsmoe_plugin.base import linalg
 from bitsmoe_plugin.calibration.activations import LayerActivations
 from bitsmoe_plugin.models.expert_weights import ExpertWeights
 
@@ -86,6 +87,12 @@ def build_layer(experts: int, size: int, hidden: int, tokens: int, k: int = 2, s
 def _same_random_numbers() -> None:
     """A failure can be repeated by running its test alone."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def float_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products of float32, for what is compared with float64 to more digits than 16-bit integers have."""
+    monkeypatch.setattr(linalg, "available", lambda device: False)
 
 
 @pytest.fixture(scope="session")

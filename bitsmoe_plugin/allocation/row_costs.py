@@ -7,7 +7,7 @@ from torch import Tensor
 
 from bitsmoe_plugin.base.spans import span
 from bitsmoe_plugin.codec import row_codec, uniform
-from bitsmoe_plugin.spectral.bases import down_factors, input_factors
+from bitsmoe_plugin.spectral.bases import all_factors
 from bitsmoe_plugin.spectral.layer_problem import LayerProblem
 from bitsmoe_plugin.spectral.row_weights import RowWeights
 
@@ -65,10 +65,7 @@ def row_costs(problem: LayerProblem, own: RowWeights | None = None) -> tuple[Ten
         else:
             inner, outer = own.of(chosen, problem.output_basis)
         inner = inner[:, :, None]
-        factors = [
-            *input_factors(seen, problem.inverses, chosen),
-            down_factors(seen, problem.inverses, chosen),
-        ]
+        factors = all_factors(seen, problem.inverses, chosen)
         for factor, rows in enumerate(factors):
             energy = _energies(rows, inner[factor], stride) * outer[factor]
             energies[factor, chosen] = energy

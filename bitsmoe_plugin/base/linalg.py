@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from bitsmoe_plugin.base.integer_products import Stripes, available, multiplied, packed_columns, packed_rows
+
 _MULTIPLE = 64
 """Token counts are filled up to a multiple: oneDNN compiles, and keeps, a kernel for every shape."""
 
@@ -24,46 +26,86 @@ def _has_onednn() -> bool:
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-def product(a: Tensor, b: Tensor) -> Tensor:
-    """``a b^T``, ``[m, k]``, of float32 matrices ``[m, n]`` and ``[k, n]``.
+Operand = Tensor | Stripes
+"""A matrix, or what it was packed to: what is multiplied more than once is packed once."""
+
+
+def rows(a: Tensor, index: Tensor | None = None) -> Operand:
+    """Rows of ``[n, m]`` in any float dtype, all or those of ``index``, to be multiplied."""
+    if available(a.device):
+        return packed_rows(a, index)
+    return (a if index is None else a[index]).float()
+
+
+def columns(a: Tensor, weights: Tensor | None = None, index: Tensor | None = None) -> Operand:
+    """Columns of ``[n, m]`` in any float dtype, or of its rows ``index``, to be multiplied: ``[m, n]``.
+
+    Args:
+        weights: ``[n]``, not negative, whose roots the rows of ``a`` are multiplied with.
+    """
+    root = None if weights is None else weights.sqrt()
+    if available(a.device):
+        return packed_columns(a, root, index)
+    chosen = (a if index is None else a[index]).float().T
+    return chosen.contiguous() if root is None else chosen * root
+
+
+def product(a: Operand, b: Operand, out: Tensor | None = None) -> Tensor:
+    """``a b^T``, ``[m, k]`` float32, of ``[m, n]`` and ``[k, n]``; in 16-bit integers where the CPU has them
+    (``integer_products``), to 3e-4 of what random rows of these lengths have.
+
+    Args:
+        out: where to, contiguous.
+    """
+    if isinstance(a, Stripes) or isinstance(b, Stripes) or available(a.device):
+        return multiplied(_packed(a), _packed(b), out=out)
+    result = float_product(a, b)
+    return result if out is None else out.copy_(result)
+
+
+def _packed(a: Operand) -> Stripes:
+    return a if isinstance(a, Stripes) else packed_rows(a)
+
+
+def float_product(a: Tensor, b: Tensor) -> Tensor:
+    """``product`` in float32.
 
     torch itself multiplies float32 matrices with MKL, which reaches half of oneDNN's speed on processors
     of AMD (98 against 220 billion operations per second on one core of Zen 5).
     """
     if a.device.type != "cpu" or not _has_onednn() or not a.numel():
         return a @ b.T
-    filled = pad(a, (0, 0, 0, -len(a) % _MULTIPLE)) if len(a) % _MULTIPLE else a.contiguous()
-    result: Tensor = torch.ops.mkldnn._linear_pointwise(filled, b.contiguous(), None, "none", [], "")
+    columns, rows = -a.shape[1] % _MULTIPLE, -len(a) % _MULTIPLE
+    filled = pad(a, (0, columns, 0, rows)) if columns or rows else a.contiguous()
+    other = pad(b, (0, columns)) if columns else b.contiguous()
+    result: Tensor = torch.ops.mkldnn._linear_pointwise(filled, other, None, "none", [], "")
     return result[: len(a)]
 
 
-def weighted_columns(a: Tensor, weights: Tensor) -> Tensor:
-    """``[m, n or a little more]``: the columns are the rows of float32 ``[n, m]``, times the roots of their
-    weights, which are not negative, and zeros."""
-    missing = (0, -len(weights) % _MULTIPLE)
-    return pad(a.T, missing).contiguous().mul_(pad(weights.sqrt(), missing))
+def second_moment(a: Tensor, weights: Tensor, index: Tensor | None = None) -> Tensor:
+    """``sum_n weights[n] a[n] a[n]^T``, ``[m, m]`` float32, of ``[n, m]`` or its rows ``index``; no weight is
+    negative."""
+    return squared(columns(a, weights, index))
 
 
-def second_moment(a: Tensor, weights: Tensor) -> Tensor:
-    """``sum_n weights[n] a[n] a[n]^T``, ``[m, m]``, of float32 ``[n, m]`` and weights of at least 0."""
-    return squared(weighted_columns(a, weights))
-
-
-def squared(a: Tensor) -> Tensor:
-    """``a a^T`` of float32 ``[m, n]``; on the CPU of large ones only one half is multiplied."""
+def squared(a: Operand) -> Tensor:
+    """``a a^T`` of ``[m, n]``; on the CPU of large ones only one half is multiplied."""
     return symmetric_product(a, a)
 
 
-def symmetric_product(a: Tensor, b: Tensor) -> Tensor:
-    """``a b^T`` of float32 ``[m, n]`` each, where it is symmetric; on the CPU of large ones only one half is
+def symmetric_product(a: Operand, b: Operand) -> Tensor:
+    """``a b^T`` of ``[m, n]`` each, where it is symmetric; on the CPU of large ones only one half is
     multiplied."""
+    if isinstance(a, Stripes) or isinstance(b, Stripes) or available(a.device):
+        left = _packed(a)
+        return multiplied(left, left if b is a else _packed(b), symmetric=True)
     m = len(a)
     if a.device.type != "cpu" or m < 2 * _SQUARE:
-        return product(a, b)
+        return float_product(a, b)
     result = a.new_empty(m, m)
     for first in range(0, m, _SQUARE):
         last = min(first + _SQUARE, m)
-        part = product(a[first:last], b[first:])
+        part = float_product(a[first:last], b[first:])
         result[first:last, first:], result[last:, first:last] = part, part[:, last - first :].T
     return result
 
@@ -86,7 +128,7 @@ def weighted_products(a: Tensor, b: Tensor, weights: Tensor) -> Tensor:
     right = pad(b.T, missing).contiguous()
     # Transposing takes longer than weighting, so it is done once where once is enough.
     left = right if a is b else pad(a.T, missing).contiguous()
-    return product(left * pad(weights, missing), right)
+    return float_product(left * pad(weights, missing), right)
 
 
 def upper_root(matrix: Tensor) -> Tensor:
@@ -116,7 +158,7 @@ def _blocked(matrix: Tensor) -> Tensor | None:
         first = max(last - _BLOCK, 0)
         column = matrix[:last, first:last]
         if last < n:
-            column = column - product(root[:last, last:], root[first:last, last:])
+            column = column - float_product(root[:last, last:], root[first:last, last:])
         corner, info = torch.linalg.cholesky_ex(column[first:].double().flip(0, 1))
         if bool(info):
             return None
@@ -125,5 +167,5 @@ def _blocked(matrix: Tensor) -> Tensor | None:
         if first:
             eye = torch.eye(last - first, dtype=corner.dtype, device=corner.device)
             inverse = torch.linalg.solve_triangular(corner, eye, upper=True).float()
-            root[:first, first:last] = product(column[:first], inverse)
+            root[:first, first:last] = float_product(column[:first], inverse)
     return root

@@ -73,6 +73,13 @@ def held_out_last(blocks: Blocks, share: float) -> tuple[Blocks, int]:
     return ConversationBlocks(blocks[index] for index in order.tolist()), len(blocks) - count
 
 
+def seen_tokens(blocks: Blocks, seen: int, share: float) -> int:
+    """Tokens, the first ones, that statistics are of: those of the first ``seen`` blocks; where these are
+    all, too few to hold any out, all but this share, the end of the last."""
+    tokens = token_count(take(blocks, seen))
+    return tokens if seen < len(blocks) else tokens - int(tokens * share)
+
+
 def take(blocks: Blocks, count: int) -> Blocks:
     """The first blocks."""
     return blocks[:count] if isinstance(blocks, Tensor) else ConversationBlocks(list(blocks)[:count])

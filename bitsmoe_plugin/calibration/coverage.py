@@ -37,25 +37,18 @@ def tokens_per_dimension(tokens: int, shape: LayerShape, experts_per_token: int)
     return tokens * experts_per_token / shape.num_experts / shape.hidden_size
 
 
-def warn_about_few_tokens(
-    tokens: int, shapes: Sequence[LayerShape], experts_per_token: int | None, unmeasured: bool = False
-) -> None:
-    """Warns, before anything is computed, if there are too few for the average expert.
-
-    Args:
-        unmeasured: there are too few to hold any out.
-    """
+def warn_about_few_tokens(tokens: int, shapes: Sequence[LayerShape], experts_per_token: int | None) -> None:
+    """Warns, before anything is computed, if there are too few for the average expert."""
     if experts_per_token is None:
         return
     shape = min(shapes, key=lambda shape: tokens_per_dimension(tokens, shape, experts_per_token))
     found = tokens_per_dimension(tokens, shape, experts_per_token)
     if found < THIN_TOKENS_PER_DIMENSION:
         fitting = THIN_TOKENS_PER_DIMENSION * shape.hidden_size * shape.num_experts // experts_per_token
-        blind = "; they are too few to hold any out, so those errors are not measured" if unmeasured else ""
         warnings.warn(
             f"{tokens:,} calibration tokens are {found:.2g} per expert and dimension (hidden_size "
             f"{shape.hidden_size}); from about {fitting:,} on errors on other text come close to the least "
-            f"possible (calibration_tokens, and as much text){blind}",
+            f"possible (calibration_tokens, and as much text)",
             stacklevel=3,
         )
 
@@ -87,17 +80,19 @@ def warn_about_thin_calibration(name: str, activations: LayerActivations, shape:
         )
 
 
-def refuse_thin_calibration(name: str, report: dict[str, Any]) -> None:
+def refuse_thin_calibration(name: str, report: dict[str, Any], errors: Tensor) -> None:
     """Refuse a layer that is worse than none.
 
     Args:
-        report: of the layer, with ``unseen_error`` (None: no text was held out) and ``output_energy``.
+        report: of the layer, with ``unseen_error``, the mean of the next, and ``output_energy``.
+        errors: ``[tokens]`` of text that was held out; fewer than two tell nothing.
 
     Raises:
-        QuantizationError: on text that no statistic saw, leaving its experts out would err less.
+        QuantizationError: on text that no statistic saw, leaving its experts out would err less, by more than
+            chance explains: two standard errors.
     """
     unseen, energy = report["unseen_error"], report["output_energy"]
-    if unseen is not None and unseen > energy > 0:
+    if len(errors) > 1 and unseen - 2 * float(errors.std()) / len(errors) ** 0.5 > energy > 0:
         raise QuantizationError(
             f"{name}: on text that no statistic saw, the quantized experts err by {unseen:.3g}, more than "
             f"the {energy:.3g} of leaving them out; give more calibration text (calibration_tokens), more "

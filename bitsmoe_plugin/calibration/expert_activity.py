@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bitsmoe_plugin.base.linalg import product
+from bitsmoe_plugin.base.linalg import Operand, product, rows
 from bitsmoe_plugin.base.spans import span
 from bitsmoe_plugin.models.expert_weights import ExpertBiases, ExpertWeights
 from bitsmoe_plugin.models.gating import Gating
@@ -25,27 +25,26 @@ class ExpertActivity:
 
 
 def _products(
-    weights: ExpertWeights, biases: ExpertBiases | None, inputs: Tensor, expert: int
+    weights: ExpertWeights, biases: ExpertBiases | None, inputs: Operand, expert: int
 ) -> tuple[Tensor, ...]:
     """Of gate and up, or of up alone, ``[n, I]`` float32."""
-    x = inputs.float()
-    products = tuple(product(x, matrix[expert].float()) for matrix in weights.inputs)
+    products = tuple(product(inputs, rows(matrix[expert])) for matrix in weights.inputs)
     return products if biases is None else biases.add(*products, expert=expert)
 
 
 @span("statistics")
 def hidden_activations(
-    weights: ExpertWeights, biases: ExpertBiases | None, gating: Gating, inputs: Tensor, expert: int
+    weights: ExpertWeights, biases: ExpertBiases | None, gating: Gating, inputs: Operand, expert: int
 ) -> Tensor:
-    """``ExpertActivity.hidden`` alone."""
+    """``ExpertActivity.hidden`` alone, of ``linalg.rows`` of the inputs ``[n, H]``."""
     return gating(*_products(weights, biases, inputs, expert))
 
 
 @span("statistics")
 def expert_activity(
-    weights: ExpertWeights, biases: ExpertBiases | None, gating: Gating, inputs: Tensor, expert: int
+    weights: ExpertWeights, biases: ExpertBiases | None, gating: Gating, inputs: Operand, expert: int
 ) -> ExpertActivity:
-    """Of the inputs ``[n, H]``."""
+    """Of ``linalg.rows`` of the inputs ``[n, H]``."""
     hidden, *slopes = _gating_with_slopes(gating, *_products(weights, biases, inputs, expert))
     reach = weights.down[expert].float().square().sum(0) / weights.hidden_size
     return ExpertActivity(hidden, tuple(slope.square_().mul_(reach) for slope in slopes))

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bitsmoe_plugin.base.linalg import product, second_moment
+from bitsmoe_plugin.base.linalg import product, rows, second_moment
 from bitsmoe_plugin.base.spans import span
 from bitsmoe_plugin.calibration.activations import ExpertTokens, LayerActivations, routed_slots
 from bitsmoe_plugin.calibration.expert_activity import expert_activity, hidden_activations
@@ -114,7 +114,7 @@ def collect(
     largest = torch.zeros(num_experts, device=device)
     for expert, picked in enumerate(tokens if sampled is None else sampled):
         a, routed = picked.weights, picked.routed
-        seen = expert_activity(weights, biases, gating, activations.hidden[picked.tokens], expert)
+        seen = expert_activity(weights, biases, gating, rows(activations.hidden, picked.tokens), expert)
         for part, q in enumerate(seen.importance):
             slot_weights[part, picked.tokens[:routed], picked.slots] = (a * q.sum(-1))[:routed]
             neuron_weights[part, expert] = a @ q if neuron_weighting else (a @ q).mean()
@@ -128,7 +128,7 @@ def collect(
 def _output_peak(hidden: Tensor, down: Tensor) -> Tensor:
     """Largest absolute output value of an expert ``[H, I]``, from hidden activations ``[n, I]``."""
     strong = hidden.square().sum(-1).topk(min(len(hidden), _PEAK_TOKENS)).indices
-    return product(hidden[strong], down.float()).abs().max()
+    return product(hidden[strong], rows(down)).abs().max()
 
 
 def _input_moment(activations: LayerActivations, tokens: list[ExpertTokens]) -> Tensor:
@@ -139,8 +139,8 @@ def _input_moment(activations: LayerActivations, tokens: list[ExpertTokens]) -> 
         mass.index_add_(0, own.tokens, own.weights)
     mass /= mass.sum()
     moment = torch.zeros(hidden.shape[1], hidden.shape[1], dtype=torch.float64, device=hidden.device)
-    for rows, share in zip(hidden.split(_BLOCK), mass.split(_BLOCK), strict=True):
-        moment += second_moment(rows.float(), share)
+    for block, share in zip(hidden.split(_BLOCK), mass.split(_BLOCK), strict=True):
+        moment += second_moment(block, share)
     return moment
 
 
@@ -151,7 +151,7 @@ def output_energy(
     """E[omega |y|^2 / H] of a whole layer, without the biases of down."""
     output = torch.zeros(activations.hidden.shape, device=activations.hidden.device)
     for expert, (token, slot) in enumerate(routed_slots(activations, weights.num_experts)):
-        hidden = hidden_activations(weights, biases, gating, activations.hidden[token], expert)
-        single = product(hidden, weights.down[expert].float())
+        hidden = hidden_activations(weights, biases, gating, rows(activations.hidden, token), expert)
+        single = product(hidden, rows(weights.down[expert]))
         output.index_add_(0, token, single.mul_(activations.top_k_weights[token, slot, None]))
     return float((output.square().mean(-1) * activations.token_weights).mean())

@@ -15,6 +15,7 @@ import torch
 
 from bitsmoe_plugin.base import native
 from bitsmoe_plugin.base.devices import CPU_WORKING_SET
+from bitsmoe_plugin.base.linalg import product
 from bitsmoe_plugin.calibration.activations import enough
 from bitsmoe_plugin.codec.layout import LayerShape
 from bitsmoe_plugin.commands.estimate_tuning import (
@@ -216,11 +217,11 @@ def _shown_flops(shape: LayerShape, tokens: int, experts_per_token: int) -> int:
 
 
 def _matmul_speed() -> float:
-    """Multiplications and additions per second in float32 products, best of a few."""
+    """Multiplications and additions per second in products as statistics have them, best of a few."""
     matrix = torch.ones(512, 512)
     best = float("inf")
     for _ in range(4):
         start = time.perf_counter()
-        torch.mm(matrix, matrix)
+        product(matrix, matrix)
         best = min(best, time.perf_counter() - start)
     return 2 * 512**3 / best

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from bitsmoe_plugin.base.argument_types import count
 from bitsmoe_plugin.commands.bench.parsers import BENCHMARKS
 from bitsmoe_plugin.commands.compare import METHODS as COMPARED
 from bitsmoe_plugin.commands.compare.budget_range import budgets
@@ -16,6 +17,7 @@ from bitsmoe_plugin.options import OPTIONS
 from bitsmoe_plugin.pipeline.tuning_settings import LEARNABLE, THROUGH, TuningSettings
 
 Run = Callable[..., None]
+_COUNT = count()
 _DESCRIPTIONS = {
     "estimate": """\
 Tell the size of the packed model, the memory and the time that quantizing
@@ -106,7 +108,9 @@ def _add_command(commands: Any, run: Run, name: str, summary: str, example: str)
     return parser
 
 
-def _add_number(parser: Any, flag: str, help: str, default: Any = None, kind: type = int) -> None:
+def _add_number(
+    parser: Any, flag: str, help: str, default: Any = None, kind: Callable[[str], Any] = _COUNT
+) -> None:
     text = help if default is None else f"{help} (default: %(default)s)"
     parser.add_argument(flag, type=kind, default=default, metavar="N", help=text)
 
@@ -265,7 +269,7 @@ def add_evaluate(commands: Any, run: Run) -> None:
     _add_number(parser, "--stride", text)
     parser.add_argument("--tasks", metavar="NAMES", help=_TASKS)
     _add_path(parser, "--task-dir", "directory of further tasks, as .yaml files of lm-eval", "DIR")
-    _add_number(parser, "--few-shot", "examples in each prompt; default: as the task says")
+    _add_number(parser, "--few-shot", "examples in each prompt; default: as the task says", kind=count(0))
     _add_number(parser, "--limit", "only the first N examples of each task")
     _add_device(parser)
     text = "also write the results into the model card, README.md of the packed model"

@@ -25,7 +25,7 @@ from bitsmoe_plugin.base.spans import recorded
 from bitsmoe_plugin.base.threads import within_limits
 from bitsmoe_plugin.base.work_directory import WorkDirectory, locked
 from bitsmoe_plugin.base.workers import Workers
-from bitsmoe_plugin.calibration.blocks import Blocks, blocks_digest, held_out_last, take, token_count
+from bitsmoe_plugin.calibration.blocks import Blocks, blocks_digest, held_out_last, seen_tokens, token_count
 from bitsmoe_plugin.calibration.coverage import warn_about_few_tokens
 from bitsmoe_plugin.calibration.layerwise_forward import LayerwiseForward
 from bitsmoe_plugin.calibration.super_experts import detect
@@ -154,10 +154,9 @@ def _quantize(
     timed = recorded(progress.seconds, next(model.parameters()).device)
     with timed, in_evaluation_mode(model), torch.no_grad():
         blocks, seen = held_out_last(blocks, config.held_out)
-        tokens = token_count(take(blocks, seen))
+        tokens = seen_tokens(blocks, seen, config.held_out)
         if workers.main and not config.all_experts:
-            unmeasured = config.held_out > 0 and seen == len(blocks)
-            warn_about_few_tokens(tokens, source.shapes, experts_per_token(model.config), unmeasured)
+            warn_about_few_tokens(tokens, source.shapes, experts_per_token(model.config))
         forward = LayerwiseForward(model, modules, blocks, config.batch_size)
         at_once = workers.from_main(lambda: progress.at_once)
         # Smaller than chosen now: before it was interrupted, the run had too little memory for more.

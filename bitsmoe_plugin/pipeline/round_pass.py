@@ -134,7 +134,7 @@ def _round_layer(run: Run, index: int, exact: Hidden, widths: Widths) -> _Rounde
     unseen = errors[run.tokens :]
     fitted.report["unseen_error"] = float(unseen.mean()) if len(unseen) else None
     if not run.config.allow_thin:
-        refuse_thin_calibration(layer.name, fitted.report)
+        refuse_thin_calibration(layer.name, fitted.report, unseen)
     return _RoundedLayer(layer, fitted.exact, _passed_on(run, fitted.exact, rounded), fitted.dense)
 
 

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
-from bitsmoe_plugin.base.linalg import product, second_moment, squared, weighted_columns
+from bitsmoe_plugin.base.linalg import columns, float_product, product, rows, second_moment, squared
 from bitsmoe_plugin.base.spans import span
 from bitsmoe_plugin.calibration.activations import ExpertTokens, drawn, enough
 from bitsmoe_plugin.calibration.expert_activity import expert_activity, hidden_activations
@@ -44,7 +43,7 @@ def exact(problem: LayerProblem, expert: int) -> Exact:
     """Computed from the unquantized weights, once for feedback and refit."""
     own = problem.tokens[expert]
     some = problem.sample(expert, enough(REFIT_TOKENS, problem.shape.intermediate_size))
-    inputs = problem.activations.hidden[some.tokens]
+    inputs = rows(problem.activations.hidden, some.tokens)
     if some is not own:
         hidden = hidden_activations(problem.weights, problem.biases, problem.gating, inputs, expert)
         return Exact(some, hidden, slot_weights(problem, expert))
@@ -57,8 +56,8 @@ def exact(problem: LayerProblem, expert: int) -> Exact:
 def _rounded_hidden(problem: LayerProblem, expert: int, tokens: ExpertTokens, values: Tensor) -> Tensor:
     """Hidden activations ``[n, I]`` of an expert with rounded gate and up, or up alone, decoded
     ``[n, r, I]``."""
-    z = problem.z[:, tokens.tokens]
-    products = [product(*pair) for pair in zip((z[0], z[-1]), values.mT, strict=False)]
+    z = [rows(x, tokens.tokens) for x in problem.z]
+    products = [product(x, columns(factor)) for x, factor in zip((z[0], z[-1]), values, strict=False)]
     return problem.hidden(*products, expert=expert)
 
 
@@ -88,21 +87,23 @@ def refit_down(
         if not problem.config.refit:
             moments[i] = second_moment(known.hidden, a)
             continue
-        rounded = weighted_columns(_rounded_hidden(problem, expert, known.tokens, values[:, i]), a)
-        own, cross = squared(rounded), product(weighted_columns(known.hidden, a), rounded)
+        rounded = columns(_rounded_hidden(problem, expert, known.tokens, values[:, i]), a)
+        own, cross = squared(rounded), product(columns(known.hidden, a), rounded)
         ridge = _REFIT_RIDGE * own.diagonal().mean().clamp_min(1e-30) * eye
-        wanted = product(down[i], (cross + ridge).T)
+        wanted = float_product(down[i], (cross + ridge).T)
         if problem.drift is not None:
-            missing = weighted_columns(_missing_output(problem, known.tokens, problem.drift), a[:routed])
-            wanted += product(pad(missing, (0, rounded.shape[1] - missing.shape[1])), rounded)
-        fitted = product(wanted, torch.cholesky_inverse(torch.linalg.cholesky(own + ridge)))
+            missing = _missing_output(problem, known.tokens, problem.drift)
+            wanted += product(columns(missing, a), rounded)
+        # The inverse cancels most of what is wanted, and would leave the rounding errors of integers.
+        fitted = float_product(wanted, torch.cholesky_inverse(torch.linalg.cholesky(own + ridge)))
         down[i] += routed / (routed + 2 * size) * (fitted - down[i])
         moments[i] = own
     return down, moments
 
 
 def _missing_output(problem: LayerProblem, own: ExpertTokens, drift: Tensor) -> Tensor:
-    """An expert's part ``[routed, r]`` in making up for what earlier layers lost at its tokens, ``[T, r]``.
+    """An expert's part ``[n, r]`` in making up for what earlier layers lost at its tokens, ``[T, r]``; 0
+    where it is not routed.
 
     With p the router's weights of a token, drift * p / sum(p^2): the parts, weighted by p, add up
     to the whole drift. (GPTAQ, arXiv 2504.02692, aims at the unquantized model's outputs likewise.)
@@ -110,7 +111,9 @@ def _missing_output(problem: LayerProblem, own: ExpertTokens, drift: Tensor) -> 
     tokens = own.tokens[: own.routed]
     weights = problem.activations.top_k_weights[tokens]
     share = weights.gather(1, own.slots[:, None]) / weights.square().sum(-1, keepdim=True).clamp_min(1e-12)
-    return drift[tokens] * share
+    missing = torch.zeros(len(own.tokens), drift.shape[1], device=drift.device)
+    missing[: own.routed] = drift[tokens] * share
+    return missing
 
 
 @span("trial")
@@ -152,9 +155,9 @@ def _trial_tokens(problem: LayerProblem) -> tuple[Tensor, float]:
 
 def _output_error(problem: LayerProblem, expert: int, tokens: ExpertTokens, values: Tensor) -> Tensor:
     """``[n, H]``, of an expert with the decoded factors ``[f, r, I]``."""
-    inputs = problem.activations.hidden[tokens.tokens]
+    inputs = rows(problem.activations.hidden, tokens.tokens)
     hidden = hidden_activations(problem.weights, problem.biases, problem.gating, inputs, expert)
-    error = product(hidden, problem.weights.down[expert].float())
+    error = product(hidden, rows(problem.weights.down[expert]))
     rounded = _rounded_hidden(problem, expert, tokens, values[:-1])
     error -= product(product(rounded, values[-1]), problem.output_basis)
     return error

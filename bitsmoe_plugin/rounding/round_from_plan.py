@@ -19,7 +19,7 @@ from bitsmoe_plugin.models.expert_weights import ExpertWeights
 from bitsmoe_plugin.rounding.feedback_rounding import round_along_rank
 from bitsmoe_plugin.rounding.rounded_layer import RoundedExperts, RoundedLayer, merged_experts, pack_layer
 from bitsmoe_plugin.rounding.row_scales import model_scales
-from bitsmoe_plugin.spectral.bases import BasisInverses, SharedBases, down_factors, input_factors
+from bitsmoe_plugin.spectral.bases import BasisInverses, SharedBases, all_factors
 from bitsmoe_plugin.spectral.error_feedback import Feedback
 from bitsmoe_plugin.spectral.layer_problem import expert_groups
 from bitsmoe_plugin.spectral.row_weights import RowWeights
@@ -61,8 +61,7 @@ def round_as_planned(
         for i, part in enumerate(expert_groups(shape.num_experts, shape.rank**2, device)):
             if not workers.takes(i):
                 continue
-            given = input_factors(weights, inverses, part)
-            factors = torch.cat([given, down_factors(weights, inverses, part)[None]])
+            factors = all_factors(weights, inverses, part)
             feedback, bits = Feedback(None, own[:, part]), row_bits[:, part]
             with span("rounding"):
                 rows = round_along_rank(

@@ -10,12 +10,14 @@ of the *quantized* basis, so that the bases' rounding error does not reach the o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from bitsmoe_plugin.base.linalg import principal_directions, product
+from bitsmoe_plugin.base.linalg import Operand, columns, principal_directions, product, rows
 from bitsmoe_plugin.base.spans import span
 from bitsmoe_plugin.codec.basis import QuantizedBasis
 from bitsmoe_plugin.models.expert_weights import ExpertWeights
@@ -106,6 +108,12 @@ class BasisInverses:
     given: Tensor
     output: Tensor
 
+    @cached_property
+    def operands(self) -> tuple[Operand, Operand, Operand]:
+        """What rows of gate, rows of up and columns of down are multiplied with."""
+        gate = rows(self.given[0].T)
+        return gate, rows(self.given[-1].T) if len(self.given) > 1 else gate, rows(self.output)
+
     @staticmethod
     def of(bases: SharedBases) -> BasisInverses:
         """Computed in float64, one by one: a batch of them makes MKL fail or hang with several threads
@@ -123,17 +131,33 @@ Experts = slice | list[int]
 def input_factors(weights: ExpertWeights, inverses: BasisInverses, experts: Experts) -> Tensor:
     """Factors ``[n, e, rank, I]`` float32 that reproduce gate and up (n = 2), or up alone, exactly in the
     quantized bases: gate = factor^T input_basis."""
-    pairs = zip((inverses.given[0], inverses.given[-1]), weights.inputs, strict=False)
-    return torch.stack([_times_all(inverse.T, matrix[experts]) for inverse, matrix in pairs])
+    return _new_factors(weights, inverses, experts, weights.inputs)
 
 
 @span("factors")
 def down_factors(weights: ExpertWeights, inverses: BasisInverses, experts: Experts) -> Tensor:
     """Factors ``[e, rank, I]`` float32 that reproduce down exactly: down = output_basis factor."""
-    return _times_all(inverses.output, weights.down[experts].transpose(1, 2)).contiguous()
+    return _new_factors(weights, inverses, experts, (weights.down,))[0]
 
 
-def _times_all(matrix: Tensor, rows: Tensor) -> Tensor:
-    """``matrix rows[e]^T`` for all e, ``[e, m, I]``, of ``[m, n]`` and ``[e, I, n]``, in one product."""
-    together = product(matrix, rows.float().flatten(0, 1))
-    return together.view(len(matrix), *rows.shape[:2]).transpose(0, 1)
+@span("factors")
+def all_factors(weights: ExpertWeights, inverses: BasisInverses, experts: Experts) -> Tensor:
+    """Both, ``[n + 1, e, rank, I]``."""
+    return _new_factors(weights, inverses, experts, (*weights.inputs, weights.down))
+
+
+def _new_factors(
+    weights: ExpertWeights, inverses: BasisInverses, experts: Experts, wanted: Sequence[Tensor]
+) -> Tensor:
+    """Of the ``wanted`` matrices of the weights."""
+    ids = range(weights.num_experts)[experts] if isinstance(experts, slice) else experts
+    size = len(wanted), len(ids), weights.hidden_size, weights.intermediate_size
+    result = torch.empty(size, device=weights.up.device)
+    gate, up, down = inverses.operands
+    for matrices, factors in zip(wanted, result, strict=True):
+        is_down = matrices is weights.down
+        left = down if is_down else up if matrices is weights.up else gate
+        for expert, factor in zip(ids, factors, strict=True):
+            neurons = columns(matrices[expert]) if is_down else rows(matrices[expert])
+            product(left, neurons, out=factor)
+    return result

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from bitsmoe_plugin.base.linalg import rows
 from bitsmoe_plugin.base.spans import span
 from bitsmoe_plugin.calibration.activations import enough
 from bitsmoe_plugin.calibration.expert_activity import expert_activity
@@ -22,7 +23,7 @@ def slot_weights(problem: LayerProblem, expert: int) -> Tensor:
     constant factor."""
     stride = max(1, problem.shape.intermediate_size // IMPORTANCE_NEURONS)
     own, biases = problem.tokens[expert], problem.biases
-    inputs = problem.activations.hidden[own.tokens[: own.routed]]
+    inputs = rows(problem.activations.hidden, own.tokens[: own.routed])
     biases = None if biases is None else biases.every(stride)
     seen = expert_activity(problem.weights.every(stride), biases, problem.gating, inputs, expert)
     return torch.stack([own.weights[: own.routed] * q.sum(-1) for q in seen.importance])

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bitsmoe_plugin.base.devices import computing_on, working_set
-from bitsmoe_plugin.base.linalg import product
+from bitsmoe_plugin.base.linalg import product, rows
 from bitsmoe_plugin.base.spans import span
 from bitsmoe_plugin.calibration import statistics
 from bitsmoe_plugin.calibration.activations import ExpertTokens, LayerActivations, expert_tokens
@@ -231,9 +231,9 @@ def _collected(
     )
 
 
-def _in_basis(rows: Tensor, basis: Tensor) -> Tensor:
-    """``basis rows[t]``, ``[T, r]`` float32, of ``[T, H]`` in any dtype and ``[r, H]``."""
-    result = torch.empty(len(rows), len(basis), device=rows.device)
-    for part, block in zip(result.split(_BLOCK), rows.split(_BLOCK), strict=True):
-        part.copy_(product(block.float(), basis))
+def _in_basis(vectors: Tensor, basis: Tensor) -> Tensor:
+    """``basis vectors[t]``, ``[T, r]`` float32, of ``[T, H]`` in any dtype and ``[r, H]``."""
+    result, directions = torch.empty(len(vectors), len(basis), device=vectors.device), rows(basis)
+    for part, block in zip(result.split(_BLOCK), vectors.split(_BLOCK), strict=True):
+        product(rows(block), directions, out=part)
     return result

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bitsmoe_plugin.base.linalg import product, second_moment, symmetric_product
+from bitsmoe_plugin.base.linalg import product, rows, second_moment, symmetric_product
 from bitsmoe_plugin.base.spans import span
 from bitsmoe_plugin.calibration.activations import ExpertTokens, drawn_by_weight, enough
 from bitsmoe_plugin.calibration.statistics import LayerStatistics
@@ -70,7 +70,7 @@ class HiddenMoments:
             return
         self.variance[expert] = self._variance(moment, self._tokens[expert])
         if expert % basis_stride(self._weights.shape) == 0:
-            self._add_output(self._weights.down[expert].float(), moment)
+            self._add_output(self._weights.down[expert], moment)
 
     @span("costs")
     def _variance(self, moment: Tensor, tokens: int) -> Tensor:
@@ -85,7 +85,7 @@ class HiddenMoments:
 
     @span("bases")
     def _add_output(self, down: Tensor, moment: Tensor) -> None:
-        self._waiting.append((product(down, moment), down))
+        self._waiting.append((product(rows(down), moment), down.float()))
         if len(self._waiting) == _TOGETHER:
             self._settle()
 
@@ -114,9 +114,9 @@ def basis_moments(
     for first in range(0, weights.num_experts, _TOGETHER * stride):
         some = slice(first, first + _TOGETHER * stride, stride)
         for part, matrices in enumerate(weights.inputs):
-            rows = matrices[some].float().flatten(0, 1)
+            neurons = matrices[some].flatten(0, 1)
             share = statistics.neuron_weights[part, some].flatten()
-            gram[part] += second_moment(rows, share if neuron_weighting else torch.ones_like(share))
+            gram[part] += second_moment(neurons, share if neuron_weighting else torch.ones_like(share))
     return BasisMoments(gram, hidden.output())
 
 
@@ -168,7 +168,7 @@ def input_covariance(
     some, raised = drawn_by_weight(mean, enough(COVARIANCE_TOKENS, z.shape[-1]), seed)
     weights = weights[:, some] * (raised / mean[some].clamp_min(1e-30))
     picked = tokens.tokens[some]
-    own = torch.stack([second_moment(x[picked], weight) for x, weight in zip(z, weights, strict=True)])
+    own = torch.stack([second_moment(x, weight, picked) for x, weight in zip(z, weights, strict=True)])
     return share * own + (1 - share) * pooled
 
 

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bitsmoe_plugin.allocation.knapsack import dual, tables
+from bitsmoe_plugin.allocation.knapsack import dual, solve, tables
 from bitsmoe_plugin.allocation.knapsack.solve import Allocation, allocate, smallest_size
 from bitsmoe_plugin.errors import QuantizationError
 from bitsmoe_plugin.presets import ALL_WIDTHS
@@ -154,6 +154,19 @@ def test_same_problem_same_choice() -> None:
     assert np.array_equal(first.choice, second.choice)
 
 
+def test_what_the_filled_solution_certifies_is_not_solved_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of many rows some are always left to spend the last bits on; HiGHS is for what that leaves open."""
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("HiGHS was asked")
+
+    costs, sizes = trained_like(200_000)
+    monkeypatch.setattr(solve, "solve_core", refuse)
+    result = allocate([costs], [sizes], 2 * 768 * len(costs))
+    assert result.core_units == 0
+    assert result.relative_gap <= solve.CERTIFIED
+
+
 def test_the_solver_is_silent() -> None:
     """Guards ``--json``, which promises JSON alone on stdout, against what HiGHS prints from C
     (once per process, hence a fresh one)."""
@@ -161,8 +174,8 @@ def test_the_solver_is_silent() -> None:
 import numpy as np
 from bitsmoe_plugin.allocation.knapsack import tables as cost_tables, dual
 from bitsmoe_plugin.allocation.knapsack.solve import allocate
-costs = np.array([[9.0, 3.0, 0.0], [8.0, 4.0, 0.0], [7.0, 1.0, 0.0]])
-assert allocate([costs], [[0, 32, 64]], 96).core_units > 0
+costs = np.array([[9.0, 5.0, 0.0], [8.0, 4.0, 0.0], [7.0, 6.0, 0.0]])
+assert allocate([costs], [[0, 32, 64]], 160).core_units > 0
 """
     finished = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert finished.stdout == ""

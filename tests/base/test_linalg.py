@@ -1,4 +1,4 @@
-"""Products through oneDNN against float64."""
+"""Products of float32, where there are none of integers (``test_integer_products``), against float64."""
 
 from __future__ import annotations
 
@@ -16,6 +16,9 @@ def close(got: Tensor, wanted: Tensor, length: int) -> None:
     assert got.dtype == torch.float32
     assert got.shape == wanted.shape
     assert float((got.double() - wanted).norm()) <= BOUND * length**0.5 * float(wanted.norm())
+
+
+pytestmark = pytest.mark.usefixtures("float_products")
 
 
 @pytest.fixture(params=[True, False], ids=["onednn", "plain"])

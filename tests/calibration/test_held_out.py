@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bitsmoe_plugin.calibration.blocks import held_out_last
+from bitsmoe_plugin.calibration.blocks import ConversationBlocks, held_out_last, seen_tokens
 
 
 @pytest.mark.parametrize("blocks", [1, 2, 7, 16, 100])
@@ -41,3 +41,16 @@ def test_nothing_is_held_out_at_share_zero() -> None:
         moved, seen = held_out_last(given, share)
         assert torch.equal(moved, given)
         assert seen == blocks
+
+
+@pytest.mark.parametrize(
+    ("blocks", "share", "wanted"),
+    [(1, 0.0625, 94), (3, 0.25, 225), (15, 0.0625, 1407), (16, 0.0625, 1500), (3, 0.0, 300)],
+)
+def test_of_too_few_blocks_the_end_of_the_last_is_held_out(blocks: int, share: float, wanted: int) -> None:
+    """Guards text that is so thin that nothing told how thin."""
+    given = torch.zeros(blocks, 100, dtype=torch.int64)
+    moved, seen = held_out_last(given, share)
+    assert seen_tokens(moved, seen, share) == wanted
+    conversations = ConversationBlocks({"input_ids": block[None]} for block in given)
+    assert seen_tokens(*held_out_last(conversations, share), share) == wanted

@@ -27,6 +27,8 @@ from bitsmoe_plugin.spectral.moments import (
     pooled_covariance,
 )
 
+pytestmark = pytest.mark.usefixtures("float_products")
+
 E, SIZE, H, T, K = 4, 8, 16, 50, 2
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-7}
 """float32 sums of 100 terms are good to 1e-5; central differences to 1e-8."""

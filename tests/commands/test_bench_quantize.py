@@ -43,7 +43,7 @@ def test_parts_add_up_at_every_number_of_tokens(method: str, capfd: pytest.Captu
 def test_numbers_of_tokens_are_checked_first(text: str, capfd: pytest.CaptureFixture[str]) -> None:
     status, _, err = run_here(capfd, "bench", "quantize", *SIZE, "--tokens", text)
     assert status == 2
-    assert f"--tokens {text}: give a comma list" in err
+    assert f"--tokens: {text!r} is no comma list of whole numbers of at least 1" in err
 
 
 def test_growth_is_that_of_each_part_over_the_first_count() -> None:

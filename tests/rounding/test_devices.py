@@ -46,6 +46,7 @@ def quantize(
     return plan, round_layer(second, bits)
 
 
+@pytest.mark.usefixtures("float_products")
 @pytest.mark.parametrize(
     ("options", "triton"),
     [

@@ -197,7 +197,7 @@ def test_sixteen_bits_everywhere_reproduce_the_layer_within_the_bound(layer, joi
 
 
 @pytest.mark.parametrize("joint_basis", [True, False])
-def test_sixteen_bits_with_all_options_reproduce_the_layer(layer, joint_basis: bool) -> None:
+def test_sixteen_bits_with_all_options_reproduce_the_layer(layer, joint_basis: bool, float_products) -> None:
     """Feedback and refit must not add error where there is none to correct: steps of 2**-15 of
     each row's range give 3e-5 per factor; three factors and the metric's condition make 1e-3."""
     problem = problem_of(layer, widths=(16,), bits=16, joint_basis=joint_basis)
@@ -260,7 +260,7 @@ def test_costs_fall_with_the_width(layer, options: dict) -> None:
     assert float(costs[..., -1].sum() / costs[..., 0].sum()) < 1e-6
 
 
-def test_spectral_costs_are_row_energy_times_input_energy(layer) -> None:
+def test_spectral_costs_are_row_energy_times_input_energy(layer, float_products) -> None:
     """The publication's cost of dropping a row, token by token in float64, routed and stand-in tokens
     alike; for down the mean over neurons of E[a h^2] / H takes the place of the inputs. Costs are
     relative to the projection's total. 1e-4."""

@@ -21,6 +21,8 @@ from bitsmoe_plugin.spectral.bases import (
 
 N = 32
 
+pytestmark = pytest.mark.usefixtures("float_products")
+
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, dtype=torch.double, generator=torch.Generator().manual_seed(seed))

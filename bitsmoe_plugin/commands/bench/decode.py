@@ -106,7 +106,7 @@ def measure(args: argparse.Namespace) -> list[Row]:
         raise ConfigError(f"--engines {args.engines}: installed here are {', '.join(possible)}")
     for model in args.models:
         check_if_packed(model)
-    batches = [int(size) for size in args.batch.split(",")]
+    batches = args.batch
     rows = []
     for engine in engines:
         seconds = []

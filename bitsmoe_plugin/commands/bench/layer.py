@@ -65,9 +65,9 @@ def measure(args: argparse.Namespace) -> list[Row]:
     sizes, k = SHAPES[args.shape]
     shape, device = LayerShape(*sizes), args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     bandwidth = copy_bandwidth(device)
-    entries = list(contenders(shape, [float(b) for b in args.bits.split(",")], device))
+    entries = list(contenders(shape, args.bits, device))
     rows = []
-    for tokens in (int(n) for n in args.tokens.split(",")):
+    for tokens in args.tokens:
         batches = [_inputs(shape, k, tokens, device) for _ in range(args.repeats + 1)]
         with torch.no_grad():
             taken = _seconds(entries, batches, device)

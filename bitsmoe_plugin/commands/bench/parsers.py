@@ -7,6 +7,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, TextIO
 
+from bitsmoe_plugin.base.argument_types import count, counts, positive, positives
 from bitsmoe_plugin.commands.defaults import SHAPES
 from bitsmoe_plugin.options import OPTIONS
 from bitsmoe_plugin.presets import METHODS
@@ -31,11 +32,13 @@ def _add_layer(commands: Any) -> None:
     """``bench layer``."""
     parser = _add(commands, "layer", "one MoE layer, ours against dense and GPTQ")
     parser.add_argument("--shape", default="qwen3-30b-a3b", choices=sorted(SHAPES), help="whose layer")
-    parser.add_argument("--tokens", default="1,4,16,64,256", help="comma list: tokens at once")
-    parser.add_argument("--bits", default="2.0,3.0", help="comma list of counted bits per weight of ours")
+    parser.add_argument("--tokens", type=counts, default="1,4,16,64,256", help="comma list: tokens at once")
+    text = "comma list of counted bits per weight of ours"
+    parser.add_argument("--bits", type=positives, default="2.0,3.0", help=text)
     parser.add_argument("--device", help="cpu or cuda; default: what is there")
-    parser.add_argument("--threads", type=int, default=None, help="on a CPU; default: torch's")
-    parser.add_argument("--repeats", type=int, default=15, help="timed calls of each, each with new experts")
+    parser.add_argument("--threads", type=count(), default=None, help="on a CPU; default: torch's")
+    text = "timed calls of each, each with new experts"
+    parser.add_argument("--repeats", type=count(), default=15, help=text)
 
 
 def _add_decode(commands: Any) -> None:
@@ -43,9 +46,9 @@ def _add_decode(commands: Any) -> None:
     parser = _add(commands, "decode", "generated tokens per second of whole models")
     parser.add_argument("models", nargs="+", help="directories, packed or not; the first is compared with")
     parser.add_argument("--engines", default=None, help="comma list of transformers, vllm; default: both")
-    parser.add_argument("--batch", default="1,16", help="comma list: sequences at once")
-    parser.add_argument("--prompt-tokens", type=int, default=16, help="per sequence, random ones")
-    parser.add_argument("--new-tokens", type=int, default=64, help="generated per sequence")
+    parser.add_argument("--batch", type=counts, default="1,16", help="comma list: sequences at once")
+    parser.add_argument("--prompt-tokens", type=count(), default=16, help="per sequence, random ones")
+    parser.add_argument("--new-tokens", type=count(), default=64, help="generated per sequence")
     parser.add_argument("--dtype", default="bfloat16", help="of activations and of what is not packed")
 
 
@@ -53,13 +56,14 @@ def _add_quantize(commands: Any) -> None:
     """``bench quantize``."""
     parser = _add(commands, "quantize", "quantizing one MoE layer, ours against GPTQ")
     parser.add_argument("--shape", default="qwen3-30b-a3b", choices=sorted(SHAPES))
-    parser.add_argument("--experts", type=int, help="so many instead of the model's")
+    parser.add_argument("--experts", type=count(), help="so many instead of the model's")
     text = "comma list: tokens of calibration (default: %(default)s)"
-    parser.add_argument("--tokens", default="8192,32768,131072", help=text)
-    parser.add_argument("--bits", type=float, default=2.0)
+    parser.add_argument("--tokens", type=counts, default="8192,32768,131072", help=text)
+    parser.add_argument("--bits", type=positive, default=2.0)
     parser.add_argument("--method", default="default", choices=sorted(METHODS))
-    parser.add_argument("--gptq-experts", type=int, default=2, help="experts that GPTQ quantizes; 0: no GPTQ")
-    parser.add_argument("--threads", type=int, default=None, help="default: torch's")
+    text = "experts that GPTQ quantizes; 0: no GPTQ"
+    parser.add_argument("--gptq-experts", type=count(0), default=2, help=text)
+    parser.add_argument("--threads", type=count(), default=None, help="default: torch's")
     text = "auto (a GPU if there is one), cpu or cuda, of both quantizers (default: %(default)s)"
     parser.add_argument("--device", default="auto", help=text)
     parser.add_argument("--allow-slow", action="store_true", help=OPTIONS["allow_slow"].help)
@@ -68,12 +72,12 @@ def _add_quantize(commands: Any) -> None:
 def _add_allocation(commands: Any) -> None:
     """``bench allocation``."""
     parser = _add(commands, "allocation", "global allocation of a model of full size")
-    parser.add_argument("--layers", type=int, default=48, help="MoE layers")
-    parser.add_argument("--experts", type=int, default=128, help="per layer")
-    parser.add_argument("--rank", type=int, default=2048, help="rows per factor, the model's hidden_size")
-    parser.add_argument("--intermediate-size", type=int, default=768, help="values per row")
-    parser.add_argument("--bits", type=float, default=2.0, help="counted bits per expert weight")
-    parser.add_argument("--seed", type=int, default=0, help="of the random costs")
+    parser.add_argument("--layers", type=count(), default=48, help="MoE layers")
+    parser.add_argument("--experts", type=count(), default=128, help="per layer")
+    parser.add_argument("--rank", type=count(), default=2048, help="rows per factor, the model's hidden_size")
+    parser.add_argument("--intermediate-size", type=count(), default=768, help="values per row")
+    parser.add_argument("--bits", type=positive, default=2.0, help="counted bits per expert weight")
+    parser.add_argument("--seed", type=count(0), default=0, help="of the random costs")
 
 
 def _add_checkpoint(commands: Any) -> None:
@@ -81,13 +85,13 @@ def _add_checkpoint(commands: Any) -> None:
     text = "write a random Qwen3-MoE checkpoint (Qwen3-30B-A3B's sizes unless given) to measure with"
     parser = _add(commands, "checkpoint", text)
     parser.add_argument("directory", type=Path, help="directory to write; must not exist or be empty")
-    parser.add_argument("--layers", type=int, default=48, help="decoder layers, all with experts")
-    parser.add_argument("--hidden-size", type=int, help="of the model")
-    parser.add_argument("--intermediate-size", type=int, help="of an expert")
-    parser.add_argument("--experts", type=int, help="per layer")
-    parser.add_argument("--vocab-size", type=int, help="tokens of the vocabulary")
+    parser.add_argument("--layers", type=count(), default=48, help="decoder layers, all with experts")
+    parser.add_argument("--hidden-size", type=count(), help="of the model")
+    parser.add_argument("--intermediate-size", type=count(), help="of an expert")
+    parser.add_argument("--experts", type=count(), help="per layer")
+    parser.add_argument("--vocab-size", type=count(), help="tokens of the vocabulary")
     parser.add_argument("--tokenizer", help="model directory whose tokenizer is copied")
-    parser.add_argument("--seed", type=int, default=0, help="of the random weights")
+    parser.add_argument("--seed", type=count(0), default=0, help="of the random weights")
 
 
 BENCHMARKS = (_add_layer, _add_decode, _add_quantize, _add_allocation, _add_checkpoint)

@@ -26,7 +26,6 @@ from bitsmoe_plugin.codec.layout import LayerShape, row_sizes
 from bitsmoe_plugin.commands.bench.output import Row
 from bitsmoe_plugin.commands.defaults import SHAPES
 from bitsmoe_plugin.config import BitsMoEConfig
-from bitsmoe_plugin.errors import ConfigError
 from bitsmoe_plugin.models.expert_weights import ExpertWeights
 from bitsmoe_plugin.pipeline.layer_plan import plan_layer
 from bitsmoe_plugin.rounding import layer_rounding, round_from_plan
@@ -153,25 +152,9 @@ def _gptq(weights: ExpertWeights, activations: LayerActivations, experts: int) -
     return {name: scale * _gptq_seconds(weights, activations, some, s) for name, s in names.items()}
 
 
-def token_counts(text: str) -> list[int]:
-    """From a comma list, in its order.
-
-    Raises:
-        ConfigError: it is none.
-    """
-    try:
-        counts = [int(part) for part in text.split(",")]
-    except ValueError:
-        counts = []
-    if not counts or min(counts) < 1:
-        raise ConfigError(f"--tokens {text}: give a comma list of numbers of at least 1, like 8192,131072")
-    return counts
-
-
 def measure(args: argparse.Namespace) -> list[Row]:
     """For each number of tokens a row for the whole, each part, and GPTQ; ``growth`` is relative to the first
     number."""
-    counts = token_counts(args.tokens)
     if args.threads:
         torch.set_num_threads(args.threads)
     sizes, k = SHAPES[args.shape]
@@ -184,7 +167,7 @@ def measure(args: argparse.Namespace) -> list[Row]:
     plenty = BitsMoEConfig(bits=8.0, method=args.method)  # two experts have much of a basis each
     peer = bool(args.gptq_experts and find_spec("gptqmodel"))
     times: dict[int, dict[str, float]] = {}
-    for tokens in counts:
+    for tokens in args.tokens:
         given = random_activations(shape, min(k, shape.num_experts), tokens, generator)
         activations = LayerActivations(*(tensor.to(device) for tensor in vars(given).values()))
         with torch.no_grad():

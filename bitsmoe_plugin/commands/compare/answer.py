@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
+from bitsmoe_plugin.base.argument_types import count
 from bitsmoe_plugin.base.error_lines import told
 from bitsmoe_plugin.base.stdout import stdout_to_stderr
 
@@ -31,8 +32,8 @@ def baseline_parser(description: str, defaults: BaselineSettings) -> argparse.Ar
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--calibration", type=Path, required=True)
     parser.add_argument("--bits", type=int, choices=(2, 3, 4, 8), default=defaults.bits)
-    parser.add_argument("--group-size", type=int, default=defaults.group_size)
-    parser.add_argument("--seed", type=int, default=defaults.seed)
+    parser.add_argument("--group-size", type=count(), default=defaults.group_size)
+    parser.add_argument("--seed", type=count(0), default=defaults.seed)
     parser.add_argument("--trust-remote-code", action="store_true")
     text = "also other linear layers of decoder layers, but no routers"
     parser.add_argument("--all-layers", action="store_true", help=text)

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bitsmoe_plugin.base.argument_types import count
 from bitsmoe_plugin.commands.compare.answer import answer, baseline_parser
 from bitsmoe_plugin.commands.compare.gptq_checkpoint import ROUTED_EXPERT, count_quantized_experts
 from bitsmoe_plugin.commands.compare.gptq_quantize import read_calibration, scratch_directory
@@ -141,10 +142,10 @@ def build_parser() -> argparse.ArgumentParser:
     defaults = AutoRoundSettings()
     parser = baseline_parser(__doc__.splitlines()[0], defaults)
     parser.add_argument("--sym", action=argparse.BooleanOptionalAction, default=defaults.sym)
-    parser.add_argument("--iters", type=int, default=defaults.iters)
+    parser.add_argument("--iters", type=count(), default=defaults.iters)
     parser.add_argument("--lr", type=float, default=defaults.lr)
     parser.add_argument("--alg-ext", action=argparse.BooleanOptionalAction, default=defaults.alg_ext)
-    parser.add_argument("--batch-size", type=int, default=defaults.batch_size)
+    parser.add_argument("--batch-size", type=count(), default=defaults.batch_size)
     return parser
 
 

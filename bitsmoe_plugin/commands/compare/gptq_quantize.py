@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from bitsmoe_plugin.base.argument_types import count
 from bitsmoe_plugin.commands.compare.answer import answer, baseline_parser
 from bitsmoe_plugin.commands.compare.gptq_checkpoint import count_quantized_experts
 from bitsmoe_plugin.errors import BitsMoEError
@@ -178,7 +179,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--checkpoint-format", choices=("gptq", "gptq_v2"), default=defaults.checkpoint_format
     )
-    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--batch-size", type=count(), default=4)
     return parser
 
 

@@ -17,6 +17,7 @@ from dataclasses import asdict
 
 import torch
 
+from bitsmoe_plugin.base.argument_types import count
 from bitsmoe_plugin.base.triton_launch import Launch
 from bitsmoe_plugin.codec import row_codec
 from bitsmoe_plugin.codec.backends import gpu
@@ -100,20 +101,20 @@ def all_launches(
 def main(arguments: list[str] | None = None) -> None:
     """Print the table for one layer's sizes, with bases of 4, 8 and 16 bits."""
     parser = argparse.ArgumentParser(description="compile the Triton kernels and report their resources")
-    parser.add_argument("--experts", type=int, default=128)
-    parser.add_argument("--hidden", type=int, default=2048)
-    parser.add_argument("--intermediate", type=int, default=768)
-    parser.add_argument("--slots", type=int, default=8, help="experts per token")
+    parser.add_argument("--experts", type=count(), default=128)
+    parser.add_argument("--hidden", type=count(), default=2048)
+    parser.add_argument("--intermediate", type=count(), default=768)
+    parser.add_argument("--slots", type=count(), default=8, help="experts per token")
     parser.add_argument("--grid", choices=row_codec.GRIDS, default="trellis")
     parser.add_argument("--basis-bits", type=int, choices=(4, 8, 16), nargs="+", default=(4, 8, 16))
-    parser.add_argument("--group-size", type=int, default=128)
+    parser.add_argument("--group-size", type=count(), default=128)
     parser.add_argument("--input-bases", type=int, choices=(1, 2), default=1)
     parser.add_argument("--no-gate", action="store_true", help="experts without a gate")
     parser.add_argument("--bias", action="store_true", help="experts with biases")
     parser.add_argument("--gating", help='text of a GatingForm, e.g. "silu,alpha=1.702,limit=7,offset=1"')
     parser.add_argument("--capability", type=int, nargs="+", default=CAPABILITIES, help="80 for sm_80")
     parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=DTYPES[:2])
-    parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
+    parser.add_argument("--tokens", type=count(), nargs="+", default=TOKENS)
     parser.add_argument("--rounding", action="store_true", help="the kernels that quantize, instead")
     parser.add_argument("--json", action="store_true", help="one object per line")
     chosen = parser.parse_args(arguments)

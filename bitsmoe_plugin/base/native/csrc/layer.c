@@ -7,6 +7,7 @@
 const Kernels *bitsmoe_kernels = &bitsmoe_portable;
 
 void bitsmoe_select_rounding(const char *name);
+void bitsmoe_select_products(const char *name);
 
 /* Choose the instruction set: NULL for the best of this machine. Returns its name, NULL if it is not to be had. */
 const char *bitsmoe_select(const char *name) {
@@ -26,6 +27,7 @@ const char *bitsmoe_select(const char *name) {
     if (!name || !strcmp(name, usable[i]->name)) {
       bitsmoe_kernels = usable[i];
       bitsmoe_select_rounding(bitsmoe_kernels->name);
+      bitsmoe_select_products(bitsmoe_kernels->name);
       return bitsmoe_kernels->name;
     }
   return NULL;

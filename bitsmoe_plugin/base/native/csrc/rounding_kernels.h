@@ -26,27 +26,41 @@ INLINE Integers smaller(Integers a, Integers b) {
 #endif
 }
 
+/* A cost whose lowest bits are the branch. */
+INLINE Integers marked(Floats cost, int branches, int branch) {
+#if defined(__AVX512F__) /* nor this */
+  const __m512i kept = _mm512_set1_epi32(~(branches - 1)), mark = _mm512_set1_epi32(branch);
+  return (Integers)_mm512_ternarylogic_epi32((__m512i)cost, kept, mark, 0xea); /* cost & kept | mark */
+#else
+  return ((Integers)cost & ~(branches - 1)) | branch;
+#endif
+}
+
 /* Run the trellis over `count` values from `first` on. `metric[*now]` holds the cost of the best path into
  * every state (the upper WINDOW - bits bits of the window before); `trace` gets the lower bits of the best
  * window. Costs are not negative, so they compare as integers, and the branch travels in their lowest bits. */
 INLINE void advance(Search *s, const float *table, int bits, int first, int count, int *now) {
-  const int states = 1 << (WINDOW - bits), branches = 1 << bits;
+  const int states = 1 << (WINDOW - bits), branches = 1 << bits, groups = states / branches;
   for (int step = 0; step < count; step++) {
-    const Floats *metric = s->metric[*now];
-    Floats *after = s->metric[*now ^ 1];
     const Floats x = s->x[first + step], root = s->root[first + step];
     Bytes *trace = s->trace + step * states;
-    for (int state = 0; state < states; state++) {
-      Integers best;
-      for (int branch = 0; branch < branches; branch++) {
-        const int window = state << bits | branch;
-        const Floats error = x - root * table[window];
-        const Floats cost = error * error + metric[window & (states - 1)];
-        const Integers marked = ((Integers)cost & ~(branches - 1)) | branch;
-        best = branch ? smaller(marked, best) : marked;
+    Floats *after = s->metric[*now ^ 1];
+    for (int group = 0; group < groups; group++) {
+      /* The states before are the same for all windows that differ in their highest bits. */
+      const Floats *before = s->metric[*now] + group * branches;
+      const float *values = table + group * branches;
+#pragma GCC unroll 16
+      for (int high = 0; high < branches; high++) {
+        Integers best;
+#pragma GCC unroll 16
+        for (int branch = 0; branch < branches; branch++) {
+          const Floats error = x - root * values[high * states + branch];
+          const Integers cost = marked(error * error + before[branch], branches, branch);
+          best = branch ? smaller(cost, best) : cost;
+        }
+        trace[high * groups + group] = __builtin_convertvector(best, Bytes) & (int8_t)(branches - 1);
+        after[high * groups + group] = (Floats)(best & ~(branches - 1));
       }
-      trace[state] = __builtin_convertvector(best, Bytes) & (int8_t)(branches - 1);
-      after[state] = (Floats)(best & ~(branches - 1));
     }
     *now ^= 1;
   }
