@@ -15,6 +15,7 @@ from typing import Any
 
 from isolated import ROOT
 from model_classes import ModelClass
+from recipes import UNBIASED
 from small_models import small_config
 
 _HERE = Path(__file__).parent
@@ -76,7 +77,8 @@ def _entry(name: str) -> ModelClass:
 
 def _recipe(name: str) -> str:
     try:
-        return json.dumps(small_config(_entry(name)).to_dict(), sort_keys=True, default=str)
+        config = small_config(_entry(name)).to_dict()
+        return json.dumps([config, UNBIASED.get(_entry(name).model_type)], sort_keys=True, default=str)
     except Exception as error:  # of transformers, of any kind: the class cannot be built
         return f"{type(error).__name__}: {error}"
 

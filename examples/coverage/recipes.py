@@ -107,6 +107,12 @@ _MIMO = {
 _SPARSE = {"index_topk": 8, "indexer_types": ["full", "shared"]}
 _SPARSE_3 = {"index_topk": 8, "indexer_types": ["full", "full", "shared"]}
 OVERRIDES: dict[str, dict[str, Any]] = {
+    "phimoe": {
+        "attention_bias": True,
+        "lm_head_bias": True,
+        "router_jitter_noise": 0.01,
+    },  # vLLM has them fixed
+    "aria_text": {"num_experts_per_tok": 2},
     "zaya": {"num_experts_per_tok": 1},
     "llama4": {"text_config": {"num_experts_per_tok": 1}},
     "llama4_text": {"num_experts_per_tok": 1},
@@ -175,3 +181,6 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "minimax_m2": {"rotary_dim": 32, "use_routing_bias": True, "scoring_func": "sigmoid"},
 }
 """Model type -> entries of the config (of the text config, if it has one) that the sizes above do not fit."""
+UNBIASED = {"ernie4_5_moe": "e_score_correction_bias"}
+"""Model type -> what is in the names of tensors that get no random biases: vLLM 0.32's router on a CPU leaves
+out such a bias of softmax scores without groups."""

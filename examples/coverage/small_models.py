@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import transformers
 from model_classes import ModelClass
-from recipes import LAYERS, OPTIONAL, OVERRIDES, SIZES, TOKENS
+from recipes import LAYERS, OPTIONAL, OVERRIDES, SIZES, TOKENS, UNBIASED
 from transformers import AutoConfig
 
 
@@ -19,9 +19,14 @@ def small_model(entry: ModelClass, dtype: torch.dtype = torch.float32) -> Any:
     """
     torch.manual_seed(0)
     model = getattr(transformers, entry.name)._from_config(small_config(entry), dtype=dtype).eval()
-    generator = torch.Generator().manual_seed(1)
+    generator, unbiased = torch.Generator().manual_seed(1), UNBIASED.get(entry.model_type, "/")
     for name, tensor in model.state_dict().items():
-        if "bias" in name and tensor.is_floating_point() and tensor.unique().numel() == 1:
+        if (
+            "bias" in name
+            and unbiased not in name
+            and tensor.is_floating_point()
+            and tensor.unique().numel() == 1
+        ):
             tensor += 0.1 * torch.randn(tensor.shape, generator=generator)
     return model
 
