@@ -25,9 +25,10 @@ from rich.table import Table
 from bitsmoe_plugin.base.error_lines import ToldError, told, working_on
 from bitsmoe_plugin.base.option_checks import check_number
 from bitsmoe_plugin.base.stdout import stdout_to_stderr
-from bitsmoe_plugin.calibration.text import load_documents, token_blocks, token_stream
+from bitsmoe_plugin.calibration.text import load_documents, token_blocks
 from bitsmoe_plugin.checkpoint.read import check_if_packed
 from bitsmoe_plugin.codec.backends import refuse_slow
+from bitsmoe_plugin.commands.compare.texts import check_texts
 from bitsmoe_plugin.commands.evaluate import check_evaluation, evaluate_model, evaluation_text
 from bitsmoe_plugin.commands.evaluate_output import print_tasks
 from bitsmoe_plugin.commands.tables import table_console
@@ -316,7 +317,8 @@ def check_comparison(task: ComparisonTask, methods: tuple[str, ...]) -> None:
             check_if_packed(path)
     config = source.config()
     settings = stored_settings(config)
-    find_moe_layers(empty_model(config))
+    empty = empty_model(config)
+    find_moe_layers(empty)
     peers = [method for method in methods if method in PACKAGES]
     if settings is not None and peers:
         raise ConfigError(
@@ -326,9 +328,7 @@ def check_comparison(task: ComparisonTask, methods: tuple[str, ...]) -> None:
     if Path(source.name).is_dir():
         check_weights(Path(source.name))
         check_folder(Path(source.name))
-    tokenizer, options = load_tokenizer(source), {"chat_template_kwargs": task.chat_template_kwargs}
-    for text in (task.dataset, task.eval):
-        token_stream(load_documents(text), tokenizer, limit=1, **options)
+    check_texts(source, empty, task.dataset, task.eval, peers, task.chat_template_kwargs)
 
 
 def compare(task: ComparisonTask, methods: tuple[str, ...], debug: bool = False) -> list[dict[str, Any]]:
