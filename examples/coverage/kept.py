@@ -15,16 +15,17 @@ from typing import Any
 
 from isolated import ROOT
 from model_classes import ModelClass
-from recipes import UNBIASED
+from recipes import BFLOAT16, TOKENIZED, UNBIASED
 from small_models import small_config
 
 _HERE = Path(__file__).parent
+_MODULES = ("steps", "small_models", "published")
 _SOURCES = {
-    "transformers": [ROOT / "bitsmoe_plugin", _HERE / "steps.py", _HERE / "small_models.py"],
+    "transformers": [ROOT / "bitsmoe_plugin", *(_HERE / f"{name}.py" for name in _MODULES)],
     "vllm": [ROOT / "vllm_ext", _HERE / "serving.py"],
 }
-_NO_PART = ("commands", "__pycache__")
-"""Folders of the package that no step runs."""
+_NO_PART = ("commands", "triton", "__pycache__")
+"""Folders of the package that no step runs, on a CPU."""
 _SUFFIXES = (".py", ".c", ".h")
 
 
@@ -78,7 +79,9 @@ def _entry(name: str) -> ModelClass:
 def _recipe(name: str) -> str:
     try:
         config = small_config(_entry(name)).to_dict()
-        return json.dumps([config, UNBIASED.get(_entry(name).model_type)], sort_keys=True, default=str)
+        kind = _entry(name).model_type
+        others = [UNBIASED.get(kind), kind in BFLOAT16, kind in TOKENIZED]
+        return json.dumps([config, *others], sort_keys=True, default=str)
     except Exception as error:  # of transformers, of any kind: the class cannot be built
         return f"{type(error).__name__}: {error}"
 

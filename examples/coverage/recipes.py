@@ -86,8 +86,8 @@ _MIMO = {
     "num_key_value_heads": 1,
     "head_dim": 64,
     "v_head_dim": 32,
-    "hybrid_layer_pattern": [0, 1],
-    "moe_layer_freq": [0, 1],
+    "hybrid_layer_pattern": [0, 1, 0],
+    "moe_layer_freq": [0, 1, 1],
     "layernorm_epsilon": 1e-5,
     "sliding_window_size": 64,
     "swa_num_attention_heads": 2,
@@ -104,6 +104,15 @@ _MIMO = {
         "sliding_attention": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
     },
 }
+_GEMMA_TOWER = {
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "position_embedding_size": 64,
+}
 _SPARSE = {"index_topk": 8, "indexer_types": ["full", "shared"]}
 _SPARSE_3 = {"index_topk": 8, "indexer_types": ["full", "full", "shared"]}
 OVERRIDES: dict[str, dict[str, Any]] = {
@@ -117,7 +126,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "llama4": {"text_config": {"num_experts_per_tok": 1}},
     "llama4_text": {"num_experts_per_tok": 1},
     "lfm2_moe": {**_TWO_KINDS, "num_dense_layers": 1, "num_hidden_layers": 2},
-    "glm4v_moe": {"text_config": {"rope_parameters": _MROPE, "head_dim": 32}},
+    "glm4v_moe": {"text_config": {"rope_parameters": _MROPE, "head_dim": 32, "use_qk_norm": False}},
     "granitemoehybrid": {
         "layer_types": ["linear_attention", "full_attention"],
         "mamba_n_heads": 4,
@@ -125,7 +134,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "mamba_d_state": 16,
     },
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2},
-    "gemma4": {"text_config": {"enable_moe_block": True}},
+    "gemma4": {"text_config": {"enable_moe_block": True}, "vision_config": _GEMMA_TOWER},
     "gemma4_text": {"enable_moe_block": True},
     "diffusion_gemma": {"text_config": {"enable_moe_block": True}},
     "ernie4_5_vl_moe": {"text_config": {"moe_intermediate_size": [64, 64], "rope_parameters": _ERNIE_ROPE}},
@@ -174,13 +183,17 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "afmoe": {"score_func": "sigmoid", "route_norm": True, "n_group": 1, "topk_group": 1},
     "hy_v3": {"first_k_dense_replace": 1, "route_norm": True, "qk_norm": True, "expert_hidden_dim": 64},
     "longcat_flash": {"mla_scale_q_lora": True, "mla_scale_kv_lora": True, "zero_expert_type": "identity"},
-    "mistral4": {"kv_lora_rank": 256, "qk_nope_head_dim": 256},
+    "mistral4": {"qk_nope_head_dim": 512},
     "qwen3_vl_moe": {"text_config": {"norm_topk_prob": True}},
     "mellum": {"num_nextn_predict_layers": 0},
     "mimo_v2_flash": _MIMO,
     "minimax_m2": {"rotary_dim": 32, "use_routing_bias": True, "scoring_func": "sigmoid"},
 }
 """Model type -> entries of the config (of the text config, if it has one) that the sizes above do not fit."""
+BFLOAT16 = ("qwen3_5_moe", "qwen3_5_moe_text", "qwen3_next", "qwen4_exp", "qwen4_exp_text")
+"""Model types that vLLM on a CPU computes in bfloat16 alone (linear attention)."""
+TOKENIZED = ("inkling_mm_model", "inkling_text")
+"""Model types for which vLLM asks for a tokenizer."""
 UNBIASED = {"ernie4_5_moe": "e_score_correction_bias"}
 """Model type -> what is in the names of tensors that get no random biases: vLLM 0.32's router on a CPU leaves
 out such a bias of softmax scores without groups."""

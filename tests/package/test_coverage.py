@@ -37,6 +37,7 @@ AT_ONCE = 6
 
 
 def _measure(folder: Path, names: tuple[str, ...], *options: str) -> dict[str, dict[str, Any]]:
+    folder = Path(os.environ.get("BITSMOE_COVERAGE_FOLDER", folder))  # of results that may be there already
     command = [sys.executable, str(ROOT / "examples" / "coverage"), "--folder", str(folder), *options]
     run = subprocess.run([*command, "--only", *names], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]
