@@ -52,7 +52,8 @@ TOKENS = (
 _TWO_KINDS = {"layer_types": ["conv", "full_attention"]}
 _MROPE = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5, "mrope_section": [2, 3, 3]}
 _ERNIE_ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 4, 8]}
-_QWEN4_INDEXER = {
+_QWEN4 = {
+    "output_gate_type": "sigmoid",
     "indexer_n_heads": 2,
     "indexer_kv_heads": 1,
     "indexer_head_dim": 32,
@@ -138,8 +139,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "gemma4_text": {"enable_moe_block": True},
     "diffusion_gemma": {"text_config": {"enable_moe_block": True}},
     "ernie4_5_vl_moe": {"text_config": {"moe_intermediate_size": [64, 64], "rope_parameters": _ERNIE_ROPE}},
-    "qwen4_exp": {"text_config": _QWEN4_INDEXER},
-    "qwen4_exp_text": _QWEN4_INDEXER,
+    "qwen4_exp": {"text_config": _QWEN4, "vision_config": {"deepstack_visual_indexes": []}},
+    "qwen4_exp_text": _QWEN4,
     "flint": {"mlp_only_layers": [0]},
     "dbrx": {"attn_config": {"rope_theta": 1e4, "clip_qkv": 8.0}},
     "doge": {"is_moe": True},
