@@ -7,9 +7,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).parents[2]
 KNOWN = json.loads((ROOT / "examples" / "coverage" / "results.json").read_text(encoding="utf-8"))["classes"]
@@ -132,6 +135,39 @@ def test_a_result_is_kept_as_long_as_it_is_true(tmp_path: Path, monkeypatch: pyt
         assert sides() == ["transformers"]
     (tmp_path / "mixtral-MixtralForCausalLM" / "reference.json").unlink()
     assert sides() == ["vllm"]  # for which transformers' side would have to make the models again
+
+
+@pytest.mark.parametrize(
+    ("name", "tensors", "wanted"),
+    [
+        (
+            "qwen3_vl_moe/A",
+            {"l.0.mlp.experts.gate_up_proj": (4, 6, 2), "l.0.mlp.gate.weight": (4, 2)},
+            {"l.0.mlp.experts.gate_up_proj": (4, 2, 6), "l.0.mlp.gate.weight": (4, 2)},
+        ),
+        (
+            "longcat_flash/A",
+            {f"l.0.mlp.experts.{i}.up_proj.weight": (3, 2) for i in (0, 3, 4, 11)},
+            {f"l.0.mlp.experts.{i}.up_proj.weight": (3, 2) for i in (0, 3)},
+        ),
+    ],
+)
+def test_vllm_is_given_what_publishers_store(
+    name: str,
+    tensors: dict[str, Any],
+    wanted: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """transformers saves these classes otherwise, and vLLM was said not to serve them unquantized."""
+    monkeypatch.syspath_prepend(str(ROOT / "examples" / "coverage"))
+    from model_classes import ModelClass
+    from published import as_published
+
+    save_file({n: torch.rand(shape) for n, shape in tensors.items()}, tmp_path / "model.safetensors")
+    config = SimpleNamespace(n_routed_experts=4)
+    as_published(ModelClass(*name.split("/")), config, tmp_path, tmp_path)
+    assert {n: tuple(t.shape) for n, t in load_file(tmp_path / "model.safetensors").items()} == wanted
 
 
 def test_a_table_is_of_one_run() -> None:
