@@ -113,6 +113,7 @@ _GEMMA_TOWER = {
     "num_key_value_heads": 2,
     "head_dim": 32,
     "position_embedding_size": 64,
+    "default_output_length": 70,
 }
 _SPARSE = {"index_topk": 8, "indexer_types": ["full", "shared"]}
 _SPARSE_3 = {"index_topk": 8, "indexer_types": ["full", "full", "shared"]}

@@ -45,6 +45,7 @@ class Family:
     prompt: token ids that stand for an image.
     taken: what the model takes of its processor's output.
     names: attributes of its tokenizer -> special token.
+    vision: further entries of the vision tower's config, which vLLM reads and transformers does not.
     """
 
     text: dict[str, Any]
@@ -52,6 +53,7 @@ class Family:
     prompt: tuple[int, ...] = (START, IMAGE, END)
     taken: tuple[str, ...] = ("pixel_values", "image_grid_thw")
     names: dict[str, str] = field(default_factory=dict)
+    vision: dict[str, Any] = field(default_factory=dict)
 
 
 FAMILIES = {
@@ -82,6 +84,7 @@ FAMILIES = {
         {
             "rope_parameters": {**_MROPE, "mrope_section": [2, 3, 3], "partial_rotary_factor": 0.5},
             "head_dim": 32,
+            "use_qk_norm": False,  # vLLM asks for it
         },
         {
             "<|image|>": IMAGE,
@@ -103,6 +106,7 @@ FAMILIES = {
             "eoi_token": "<image|>",
             "audio_token": "<|audio|>",
         },
+        vision={"default_output_length": 70},
     ),
     "llama4": Family(
         {"head_dim": 32},
@@ -147,7 +151,11 @@ def processor(name: str) -> Any:
 
 def make(name: str, folder: Path) -> None:
     """The model, unquantized and packed at 4 bits."""
-    build(name, **FAMILIES[name].text).save_pretrained(folder / "dense")
+    dense = build(name, **FAMILIES[name].text)
+    for key, value in FAMILIES[name].vision.items():
+        setattr(dense.config.vision_config, key, value)
+    dense.get_output_embeddings().weight.data[IMAGE] = 0  # generated, it would stand for one more image
+    dense.save_pretrained(folder / "dense")
     tokens = torch.randint(10, 64, (16, 32), generator=torch.Generator().manual_seed(1))
     config = BitsMoEConfig(bits=4, dataset=tokens.tolist(), sequence_length=32)
     model = AutoModelForMultimodalLM.from_pretrained(folder / "dense", quantization_config=config)
