@@ -35,6 +35,8 @@ ACTIVATIONS = tuple(_ACTIVATIONS)
 class GatingForm:
     """act(min(gate, limit)) * (clamp(up, -limit, limit) + offset), or act(up) of experts without a gate.
 
+    Or with soft caps, cap(x, c) = c tanh(x / c): cap(gate, gate_cap) sigmoid(alpha gate) cap(up, up_cap).
+
     Attributes:
         activation: a name of ``_ACTIVATIONS``.
         has_gate: of the experts.
@@ -42,6 +44,8 @@ class GatingForm:
         limit: infinite where nothing is clamped, which without a gate it never is.
         clamps_activation: min(act(gate), limit) instead.
         offset: added to up.
+        gate_cap: of "silu", with a gate and without a limit; infinite where nothing is capped.
+        up_cap: alike.
     """
 
     activation: str
@@ -50,6 +54,13 @@ class GatingForm:
     limit: float = math.inf
     clamps_activation: bool = False
     offset: float = 0.0
+    gate_cap: float = math.inf
+    up_cap: float = math.inf
+
+    @property
+    def has_caps(self) -> bool:
+        """Whether something is capped softly."""
+        return min(self.gate_cap, self.up_cap) < math.inf
 
     def text(self) -> str:
         """What ``parse`` reads: the activation, and what differs from the defaults."""
@@ -74,15 +85,24 @@ class GatingForm:
             form = GatingForm(activation=name, **values, **flags)  # type: ignore[arg-type]
         except (ValueError, TypeError) as error:
             raise ConfigError(f"{text[:80]!r} describes no gating of experts") from error
-        if not (math.isfinite(form.alpha) and math.isfinite(form.offset) and form.limit > 0):
+        if not form._is_sensible():
             raise ConfigError(f"{text[:80]!r} describes no gating of experts")
         return form
+
+    def _is_sensible(self) -> bool:
+        positive = min(self.limit, self.gate_cap, self.up_cap) > 0
+        capped = GatingForm("silu", alpha=self.alpha, gate_cap=self.gate_cap, up_cap=self.up_cap)
+        finite = math.isfinite(self.alpha) and math.isfinite(self.offset)
+        return finite and positive and (self == capped or not self.has_caps)
 
     def __call__(self, *products: Tensor) -> Tensor:
         """The gating, see ``Gating``."""
         if not self.has_gate:
             return self._activated(*products)
         gate, up = products
+        if self.has_caps:
+            open_gate = torch.sigmoid(gate if self.alpha == 1.0 else self.alpha * gate)
+            return _capped(gate, self.gate_cap) * open_gate * _capped(up, self.up_cap)
         if self.limit < math.inf:
             up = up.clamp(-self.limit, self.limit)
             if not self.clamps_activation:
@@ -96,6 +116,15 @@ class GatingForm:
         if self.alpha != 1.0:
             return x * torch.sigmoid(self.alpha * x)
         return _ACTIVATIONS[self.activation](x)
+
+
+def _capped(x: Tensor, cap: float) -> Tensor:
+    return torch.tanh(x / cap) * cap if cap < math.inf else x
+
+
+def finite_or_zero(limit: float) -> float:
+    """As kernels are told that nothing is limited."""
+    return limit if limit < math.inf else 0.0
 
 
 def gating(text: str) -> GatingForm:
@@ -159,11 +188,21 @@ def _candidates(function: Gating, has_gate: bool) -> Iterator[GatingForm]:
     for form in forms:
         for clamps in (False, True):
             yield replace(form, limit=limit, clamps_activation=clamps, offset=offset)
+    bound = value(1e6, 1)
+    if bound:
+        gate_cap = _cap(value(1, 1) / bound * (1 + math.exp(-1)))
+        yield GatingForm("silu", gate_cap=gate_cap, up_cap=_cap(bound / value(1e6, 1e6)))
 
 
 def _alpha(value: float) -> float | None:
     """Where sigmoid is ``value``, None where it never is."""
     return _rounded(math.log(value / (1 - value))) if 0 < value < 1 else None
+
+
+def _cap(ratio: float) -> float:
+    """The soft cap that at 1 lets this part of it pass, infinite where there is none."""
+    cap = _rounded(1 / math.atanh(ratio)) if 0 < ratio < 1 else math.inf
+    return cap if 0 < cap < 1e5 else math.inf
 
 
 def _rounded(value: float) -> float:

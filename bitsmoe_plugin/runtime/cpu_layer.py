@@ -31,7 +31,7 @@ from bitsmoe_plugin.base.native import library, pointer
 from bitsmoe_plugin.codec import layout, row_codec, trellis, uniform
 from bitsmoe_plugin.codec.layout import PackedExperts
 from bitsmoe_plugin.codec.spec import PackedSpec
-from bitsmoe_plugin.models.gating import ACTIVATIONS, Gating, GatingForm
+from bitsmoe_plugin.models.gating import ACTIVATIONS, Gating, GatingForm, finite_or_zero
 from bitsmoe_plugin.runtime import cpu_blocks
 
 MAX_WIDTHS = 8
@@ -61,7 +61,7 @@ _BASES = ("input_basis", "output_basis", "input_scales", "output_scales")
 class _GatingForm(ctypes.Structure):
     _fields_ = (
         *((name, c_int32) for name in ("activation", "clamps_activation")),
-        *((name, c_float) for name in ("alpha", "limit", "offset")),
+        *((name, c_float) for name in ("alpha", "limit", "offset", "gate_cap", "up_cap")),
     )
 
 
@@ -122,6 +122,7 @@ def _gating_form(gating: Gating) -> _GatingForm:
         alpha=gating.alpha,
         limit=gating.limit,
         offset=gating.offset,
+        **{name: finite_or_zero(getattr(gating, name)) for name in ("gate_cap", "up_cap")},
     )
 
 

@@ -23,6 +23,7 @@ _KNOWN = {
     r"Can't load image processor|Failed to load the processor|Tokenizer not available": (
         "vLLM asks for a processor or tokenizer, which the small model has not: not compared"
     ),
+    r"routed_experts.py:572": "vLLM takes fused experts for [E, 2I, H]; this class stores them transposed",
     r"moe.py:185": "vLLM knows other names for the number of experts per token than this config.json has",
     r"gemma4_mm.py": "vLLM makes a tower for images, which the small model has not",
     r"^takes more than": "vLLM gave no answer in the time that a class has",

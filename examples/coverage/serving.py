@@ -19,6 +19,7 @@ STEPS = ("served unquantized", "served")
 SECONDS = 500
 """That one engine may take."""
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25}
+"""In log-probabilities. In bfloat16 twice what that changes in transformers, where it was measured."""
 _DTYPE = re.compile(r"dtype|b?float|half|bf16", re.IGNORECASE)
 OPTIONS: dict[str, Any] = {
     "enforce_eager": True,
@@ -26,7 +27,6 @@ OPTIONS: dict[str, Any] = {
     "max_model_len": 128,
     "max_num_seqs": 4,
     "gpu_memory_utilization": 0.1,
-    "skip_tokenizer_init": True,
     "disable_log_stats": True,
     "distributed_executor_backend": "uni",
     "limit_mm_per_prompt": {"image": 0, "video": 0, "audio": 0},
@@ -45,7 +45,7 @@ def steps(entry: ModelClass, folder: Path) -> dict[str, str]:
             answer, found[name] = _in_child(folder / directory, dtype, reference)
             if answer is not None:
                 answers[name], found["class in vLLM"] = answer, answer[0]["class"]
-                found[name] = _judge(max(map(_difference, answer, reference)), dtype)
+                found[name] = _judge(max(map(_difference, answer, reference)), dtype, reference)
                 break
         if name not in answers:
             break
@@ -55,8 +55,11 @@ def steps(entry: ModelClass, folder: Path) -> dict[str, str]:
     return found
 
 
-def _judge(difference: float, dtype: str) -> str:
-    text = "yes" if difference < TOLERANCE[dtype] else f"differs by {difference:.2g}"
+def _judge(difference: float, dtype: str, reference: list[dict[str, Any]]) -> str:
+    tolerance = TOLERANCE[dtype]
+    if dtype == "bfloat16" and "rounding" in reference[0]:
+        tolerance = 2 * max(r["rounding"] for r in reference)
+    text = "yes" if difference < tolerance else f"differs by {difference:.2g}"
     return text if dtype == "float32" else f"{text} ({dtype})"
 
 
@@ -89,7 +92,8 @@ def _send(connection: Any, model: Path, dtype: str, reference: list[dict[str, An
 
 def _answers(model: Path, dtype: str, reference: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Log-probabilities of the reference's tokens, and what is generated after its prompts."""
-    llm = LLM(str(model), dtype=dtype, **OPTIONS)
+    tokenizer = (model / "tokenizer.json").exists()
+    llm = LLM(str(model), dtype=dtype, **OPTIONS, skip_tokenizer_init=not tokenizer)
     whole = _run(llm, [r["tokens"] for r in reference], 1)
     short = _run(llm, [r["tokens"][: r["prompt"]] for r in reference], len(reference[0]["leads"]))
     model_class = llm.llm_engine.model_config.architecture

@@ -7,179 +7,8 @@ from typing import Any
 import torch
 import transformers
 from model_classes import ModelClass
+from recipes import LAYERS, OPTIONAL, OVERRIDES, SIZES, TOKENS, UNBIASED
 from transformers import AutoConfig
-
-SIZES: dict[str, Any] = {
-    **dict.fromkeys(("vocab_size", "unpadded_vocab_size", "vocab_size_per_layer_input"), 96),
-    **dict.fromkeys(("hidden_size", "d_model", "n_embd"), 64),
-    **dict.fromkeys(("intermediate_size", "intermediate_size_mlp", "ffn_hidden_size", "d_ff"), 64),
-    **dict.fromkeys(("dense_intermediate_size", "encoder_ffn_dim", "decoder_ffn_dim"), 64),
-    **dict.fromkeys(("moe_intermediate_size", "expert_ffn_hidden_size", "moe_hidden_size"), 64),
-    **dict.fromkeys(("shared_expert_intermediate_size", "moe_shared_expert_intermediate_size"), 64),
-    **dict.fromkeys(("shared_experts_intermediate_size", "shared_intermediate_size", "share_expert_dim"), 64),
-    **dict.fromkeys(("num_attention_heads", "n_heads", "num_heads", "encoder_attention_heads"), 2),
-    **dict.fromkeys(("decoder_attention_heads", "swa_num_attention_heads", "linear_num_heads"), 2),
-    **dict.fromkeys(("num_sliding_attention_heads",), 2),
-    **dict.fromkeys(("num_key_value_heads", "swa_num_key_value_heads", "kv_n_heads"), 2),
-    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
-    **dict.fromkeys(
-        ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts"), 2
-    ),
-    **dict.fromkeys(("n_group", "topk_group", "num_expert_group", "n_groups"), 1),
-    **dict.fromkeys(("n_shared_experts", "num_shared_experts", "moe_num_shared_experts"), 1),
-    **dict.fromkeys(("head_dim", "swa_head_dim", "global_head_dim", "v_head_dim"), 32),
-    **dict.fromkeys(("adapter_in_dim", "adapter_out_dim", "adapter_input_size"), 64),
-    **dict.fromkeys(("text_hidden_size", "out_hidden_size", "audio_hidden_size", "thinker_hidden_size"), 64),
-    "max_position_embeddings": 256,
-    "initializer_range": 0.1,
-    # Sizes that vLLM's attention kernels for the CPU know.
-    "q_lora_rank": 64,
-    "kv_lora_rank": 512,
-    "qk_rope_head_dim": 64,
-    "qk_nope_head_dim": 64,
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-    **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim", "linear_head_dim"), 128),
-    "zero_expert_num": 2,
-    "sliding_window": 64,
-}
-"""Entry of any config, nested or not -> its value where the class has such an entry."""
-_OPTIONAL = ("q_lora_rank", "sliding_window", "global_head_dim")
-_LAYERS = ("num_hidden_layers", "num_layers", "n_layers", "depth", "encoder_layers", "decoder_layers")
-_TOKENS = (
-    "pad_token_id",
-    "bos_token_id",
-    "eos_token_id",
-    "decoder_start_token_id",
-    "sep_token_id",
-    "blank_token_id",
-)
-_TWO_KINDS = {"layer_types": ["conv", "full_attention"]}
-_MROPE = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5, "mrope_section": [2, 3, 3]}
-_ERNIE_ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 4, 8]}
-_QWEN4_INDEXER = {
-    "indexer_n_heads": 2,
-    "indexer_kv_heads": 1,
-    "indexer_head_dim": 32,
-    "indexer_budget": 64,
-    "indexer_compress_ratio": 4,
-}
-_DOTS3 = {
-    "index_topk": 8,
-    "swa_head_dim": 128,
-    "swa_qk_nope_head_dim": 64,
-    "swa_num_attention_heads": 2,
-    "swa_num_key_value_heads": 2,
-    "swa_q_lora_rank": 64,
-    "swa_kv_lora_rank": 512,
-    "swa_v_head_dim": 32,
-}
-_YARN = {
-    "rope_type": "yarn",
-    "rope_theta": 10000.0,
-    "factor": 4.0,
-    "mscale": 0.707,
-    "mscale_all_dim": 0.707,
-    "beta_fast": 32,
-    "beta_slow": 1,
-    "original_max_position_embeddings": 64,
-}
-"""As in every published DeepSeek. Without scaling, vLLM 0.32 on a CPU rotates interleaved positions otherwise
-than transformers does, in unquantized models too."""
-_DEEPSEEK = {"topk_method": "noaux_tc", "scoring_func": "sigmoid", "rope_parameters": _YARN}
-_MIMO = {
-    "num_key_value_heads": 1,
-    "head_dim": 64,
-    "v_head_dim": 32,
-    "hybrid_layer_pattern": [0, 1],
-    "moe_layer_freq": [0, 1],
-    "layernorm_epsilon": 1e-5,
-    "sliding_window_size": 64,
-    "swa_num_attention_heads": 2,
-    "swa_num_key_value_heads": 1,
-    "swa_head_dim": 64,
-    "swa_v_head_dim": 32,
-    "rope_theta": 5e6,
-    "swa_rope_theta": 1e4,
-    "partial_rotary_factor": 0.5,
-    "scoring_func": "sigmoid",
-    "add_swa_attention_sink_bias": True,
-    "rope_parameters": {
-        "full_attention": {"rope_type": "default", "rope_theta": 5e6, "partial_rotary_factor": 0.5},
-        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
-    },
-}
-_SPARSE = {"index_topk": 8, "indexer_types": ["full", "shared"]}
-_SPARSE_3 = {"index_topk": 8, "indexer_types": ["full", "full", "shared"]}
-OVERRIDES: dict[str, dict[str, Any]] = {
-    "zaya": {"num_experts_per_tok": 1},
-    "llama4": {"text_config": {"num_experts_per_tok": 1}},
-    "llama4_text": {"num_experts_per_tok": 1},
-    "lfm2_moe": {**_TWO_KINDS, "num_dense_layers": 1, "num_hidden_layers": 2},
-    "glm4v_moe": {"text_config": {"rope_parameters": _MROPE, "head_dim": 32}},
-    "granitemoehybrid": {
-        "layer_types": ["linear_attention", "full_attention"],
-        "mamba_n_heads": 4,
-        "mamba_d_head": 32,
-        "mamba_d_state": 16,
-    },
-    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2},
-    "gemma4": {"text_config": {"enable_moe_block": True}},
-    "gemma4_text": {"enable_moe_block": True},
-    "diffusion_gemma": {"text_config": {"enable_moe_block": True}},
-    "ernie4_5_vl_moe": {"text_config": {"moe_intermediate_size": [64, 64], "rope_parameters": _ERNIE_ROPE}},
-    "qwen4_exp": {"text_config": _QWEN4_INDEXER},
-    "qwen4_exp_text": _QWEN4_INDEXER,
-    "flint": {"mlp_only_layers": [0]},
-    "dbrx": {"attn_config": {"rope_theta": 1e4, "clip_qkv": 8.0}},
-    "doge": {"is_moe": True},
-    "nllb-moe": {"encoder_sparse_step": 1, "decoder_sparse_step": 1},
-    "nemotron_h_omni": {"vision_config": {"video_temporal_patch_size": 2}},
-    "qwen3_omni_moe": {
-        "talker_config": {"text_config": {"shared_expert_intermediate_size": 64}, "spatial_merge_size": 2}
-    },
-    "qwen3_omni_moe_thinker": {"vision_start_token_id": 92},  # as published; generate() asks for it
-    "deepseek_ocr2": {"text_config": {"mlp_layer_types": ["dense", "sparse"]}},
-    "glm5_next": {
-        "text_config": {
-            "qk_rope_head_dim": 0,
-            "layer_types": ["linear_attention", "indexed_attention", "indexed_attention"],
-            "index_kpool": 4,
-            **_SPARSE_3,
-        }
-    },
-    "hy_v4": _SPARSE_3,
-    "hy_v4_vl": {"text_config": _SPARSE_3},
-    "mistral_large4": {
-        "text_config": {
-            "index_topk": 8,
-            "indexer_types": ["full", "shared"] * 3,
-            "kv_source_layers": [0, 1, 1, 3, 4, 4],
-        }
-    },
-    "dots3_note_text": _DOTS3,
-    "dots3_note": {"text_config": _DOTS3},
-    "step3p7": {"text_config": {"sliding_window": 64}},
-    "deepseek_v4": {"head_dim": 512},
-    # What published config.json files have, vLLM reads and transformers' class does not know.
-    "deepseek_v2": {"rope_parameters": _YARN},
-    "deepseek_v3": _DEEPSEEK,
-    "deepseek_v32": _DEEPSEEK,
-    "glm_moe_dsa": {**_DEEPSEEK, **_SPARSE},
-    "axk1": {**_DEEPSEEK, "mlp_layer_types": ["sparse"] * 2, "first_k_dense_replace": 0},
-    "glm4_moe": {"head_dim": 32},
-    "glm4_moe_lite": {**_DEEPSEEK, "first_k_dense_replace": 1},
-    "kimi_k25": {"text_config": _DEEPSEEK},
-    "afmoe": {"score_func": "sigmoid", "route_norm": True, "n_group": 1, "topk_group": 1},
-    "hy_v3": {"first_k_dense_replace": 1, "route_norm": True, "qk_norm": True, "expert_hidden_dim": 64},
-    "longcat_flash": {"mla_scale_q_lora": True, "mla_scale_kv_lora": True, "zero_expert_type": "identity"},
-    "mistral4": {"kv_lora_rank": 256, "qk_nope_head_dim": 256},
-    "qwen3_vl_moe": {"text_config": {"norm_topk_prob": True}},
-    "mellum": {"num_nextn_predict_layers": 0},
-    "mimo_v2_flash": _MIMO,
-    "minimax_m2": {"rotary_dim": 32, "use_routing_bias": True, "scoring_func": "sigmoid"},
-}
-"""Model type -> entries of the config (of the text config, if it has one) that the sizes above do not fit."""
 
 
 def small_model(entry: ModelClass, dtype: torch.dtype = torch.float32) -> Any:
@@ -190,9 +19,14 @@ def small_model(entry: ModelClass, dtype: torch.dtype = torch.float32) -> Any:
     """
     torch.manual_seed(0)
     model = getattr(transformers, entry.name)._from_config(small_config(entry), dtype=dtype).eval()
-    generator = torch.Generator().manual_seed(1)
+    generator, unbiased = torch.Generator().manual_seed(1), UNBIASED.get(entry.model_type, "/")
     for name, tensor in model.state_dict().items():
-        if "bias" in name and tensor.is_floating_point() and tensor.unique().numel() == 1:
+        if (
+            "bias" in name
+            and unbiased not in name
+            and tensor.is_floating_point()
+            and tensor.unique().numel() == 1
+        ):
             tensor += 0.1 * torch.randn(tensor.shape, generator=generator)
     return model
 
@@ -215,7 +49,7 @@ def _merged(entries: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 def _shrink(entries: dict[str, Any]) -> dict[str, Any]:
     """What differs from the defaults: classes derive more from it."""
-    depth = next((entries[key] for key in _LAYERS if isinstance(entries.get(key), int)), 0)
+    depth = next((entries[key] for key in LAYERS if isinstance(entries.get(key), int)), 0)
     kept = _representatives(entries, depth)
     found: dict[str, Any] = {}
     for key, value in entries.items():
@@ -223,13 +57,13 @@ def _shrink(entries: dict[str, Any]) -> dict[str, Any]:
             continue
         if isinstance(value, dict) and key.endswith("_config"):
             found[key] = _shrink(value)
-        elif key in SIZES and (value is not None or key not in _OPTIONAL):
+        elif key in SIZES and (value is not None or key not in OPTIONAL):
             found[key] = SIZES[key]
-        elif key in _LAYERS:
+        elif key in LAYERS:
             found[key] = len(kept) or value
         elif isinstance(value, list) and kept and len(value) == depth:
             found[key] = [value[index] for index in kept]
-        elif key in _TOKENS and value is not None:
+        elif key in TOKENS and value is not None:
             found[key] = 0 if key == "pad_token_id" else 1
         elif key == "first_k_dense_replace" and value:
             found[key] = 1

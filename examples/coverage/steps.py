@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 from model_classes import ModelClass
+from published import as_published
+from recipes import BFLOAT16
 from small_models import small_model
 
 from bitsmoe_plugin import BitsMoEConfig, BitsMoEError
@@ -88,6 +90,11 @@ class _Run:
     def generates(self) -> None:
         """Tokens with the key-value cache are those without; they are kept for vLLM to be compared with."""
         sequences = [_greedy(self.packed, prompt) for prompt in PROMPTS]
+        if self.entry.model_type in BFLOAT16:
+            rounded = self._load("plain", dtype=torch.bfloat16)
+            for sequence in sequences:
+                sequence["rounding"] = _rounding(rounded, sequence)
+        as_published(self.entry, self.packed.config, self.folder / "plain", self.folder / "packed")
         (self.folder / "reference.json").write_text(json.dumps(sequences))
         model = text_model(self.packed)
         if not model.can_generate():
@@ -134,3 +141,13 @@ def _greedy(model: Any, prompt: list[int]) -> dict[str, Any]:
     values = found[:-1].gather(1, torch.tensor(tokens[1:-1])[:, None])[:, 0].tolist()
     values.append(float(best.values[0]))
     return {"tokens": tokens, "prompt": len(prompt), "logprobs": values, "leads": leads}
+
+
+@torch.no_grad()
+def _rounding(model: Any, sequence: dict[str, Any]) -> float:
+    """By how much log-probabilities of a model in bfloat16 differ from a sequence's, at most: rounding, and
+    routers that choose other experts after it."""
+    tokens = torch.tensor([sequence["tokens"]])
+    found = text_model(model)(tokens).logits[0, :-1].float().log_softmax(-1)
+    chosen = found.gather(1, tokens[0, 1:, None])[:, 0]
+    return float((chosen - torch.tensor(sequence["logprobs"])).abs().max())

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import subprocess
 from pathlib import Path
 from typing import Any
 
-from isolated import ROOT
+from isolated import ROOT, torchvision_folders
 from reasons import reason
 
 DATA = ROOT / "examples" / "coverage" / "results.json"
@@ -17,7 +18,7 @@ START, END = "<!-- made by examples/coverage -->\n", "<!-- end -->\n"
 STEPS = ("built", "accepted", "quantized", "reloaded", "generates")
 SERVING = ("served unquantized", "served")
 _LONGEST = 200
-_PACKAGES = "torch", "transformers", "vllm"
+_PACKAGES = "torch", "transformers", "vllm", "torchvision"
 
 
 def versions(vllm: str | None) -> dict[str, dict[str, str]]:
@@ -34,8 +35,11 @@ def versions(vllm: str | None) -> dict[str, dict[str, str]]:
     }
     if vllm:
         code = "import importlib.metadata as m, json; "
-        code += f"print(json.dumps({{p: m.version(p) for p in {_PACKAGES}}}))"
-        out = subprocess.run([vllm, "-c", code], capture_output=True, text=True, check=True).stdout
+        code += "v = {d.name: d.version for d in m.distributions()}; "
+        code += f"print(json.dumps({{p: v[p] for p in {_PACKAGES} if p in v}}))"
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, torchvision_folders(vllm)))}
+        command = [vllm, "-c", code]
+        out = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
         found["vllm"] = json.loads(out.splitlines()[-1])
     return found
 
@@ -46,18 +50,6 @@ def write(found: dict[str, Any]) -> None:
     text = PAGE.read_text(encoding="utf-8")
     before, _, rest = text.partition(START)
     PAGE.write_text(before + START + markdown(found) + END + rest.partition(END)[2], encoding="utf-8")
-
-
-def merged(known: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
-    """What was known, with the classes and the sides that were measured now in its place."""
-    classes = dict(known["classes"])
-    for name, steps in found["classes"].items():
-        kept = {} if "vllm" in found["versions"] else classes.get(name, {})
-        classes[name] = {**{step: text for step, text in kept.items() if step not in STEPS}, **steps}
-    return {
-        "versions": {**known["versions"], **found["versions"]},
-        "classes": dict(sorted(classes.items())),
-    }
 
 
 def works(text: str | None) -> bool:

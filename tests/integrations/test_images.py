@@ -23,10 +23,12 @@ from transformers import (
 from bitsmoe_plugin import BitsMoEConfig, ConfigError, QuantizationError
 from bitsmoe_plugin.cli import main
 from bitsmoe_plugin.commands import times
+from bitsmoe_plugin.commands.compare.texts import check_texts
 from bitsmoe_plugin.commands.evaluate import evaluate_path, load_for_evaluation
 from bitsmoe_plugin.integrations.dequantize_checkpoint import dequantize_checkpoint
 from bitsmoe_plugin.integrations.optimum import BitsMoEQuantizer
-from bitsmoe_plugin.models.model_class import auto_class, text_model
+from bitsmoe_plugin.models.model_class import auto_class, empty_model, text_model
+from bitsmoe_plugin.models.model_source import ModelSource
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*calibration token", "ignore:no tokenizer saved")
 OPTIONS: dict[str, Any] = {"method": "paper-v2", "basis_bits": 4, "basis_group_size": 16, "bits": 8}
@@ -139,6 +141,23 @@ def test_commands_that_read_a_multimodal_model(
     rows = json.loads(capfd.readouterr().out)["results"]
     assert [row["method"] for row in rows] == ["rtn", "bitsmoe"]
     assert all(row["kl_divergence"] < 0.1 and row["sample"] for row in rows)
+
+
+def test_images_calibrate_what_is_compared(
+    saved: Path, chat: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """They were refused, as for methods that read text alone; those still are, by name."""
+    text = tmp_path / "text.jsonl"
+    text.write_text("\n".join(json.dumps({"text": "w11 w12 w13 w14 " * 20}) for _ in range(4)))
+    common = ["compare", str(saved), "--sequence-length", "32", "--bits", "6", "--json"]
+    assert main([*common, "--methods", "bitsmoe", "--dataset", str(chat), "--eval", str(text)]) == 0
+    (row,) = json.loads(capfd.readouterr().out)["results"]
+    assert row["kl_divergence"] < 0.1
+    assert main([*common, "--methods", "rtn", "--dataset", str(text), "--eval", str(chat)]) == 2
+    assert "holds images, and only text is read here" in capfd.readouterr().err
+    source = ModelSource.of(str(saved))
+    with pytest.raises(ConfigError, match="method gptq calibrates on text alone"):
+        check_texts(source, empty_model(source.config()), str(chat), str(text), ["gptq"], None)
 
 
 def test_the_language_model_alone_has_the_same_perplexity(tmp_path: Path) -> None:

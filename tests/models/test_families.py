@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 import pytest
@@ -12,12 +13,14 @@ from transformers import (
     AutoModelForCausalLM,
     DeepseekV4Config,
     GptOssConfig,
+    Inkling2TextConfig,
     NemotronHConfig,
     Qwen3MoeConfig,
 )
 from transformers.activations import ACT2FN
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4Experts
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+from transformers.models.inkling2.modeling_inkling2 import Inkling2Experts
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
@@ -104,6 +107,7 @@ FORMS = {
     "gpt_oss": "silu,alpha=1.702,limit=7,offset=1",
     "deepseek_v4": "silu,limit=10",
     "nemotron_h": "relu2,has_gate=0",
+    "inkling2": "silu,gate_cap=4,up_cap=25",
 }
 
 
@@ -115,13 +119,16 @@ def test_gatings_are_found_by_trying(family: str) -> None:
         "gpt_oss": (GptOssExperts, GptOssConfig(num_local_experts=2)),
         "deepseek_v4": (DeepseekV4Experts, DeepseekV4Config(n_routed_experts=2)),
         "nemotron_h": (NemotronHExperts, NemotronHConfig(n_routed_experts=2)),
+        "inkling2": (Inkling2Experts, Inkling2TextConfig(n_routed_experts=2)),
     }
     kind, config = kinds[family]
     with torch.device("meta"):
         module = kind(config)
     assert gating_name(module) == FORMS[family]
     form, products = GatingForm.parse(FORMS[family]), probe("has_gate=0" not in FORMS[family])
-    assert torch.equal(form(*products), apply_gating(module, *products))
+    # torch computes halves of one tensor, as Inkling2's module takes them, with other instructions.
+    wanted = module.act_fn(*products) if form.has_caps else apply_gating(module, *products)
+    assert torch.equal(form(*products), wanted)
 
 
 @pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_pytorch_tanh", "quick_gelu", "relu", "relu2"])
@@ -134,9 +141,19 @@ def test_activations_of_transformers_have_a_form(activation: str, gate: bool) ->
     assert form_of(form, gate) == form
 
 
+@pytest.mark.parametrize("caps", [(4.0, 25.0), (0.7, 3.0), (30.0, math.inf), (math.inf, 7.5)])
+def test_soft_caps_are_found_by_trying(caps: tuple[float, float]) -> None:
+    """Of the linear part of the gate, whose sigmoid sees all of it, of up, or of both."""
+    form = GatingForm("silu", gate_cap=caps[0], up_cap=caps[1])
+    assert form_of(lambda g, u: form(g, u)) == form
+    assert GatingForm.parse(form.text()) == form
+
+
 def test_what_no_form_computes_has_none() -> None:
-    """Softcaps, other activations, other limits for gate and up: never the nearest form."""
+    """Other caps and activations, other limits for gate and up: never the nearest form."""
     for gating in (
+        lambda g, u: 4 * torch.tanh(torch.nn.functional.silu(g) / 4) * u,
+        lambda g, u: torch.nn.functional.silu(4 * torch.tanh(g / 4)) * u,
         lambda g, u: torch.tanh(g) * u,
         lambda g, u: torch.nn.functional.silu(g.clamp(max=7)) * u.clamp(-5, 5),
         lambda g, u: torch.nn.functional.silu(g.clamp(-7, 7)) * u.clamp(-7, 7),
@@ -152,6 +169,10 @@ def test_what_no_form_computes_has_none() -> None:
         "silu,alpha=nan",
         "silu,x=1",
         "silu,has_gate",
+        "silu,gate_cap=-4",
+        "gelu,up_cap=4",
+        "silu,has_gate=0,up_cap=4",
+        "silu,limit=7,up_cap=4",
         "gelu,,",
     ):
         with pytest.raises(ConfigError):

@@ -7,9 +7,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).parents[2]
 KNOWN = json.loads((ROOT / "examples" / "coverage" / "results.json").read_text(encoding="utf-8"))["classes"]
@@ -32,7 +35,12 @@ def _works(text: str | None) -> bool:
     return text is not None and text.startswith("yes")
 
 
+SERVED = tuple(name for name, steps in KNOWN.items() if _works(steps.get("served")))
+AT_ONCE = 6
+
+
 def _measure(folder: Path, names: tuple[str, ...], *options: str) -> dict[str, dict[str, Any]]:
+    folder = Path(os.environ.get("BITSMOE_COVERAGE_FOLDER", folder))  # of results that may be there already
     command = [sys.executable, str(ROOT / "examples" / "coverage"), "--folder", str(folder), *options]
     run = subprocess.run([*command, "--only", *names], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]
@@ -69,11 +77,14 @@ def test_all_classes_that_worked_still_do(tmp_path: Path) -> None:
 
 @pytest.mark.exhaustive
 @pytest.mark.skipif(not VLLM.exists(), reason="needs an environment with vLLM (make install-vllm)")
-def test_all_classes_that_were_served_still_are(tmp_path: Path) -> None:
-    """Two engines for each class that vLLM runs; about an hour on two cores."""
-    served = {name: steps for name, steps in KNOWN.items() if _works(steps.get("served"))}
-    found = _measure(tmp_path, tuple(served), "--vllm", str(VLLM))
-    assert not _lost(found, served, SERVING)
+@pytest.mark.parametrize(
+    "first", range(0, len(SERVED), AT_ONCE), ids=lambda first: SERVED[first].split("/")[0]
+)
+def test_all_classes_that_were_served_still_are(first: int, tmp_path: Path) -> None:
+    """Two engines for each class that vLLM runs; some minutes for each part of the table."""
+    names = SERVED[first : first + AT_ONCE]
+    found = _measure(tmp_path, names, "--vllm", str(VLLM))
+    assert not _lost(found, {name: KNOWN[name] for name in names}, SERVING)
 
 
 def test_a_class_that_ends_its_process_does_not_end_the_table(tmp_path: Path, monkeypatch) -> None:
@@ -92,6 +103,80 @@ def test_a_class_that_ends_its_process_does_not_end_the_table(tmp_path: Path, mo
     found = isolated.run(sys.executable, "transformers", tmp_path / "out", ["a/A", "b/B", "c/C"])
     assert found["b/B"]["steps"] == {"process": "ends its process (exit status 7)"}
     assert found["a/A"]["steps"] == found["c/C"]["steps"] == {"built": "yes"}
+
+
+def test_a_result_is_kept_as_long_as_it_is_true(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The table was put together from runs with different versions, sources and sizes."""
+    monkeypatch.syspath_prepend(str(ROOT / "examples" / "coverage"))
+    import kept
+    from recipes import OVERRIDES
+
+    name, versions = "mixtral/MixtralForCausalLM", {"transformers": {"torch": "1"}, "vllm": {"vllm": "2"}}
+    (tmp_path / "mixtral-MixtralForCausalLM").mkdir()
+    (tmp_path / "mixtral-MixtralForCausalLM" / "reference.json").touch()
+    line = {"name": name, "steps": {"built": "yes", "generates": "yes"}, "seconds": 1.0}
+    for side in versions:
+        kept.Kept(tmp_path, side, versions).add(line)
+
+    def sides(found: dict[str, Any] = versions) -> list[str]:
+        return [side for side in versions if kept.Kept(tmp_path, side, found).found([name, "a/B"])]
+
+    assert sides() == ["transformers", "vllm"]
+    assert sides({**versions, "vllm": {"vllm": "3"}}) == ["transformers"]
+    assert sides({**versions, "transformers": {"torch": "2"}}) == []  # vLLM's follows from it
+    with monkeypatch.context() as changed:
+        changed.setitem(OVERRIDES, "mixtral", {"num_local_experts": 8})
+        assert sides() == []
+        changed.setitem(OVERRIDES, "olmoe", {"num_experts": 8})
+        changed.delitem(OVERRIDES, "mixtral")
+        assert sides() == ["transformers", "vllm"]
+    with monkeypatch.context() as changed:
+        changed.setattr(kept, "_source", {"transformers": kept._source("transformers"), "vllm": ""}.get)
+        assert sides() == ["transformers"]
+    (tmp_path / "mixtral-MixtralForCausalLM" / "reference.json").unlink()
+    assert sides() == ["vllm"]  # for which transformers' side would have to make the models again
+
+
+@pytest.mark.parametrize(
+    ("name", "tensors", "wanted"),
+    [
+        (
+            "qwen3_vl_moe/A",
+            {"l.0.mlp.experts.gate_up_proj": (4, 6, 2), "l.0.mlp.gate.weight": (4, 2)},
+            {"l.0.mlp.experts.gate_up_proj": (4, 2, 6), "l.0.mlp.gate.weight": (4, 2)},
+        ),
+        (
+            "longcat_flash/A",
+            {f"l.0.mlp.experts.{i}.up_proj.weight": (3, 2) for i in (0, 3, 4, 11)},
+            {f"l.0.mlp.experts.{i}.up_proj.weight": (3, 2) for i in (0, 3)},
+        ),
+    ],
+)
+def test_vllm_is_given_what_publishers_store(
+    name: str,
+    tensors: dict[str, Any],
+    wanted: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """transformers saves these classes otherwise, and vLLM was said not to serve them unquantized."""
+    monkeypatch.syspath_prepend(str(ROOT / "examples" / "coverage"))
+    from model_classes import ModelClass
+    from published import as_published
+
+    save_file({n: torch.rand(shape) for n, shape in tensors.items()}, tmp_path / "model.safetensors")
+    config = SimpleNamespace(n_routed_experts=4)
+    as_published(ModelClass(*name.split("/")), config, tmp_path, tmp_path)
+    assert {n: tuple(t.shape) for n, t in load_file(tmp_path / "model.safetensors").items()} == wanted
+
+
+def test_a_table_is_of_one_run() -> None:
+    """Some classes, or one side, written over a table leave rows of other versions in it."""
+    command = [sys.executable, str(ROOT / "examples" / "coverage"), "--write"]
+    for options in ["--only", "mixtral", "--vllm", "python"], []:
+        run = subprocess.run([*command, *options], capture_output=True, text=True)
+        assert run.returncode == 2
+        assert "--write is of all classes and both sides" in run.stderr
 
 
 def test_what_fails_has_a_reason_in_words(monkeypatch) -> None:

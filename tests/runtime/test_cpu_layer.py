@@ -153,7 +153,10 @@ def test_many_tokens_are_computed_in_parts(monkeypatch) -> None:
 FORMS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "silu,alpha=1.702,limit=7,offset=1")
 
 
-@pytest.mark.parametrize("form", [*FORMS, "silu,limit=1.5", "gelu,limit=0.5,clamps_activation=1"])
+CAPS = "silu,gate_cap=4,up_cap=25"
+
+
+@pytest.mark.parametrize("form", [*FORMS, "silu,limit=1.5", CAPS, "gelu,limit=0.5,clamps_activation=1"])
 def test_gatings(form: str) -> None:
     """Those that the library computes by itself, near zero and where they saturate."""
     shape, how = LayerShape(3, 64, 70), gating(form)

@@ -30,6 +30,7 @@ FORMS = [
     "silu,alpha=1.702,limit=1,offset=1",
     "silu,limit=1",
     "gelu_tanh,limit=1,clamps_activation=1",
+    "silu,gate_cap=1,up_cap=2",
     "relu2,has_gate=0",
     "silu,has_gate=0",
     "gelu,has_gate=0",

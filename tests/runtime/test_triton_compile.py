@@ -95,8 +95,9 @@ def test_the_uniform_grid_does_not_spill() -> None:
     [
         ("--gating", "silu,alpha=1.702,limit=7,offset=1", "--bias", "--hidden", "2880", "--group-size", "32"),
         ("--gating", "relu2,has_gate=0", "--no-gate", "--intermediate", "1856"),
+        ("--gating", "silu,gate_cap=4,up_cap=25"),
     ],
-    ids=["GPT-OSS", "Nemotron-H"],
+    ids=["GPT-OSS", "Nemotron-H", "Inkling2"],
 )
 def test_other_forms_of_experts_do_not_spill(form: tuple[str, ...]) -> None:
     """Biases and clamps take registers in the kernel that has the fewest to spare."""

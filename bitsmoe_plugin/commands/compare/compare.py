@@ -9,19 +9,18 @@ from typing import Any, TextIO
 
 from rich.table import Table
 
-from bitsmoe_plugin.calibration.text import load_documents, token_stream
 from bitsmoe_plugin.checkpoint.read import check_if_packed
 from bitsmoe_plugin.codec.backends import refuse_slow
 from bitsmoe_plugin.commands.compare.method import in_process
 from bitsmoe_plugin.commands.compare.runners import PACKAGES, RUNNERS
 from bitsmoe_plugin.commands.compare.task import ComparisonTask
+from bitsmoe_plugin.commands.compare.texts import check_texts
 from bitsmoe_plugin.commands.evaluate_output import print_tasks
 from bitsmoe_plugin.commands.tables import table_console
 from bitsmoe_plugin.errors import ConfigError
 from bitsmoe_plugin.models.families import find_moe_layers
 from bitsmoe_plugin.models.low_precision import method_of, stored_settings
 from bitsmoe_plugin.models.model_class import check_folder, check_weights, empty_model
-from bitsmoe_plugin.models.tokenizer import load_tokenizer
 
 
 def check_comparison(task: ComparisonTask, methods: tuple[str, ...]) -> None:
@@ -56,7 +55,8 @@ def check_comparison(task: ComparisonTask, methods: tuple[str, ...]) -> None:
             check_if_packed(path)
     config = source.config()
     settings = stored_settings(config)
-    find_moe_layers(empty_model(config))
+    empty = empty_model(config)
+    find_moe_layers(empty)
     peers = [method for method in methods if method in PACKAGES]
     if settings is not None and peers:
         raise ConfigError(
@@ -66,9 +66,7 @@ def check_comparison(task: ComparisonTask, methods: tuple[str, ...]) -> None:
     if Path(source.name).is_dir():
         check_weights(Path(source.name))
         check_folder(Path(source.name))
-    tokenizer, options = load_tokenizer(source), {"chat_template_kwargs": task.chat_template_kwargs}
-    for text in (task.dataset, task.eval):
-        token_stream(load_documents(text), tokenizer, limit=1, **options)
+    check_texts(source, empty, task.dataset, task.eval, peers, task.chat_template_kwargs)
 
 
 def compare(task: ComparisonTask, methods: tuple[str, ...], debug: bool = False) -> list[dict[str, Any]]:

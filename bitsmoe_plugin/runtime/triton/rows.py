@@ -16,8 +16,6 @@ of one expert may have up to 2**31 words.
 
 from __future__ import annotations
 
-import math
-
 import torch
 import triton
 import triton.language as tl
@@ -25,7 +23,7 @@ from torch import Tensor
 
 from bitsmoe_plugin.codec import row_codec, trellis
 from bitsmoe_plugin.codec.uniform import STEP
-from bitsmoe_plugin.models.gating import GatingForm
+from bitsmoe_plugin.models.gating import GatingForm, finite_or_zero
 
 
 def pair_tables(dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -159,6 +157,19 @@ def _activated(x, ACTIVATION: tl.constexpr, ALPHA: tl.constexpr):
 
 
 @triton.jit
+def _capped(x, CAP: tl.constexpr):
+    """CAP tanh(x / CAP), x itself for CAP = 0; near 0, where 2 sigmoid - 1 would cancel, by Lambert's
+    continued fraction, to 1e-7."""
+    if CAP == 0:
+        return x
+    else:
+        y = x / CAP
+        z = y * y
+        near = y * (945 + z * (105 + z)) / (945 + z * (420 + 15 * z))
+        return CAP * tl.where(tl.abs(y) < 0.6, near, 2 * tl.sigmoid(2 * y) - 1)
+
+
+@triton.jit
 def gating(gate, up, FORM: tl.constexpr):
     """A ``GatingForm``, see ``form_constants``; of experts without a gate only ``up`` is read."""
     ACTIVATION: tl.constexpr = FORM[0]
@@ -166,6 +177,8 @@ def gating(gate, up, FORM: tl.constexpr):
     LIMIT: tl.constexpr = FORM[3]
     if not FORM[1]:
         return _activated(up, ACTIVATION, ALPHA)
+    if FORM[6] > 0 or FORM[7] > 0:
+        return _capped(gate, FORM[6]) * tl.sigmoid(ALPHA * gate) * _capped(up, FORM[7])
     if LIMIT > 0:
         up = tl.minimum(up, LIMIT, propagate_nan=tl.PropagateNan.ALL)
         up = tl.maximum(up, -LIMIT, propagate_nan=tl.PropagateNan.ALL)
@@ -178,9 +191,9 @@ def gating(gate, up, FORM: tl.constexpr):
 
 
 def form_constants(form: GatingForm) -> tuple[object, ...]:
-    """What kernels are compiled for: the fields of a form, with 0 for no limit."""
-    limit = form.limit if form.limit < math.inf else 0.0
-    return form.activation, form.has_gate, form.alpha, limit, form.clamps_activation, form.offset
+    """What kernels are compiled for: the fields of a form, with 0 for no limit and no cap."""
+    limit, *caps = (finite_or_zero(limit) for limit in (form.limit, form.gate_cap, form.up_cap))
+    return form.activation, form.has_gate, form.alpha, limit, form.clamps_activation, form.offset, *caps
 
 
 @triton.jit

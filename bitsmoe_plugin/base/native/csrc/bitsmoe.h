@@ -44,6 +44,7 @@ enum { SILU, GELU, GELU_TANH, RELU, RELU2, UNKNOWN = -1 };
 typedef struct {
   int32_t activation, clamps_activation;
   float alpha, limit, offset;
+  float gate_cap, up_cap; /* 0: nothing is capped softly */
 } GatingForm;
 
 /* Dtypes of what is stored as it was. */

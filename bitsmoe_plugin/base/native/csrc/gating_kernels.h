@@ -50,6 +50,25 @@ GATING float activation_of(int activation, float alpha, float x) {
   }
 }
 
+/* Lambert's continued fraction where 1 - 2 / (1 + exp) would cancel; to 3e-7. */
+GATING float tanh_of(float x) {
+  float size = x < 0 ? -x : x, z = x * x;
+  float near = size * (945 + z * (105 + z)) / (945 + z * (420 + 15 * z));
+  float t = size < 0.6f ? near : 1 - 2 / (1 + exp_of(2 * size));
+  return x < 0 ? -t : t;
+}
+
+GATING float capped(float x, float cap) { return cap > 0 ? cap * tanh_of(x / cap) : x; }
+
+/* Of SILU with soft caps. */
+static void gate_capped(const GatingForm *form, const float *gate, const float *up, int chunks, float *out) {
+  float alpha = form->alpha, gate_cap = form->gate_cap, up_cap = form->up_cap;
+  for (; chunks > 0; chunks--, gate += CHUNK, up += CHUNK, out += CHUNK) {
+    for (int i = 0; i < CHUNK; i++) out[i] = capped(gate[i], gate_cap) / (1 + exp_of(-alpha * gate[i]));
+    for (int i = 0; i < CHUNK; i++) out[i] *= capped(up[i], up_cap);
+  }
+}
+
 GATING void gate_of(const GatingForm *form, int activation, const float *gate, const float *up, int chunks, float *out) {
   float alpha = form->alpha, offset = form->offset, limit = form->limit;
   float limit_before = form->clamps_activation ? INFINITY : limit, limit_after = form->clamps_activation ? limit : INFINITY;
@@ -69,6 +88,10 @@ GATING void gate_of(const GatingForm *form, int activation, const float *gate, c
 
 /* out = activation(gate) * up, or activation(gate) where up is NULL, with the form's limits; out may be gate. */
 static void gate(const GatingForm *form, const float *gate, const float *up, int chunks, float *out) {
+  if (form->gate_cap > 0 || form->up_cap > 0) {
+    gate_capped(form, gate, up, chunks, out);
+    return;
+  }
   switch (form->activation) {
     case SILU: gate_of(form, SILU, gate, up, chunks, out); break;
     case GELU: gate_of(form, GELU, gate, up, chunks, out); break;

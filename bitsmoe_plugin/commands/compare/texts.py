@@ -1,0 +1,47 @@
+"""The texts of a comparison, tried on their first document before hours are spent."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from bitsmoe_plugin.calibration.conversations import check_takes_images, holds_images
+from bitsmoe_plugin.calibration.text import load_documents, token_stream
+from bitsmoe_plugin.errors import ConfigError
+from bitsmoe_plugin.models.model_source import ModelSource
+from bitsmoe_plugin.models.processor import load_processor
+from bitsmoe_plugin.models.tokenizer import load_tokenizer
+
+
+def check_texts(
+    source: ModelSource,
+    empty: Any,
+    dataset: str,
+    evaluation: str,
+    readers: Sequence[str],
+    chat_template_kwargs: dict[str, Any] | None,
+) -> None:
+    """Refuse what cannot be read. Conversations with images may calibrate; what is measured on is text.
+
+    Args:
+        empty: the model, without weights.
+        readers: methods that calibrate on text alone.
+
+    Raises:
+        ConfigError: images for a model that takes none, or for one of ``readers``.
+        QuantizationError: a text that cannot be read.
+    """
+    calibration, tokenizer = load_documents(dataset), load_tokenizer(source)
+    texts = [load_documents(evaluation)]
+    if holds_images(calibration):
+        check_takes_images(empty)
+        if readers:
+            raise ConfigError(
+                f"the dataset holds images, and method {readers[0]} calibrates on text alone; leave it out, "
+                "or give a dataset without images"
+            )
+        load_processor(source)
+    else:
+        texts.insert(0, calibration)
+    for documents in texts:
+        token_stream(documents, tokenizer, limit=1, chat_template_kwargs=chat_template_kwargs)
