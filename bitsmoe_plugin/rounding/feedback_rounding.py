@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bitsmoe_plugin.codec import row_codec, uniform
+from bitsmoe_plugin.codec import coupled_blocks, row_codec, uniform
 from bitsmoe_plugin.codec.backends import RankRows, RoundingBackend, backend_for
 from bitsmoe_plugin.codec.block import BLOCK
 from bitsmoe_plugin.codec.scale_grid import ScaleGrid
@@ -115,10 +115,7 @@ def round_along_rank(
 
 
 def _round_columns(target: Tensor, scale: Tensor, bits: Tensor, unit: Tensor) -> Tensor:
-    """Codes of one block on the uniform grid, each column's error passed on to the next ones.
-
-    A trellis chooses the codes of a block together, so it cannot pass errors on inside.
-    """
+    """Codes of one block on the uniform grid, each column's error passed on to the next ones."""
     work = target.clone()
     codes = torch.zeros(*bits.shape, BLOCK, dtype=torch.int32, device=bits.device)
     scale, bits = scale[..., None], bits[..., None]
@@ -164,7 +161,8 @@ def round_along_neurons(
             code = _round_columns(target, scale, bits, own)
             value = row_codec.decode(code, scale, bits, last - first, grid)
         else:
-            code, value = row_codec.rounded(target, scale, root.square().sum(-1)[:, None], bits, grid)
+            variance = feedback.variance[:, first:last]
+            code, value = coupled_blocks.rounded(target, scale, own, variance, bits, grid)
         codes[:, :, first : first + BLOCK], values[:, :, first:last] = code, value
         errors[:, :, first:last] = factor[:, :, first:last] - value
         remaining += ((target - value) @ root).square().sum(-1)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bitsmoe_plugin.codec.backends.interface import RankRows, RoundingBackend
+from bitsmoe_plugin.codec.backends.interface import CoupledBlocks, RankRows, RoundingBackend
 from bitsmoe_plugin.errors import ConfigError
 
-__all__ = ["RankRows", "RoundingBackend", "backend_for", "refuse_slow"]
+__all__ = ["CoupledBlocks", "RankRows", "RoundingBackend", "backend_for", "refuse_slow"]
 
 
 def backend_for(*tensors: Tensor) -> RoundingBackend:

@@ -39,6 +39,25 @@ class RankRows:
     errors: Tensor
 
 
+@dataclass(frozen=True)
+class CoupledBlocks:
+    """Blocks of one width, to be coded.
+
+    Attributes:
+        rows: ``[n, 32]`` float32 at scale 1.
+        owner: ``[n]`` int64, whose ``unit`` and ``variance`` each has.
+        unit: ``[owners, 32, 32]`` float32, upper triangular, ones on the diagonal.
+        variance: ``[owners, 32]`` float32, not negative; 0 where a block is filled up.
+        codes: ``[n, 32]`` int32, found before.
+    """
+
+    rows: Tensor
+    owner: Tensor
+    unit: Tensor
+    variance: Tensor
+    codes: Tensor
+
+
 class RoundingBackend(Protocol):
     """Rows to codes, and codes to words. Tensors of one call are on one device, and so are its results."""
 
@@ -53,6 +72,10 @@ class RoundingBackend(Protocol):
         Returns:
             ``[n, columns]`` int32.
         """
+        ...
+
+    def coupled_codes(self, values: Tensor, blocks: CoupledBlocks, bits: int) -> Tensor:
+        """Trellis codes ``[n, 32]`` int32 of blocks, see ``trellis.coupled_search.search_reference``."""
         ...
 
     def best_scales(self, rows: Tensor, weights: Tensor, bits: int | Tensor) -> tuple[Tensor, Tensor]:

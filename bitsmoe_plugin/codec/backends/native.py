@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bitsmoe_plugin.base.native import library, pointer
 from bitsmoe_plugin.codec import row_codec, trellis, uniform
-from bitsmoe_plugin.codec.backends.interface import RankRows
+from bitsmoe_plugin.codec.backends.interface import CoupledBlocks, RankRows
 from bitsmoe_plugin.codec.backends.reference import ReferenceBackend
 from bitsmoe_plugin.codec.block import BLOCK
 
@@ -42,6 +42,10 @@ def _library() -> ctypes.CDLL:
     assert lib is not None
     address, grids, size = c_void_p, POINTER(_Grids), c_int64
     lib.bitsmoe_trellis_codes.argtypes = [address, address, size, address, c_int, address, c_int]
+    lib.bitsmoe_coupled_codes.argtypes = [
+        *(address, address, size, address, address),
+        *(address, c_int, address, c_int),
+    ]
     lib.bitsmoe_pack.argtypes, lib.bitsmoe_pack.restype = [address, size, c_int, address, c_int], None
     lib.bitsmoe_best_scales.argtypes = [grids, address, address, size, size, c_int, *[address] * 3, c_int]
     lib.bitsmoe_best_scales.restype = None
@@ -93,6 +97,17 @@ class CompiledBackend(ReferenceBackend):
         threads = torch.get_num_threads()
         if _library().bitsmoe_trellis_codes(
             pointer(blocks), pointer(weights), count, pointer(values), bits, pointer(codes), threads
+        ):
+            raise MemoryError("no memory for the trellis search")
+        return codes
+
+    def coupled_codes(self, values: Tensor, blocks: CoupledBlocks, bits: int) -> Tensor:
+        rows, owner = blocks.rows.contiguous(), blocks.owner.contiguous()
+        unit, variance = blocks.unit.contiguous(), blocks.variance.contiguous()
+        codes = blocks.codes.clone(memory_format=torch.contiguous_format)
+        if _library().bitsmoe_coupled_codes(
+            *(pointer(rows), pointer(owner), len(rows), pointer(unit), pointer(variance)),
+            *(pointer(values), bits, pointer(codes), torch.get_num_threads()),
         ):
             raise MemoryError("no memory for the trellis search")
         return codes

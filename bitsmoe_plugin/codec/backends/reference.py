@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from bitsmoe_plugin.codec import bit_strings, row_codec, trellis, uniform
-from bitsmoe_plugin.codec.backends.interface import RankRows, RoundingBackend
+from bitsmoe_plugin.codec.backends.interface import CoupledBlocks, RankRows, RoundingBackend
 from bitsmoe_plugin.codec.scale_grid import nearby_codes
-from bitsmoe_plugin.codec.trellis import search
+from bitsmoe_plugin.codec.trellis import coupled_search, search
 
 
 class ReferenceBackend(RoundingBackend):
@@ -19,6 +19,9 @@ class ReferenceBackend(RoundingBackend):
 
     def trellis_codes(self, values: Tensor, rows: Tensor, weights: Tensor, bits: int) -> Tensor:
         return search.search_reference(values, rows, weights, bits)
+
+    def coupled_codes(self, values: Tensor, blocks: CoupledBlocks, bits: int) -> Tensor:
+        return coupled_search.search_reference(values, blocks, bits)
 
     def best_scales(self, rows: Tensor, weights: Tensor, bits: int | Tensor) -> tuple[Tensor, Tensor]:
         if isinstance(bits, int):

@@ -40,6 +40,33 @@ int bitsmoe_trellis_codes(const float *blocks, const float *weights, int64_t n, 
   return failed;
 }
 
+/* Codes of blocks [n, 32], owner [n] telling which unit [.., 32, 32] and variance [.., 32] each has; codes are those
+ * found before. Returns 0, or -1 without memory. */
+int bitsmoe_coupled_codes(const float *rows, const int64_t *owner, int64_t n, const float *unit, const float *variance,
+                          const float *table, int bits, int32_t *codes, int threads) {
+  enum { BATCH = 64 };
+  int failed = 0;
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+  for (int64_t start = 0; start < n; start += BATCH) {
+    const int count = n - start < BATCH ? (int)(n - start) : BATCH;
+    CoupledBlock blocks[BATCH];
+    void *search = aligned_alloc(64, (rounding->coupled_bytes + 63) / 64 * 64);
+    if (!search) {
+#pragma omp atomic write
+      failed = -1;
+      continue;
+    }
+    for (int i = 0; i < count; i++) {
+      const int64_t at = start + i;
+      blocks[i] = (CoupledBlock){rows + at * BLOCK, unit + owner[at] * BLOCK * BLOCK, variance + owner[at] * BLOCK,
+                                 codes + at * BLOCK};
+    }
+    rounding->search_coupled(search, blocks, count, table, bits);
+    free(search);
+  }
+  return failed;
+}
+
 /* Bit strings [n, bits words] of blocks of codes [n, 32], as bit_strings.pack_codes. */
 void bitsmoe_pack(const int32_t *codes, int64_t n, int bits, uint32_t *words, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)

@@ -37,10 +37,19 @@ typedef struct {
   int32_t *codes;
 } Block;
 
+/* One block whose errors are passed on inside it, see trellis/coupled_search.py. */
+typedef struct {
+  const float *x;              /* [32] */
+  const float *unit, *variance; /* [32, 32], [32] */
+  int32_t *codes;              /* [32], found before; overwritten */
+} CoupledBlock;
+
 /* What depends on the instruction set; rounding_kernels.h says what each does. */
 typedef struct {
   int64_t search_bytes;
   void (*search_blocks)(void *search, const Block *blocks, int64_t count, const float *table, int bits);
+  int64_t coupled_bytes;
+  void (*search_coupled)(void *search, const CoupledBlock *blocks, int64_t count, const float *table, int bits);
   void (*root_weights)(const float *weights, int size, float *root);
   void (*best_scale)(const float *row, const float *weights, int size, int bits, float unit, float *scale,
                      float *distortion);

@@ -10,6 +10,7 @@
 
 typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t Integers __attribute__((vector_size(4 * LANES)));
+typedef float UnalignedFloats __attribute__((vector_size(4 * LANES), aligned(4)));
 typedef int8_t Bytes __attribute__((vector_size(LANES)));
 
 typedef struct {
@@ -175,6 +176,8 @@ static void search_blocks(void *memory, const Block *blocks, int64_t count, cons
   }
 }
 
+#include "rounding_coupled.h"
+
 /* Square roots of weights [size], each block's largest being 1: only their ratios within a block matter. */
 static void root_weights(const float *weights, int size, float *root) {
   for (int first = 0; first < size; first += BLOCK) {
@@ -276,5 +279,5 @@ static float pass_on(float *work, const float *value, float *target, const float
 }
 
 const Rounding ROUNDING = {
-    sizeof(Search), search_blocks, root_weights, best_scale, choose_scale, uniform_codes, pass_on,
+    sizeof(Search), search_blocks, sizeof(Coupled), search_coupled, root_weights, best_scale, choose_scale, uniform_codes, pass_on,
 };

@@ -1,0 +1,103 @@
+"""Trellis codes of blocks in which errors are passed on: never worse than those found without, alike in C and torch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from bitsmoe_plugin.base import native
+from bitsmoe_plugin.codec import coupled_blocks, row_codec, trellis
+from bitsmoe_plugin.codec.backends import CoupledBlocks
+from bitsmoe_plugin.codec.backends.native import COMPILED
+from bitsmoe_plugin.codec.backends.reference import REFERENCE
+from bitsmoe_plugin.codec.trellis import coupled_search
+
+
+def _blocks(bits: int, count: int = 120, correlated: bool = True, used: int = 32) -> CoupledBlocks:
+    """Blocks of three owners, coded as if errors stayed where they are; values from ``used`` on are filled up."""
+    generator = torch.Generator().manual_seed(bits)
+    random = torch.randn(3, 32, 40, generator=generator) + 1.5 * torch.randn(3, 1, 40, generator=generator)
+    moments = random @ random.mT / 40 + 0.02 * torch.eye(32)
+    flipped = torch.linalg.cholesky(moments.flip(-1, -2)).flip(-1, -2)
+    scale = flipped.diagonal(dim1=-2, dim2=-1)
+    unit = flipped / scale[:, None] if correlated else torch.eye(32).expand(3, -1, -1).contiguous()
+    variance = scale.square().clone()
+    unit[:, used:], unit[:, :, used:], variance[:, used:] = 0, 0, 0
+    rows = torch.randn(count, 32, generator=generator)
+    rows[:, used:] = 0
+    owner = torch.randint(3, (count,), generator=generator)
+    alone = (unit.square() @ variance[..., None])[owner, :, 0]
+    codes = REFERENCE.trellis_codes(trellis.table(bits), rows, alone, bits)
+    return CoupledBlocks(rows, owner, unit, variance, codes)
+
+
+def _costs(blocks: CoupledBlocks, codes: Tensor, bits: int) -> Tensor:
+    errors = blocks.rows - trellis.decode(codes, bits)
+    passed = (errors[:, None] @ blocks.unit[blocks.owner])[:, 0]
+    return (passed.square() * blocks.variance[blocks.owner]).sum(-1)
+
+
+@pytest.mark.parametrize("bits", trellis.WIDTHS)
+def test_never_costs_more_and_pays_where_values_are_correlated(bits: int) -> None:
+    """Guards against a path that carries another path's errors: its cost would not be what it seems."""
+    blocks = _blocks(bits)
+    codes = REFERENCE.coupled_codes(trellis.table(bits), blocks, bits)
+    before, after = _costs(blocks, blocks.codes, bits), _costs(blocks, codes, bits)
+    assert bool((after <= before * (1 + 1e-5)).all())
+    assert float(after.sum()) < 0.8 * float(before.sum())  # 0.39 to 0.69 when this was written
+
+
+@pytest.mark.parametrize("bits", trellis.WIDTHS)
+def test_without_correlation_it_is_the_plain_search(bits: int) -> None:
+    """Only the choice of seams differs then, so a plain path bound to the same seam is found again or bettered."""
+    blocks = _blocks(bits, correlated=False)
+    codes = REFERENCE.coupled_codes(trellis.table(bits), blocks, bits)
+    same = coupled_search.seams(codes, bits) == coupled_search.seams(blocks.codes, bits)
+    assert int(same.sum()) > len(same) // 4
+    torch.testing.assert_close(
+        _costs(blocks, codes, bits)[same], _costs(blocks, blocks.codes, bits)[same], rtol=1e-4, atol=1e-6
+    )
+
+
+@pytest.mark.skipif(native.library() is None, reason="no compiled library")
+@pytest.mark.parametrize("instructions", ["portable", "avx2", "avx512"])
+@pytest.mark.parametrize("bits", trellis.WIDTHS)
+def test_compiled_search_finds_what_the_reference_finds(bits: int, instructions: str) -> None:
+    """Sums differ in their last bits, so ties may be broken otherwise: costs are alike, codes nearly all."""
+    if native.select(instructions) is None:
+        pytest.skip(f"this machine has no {instructions}")
+    try:
+        for blocks in (_blocks(bits), _blocks(bits, count=70, used=13)):
+            wanted = REFERENCE.coupled_codes(trellis.table(bits), blocks, bits)
+            found = COMPILED.coupled_codes(trellis.table(bits), blocks, bits)
+            torch.testing.assert_close(
+                _costs(blocks, found, bits), _costs(blocks, wanted, bits), rtol=2e-4, atol=1e-6
+            )
+            used = blocks.variance[0] > 0
+            assert float((found == wanted)[:, used].float().mean()) > 0.99
+    finally:
+        native.select(None)
+
+
+@pytest.mark.parametrize("size", [32, 20])
+@pytest.mark.parametrize("grid", row_codec.GRIDS)
+def test_rows_of_all_widths_and_short_blocks(size: int, grid: str) -> None:
+    """Rows of width 0 and of the uniform grid are coded as before; values are those that readers decode."""
+    generator = torch.Generator().manual_seed(1)
+    bits = torch.tensor([[0, 1, 2, 3, 4, 5, 8]]).expand(2, -1)
+    target = torch.randn(2, 7, size, generator=generator)
+    scales = torch.where(bits > 0, 0.5 + torch.rand(2, 7, generator=generator), 0.0)
+    unit = torch.eye(size) + torch.randn(2, size, size, generator=generator).triu(1) * 0.3
+    variance = torch.rand(2, size, generator=generator) + 0.1
+    codes, values = coupled_blocks.rounded(target, scales, unit, variance, bits, grid)
+    assert codes.shape == (2, 7, 32)
+    assert torch.equal(values, row_codec.decode(codes, scales, bits, size, grid))
+    alone = (unit.square() @ variance[..., None]).squeeze(-1)[:, None]
+    plain, plain_values = row_codec.rounded(target, scales, alone, bits, grid)
+    kept = torch.tensor([not row_codec.uses_trellis(int(b), grid) for b in bits[0]])
+    assert torch.equal(codes[:, kept], plain[:, kept])
+    cost, before = (
+        (((target - v) @ unit).square() * variance[:, None]).sum(-1) for v in (values, plain_values)
+    )
+    assert bool((cost <= before * (1 + 1e-5)).all())
