@@ -76,8 +76,12 @@ def plan_layer(problem: LayerProblem, payload_bits: int) -> LayerPlan:
 
 def _exact(problem: LayerProblem) -> dict[int, Exact]:
     """What some experts compute, evenly spaced."""
-    stride = max(1, problem.shape.num_experts // _TRIAL_EXPERTS)
-    return {expert: exact(problem, expert) for expert in range(0, problem.shape.num_experts, stride)}
+    return {expert: exact(problem, expert) for expert in trial_experts(problem.shape.num_experts)}
+
+
+def trial_experts(experts: int) -> range:
+    """Of so many those that a trial is of."""
+    return range(0, experts, max(1, experts // _TRIAL_EXPERTS))
 
 
 def _trial_feedback(problem: LayerProblem, given: dict[int, Exact]) -> dict[int, Feedback]:
