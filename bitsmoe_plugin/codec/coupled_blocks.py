@@ -14,7 +14,7 @@ from bitsmoe_plugin.codec.block import BLOCK
 def rounded(
     target: Tensor, scales: Tensor, unit: Tensor, variance: Tensor, bits: Tensor, grid: str
 ) -> tuple[Tensor, Tensor]:
-    """Codes and values of one block of each row; of rows on the uniform grid as if errors stayed where they are.
+    """Codes and values of one block of each row; on the uniform grid as if errors stayed where they are.
 
     Args:
         target: ``[e, r, n]`` float32, n at most 32.

@@ -1,4 +1,4 @@
-"""Trellis codes of blocks in which errors are passed on: never worse than those found without, alike in C and torch."""
+"""Trellis codes of blocks in which errors are passed on: never worse than without, alike in C and torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from bitsmoe_plugin.codec.trellis import coupled_search
 
 
 def _blocks(bits: int, count: int = 120, correlated: bool = True, used: int = 32) -> CoupledBlocks:
-    """Blocks of three owners, coded as if errors stayed where they are; values from ``used`` on are filled up."""
+    """Blocks of three owners, coded as if errors stayed where they are; filled up from ``used`` on."""
     generator = torch.Generator().manual_seed(bits)
     random = torch.randn(3, 32, 40, generator=generator) + 1.5 * torch.randn(3, 1, 40, generator=generator)
     moments = random @ random.mT / 40 + 0.02 * torch.eye(32)
@@ -45,12 +45,12 @@ def test_never_costs_more_and_pays_where_values_are_correlated(bits: int) -> Non
     codes = REFERENCE.coupled_codes(trellis.table(bits), blocks, bits)
     before, after = _costs(blocks, blocks.codes, bits), _costs(blocks, codes, bits)
     assert bool((after <= before * (1 + 1e-5)).all())
-    assert float(after.sum()) < 0.8 * float(before.sum())  # 0.39 to 0.69 when this was written
+    assert float(after.sum()) < 0.8 * float(before.sum())
 
 
 @pytest.mark.parametrize("bits", trellis.WIDTHS)
 def test_without_correlation_it_is_the_plain_search(bits: int) -> None:
-    """Only the choice of seams differs then, so a plain path bound to the same seam is found again or bettered."""
+    """Only the choice of seams differs then, so a plain path with the same seam is found again."""
     blocks = _blocks(bits, correlated=False)
     codes = REFERENCE.coupled_codes(trellis.table(bits), blocks, bits)
     same = coupled_search.seams(codes, bits) == coupled_search.seams(blocks.codes, bits)

@@ -1,10 +1,10 @@
 """Search for the trellis codes of blocks in which errors are passed on from value to value.
 
-What a block costs is not a sum over its values: with d the errors (value wanted minus value found), value k adds
-variance[k] times the square of d[k] + sum over j < k of d[j] unit[j, k]. So every path of the Viterbi search carries
-what it passes on to later values (per-survivor processing), which is no longer sure to find the best path. The search
-is bound to begin and end in one state: that of codes found before, or where the best path of a search without bounds
-begins, or where it ends; the best is kept, be it the codes found before.
+What a block costs is not a sum over its values: with d the errors (value wanted minus value found), value k
+adds variance[k] times the square of d[k] + sum over j < k of d[j] unit[j, k]. So every path of the Viterbi
+search carries what it passes on to later values (per-survivor processing), which is no longer sure to find
+the best path. The search is bound to begin and end in one state: that of codes found before, or where the
+best path of a search without bounds begins, or where it ends; the best is kept, be it the codes found before.
 """
 
 from __future__ import annotations
