@@ -109,7 +109,7 @@ FAMILIES = {
         vision={"default_output_length": 70},
     ),
     "llama4": Family(
-        {"head_dim": 32},
+        {"head_dim": 32, "moe_layers": [0, 1, 2], "interleave_moe_layer_step": 1},
         {
             "<|patch|>": IMAGE,
             "<|image|>": 4,
