@@ -23,13 +23,13 @@ _KNOWN = {
     r"Can't load image processor|Failed to load the processor|Tokenizer not available": (
         "vLLM asks for a processor or tokenizer, which the small model has not: not compared"
     ),
-    r"routed_experts.py:572": "vLLM takes fused experts for [E, 2I, H]; this class stores them transposed",
+    r"routed_experts.py:572": "vLLM takes fused experts in another order of dimensions than transformers",
     r"moe.py:185": "vLLM knows other names for the number of experts per token than this config.json has",
     r"gemma4_mm.py": "vLLM makes a tower for images, which the small model has not",
     r"^takes more than": "vLLM gave no answer in the time that a class has",
     r"does not have `num_attention_heads`": "vLLM finds no sizes of the language model in config.json",
     r"mlp_layer_types. entries must be in": "transformers 5.19 refuses the kinds of layers in its config",
-    r"^KeyError: .*mlp\.experts\.": "vLLM has no tensors of the names that its experts are stored under",
+    r"^KeyError: .*mlp\.experts\.": "transformers saves tensors of identity experts; vLLM knows none",
     r"image_outputs": "the forward pass of this class fails in transformers",
     r"missing the required \"forward\"": "the class has no forward pass: it generates through its parts",
 }

@@ -87,7 +87,7 @@ def _send(connection: Any, model: Path, dtype: str, reference: list[dict[str, An
     try:
         connection.send((_answers(model, dtype, reference), ""))
     except Exception as error:  # of vLLM, of any kind: it is a result here
-        connection.send((None, _one_line(error).replace(str(model), "MODEL")))
+        connection.send((None, _one_line(error, model)))
 
 
 def _answers(model: Path, dtype: str, reference: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -144,8 +144,9 @@ def _between(first: dict[str, Any], second: dict[str, Any]) -> float:
     return max(abs(a - b) for a, b in zip(first["logprobs"], second["logprobs"], strict=True))
 
 
-def _one_line(error: Exception) -> str:
-    """With the place that raised it."""
+def _one_line(error: Exception, model: Path) -> str:
+    """With the place that raised it; a path of the model is cut out before the text is cut short."""
     last = traceback.extract_tb(error.__traceback__)[-1]
-    text = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    text = f"{type(error).__name__}: {error}".replace(str(model), "MODEL")
+    text = " ".join(text.split())[:300]
     return f"{text} ({Path(last.filename).name}:{last.lineno})"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,17 +43,11 @@ class Family:
     text: of the language model's config; sizes that vLLM's kernels for the CPU know.
     special: tokens that its processor knows -> id.
     prompt: token ids that stand for an image.
-    taken: what the model takes of its processor's output.
-    names: attributes of its tokenizer -> special token.
-    vision: further entries of the vision tower's config, which vLLM reads and transformers does not.
     """
 
     text: dict[str, Any]
     special: dict[str, int]
     prompt: tuple[int, ...] = (START, IMAGE, END)
-    taken: tuple[str, ...] = ("pixel_values", "image_grid_thw")
-    names: dict[str, str] = field(default_factory=dict)
-    vision: dict[str, Any] = field(default_factory=dict)
 
 
 FAMILIES = {
@@ -95,32 +89,6 @@ FAMILIES = {
             "<|end_of_video|>": 8,
         },
     ),
-    "gemma4": Family(
-        {"head_dim": 32, "global_head_dim": 32},
-        {"<|image|>": IMAGE, "<|video|>": 4, "<|image>": START, "<image|>": END, "<|audio|>": 7},
-        prompt=(IMAGE,),
-        taken=("pixel_values", "image_position_ids"),
-        names={
-            "image_token": "<|image|>",
-            "boi_token": "<|image>",
-            "eoi_token": "<image|>",
-            "audio_token": "<|audio|>",
-        },
-        vision={"default_output_length": 70},
-    ),
-    "llama4": Family(
-        {"head_dim": 32},
-        {
-            "<|patch|>": IMAGE,
-            "<|image|>": 4,
-            "<|image_start|>": START,
-            "<|image_end|>": END,
-            "<|tile_x_separator|>": 7,
-            "<|tile_y_separator|>": 8,
-        },
-        prompt=(4,),
-        taken=("pixel_values",),
-    ),
 }
 
 
@@ -129,22 +97,15 @@ def tokenizer(family: Family) -> PreTrainedTokenizerFast:
     words = {f"w{token}": token for token in range(64) if token not in family.special.values()}
     model = Tokenizer(WordLevel({**family.special, **words}, unk_token="w2"))
     model.pre_tokenizer = WhitespaceSplit()
-    known = family.names or list(family.special)
-    return PreTrainedTokenizerFast(tokenizer_object=model, extra_special_tokens=known, pad_token="w0")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=model, extra_special_tokens=list(family.special), pad_token="w0"
+    )
 
 
 def processor(name: str) -> Any:
     """Of transformers; patches of 4 x 4 pixels, of which four make a token."""
     words = tokenizer(FAMILIES[name])
     words.add_special_tokens({"additional_special_tokens": list(FAMILIES[name].special)})
-    if name == "llama4":
-        images = transformers.Llama4ImageProcessor(size={"height": 16, "width": 16}, max_patches=4)
-        return transformers.Llama4Processor(images, words, patch_size=4)
-    if name == "gemma4":
-        images = transformers.Gemma4ImageProcessor(patch_size=4, max_soft_tokens=70, pooling_kernel_size=2)
-        videos = transformers.Gemma4VideoProcessor(patch_size=4, max_soft_tokens=70, pooling_kernel_size=2)
-        sounds = transformers.Gemma4AudioFeatureExtractor()
-        return transformers.Gemma4Processor(sounds, images, words, videos, image_seq_length=70)
     processor_class, images, videos = (getattr(transformers, kind) for kind in _KINDS[name])
     return processor_class(images(**_PATCHES, **_PIXELS), words, videos(**_PATCHES, **_PIXELS))
 
@@ -152,8 +113,6 @@ def processor(name: str) -> Any:
 def make(name: str, folder: Path) -> None:
     """The model, unquantized and packed at 4 bits."""
     dense = build(name, **FAMILIES[name].text)
-    for key, value in FAMILIES[name].vision.items():
-        setattr(dense.config.vision_config, key, value)
     dense.get_output_embeddings().weight.data[IMAGE] = 0  # generated, it would stand for one more image
     dense.save_pretrained(folder / "dense")
     tokens = torch.randint(10, 64, (16, 32), generator=torch.Generator().manual_seed(1))
@@ -175,9 +134,8 @@ def judge(name: str, folder: str, sequences: list[dict[str, Any]], images: list[
         seen: dict[str, Any] = {}
         if file:
             given = made.image_processor(images=[Image.open(file).convert("RGB")], return_tensors="pt")
-            seen = {key: given[key] for key in FAMILIES[name].taken}
-            if name != "llama4":
-                seen["mm_token_type_ids"] = tokens.eq(IMAGE).long()
+            seen = {key: given[key] for key in ("pixel_values", "image_grid_thw")}
+            seen["mm_token_type_ids"] = tokens.eq(IMAGE).long()
         logits = model(input_ids=tokens, **seen).logits[0, :-1].float().log_softmax(-1)
         chosen = logits.gather(1, tokens[0, 1:, None])[:, 0]
         behind = (logits.max(-1).values - chosen)[-len(sequence["tokens"]) :]
