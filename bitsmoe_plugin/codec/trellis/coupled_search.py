@@ -17,7 +17,8 @@ from bitsmoe_plugin.codec.block import BLOCK
 
 WINDOW = 8
 _UNREACHABLE = 1e30
-_BATCH = 2**11
+_BATCH = {"cpu": 2**11, "cuda": 2**14}
+"""Blocks at once: on a GPU about 1 GB (est.), so that a large layer takes few launches of kernels."""
 
 
 def search_reference(values: Tensor, blocks: CoupledBlocks, bits: int) -> Tensor:
@@ -27,11 +28,11 @@ def search_reference(values: Tensor, blocks: CoupledBlocks, bits: int) -> Tensor
         values: ``[2**WINDOW]`` float32, what each window decodes to.
         bits: 1 to 4.
     """
+    batch = _BATCH.get(blocks.rows.device.type, _BATCH["cpu"])
+    parts = (tensor.split(batch) for tensor in (blocks.rows, blocks.owner, blocks.codes))
     found = [
         _search_some(values, rows, blocks.unit[owner], blocks.variance[owner], codes, bits)
-        for rows, owner, codes in zip(
-            blocks.rows.split(_BATCH), blocks.owner.split(_BATCH), blocks.codes.split(_BATCH), strict=True
-        )
+        for rows, owner, codes in zip(*parts, strict=True)
     ]
     return torch.cat(found) if found else blocks.codes
 
