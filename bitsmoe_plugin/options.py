@@ -391,6 +391,7 @@ class Options:
         "Not stored, as ``tune``.",
         check=one_of("auto", "layers", "model", "both"),
         default="auto",
+        flag="WAY",
         stored="never",
     )
     format_version: int = option(

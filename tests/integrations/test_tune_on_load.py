@@ -126,3 +126,13 @@ def test_estimate_tells_what_it_takes(moe_tiny_path: Path, monkeypatch: pytest.M
         2 * 10**8,
     )
     assert "packed" not in estimate_resources.peak_memory(work, BitsMoEConfig())
+
+
+def test_the_way_is_an_option_of_the_command(
+    moe_tiny_path: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Guards a flag that nobody reads."""
+    given = ["quantize", str(moe_tiny_path), str(tmp_path / "out"), *FLAGS, "--tune", "1"]
+    status, _, errors = run_here(capfd, *given, "--tune-through", "layer")
+    assert status == 2
+    assert "tune_through='layer' is not allowed; allowed: 'auto', 'layers', 'model', 'both'" in errors
