@@ -91,7 +91,7 @@ class GatingForm:
 
     def _is_sensible(self) -> bool:
         positive = min(self.limit, self.gate_cap, self.up_cap) > 0
-        capped = GatingForm("silu", alpha=self.alpha, gate_cap=self.gate_cap, up_cap=self.up_cap)
+        capped = GatingForm(activation="silu", alpha=self.alpha, gate_cap=self.gate_cap, up_cap=self.up_cap)
         finite = math.isfinite(self.alpha) and math.isfinite(self.offset)
         return finite and positive and (self == capped or not self.has_caps)
 
@@ -191,7 +191,7 @@ def _candidates(function: Gating, has_gate: bool) -> Iterator[GatingForm]:
     bound = value(1e6, 1)
     if bound:
         gate_cap = _cap(value(1, 1) / bound * (1 + math.exp(-1)))
-        yield GatingForm("silu", gate_cap=gate_cap, up_cap=_cap(bound / value(1e6, 1e6)))
+        yield GatingForm(activation="silu", gate_cap=gate_cap, up_cap=_cap(bound / value(1e6, 1e6)))
 
 
 def _alpha(value: float) -> float | None:

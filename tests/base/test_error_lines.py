@@ -151,11 +151,14 @@ def test_a_broken_model_is_one_line_that_names_it(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["evaluate", "P", "--dataset", EVAL, "--max-tokens", "-5"], "max_tokens=-5 is not allowed"),
+        (
+            ["evaluate", "P", "--dataset", EVAL, "--max-tokens", "-5"],
+            "--max-tokens: '-5' is no whole number of at least 1",
+        ),
         (["evaluate", "P", "--dataset", EVAL, "--batch-size", "0"], "batch_size=0 is not allowed"),
         (["evaluate", "P", "--dataset", EVAL, "--sequence-length", "1"], "sequence_length=1 is not allowed"),
-        (["evaluate", "P", "--tasks", "arc_easy", "--few-shot", "-1"], "few_shot=-1 is not allowed"),
-        (["evaluate", "P", "--tasks", "arc_easy", "--limit", "0"], "limit=0 is not allowed"),
+        (["evaluate", "P", "--tasks", "arc_easy", "--few-shot", "-1"], "--few-shot: '-1' is no whole number"),
+        (["evaluate", "P", "--tasks", "arc_easy", "--limit", "0"], "--limit: '0' is no"),
         (
             ["tune", "P", "O", "--reference", "M", "--dataset", EVAL, "--sequence-length", "0"],
             "sequence_length=0",
@@ -163,11 +166,11 @@ def test_a_broken_model_is_one_line_that_names_it(
         (["quantize", "M", "O", "--dataset", EVAL, "--option", "tokenizer=3"], "tokenizer=3 is not allowed"),
         (
             ["compare", "M", "--dataset", EVAL, "--eval", EVAL, "--group-size", "0"],
-            "group_size=0 is not allowed",
+            "--group-size: '0' is no whole number",
         ),
         (
             ["compare", "M", "--dataset", EVAL, "--eval", EVAL, "--new-tokens", "-1"],
-            "new_tokens=-1 is not allowed",
+            "--new-tokens: '-1' is no whole number",
         ),
         (
             ["compare", "M", "--dataset", EVAL, "--eval", EVAL, "--batch-size", "0"],

@@ -154,7 +154,7 @@ def test_every_method_that_help_names_can_be_run() -> None:
         (["quantize", "no/such/model", "OUT", "--dataset", CALIBRATION], "no/such/model"),
         (["estimate", "no/such/model"], "no/such/model"),
         (["estimate", MODEL, "--bits", "0.2"], "smallest reachable is 0.2604"),
-        (["bench", "allocation", "--layers", "0"], "0 blocks"),
+        (["bench", "allocation", "--layers", "0"], "--layers: '0' is no whole number"),
         (["inspect", MODEL], "not a packed BitsMoE checkpoint"),
         (["evaluate", MODEL, "--dataset", EVAL, "--card"], "not a packed BitsMoE checkpoint"),
         (["evaluate", "./no/model", "--dataset", EVAL], "model directory ./no/model does not exist"),

@@ -146,10 +146,6 @@ def test_no_feedback_is_feedback_of_a_diagonal(grid: str, backend: RoundingBacke
     ]
     for short, long in (along_rank, along_neurons):
         assert torch.equal(short.scale_codes, long.scale_codes)
-        if long is along_neurons[1] and grid == "trellis":  # which also tries other seams of the rings
-            assert bool((long.errors <= short.errors * (1 + 1e-4) + 1e-12).all())
-            assert float((short.codes == long.codes).float().mean()) > 0.5
-            continue
         torch.testing.assert_close(short.errors, long.errors, rtol=1e-4, atol=1e-12)
         assert float((short.codes == long.codes).float().mean()) > 0.999
 
@@ -194,12 +190,7 @@ def test_without_correlation_it_is_plain_rounding(rounder, grid: str) -> None:
     n = RANK if rounder is round_rank else SIZE
     rows, scales = rounder(factor, bits, Feedback.of(torch.eye(n).repeat(EXPERTS, 1, 1), 0), grid)
     alone = row_codec.encode(factor, scales, torch.ones(1), bits, grid)
-    if rounder is round_neurons and grid == "trellis":  # which also tries other seams of the rings
-        values = row_codec.decode(alone, scales, bits, SIZE, grid)
-        errors, plain = ((factor - v).square().sum(-1) for v in (rows.values, values))
-        assert bool((errors <= plain * (1 + 1e-5)).all())
-    else:
-        assert torch.equal(rows.codes, alone)
+    assert torch.equal(rows.codes, alone)
     if grid == "uniform":
         nearest = uniform.encode(factor, scales[..., None], bits[..., None])
         assert torch.equal(rows.codes[..., :SIZE].float(), nearest)

@@ -3,8 +3,8 @@
 What a block costs is not a sum over its values: with d the errors (value wanted minus value found), value k
 adds variance[k] times the square of d[k] + sum over j < k of d[j] unit[j, k]. So every path of the Viterbi
 search carries what it passes on to later values (per-survivor processing), which is no longer sure to find
-the best path. The search is bound to begin and end in one state: that of codes found before, or where the
-best path of a search without bounds begins, or where it ends; the best is kept, be it the codes found before.
+the best path: codes found before are kept where theirs is better. It begins and ends in their state: to try
+those in which the best path without bounds begins and ends costs four times as much (examples/quality.md).
 """
 
 from __future__ import annotations
@@ -48,15 +48,9 @@ def seams(codes: Tensor, bits: int) -> Tensor:
 def _search_some(
     values: Tensor, x: Tensor, unit: Tensor, variance: Tensor, codes: Tensor, bits: int
 ) -> Tensor:
-    given = values, x, unit, variance, bits
-    _, _, begun, ended = _paths(*given, None)
-    own = seams(codes, bits)
-    best, least = codes, _cost(*given, codes, own)
-    for seam in (own, begun, ended):
-        cost, path, _, _ = _paths(*given, seam)
-        better = cost < least
-        least, best = torch.where(better, cost, least), torch.where(better[:, None], path, best)
-    return best
+    given, seam = (values, x, unit, variance, bits), seams(codes, bits)
+    cost, found = _paths(*given, seam)
+    return torch.where((cost < _cost(*given, codes, seam))[:, None], found, codes)
 
 
 def _cost(
@@ -71,19 +65,14 @@ def _cost(
 
 
 def _paths(
-    values: Tensor, x: Tensor, unit: Tensor, variance: Tensor, bits: int, seam: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The best paths from ``seam`` ``[n]`` to it, None: from anywhere to anywhere.
-
-    Returns:
-        their costs ``[n]``, codes ``[n, 32]`` int32, and the states ``[n]`` where they begin and end.
-    """
+    values: Tensor, x: Tensor, unit: Tensor, variance: Tensor, bits: int, seam: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Costs ``[n]`` and codes ``[n, 32]`` int32 of the best paths from ``seam`` ``[n]`` to it."""
     n, states = len(x), 1 << (WINDOW - bits)
     windows = torch.arange(1 << WINDOW, device=x.device).view(states, 1 << bits)
     before, value, trace = windows & (states - 1), values[windows], []
-    metric, passed = x.new_zeros(n, states), x.new_zeros(n, states, BLOCK)
-    if seam is not None:
-        metric = torch.full_like(metric, _UNREACHABLE).scatter_(1, seam[:, None], 0.0)
+    metric, passed = x.new_full((n, states), _UNREACHABLE), x.new_zeros(n, states, BLOCK)
+    metric.scatter_(1, seam[:, None], 0.0)
     for k in range(BLOCK):
         error = x[:, k, None, None] - value
         left = error + passed[:, before, k]
@@ -93,10 +82,9 @@ def _paths(
         came = before.expand(n, -1, -1).gather(2, choice[..., None])
         own = error.gather(2, choice[..., None])
         passed = passed.gather(1, came.expand(-1, -1, BLOCK)) + own * unit[:, None, k]
-    state = metric.argmin(-1) if seam is None else seam
-    ended, codes = state, []
+    state, codes = seam, []
     for choice in reversed(trace):
         window = (state << bits) | choice.gather(1, state[:, None])[:, 0]
         codes.append(window >> (WINDOW - bits))
         state = window & (states - 1)
-    return metric.gather(1, ended[:, None])[:, 0], torch.stack(codes[::-1], 1).to(torch.int32), state, ended
+    return metric.gather(1, seam[:, None])[:, 0], torch.stack(codes[::-1], 1).to(torch.int32)

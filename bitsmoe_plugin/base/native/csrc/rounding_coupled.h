@@ -49,13 +49,12 @@ INLINE void coupled_step(Coupled *s, int bits, float x, float variance, const fl
   }
 }
 
-/* The best path from `start` to `end`, -1: from and to any state. Returns its cost. */
-INLINE float coupled_path(Coupled *s, const CoupledBlock *b, int bits, int start, int end, uint8_t codes[BLOCK],
-                          int *begun, int *ended) {
+/* The best path from `seam` to it. Returns its cost. */
+INLINE float coupled_path(Coupled *s, const CoupledBlock *b, int bits, int seam, uint8_t codes[BLOCK]) {
   const int states = 1 << (WINDOW - bits);
   float base[LANES << TRELLIS_BITS] __attribute__((aligned(64))), metric[LANES << TRELLIS_BITS] __attribute__((aligned(64)));
   memset(s->passed[0], 0, states * sizeof *s->passed[0]);
-  for (int i = 0; i < states; i++) s->metric[i] = start < 0 || i == start ? 0.f : 1e30f;
+  for (int i = 0; i < states; i++) s->metric[i] = i == seam ? 0.f : 1e30f;
   for (int k = 0; k < BLOCK; k++) {
     float(*from)[BLOCK] = s->passed[k % 2], (*to)[BLOCK] = s->passed[k % 2 ^ 1];
     for (int i = 0; i < states; i++) s->before[i] = b->x[k] + from[i][k];
@@ -70,18 +69,12 @@ INLINE float coupled_path(Coupled *s, const CoupledBlock *b, int bits, int start
         *(Floats *)(to[i] + later) = *(const Floats *)(came + later) + error * *(const UnalignedFloats *)(unit + later);
     }
   }
-  int state = end < 0 ? 0 : end;
-  for (int i = 1; end < 0 && i < states; i++)
-    if (s->metric[i] < s->metric[state]) state = i;
-  *ended = state;
-  const float cost = s->metric[state];
-  for (int k = BLOCK - 1; k >= 0; k--) {
+  for (int k = BLOCK - 1, state = seam; k >= 0; k--) {
     const int window = state << bits | s->trace[k][state];
     codes[k] = (uint8_t)(window >> (WINDOW - bits));
     state = window & (states - 1);
   }
-  *begun = state;
-  return cost;
+  return s->metric[seam];
 }
 
 /* What a block's codes cost, whose ring begins in state `seam`. */
@@ -104,18 +97,11 @@ INLINE void coupled_width(Coupled *s, const CoupledBlock *blocks, int64_t count,
   for (int64_t i = 0; i < count; i++) {
     const CoupledBlock *b = blocks + i;
     uint8_t codes[BLOCK];
-    int seams[3] = {0}, begun, ended;
+    unsigned seam = 0;
     for (int k = BLOCK - (WINDOW + bits - 1) / bits; k < BLOCK; k++)
-      seams[0] = (int)((unsigned)b->codes[k] << (WINDOW - bits) | (unsigned)seams[0]) >> bits;
-    coupled_path(s, b, bits, -1, -1, codes, &seams[1], &seams[2]);
-    float least = coupled_cost(b, table, bits, seams[0]);
-    for (int n = 0; n < 3; n++) {
-      if ((n && seams[n] == seams[0]) || (n == 2 && seams[2] == seams[1])) continue;
-      const float cost = coupled_path(s, b, bits, seams[n], seams[n], codes, &begun, &ended);
-      if (!(cost < least)) continue;
-      least = cost;
-      for (int k = 0; k < BLOCK; k++) b->codes[k] = codes[k];
-    }
+      seam = ((unsigned)b->codes[k] << (WINDOW - bits) | seam) >> bits;
+    if (!(coupled_path(s, b, bits, (int)seam, codes) < coupled_cost(b, table, bits, (int)seam))) continue;
+    for (int k = 0; k < BLOCK; k++) b->codes[k] = codes[k];
   }
 }
 
