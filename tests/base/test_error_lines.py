@@ -155,7 +155,7 @@ def test_a_broken_model_is_one_line_that_names_it(
             ["evaluate", "P", "--dataset", EVAL, "--max-tokens", "-5"],
             "--max-tokens: '-5' is no whole number of at least 1",
         ),
-        (["evaluate", "P", "--dataset", EVAL, "--batch-size", "0"], "batch_size=0 is not allowed"),
+        (["evaluate", "P", "--dataset", EVAL, "--batch-size", "0"], "--batch-size: '0' is no whole number"),
         (["evaluate", "P", "--dataset", EVAL, "--sequence-length", "1"], "sequence_length=1 is not allowed"),
         (["evaluate", "P", "--tasks", "arc_easy", "--few-shot", "-1"], "--few-shot: '-1' is no whole number"),
         (["evaluate", "P", "--tasks", "arc_easy", "--limit", "0"], "--limit: '0' is no"),
