@@ -31,20 +31,6 @@ TEXT = str(Path(__file__).parents[2] / "examples" / "data" / "calibration.jsonl"
 FIRST = "model.layers.0.mlp.experts"
 
 
-@pytest.fixture(scope="module")
-def packed(packed_moe_tiny: Path) -> Any:
-    """In float32; tests change copies."""
-    return AutoModelForCausalLM.from_pretrained(packed_moe_tiny, dtype=torch.float32).eval()
-
-
-@pytest.fixture(scope="module")
-def blocks(moe_tiny: Any) -> Tensor:
-    """Sixteen blocks that the unquantized model itself finds likely."""
-    start = torch.randint(0, 4096, (16, 1), generator=torch.Generator().manual_seed(0))
-    torch.manual_seed(0)
-    return moe_tiny.generate(start, do_sample=True, max_new_tokens=47, min_new_tokens=47, pad_token_id=0)
-
-
 def routed(tokens: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """Inputs, expert ids and weights for a layer of the bundled model."""
     generator = torch.Generator().manual_seed(seed)

@@ -1,0 +1,25 @@
+"""What tests of tuning share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+
+@pytest.fixture(scope="module")
+def packed(packed_moe_tiny: Path) -> Any:
+    """In float32; tests change copies."""
+    return AutoModelForCausalLM.from_pretrained(packed_moe_tiny, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def blocks(moe_tiny: Any) -> Tensor:
+    """Sixteen blocks that the unquantized model itself finds likely."""
+    start = torch.randint(0, 4096, (16, 1), generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    return moe_tiny.generate(start, do_sample=True, max_new_tokens=47, min_new_tokens=47, pad_token_id=0)
