@@ -24,7 +24,7 @@ from bitsmoe_plugin.pipeline import tuning
 from bitsmoe_plugin.pipeline.tuning_settings import TuningSettings
 
 TEXT = str(Path(__file__).parents[2] / "examples" / "data" / "calibration.jsonl")
-OPTIONS: dict[str, Any] = {"bits": 2.0, "method": "fast", "calibration_tokens": 2048, "sequence_length": 128}
+OPTIONS: dict[str, Any] = {"bits": 1.4, "method": "fast", "calibration_tokens": 2048, "sequence_length": 128}
 FLAGS = ["--dataset", TEXT, "--calibration-tokens", "2048", "--sequence-length", "128"]
 
 
@@ -44,13 +44,25 @@ def test_it_is_quantizing_and_tuning_in_one(
             quantize_to_directory(str(moe_tiny_path), whole, config)
     assert not whole.exists()
     assert len(list(tmp_path.glob("whole.work/tuned-*.safetensors"))) >= 1
-    command = ["quantize", str(moe_tiny_path), str(whole), "--method", "fast", *FLAGS, "--tune", "1"]
+    command = [
+        "quantize",
+        str(moe_tiny_path),
+        str(whole),
+        "--method",
+        "fast",
+        "--bits",
+        "1.4",
+        *FLAGS,
+        "--tune",
+        "1",
+    ]
     assert run_here(capfd, *command)[0] == 0
     assert "tuning" in read_times(whole)
     assert [path.name for path in tmp_path.iterdir()] == ["whole"]
     quantize_to_directory(str(moe_tiny_path), packed, BitsMoEConfig(dataset=TEXT, **OPTIONS))
     given = ["tune", str(packed), str(tuned), "--reference", str(moe_tiny_path), *FLAGS, "--epochs", "1"]
-    assert run_here(capfd, *given)[0] == 0
+    status, _, said = run_here(capfd, *given)
+    assert status == 0, said
     before, one, two = (load_file(path / "model.safetensors") for path in (packed, whole, tuned))
     assert all(one[name].equal(tensor) for name, tensor in two.items())
     assert not all(before[name].equal(tensor) for name, tensor in two.items())
