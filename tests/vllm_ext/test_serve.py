@@ -160,7 +160,7 @@ def test_the_example_of_a_client(url: str) -> None:
     assert f"tiny goes on: {wanted['text']!r} (length)\n" in done.stdout, done.stderr
     assert f"streamed: {wanted['text']}\n" in done.stdout
     first = wanted["logprobs"]["tokens"][0], wanted["logprobs"]["token_logprobs"][0]
-    assert f"{first[0]!r}: {first[1]:.2f}" in done.stdout
+    assert f"{first[0]!r}: {first[1]:.3f}" in done.stdout
 
 
 def test_a_server_under_load_loses_nothing(server: tuple[int, str]) -> None:
