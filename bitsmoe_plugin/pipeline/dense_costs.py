@@ -53,8 +53,11 @@ def dense_costs(run: Run, index: int, outputs: Hidden, error: float = 0.0) -> De
     weights = token_weights(run, outputs)
     moments = input_moments(run.forward, index, modules, weights)
     inputs = _first(run.forward.hidden)
-    noisy = with_noise(inputs, error, run.config.seed)
-    exact, before = _outputs(run, index, inputs), _outputs(run, index, noisy)
+    exact = before = _outputs(run, index, inputs)
+    noisy = inputs
+    if error:
+        noisy = with_noise(inputs, error, run.config.seed)
+        before = _outputs(run, index, noisy)
     costs: DenseCosts = []
     for unit in units:
         costs.append([])
