@@ -6,7 +6,6 @@ line, and ``bitsmoe doctor`` what to do. Help, version and wrong arguments are a
 
 from __future__ import annotations
 
-import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -26,14 +25,12 @@ def main(argv: Sequence[str] | None = None, program: str = "bitsmoe") -> int:
         from vllm_ext.doctor import main as doctor
 
         return doctor(argv[1:])
-    if argv[:1] == ["quantize"]:
-        # Read when torch is imported. Threads that spin while they wait for another take the time of that
-        # other where more threads are busy than there are cores.
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         import_package = _package()
+        from bitsmoe_plugin.base.waiting_threads import wait_passively_to_quantize
         from bitsmoe_plugin.cli import build_parser, run
 
+        wait_passively_to_quantize(argv)
         args = build_parser(program).parse_args(argv)
         import_package()
     except Exception as error:

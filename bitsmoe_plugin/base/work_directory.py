@@ -205,14 +205,14 @@ def _removed_if_it_fails(temporary: Path) -> Iterator[None]:
         raise
 
 
-def differences(there: Any, here: Any, name: str = "") -> list[str]:
+def _differences(there: Any, here: Any, name: str = "") -> list[str]:
     """Where two JSON objects differ, in words."""
     if isinstance(there, dict) and isinstance(here, dict):
         keys = dict.fromkeys([*there, *here])
         return [
             text
             for key in keys
-            for text in differences(there.get(key), here.get(key), f"{name} {key}".strip())
+            for text in _differences(there.get(key), here.get(key), f"{name} {key}".strip())
         ]
     return [] if there == here else [f"{name} was {there}, is {here}"]
 
@@ -248,6 +248,21 @@ class WorkDirectory:
         return QuantizationError(
             f"work directory {self.path}: {what}. Remove the directory to start over: rm -r {self.path}"
         )
+
+    def check_identity(self, found: dict[str, Any], wanted: dict[str, Any], what: str) -> None:
+        """
+        Args:
+            found: identity of the run that the directory holds, JSON-ready.
+            wanted: of the one that goes on, likewise.
+            what: is held, for the message: "progress", "tuning".
+
+        Raises:
+            QuantizationError: they differ.
+        """
+        as_read = [json.loads(json.dumps(identity)) for identity in (found, wanted)]
+        changes = _differences(*as_read)
+        if changes:
+            raise self.damaged(f"it holds the {what} of another run: {'; '.join(changes)}")
 
     def _read_journal(self) -> None:
         try:

@@ -5,14 +5,13 @@ What grows with the depth of the model (plans, packed layers) is mapped from its
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bitsmoe_plugin.allocation.row_widths import Widths
-from bitsmoe_plugin.base.work_directory import WorkDirectory, differences
+from bitsmoe_plugin.base.work_directory import WorkDirectory
 from bitsmoe_plugin.calibration.super_experts import ExpertOutputs
 from bitsmoe_plugin.codec.basis import QuantizedBasis
 from bitsmoe_plugin.codec.layout import PackedExperts
@@ -37,7 +36,6 @@ class ProgressOnDisk:
         Raises:
             QuantizationError: the directory holds progress of another identity.
         """
-        identity = json.loads(json.dumps(identity))  # as it will be read again
         self._directory, self._device = directory, device
         if "tuning" in directory.state and "identity" not in directory.state:
             raise directory.damaged("it holds layers of a packed model that is being tuned")
@@ -54,9 +52,7 @@ class ProgressOnDisk:
                 seconds={},
             )
             directory.commit()
-        changes = differences(directory.state["identity"], identity)
-        if changes:
-            raise directory.damaged(f"it holds the progress of another run: {'; '.join(changes)}")
+        directory.check_identity(directory.state["identity"], identity, "progress")
         self._state = directory.state
         self.planned, self.rounded = self._state["planned"], self._state["rounded"]
         stored = self._state.setdefault("dense_costs", {})

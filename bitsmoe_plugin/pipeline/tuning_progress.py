@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bitsmoe_plugin.base.work_directory import WorkDirectory, differences
+from bitsmoe_plugin.base.work_directory import WorkDirectory
 from bitsmoe_plugin.codec.layout import PackedExperts
 from bitsmoe_plugin.pipeline.hidden_files import HiddenFiles
 from bitsmoe_plugin.runtime.experts import BitsMoEExperts
@@ -47,11 +46,8 @@ class TuningProgress:
         Raises:
             QuantizationError: the directory holds progress of another identity.
         """
-        identity = json.loads(json.dumps(identity))  # as it will be read again
         state = directory.state.setdefault("tuning", {"identity": identity, "blocks": [], "chunks": 0})
-        changes = differences(state["identity"], identity)
-        if changes:
-            raise directory.damaged(f"it holds the tuning of another run: {'; '.join(changes)}")
+        directory.check_identity(state["identity"], identity, "tuning")
         self.directory, self._state = directory, state
         self.exact, self.hidden, self.untuned = (HiddenFiles(directory, name, device) for name in STREAMS)
 
