@@ -50,6 +50,7 @@ class _Decoder(ctypes.Structure):
         ("table", c_uint8 * 256),
         ("perm", c_uint8 * 64),
         ("shift", c_uint8 * 64),
+        ("quads", c_uint8 * 512),
     )
 
 

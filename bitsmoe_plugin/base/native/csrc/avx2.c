@@ -166,7 +166,7 @@ INLINE __m256i widen(const uint8_t *bytes) {
   return _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)bytes));
 }
 
-static void decode_row(const Decoder *d, const uint32_t *words, int chunks, int tail, int16_t *out) {
+static void decode_chunks(const Decoder *d, const uint32_t *words, int chunks, int tail, int16_t *out) {
   int blocks = 2 * chunks - tail;
   if (!d->trellis) {
     Fields f = fields_of(d->bits);
@@ -182,6 +182,11 @@ static void decode_row(const Decoder *d, const uint32_t *words, int chunks, int 
     }
   }
   if (tail) memset(out + blocks * BLOCK, 0, BLOCK * sizeof(int16_t));
+}
+
+static void decode_row(const Decoder *d, const uint32_t *words, int chunks, int tail, int16_t *out) {
+  prefetch(words, AHEAD, AHEAD + (int64_t)8 * d->bits * chunks);
+  decode_chunks(d, words, chunks, tail, out);
 }
 
 /* A pair of rows side by side, 16 columns in two vectors: columns 0 to 3 and 8 to 11, then the others. */
@@ -216,7 +221,8 @@ INLINE void fields_tile(const Decoder *d, const uint32_t *words, int64_t stride,
 }
 
 static void decode_tile(const Decoder *d, const uint32_t *words, int64_t stride, int rows, int tail,
-                        int16_t *tile) {
+                        const void *ahead, int16_t *tile) {
+  prefetch(ahead, 0, (int64_t)8 * d->bits * rows);
   if (tail) memset(tile, 0, ROWS * CHUNK * sizeof(int16_t));
   if (d->trellis) trellis_tile(d, words, stride, rows, 2 - tail, tile);
   else fields_tile(d, words, stride, rows, 2 - tail, tile);
@@ -303,7 +309,7 @@ static int decode_band(const Decoder *d, const uint32_t *words, int64_t stride, 
   for (int c = 0; c < chunks; c += PIECE) {
     int count = chunks - c < PIECE ? chunks - c : PIECE;
     for (int r = 0; r < BAND; r++)
-      decode_row(d, words + r * stride + c * 2 * d->bits, count, tail && c + count == chunks, rows[r]);
+      decode_chunks(d, words + r * stride + c * 2 * d->bits, count, tail && c + count == chunks, rows[r]);
     for (int i = 0; i < count * CHUNK; i += 16, values += 16 * BAND)
       for (int half = 0; half < 2; half++) {
         __m256i v[8];

@@ -101,13 +101,16 @@ INLINE Constants constants_of(const Decoder *d) {
   return c;
 }
 
+INLINE __m512i look_up(const Constants *c, __m512i windows) {
+  __m512i low = _mm512_permutex2var_epi8(c->tables[0], windows, c->tables[1]);
+  __m512i high = _mm512_permutex2var_epi8(c->tables[2], windows, c->tables[3]);
+  return _mm512_mask_blend_epi8(_mm512_movepi8_mask(windows), low, high);
+}
+
 INLINE __m512i decode(const Constants *c, const void *words, __mmask64 bytes, int trellis) {
   __m512i fields = _mm512_permutexvar_epi8(c->perm, _mm512_maskz_loadu_epi8(bytes, words));
   fields = _mm512_multishift_epi64_epi8(c->shift, fields);
-  if (!trellis) return _mm512_and_si512(fields, c->mask);
-  __m512i low = _mm512_permutex2var_epi8(c->tables[0], fields, c->tables[1]);
-  __m512i high = _mm512_permutex2var_epi8(c->tables[2], fields, c->tables[3]);
-  return _mm512_mask_blend_epi8(_mm512_movepi8_mask(fields), low, high);
+  return trellis ? look_up(c, fields) : _mm512_and_si512(fields, c->mask);
 }
 
 INLINE __mmask64 bytes_of(int blocks, int bits) {
@@ -121,6 +124,7 @@ INLINE void decode_row_of(const Decoder *d, const uint32_t *words, int chunks, i
   __mmask64 bytes = bytes_of(2, d->bits);
   for (int i = 0; i < chunks; i++) {
     if (tail && i == chunks - 1) bytes = bytes_of(1, d->bits);
+    __builtin_prefetch((const char *)(words + i * 2 * d->bits) + AHEAD);
     _mm512_storeu_si512(out + i * CHUNK, decode(&c, words + i * 2 * d->bits, bytes, trellis));
   }
 }
@@ -133,10 +137,13 @@ static void decode_row(const Decoder *d, const uint32_t *words, int chunks, int 
 /* Bytes of four rows side by side, as VPDPBUSD adds them up: register p of a quad holds in its 128-bit
  * lane L columns 16 L + 4 p to 16 L + 4 p + 3. */
 INLINE void decode_tile_of(const Decoder *d, const uint32_t *words, int64_t stride, int rows, int tail,
-                           uint8_t *tile, int trellis) {
+                           const char *ahead, uint8_t *tile, int trellis) {
   Constants c = constants_of(d);
   __mmask64 bytes = bytes_of(2 - tail, d->bits);
   for (int r = 0; r < rows; r += QUAD, tile += QUAD * CHUNK) {
+    __builtin_prefetch(ahead);
+    if (d->bits > 2) __builtin_prefetch(ahead + 64);
+    ahead += 32 * d->bits;
     __m512i v[QUAD];
     for (int i = 0; i < QUAD; i++) {
       v[i] = decode(&c, words, bytes, trellis);
@@ -151,16 +158,52 @@ INLINE void decode_tile_of(const Decoder *d, const uint32_t *words, int64_t stri
   }
 }
 
+/* Chunk `row` of QUAD, of 1 or 2 bits, beside the others. */
+INLINE __m512i add_chunk(__m512i chunks, const uint32_t *words, int row, int bits) {
+  if (bits == 1) return _mm512_mask_broadcastq_epi64(chunks, (__mmask8)(1 << row), _mm_loadl_epi64((const __m128i *)words));
+  return _mm512_mask_broadcast_i32x4(chunks, (__mmask16)(15 << 4 * row), _mm_loadu_si128((const __m128i *)words));
+}
+
+/* The same of whole chunks of trellises of 1 or 2 bits: those of four rows fit into a register, whose bytes are
+ * permuted such that the windows come out side by side. */
+INLINE void decode_quads_of(const Decoder *d, const uint32_t *words, int64_t stride, int rows, const char *ahead, uint8_t *tile, int bits) {
+  Constants c = constants_of(d);
+  for (int r = 0; r < rows; r += QUAD) {
+    __builtin_prefetch(ahead);
+    ahead += 32 * bits;
+    __m512i chunks = _mm512_setzero_si512();
+    for (int i = 0; i < QUAD; i++) {
+      chunks = add_chunk(chunks, words, i, bits);
+      if (r + i + 1 < rows) words += stride;
+    }
+    for (int p = 0; p < QUAD; p++, tile += CHUNK) {
+      __m512i windows = _mm512_permutexvar_epi8(_mm512_loadu_si512(d->quad_perm[p]), chunks);
+      windows = _mm512_multishift_epi64_epi8(_mm512_loadu_si512(d->quad_shift[p]), windows);
+      _mm512_storeu_si512(tile, look_up(&c, windows));
+    }
+  }
+}
+
 static void decode_tile(const Decoder *d, const uint32_t *words, int64_t stride, int rows, int tail,
-                        int16_t *tile) {
-  if (d->trellis) decode_tile_of(d, words, stride, rows, tail, (uint8_t *)tile, 1);
-  else decode_tile_of(d, words, stride, rows, tail, (uint8_t *)tile, 0);
+                        const void *ahead, int16_t *tile) {
+  if (d->trellis && d->bits == 2 && !tail) decode_quads_of(d, words, stride, rows, ahead, (uint8_t *)tile, 2);
+  else if (d->trellis && d->bits == 1 && !tail) decode_quads_of(d, words, stride, rows, ahead, (uint8_t *)tile, 1);
+  else if (d->trellis) decode_tile_of(d, words, stride, rows, tail, ahead, (uint8_t *)tile, 1);
+  else decode_tile_of(d, words, stride, rows, tail, ahead, (uint8_t *)tile, 0);
 }
 
 INLINE __m512i broadcast(const int16_t *bytes, int i) {
   int32_t word;
   memcpy(&word, (const int8_t *)bytes + 4 * i, 4);
   return _mm512_set1_epi32(word);
+}
+
+/* sum + products of unsigned u and signed q, in fours. The empty statement keeps a sum that a loop adds up in one
+ * register: gcc otherwise copies it at each step. */
+INLINE __m512i add_products(__m512i sum, __m512i u, __m512i q) {
+  sum = _mm512_dpbusd_epi32(sum, u, q);
+  __asm__("" : "+v"(sum));
+  return sum;
 }
 
 /* 256 * hi + lo, or, if odd, twice that - rest; count vectors. */
@@ -176,24 +219,30 @@ INLINE void combine(const __m512i *hi, const __m512i *lo, int32_t rest, int odd,
 INLINE void tile_dot_of(const uint8_t *tile, int rows, const Term *terms, int count, int column, int odd) {
   enum { MOST = 2 };
   __m512i hi[MOST][4], lo[MOST][4];
+#pragma GCC unroll 4
   for (int m = 0; m < count; m++)
+#pragma GCC unroll 4
     for (int p = 0; p < 4; p++) {
       hi[m][p] = _mm512_setzero_si512();
       lo[m][p] = _mm512_set1_epi32((int32_t)terms[m].start);
     }
   int quads = (rows + QUAD - 1) / QUAD;
   for (int i = 0; i < quads; i++, tile += QUAD * CHUNK)
+#pragma GCC unroll 4
     for (int m = 0; m < count; m++) {
       __m512i high = broadcast(terms[m].q, i), low = broadcast(terms[m].q + CHUNK / 2, i);
+#pragma GCC unroll 4
       for (int p = 0; p < 4; p++) {
         __m512i u = _mm512_loadu_si512(tile + 64 * p);
-        hi[m][p] = _mm512_dpbusd_epi32(hi[m][p], u, high);
-        lo[m][p] = _mm512_dpbusd_epi32(lo[m][p], u, low);
+        hi[m][p] = add_products(hi[m][p], u, high);
+        lo[m][p] = add_products(lo[m][p], u, low);
       }
     }
+#pragma GCC unroll 4
   for (int m = 0; m < count; m++) {
     __m512 sums[4], factor = _mm512_set1_ps(odd ? terms[m].factor : 2 * terms[m].factor);
     combine(hi[m], lo[m], terms[m].rest, odd, 4, sums);
+#pragma GCC unroll 4
     for (int p = 0; p < 4; p++) {
       float *out = terms[m].out + column + 16 * p;
       _mm512_storeu_ps(out, _mm512_fmadd_ps(sums[p], factor, _mm512_loadu_ps(out)));
@@ -239,24 +288,29 @@ INLINE __m128 reduce4(const __m512 v[4]) {
 INLINE void rows_dot_of(const int16_t *rows, int64_t stride, int chunks, const Term *terms, int count, int odd) {
   enum { MOST = 2 };
   __m512i hi[MOST][QUAD], lo[MOST][QUAD];
+#pragma GCC unroll 4
   for (int m = 0; m < count; m++) { /* a share of `start` in each of the lanes, which are added up */
     int64_t start = terms[m].start;
     __m512i share = _mm512_set1_epi32((int32_t)(start >> 4));
     share = _mm512_mask_add_epi32(share, 1, share, _mm512_set1_epi32((int32_t)(start & 15)));
+#pragma GCC unroll 4
     for (int r = 0; r < QUAD; r++) {
       hi[m][r] = _mm512_setzero_si512();
       lo[m][r] = share;
     }
   }
   for (int c = 0; c < chunks; c++)
+#pragma GCC unroll 4
     for (int m = 0; m < count; m++) {
       __m512i high = load_hi(terms[m].q, c), low = load_lo(terms[m].q, c);
+#pragma GCC unroll 4
       for (int r = 0; r < QUAD; r++) {
         __m512i u = _mm512_loadu_si512(rows + r * stride + c * CHUNK);
-        hi[m][r] = _mm512_dpbusd_epi32(hi[m][r], u, high);
-        lo[m][r] = _mm512_dpbusd_epi32(lo[m][r], u, low);
+        hi[m][r] = add_products(hi[m][r], u, high);
+        lo[m][r] = add_products(lo[m][r], u, low);
       }
     }
+#pragma GCC unroll 4
   for (int m = 0; m < count; m++) {
     __m512 sums[QUAD];
     combine(hi[m], lo[m], 0, 0, QUAD, sums);
@@ -338,10 +392,12 @@ INLINE void band_dot_of(const Band *b, const Vectors *v, int first, float *out, 
   enum { MOST = 4 };
   __m512 sums[MOST];
   int step = b->group < CHUNK ? b->group : CHUNK, shift = __builtin_ctz(b->group);
+#pragma GCC unroll 4
   for (int i = 0; i < count; i++) sums[i] = _mm512_loadu_ps(out + (first + i) * stride);
   for (int start = 0, s = 0; start < b->columns; start += step, s++) {
     __m512i hi[MOST], lo[MOST], offset[MOST];
     const int16_t *q[MOST];
+#pragma GCC unroll 4
     for (int i = 0; i < count; i++) {
       hi[i] = lo[i] = _mm512_setzero_si512();
       offset[i] = _mm512_set1_epi32(v->offset[(first + i) * v->offset_stride + s]);
@@ -352,12 +408,14 @@ INLINE void band_dot_of(const Band *b, const Vectors *v, int first, float *out, 
     for (int j = 0; j < step / 4; j += 4)
       for (int k = j; k < j + 4; k++) {
         __m512i u = _mm512_loadu_si512(values + k * 64);
+#pragma GCC unroll 4
         for (int i = 0; i < count; i++) {
-          hi[i] = _mm512_dpbusd_epi32(hi[i], u, broadcast(q[i], k));
-          lo[i] = _mm512_dpbusd_epi32(lo[i], u, broadcast(q[i] + CHUNK / 2, k));
+          hi[i] = add_products(hi[i], u, broadcast(q[i], k));
+          lo[i] = add_products(lo[i], u, broadcast(q[i] + CHUNK / 2, k));
         }
       }
     __m512 scale = _mm512_loadu_ps(b->scales + (start >> shift) * BAND);
+#pragma GCC unroll 4
     for (int i = 0; i < count; i++) {
       __m512i sum = _mm512_add_epi32(_mm512_slli_epi32(hi[i], 8), lo[i]);
       if (!doubled) sum = _mm512_add_epi32(_mm512_add_epi32(sum, sum), offset[i]);
@@ -365,6 +423,7 @@ INLINE void band_dot_of(const Band *b, const Vectors *v, int first, float *out, 
       sums[i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), _mm512_mul_ps(scale, input_scale), sums[i]);
     }
   }
+#pragma GCC unroll 4
   for (int i = 0; i < count; i++) _mm512_storeu_ps(out + (first + i) * stride, sums[i]);
 }
 

@@ -64,7 +64,7 @@ static int basis_product(const Layer *l, const Basis *b, const float *x, int64_t
   int ready = hidden.q && offsets;
 #pragma omp parallel num_threads(threads) if (ready)
   if (ready) {
-    Room *room = malloc(sizeof(Room) + hidden.padded / 4 * sizeof(int32_t));
+    Room *room = new_lines(sizeof(Room) + hidden.padded / 4 * sizeof(int32_t));
     if (!room) {
 #pragma omp atomic write
       failed = 1;

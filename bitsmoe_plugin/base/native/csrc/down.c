@@ -1,8 +1,6 @@
 /* Factors after the gating, see steps.h. */
 #include "steps.h"
 
-enum { AHEAD = 8192 }; /* bytes by which down runs ahead of itself */
-
 typedef struct {
   const Layer *layer;
   const int32_t *pair;
@@ -49,7 +47,6 @@ static void down_rows(const Down *g, const Rows *rows, const Run *run, int row, 
   const Decoder *d = run->decoder;
   const uint32_t *words = run->words + (row - run->from) * run->stride;
   int terms = g->count * h->planes, values = g->count * QUAD;
-  prefetch(words, AHEAD, AHEAD + 4 * run->stride * count);
   for (int i = 0; i < count; i++)
     bitsmoe_kernels->decode_row(d, words + i * run->stride, h->padded / CHUNK, tail_of(g->layer->size),
                                 room->decoded + (int64_t)i * h->padded);
@@ -73,12 +70,13 @@ static int down_part(const Down *g, const Rows *rows, int expert, int part, int 
   const Layer *l = g->layer;
   const Hidden *h = g->hidden;
   int64_t terms = (int64_t)g->count * h->planes * h->panels, sums = (int64_t)g->count * QUAD;
-  char *memory = calloc(terms * sizeof(Term) + 2 * sums * sizeof(float) + QUAD * sizeof(int16_t) * h->padded, 1);
+  size_t decoded = QUAD * sizeof(int16_t) * h->padded;
+  char *memory = new_lines(decoded + terms * sizeof(Term) + 2 * sums * sizeof(float));
   if (!memory) return -1;
-  DownRoom room = {NULL, NULL, NULL, (Term *)memory};
+  memset(memory, 0, decoded); /* rows beyond the last are multiplied, too */
+  DownRoom room = {(int16_t *)memory, NULL, NULL, (Term *)(memory + decoded)};
   room.sums = (float *)(room.terms + terms);
   room.scaled = room.sums + sums;
-  room.decoded = (int16_t *)(room.scaled + sums);
   Run runs[MAX_WIDTHS];
   int count = bitsmoe_runs_of(l, rows, l->inputs, expert, part, parts, runs);
   for (int i = 0; i < count; i++) {

@@ -57,7 +57,7 @@ static void quantize_inputs(const GateUp *g, const Rows *rows, const Decoder *d,
 static void gate_up_rows(const GateUp *g, const Rows *rows, const Run *run, int row, int count) {
   const Layer *l = g->layer;
   const Decoder *d = run->decoder;
-  int16_t tile[ROWS * CHUNK];
+  int16_t tile[ROWS * CHUNK] __attribute__((aligned(LINE)));
   if (!rows->tiles) quantize_inputs(g, rows, d, row, count, -1);
   const uint32_t *words = run->words + (row - run->from) * run->stride;
   int chunks = chunks_of(l->size);
@@ -66,9 +66,9 @@ static void gate_up_rows(const GateUp *g, const Rows *rows, const Run *run, int 
     int tail = c == chunks - 1 && tail_of(l->size);
     if (rows->tiles && (c == g->from || c * CHUNK % TILE == 0))
       quantize_inputs(g, rows, d, row, count, c * CHUNK / TILE);
-    /* chunks of a tile's rows are too far apart for the hardware to foresee, so fetch the next tile's */
-    prefetch(words, bytes + bytes * c / chunks, bytes + bytes * (c + 1) / chunks);
-    bitsmoe_kernels->decode_tile(d, words + (int64_t)c * 2 * d->bits, run->stride, count, tail, tile);
+    /* chunks of a tile's rows are too far apart for the hardware to foresee, so a share of the next tile is fetched */
+    bitsmoe_kernels->decode_tile(d, words + (int64_t)c * 2 * d->bits, run->stride, count, tail,
+                                 (const char *)words + bytes + bytes * c / chunks, tile);
     bitsmoe_kernels->tile_dot(tile, count, g->terms, g->count * g->planes, (c - g->from) * CHUNK,
                               d->offset2);
   }
@@ -115,14 +115,14 @@ static void store(const GateUp *g, float *out) {
 static int gate_up_part(GateUp *g, const Rows *rows, int expert, float *out) {
   const Layer *l = g->layer;
   int64_t terms = (int64_t)g->count * g->planes, values = (int64_t)g->count * l->inputs * width_of(g);
-  g->terms = malloc(terms * (sizeof(Term) + sizeof *g->q) + values * sizeof(float));
-  if (!g->terms) return -1;
-  g->values = (float *)(g->terms + terms);
+  g->values = new_lines(values * sizeof(float) + terms * (sizeof *g->q + sizeof(Term)));
+  if (!g->values) return -1;
   g->q = (int16_t (*)[ROWS])(g->values + values);
+  g->terms = (Term *)(g->q + terms);
   for (g->factor = 0; g->factor < l->inputs; g->factor++) gate_up_factor(g, &rows[g->factor], expert);
   add_bias(g, expert);
   store(g, out);
-  free(g->terms);
+  free(g->values);
   return 0;
 }
 
