@@ -10,6 +10,7 @@
 
 #include "dense_kernels.h"
 #include "gating_kernels.h"
+#include "tiles.h"
 
 #define INLINE static inline __attribute__((always_inline))
 
@@ -361,18 +362,33 @@ INLINE void transpose(__m512i v[16]) {
 }
 
 /* Bytes; 32-bit lane r of vector c holds columns 4 c to 4 c + 3 of row r. */
-static int decode_band(const Decoder *d, const uint32_t *words, int64_t stride, int chunks, int tail, int16_t *values) {
+INLINE void decode_lanes_of(const Decoder *d, const uint32_t *words, int64_t stride, int rows, int chunks, int tail,
+                            uint8_t *values, int trellis, int doubled) {
   Constants c = constants_of(d);
-  int doubled = d->bits < 8;
   for (int chunk = 0; chunk < chunks; chunk++) {
     __mmask64 bytes = bytes_of(tail && chunk == chunks - 1 ? 1 : 2, d->bits);
+    const uint32_t *from = words + chunk * 2 * d->bits;
     __m512i v[BAND];
-    for (int r = 0; r < BAND; r++) v[r] = decode(&c, words + r * stride + chunk * 2 * d->bits, bytes, 0);
+    for (int r = 0; r < BAND; r++) {
+      v[r] = decode(&c, from, bytes, trellis);
+      if (r + 1 < rows) from += stride; /* beyond the last row: that row again */
+    }
     transpose(v);
     for (int i = 0; i < BAND; i++)
-      _mm512_storeu_si512((uint8_t *)values + (chunk * BAND + i) * 64, doubled ? _mm512_add_epi8(v[i], v[i]) : v[i]);
+      _mm512_storeu_si512(values + (chunk * BAND + i) * 64, doubled ? _mm512_add_epi8(v[i], v[i]) : v[i]);
   }
-  return doubled;
+}
+
+static int decode_band(const Decoder *d, const uint32_t *words, int64_t stride, int chunks, int tail, int16_t *values) {
+  if (d->bits < 8) decode_lanes_of(d, words, stride, BAND, chunks, tail, (uint8_t *)values, 0, 1);
+  else decode_lanes_of(d, words, stride, BAND, chunks, tail, (uint8_t *)values, 0, 0);
+  return d->bits < 8;
+}
+
+void bitsmoe_decode_lanes(const Decoder *d, const uint32_t *words, int64_t stride, int rows, int chunks, int tail,
+                          uint8_t *values) {
+  if (d->trellis) decode_lanes_of(d, words, stride, rows, chunks, tail, values, 1, 0);
+  else decode_lanes_of(d, words, stride, rows, chunks, tail, values, 0, 0);
 }
 
 static void band_scales(const uint16_t *scales, int64_t stride, int count, float factor, float *out) {

@@ -1,5 +1,6 @@
 /* Factors before down, see steps.h. */
 #include "steps.h"
+#include "tiles.h"
 
 typedef struct {
   const Layer *layer;
@@ -10,6 +11,7 @@ typedef struct {
   float *values; /* [count, inputs, to - from, CHUNK] */
   Term *terms;   /* [count, planes] */
   int16_t (*q)[ROWS];
+  const Tiles *tiles; /* NULL: none */
 } GateUp;
 
 static int width_of(const GateUp *g) { return (g->to - g->from) * CHUNK; }
@@ -62,6 +64,7 @@ static void gate_up_rows(const GateUp *g, const Rows *rows, const Run *run, int 
   const uint32_t *words = run->words + (row - run->from) * run->stride;
   int chunks = chunks_of(l->size);
   int64_t bytes = 4 * run->stride * count;
+  if (g->tiles && count < ROWS) memset(tile, 0, sizeof tile);
   for (int c = g->from; c < g->to; c++) {
     int tail = c == chunks - 1 && tail_of(l->size);
     if (rows->tiles && (c == g->from || c * CHUNK % TILE == 0))
@@ -69,8 +72,8 @@ static void gate_up_rows(const GateUp *g, const Rows *rows, const Run *run, int 
     /* chunks of a tile's rows are too far apart for the hardware to foresee, so a share of the next tile is fetched */
     bitsmoe_kernels->decode_tile(d, words + (int64_t)c * 2 * d->bits, run->stride, count, tail,
                                  (const char *)words + bytes + bytes * c / chunks, tile);
-    bitsmoe_kernels->tile_dot(tile, count, g->terms, g->count * g->planes, (c - g->from) * CHUNK,
-                              d->offset2);
+    (g->tiles ? g->tiles->tile_dot : bitsmoe_kernels->tile_dot)(tile, count, g->terms, g->count * g->planes,
+                                                                (c - g->from) * CHUNK, d->offset2);
   }
 }
 
@@ -119,7 +122,10 @@ static int gate_up_part(GateUp *g, const Rows *rows, int expert, float *out) {
   if (!g->values) return -1;
   g->q = (int16_t (*)[ROWS])(g->values + values);
   g->terms = (Term *)(g->q + terms);
+  g->tiles = tiles_for(terms);
+  if (g->tiles) g->tiles->configure((int)terms, ROWS);
   for (g->factor = 0; g->factor < l->inputs; g->factor++) gate_up_factor(g, &rows[g->factor], expert);
+  if (g->tiles) g->tiles->release();
   add_bias(g, expert);
   store(g, out);
   free(g->values);
@@ -163,7 +169,7 @@ int bitsmoe_gate_up(const Layer *l, const float *z, const int64_t *ids, int64_t 
     for (int task = 0; task < tasks; task++) {
       int part = task % parts, active = task / parts, first = routing.first[active];
       GateUp g = {l, routing.pair + first, routing.first[active + 1] - first, (int)k, 0, planes, z,
-                  chunks * part / parts, chunks * (part + 1) / parts, NULL, NULL, NULL};
+                  chunks * part / parts, chunks * (part + 1) / parts, NULL, NULL, NULL, NULL};
       if (gate_up_part(&g, &index.rows[inputs * active], routing.expert[active], out)) {
 #pragma omp atomic write
         failed = 1;

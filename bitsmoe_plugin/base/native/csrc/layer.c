@@ -8,6 +8,7 @@ const Kernels *bitsmoe_kernels = &bitsmoe_portable;
 
 void bitsmoe_select_rounding(const char *name);
 void bitsmoe_select_products(const char *name);
+const char *bitsmoe_select_tiles(const char *name);
 
 /* Choose the instruction set: NULL for the best of this machine. Returns its name, NULL if it is not to be had. */
 const char *bitsmoe_select(const char *name) {
@@ -28,6 +29,7 @@ const char *bitsmoe_select(const char *name) {
       bitsmoe_kernels = usable[i];
       bitsmoe_select_rounding(bitsmoe_kernels->name);
       bitsmoe_select_products(bitsmoe_kernels->name);
+      bitsmoe_select_tiles(NULL);
       return bitsmoe_kernels->name;
     }
   return NULL;
