@@ -1,7 +1,7 @@
 """Tile instructions (AMX), by the model of them in C: what they compute is what AVX-512 does, bit by bit.
 
-No machine that this was written on has the instructions: how fast they are, and that the model is like them, is
-not tested here. Where the CPU has them, they are compared, too.
+No machine that this was written on has the instructions: how fast they are, and that the model is like them,
+is not tested here. Where the CPU has them, they are compared, too.
 """
 
 from __future__ import annotations

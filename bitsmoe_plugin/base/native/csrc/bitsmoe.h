@@ -122,15 +122,17 @@ typedef struct {
    * if an input is not finite */
   float (*quantize)(const float *a, int n, int padded, int16_t *q, int32_t *sum, float *rest);
   /* one chunk of `rows` <= ROWS rows; meanwhile fetches as many bytes at `ahead`, little by little: many at once wait
-   * for each other */
-  void (*decode_tile)(const Decoder *d, const uint32_t *words, int64_t stride, int rows, int tail, const void *ahead,
-                      int16_t *tile);
+   * for each other. Returns how many of the terms it has multiplied with it already, as tile_dot does. */
+  int (*decode_tile)(const Decoder *d, const uint32_t *words, int64_t stride, int rows, int tail, const void *ahead,
+                     int16_t *tile, const Term *terms, int count, int column);
   /* out[column + i] += the terms' products with a tile of `rows` rows, CHUNK columns in an order of its own */
   void (*tile_dot)(const int16_t *tile, int rows, const Term *terms, int count, int column, int32_t offset2);
   /* chunks of columns in that order become chunks of columns that ascend */
   void (*order_columns)(float *out, int chunks);
-  /* `chunks` chunks of one row; meanwhile fetches what lies AHEAD of it */
-  void (*decode_row)(const Decoder *d, const uint32_t *words, int chunks, int tail, int16_t *out);
+  /* `chunks` chunks of `rows` <= QUAD rows; meanwhile fetches what lies AHEAD of them. Returns how many of the terms it
+   * has multiplied with them already, as rows_dot does. */
+  int (*decode_rows)(const Decoder *d, const uint32_t *words, int64_t stride, int rows, int chunks, int tail, int16_t *out,
+                     int64_t out_stride, const Term *terms, int count);
   /* out[row] += the terms' products with QUAD rows, chunks <= PANEL / CHUNK */
   void (*rows_dot)(const int16_t *rows, int64_t stride, int chunks, const Term *terms, int count, int32_t offset2);
   /* out[CHUNK / 4 * chunks]: sums of q over columns in fours */

@@ -47,41 +47,43 @@ typedef struct {
   Term *terms;
 } DownRoom;
 
-static void decode_rows(const Down *g, const Run *run, int row, int count, const DownRoom *room) {
+/* Returns how many of the first panel's terms were multiplied on the way: there, if it is the only one. */
+static int decode_rows(const Down *g, const Run *run, int row, int count, const DownRoom *room) {
   const uint32_t *words = run->words + (row - run->from) * run->stride;
   int chunks = g->hidden->padded / CHUNK, tail = tail_of(g->layer->size);
   if (g->tiles) {
     prefetch(words, AHEAD, AHEAD + 4 * run->stride * count);
     bitsmoe_decode_lanes(run->decoder, words, run->stride, count, chunks, tail, (uint8_t *)room->decoded);
-    return;
+    return 0;
   }
-  for (int i = 0; i < count; i++)
-    bitsmoe_kernels->decode_row(run->decoder, words + i * run->stride, chunks, tail,
-                                room->decoded + (int64_t)i * g->hidden->padded);
+  return bitsmoe_kernels->decode_rows(run->decoder, words, run->stride, count, chunks, tail, room->decoded,
+                                      g->hidden->padded, room->terms,
+                                      g->hidden->panels == 1 ? g->count * g->hidden->planes : 0);
 }
 
-/* room->sums += the products of one panel. */
-static void panel_dot(const Down *g, const Run *run, int panel, const DownRoom *room) {
+/* room->sums += the products of one panel and its terms from number `done` on. */
+static void panel_dot(const Down *g, const Run *run, int panel, int done, const DownRoom *room) {
   const Hidden *h = g->hidden;
   int terms = g->count * h->planes, start = panel * h->panel;
-  const Term *first = room->terms + (int64_t)panel * terms;
+  const Term *first = room->terms + (int64_t)panel * terms + done;
   if (g->tiles)
     g->tiles->rows_dot((const uint8_t *)room->decoded + (int64_t)start * BAND,
                        room->lanes + (int64_t)panel * 2 * LANES * terms * room->lane_bytes, room->lane_bytes, first, terms,
                        run->decoder->offset2);
-  else
-    bitsmoe_kernels->rows_dot(room->decoded + start, h->padded, least(h->panel, h->padded - start) / CHUNK, first, terms,
-                              run->decoder->offset2);
+  else if (done < terms)
+    bitsmoe_kernels->rows_dot(room->decoded + start, h->padded, least(h->panel, h->padded - start) / CHUNK, first,
+                              terms - done, run->decoder->offset2);
 }
 
 static void down_rows(const Down *g, const Rows *rows, const Run *run, int row, int count, const DownRoom *room) {
   int values = g->count * g->step;
   float *sums = rows->tiles ? room->scaled : room->sums;
-  decode_rows(g, run, row, count, room);
   memset(sums, 0, values * sizeof(float));
-  for (int panel = 0; panel < g->hidden->panels; panel++) {
-    if (rows->tiles) memset(room->sums, 0, values * sizeof(float));
-    panel_dot(g, run, panel, room);
+  memset(room->sums, 0, values * sizeof(float));
+  int done = decode_rows(g, run, row, count, room);
+  for (int panel = 0; panel < g->hidden->panels; panel++, done = 0) {
+    if (rows->tiles && panel) memset(room->sums, 0, values * sizeof(float));
+    panel_dot(g, run, panel, done, room);
     for (int i = 0; rows->tiles && i < values; i++)
       if (i % g->step < count) sums[i] += tile_scale(g->layer, rows, row + i % g->step, panel) * room->sums[i];
   }

@@ -70,10 +70,13 @@ static void gate_up_rows(const GateUp *g, const Rows *rows, const Run *run, int 
     if (rows->tiles && (c == g->from || c * CHUNK % TILE == 0))
       quantize_inputs(g, rows, d, row, count, c * CHUNK / TILE);
     /* chunks of a tile's rows are too far apart for the hardware to foresee, so a share of the next tile is fetched */
-    bitsmoe_kernels->decode_tile(d, words + (int64_t)c * 2 * d->bits, run->stride, count, tail,
-                                 (const char *)words + bytes + bytes * c / chunks, tile);
-    (g->tiles ? g->tiles->tile_dot : bitsmoe_kernels->tile_dot)(tile, count, g->terms, g->count * g->planes,
-                                                                (c - g->from) * CHUNK, d->offset2);
+    int column = (c - g->from) * CHUNK, terms = g->count * g->planes;
+    int done = bitsmoe_kernels->decode_tile(d, words + (int64_t)c * 2 * d->bits, run->stride, count, tail,
+                                            (const char *)words + bytes + bytes * c / chunks, tile, g->terms,
+                                            g->tiles ? 0 : terms, column);
+    if (done < terms)
+      (g->tiles ? g->tiles->tile_dot : bitsmoe_kernels->tile_dot)(tile, count, g->terms + done, terms - done, column,
+                                                                  d->offset2);
   }
 }
 
