@@ -6,8 +6,6 @@ is not tested here. Where the CPU has them, they are compared, too.
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Iterator
 from ctypes import c_int64
 
@@ -19,6 +17,7 @@ from bitsmoe_plugin.base import native
 from bitsmoe_plugin.codec.layout import LayerShape
 from bitsmoe_plugin.commands.bench.synthetic import random_layer
 from bitsmoe_plugin.commands.environment import environment
+from bitsmoe_plugin.errors import ConfigError
 from bitsmoe_plugin.models.gating import gating
 from bitsmoe_plugin.presets import ALL_WIDTHS
 from bitsmoe_plugin.runtime import cpu_layer
@@ -112,18 +111,30 @@ def test_environment_says_whether_they_are_used(monkeypatch) -> None:
     assert environment()["kernels"] == "AVX-512"
 
 
-SWITCHED = """
-from bitsmoe_plugin.base import native
-native.select(None)
-print(native.select_tiles(None), native.select_tiles("amx"))
-"""
+@pytest.fixture
+def _loaded_anew() -> Iterator[None]:
+    """The environment is read when the library is loaded."""
+    native.library.cache_clear()
+    yield
+    native.library.cache_clear()
 
 
-@pytest.mark.parametrize(("text", "said"), [("0", "none None\n"), ("off", "is neither 0 nor 1")])
-def test_they_can_be_switched_off(text: str, said: str, monkeypatch, tiles: str) -> None:
-    """Where the system is not even asked for them; another value must not be taken for one of these."""
-    if tiles != "model":
-        pytest.skip("once is enough")
-    monkeypatch.setenv(native.AMX, text)
-    done = subprocess.run([sys.executable, "-c", SWITCHED], capture_output=True, text=True, check=False)
-    assert said in done.stdout + done.stderr
+@pytest.mark.usefixtures("_loaded_anew")
+def test_they_can_be_switched_off(monkeypatch) -> None:
+    """Where the system is not even asked for them."""
+    with monkeypatch.context() as context:
+        context.setenv(native.AMX, "0")
+        assert native.select_tiles(None) == "none"
+        assert native.select_tiles("amx") is None
+    native.library.cache_clear()
+    native.library()  # allows them again
+
+
+@pytest.mark.usefixtures("_loaded_anew")
+def test_another_switch_is_refused(monkeypatch) -> None:
+    """It must not be taken for one of the two."""
+    with monkeypatch.context() as context:
+        context.setenv(native.AMX, "off")
+        with pytest.raises(ConfigError, match="BITSMOE_AMX='off' is neither 0 nor 1"):
+            native.library()
+    native.library()

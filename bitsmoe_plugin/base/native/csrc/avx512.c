@@ -57,6 +57,14 @@ static int select_rows(const uint8_t *codes, int width, const float *scales, int
   return count;
 }
 
+static void gather(const float *z, const int32_t *order, const float *scale, int n, float *out) {
+  for (int i = 0; i < n; i += 16) {
+    __mmask16 mask = n - i >= 16 ? 0xffff : (__mmask16)((1u << (n - i)) - 1);
+    __m512 values = _mm512_mask_i32gather_ps(_mm512_setzero_ps(), mask, _mm512_maskz_loadu_epi32(mask, order + i), z, 4);
+    _mm512_mask_storeu_ps(out + i, mask, _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, scale + i), values));
+  }
+}
+
 static float quantize(const float *a, int n, int padded, int16_t *q, int32_t *sum, float *rest) {
   __m512 largest = _mm512_setzero_ps(), poison = _mm512_setzero_ps();
   for (int i = 0; i < n; i += 16) {
@@ -118,5 +126,5 @@ static float half_dot(const uint16_t *row, const float *x, int n) {
   return _mm512_reduce_add_ps(sum);
 }
 
-const Kernels bitsmoe_avx512 = {"avx512", row_scales, select_rows, quantize, decode_tile, tile_dot, order_columns, decode_rows, rows_dot, quad_sums, decode_band, band_scales, band_dot, gate, half_dot, dots};
+const Kernels bitsmoe_avx512 = {"avx512", row_scales, select_rows, gather, quantize, decode_tile, tile_dot, order_columns, decode_rows, rows_dot, quad_sums, decode_band, band_scales, band_dot, gate, half_dot, dots};
 #endif

@@ -34,6 +34,14 @@ INLINE void combine(const __m512i *hi, const __m512i *lo, int32_t rest, int odd,
   }
 }
 
+INLINE void add_columns(const Term *term, const __m512i hi[QUAD], const __m512i lo[QUAD], int odd, float *out) {
+  __m512 sums[QUAD], factor = _mm512_set1_ps(odd ? term->factor : 2 * term->factor);
+  combine(hi, lo, term->rest, odd, QUAD, sums);
+#pragma GCC unroll 4
+  for (int i = 0; i < QUAD; i++)
+    _mm512_storeu_ps(out + 16 * i, _mm512_fmadd_ps(sums[i], factor, _mm512_loadu_ps(out + 16 * i)));
+}
+
 /* Decodes a tile to `tile`, unless it stands there, and multiplies it with `count` <= MOST terms. Columns of a chunk stand
  * in the order of decode_quad's registers. */
 INLINE void tile_products(Packed p, Way way, const char *ahead, uint8_t *tile, const Term *terms, int count, int column,
@@ -72,15 +80,7 @@ INLINE void tile_products(Packed p, Way way, const char *ahead, uint8_t *tile, c
     }
   }
 #pragma GCC unroll 2
-  for (int m = 0; m < count; m++) {
-    __m512 sums[QUAD], factor = _mm512_set1_ps(odd ? terms[m].factor : 2 * terms[m].factor);
-    combine(hi[m], lo[m], terms[m].rest, odd, QUAD, sums);
-#pragma GCC unroll 4
-    for (int i = 0; i < QUAD; i++) {
-      float *out = terms[m].out + column + 16 * i;
-      _mm512_storeu_ps(out, _mm512_fmadd_ps(sums[i], factor, _mm512_loadu_ps(out)));
-    }
-  }
+  for (int m = 0; m < count; m++) add_columns(&terms[m], hi[m], lo[m], odd, terms[m].out + column);
 }
 
 INLINE void tile_products_of(const Packed *p, Way way, const char *ahead, uint8_t *tile, const Term *terms, int count,
@@ -122,6 +122,20 @@ INLINE __m128 reduce4(const __m512 v[4]) {
   return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
 }
 
+/* A share of `start` for each of the lanes, which are added up. */
+INLINE __m512i shares_of(int64_t start) {
+  __m512i share = _mm512_set1_epi32((int32_t)(start >> 4));
+  return _mm512_mask_add_epi32(share, 1, share, _mm512_set1_epi32((int32_t)(start & 15)));
+}
+
+INLINE void add_rows(const Term *term, const __m512i hi[QUAD], const __m512i lo[QUAD], int odd) {
+  __m512 sums[QUAD];
+  combine(hi, lo, 0, 0, QUAD, sums);
+  __m128 out = _mm_fmadd_ps(reduce4(sums), _mm_set1_ps(2 * term->factor), _mm_loadu_ps(term->out));
+  if (odd) out = _mm_fnmadd_ps(_mm_set1_ps((float)term->rest), _mm_set1_ps(term->factor), out);
+  _mm_storeu_ps(term->out, out);
+}
+
 /* The same of QUAD rows, each at `rows` + its number times `to_stride`. */
 INLINE void rows_products(const Packed *p, Way way, int16_t *rows, int64_t to_stride, int chunks, const Term *terms,
                           int count, int odd) {
@@ -133,16 +147,12 @@ INLINE void rows_products(const Packed *p, Way way, int16_t *rows, int64_t to_st
 #pragma GCC unroll 4
   for (int r = 0; r < QUAD && way != STORED; r++) words[r] = p->words + (r < p->rows ? r : p->rows - 1) * p->stride;
 #pragma GCC unroll 2
-  for (int m = 0; m < count; m++) { /* a share of `start` in each of the lanes, which are added up */
-    int64_t start = terms[m].start;
-    __m512i share = _mm512_set1_epi32((int32_t)(start >> 4));
-    share = _mm512_mask_add_epi32(share, 1, share, _mm512_set1_epi32((int32_t)(start & 15)));
+  for (int m = 0; m < count; m++)
 #pragma GCC unroll 4
     for (int r = 0; r < QUAD; r++) {
       hi[m][r] = _mm512_setzero_si512();
-      lo[m][r] = share;
+      lo[m][r] = shares_of(terms[m].start);
     }
-  }
   for (int i = 0; i < chunks; i++) {
     __mmask64 bytes = way == STORED ? 0 : bytes_of(p->tail && i == chunks - 1 ? 1 : 2, bits);
     const char *ahead = way == STORED ? NULL : (const char *)p->words + AHEAD + (int64_t)i * 32 * bits;
@@ -169,14 +179,7 @@ INLINE void rows_products(const Packed *p, Way way, int16_t *rows, int64_t to_st
     }
   }
 #pragma GCC unroll 2
-  for (int m = 0; m < count; m++) {
-    __m512 sums[QUAD];
-    combine(hi[m], lo[m], 0, 0, QUAD, sums);
-    __m128 factor = _mm_set1_ps(2 * terms[m].factor);
-    __m128 out = _mm_fmadd_ps(reduce4(sums), factor, _mm_loadu_ps(terms[m].out));
-    if (odd) out = _mm_fnmadd_ps(_mm_set1_ps((float)terms[m].rest), _mm_set1_ps(terms[m].factor), out);
-    _mm_storeu_ps(terms[m].out, out);
-  }
+  for (int m = 0; m < count; m++) add_rows(&terms[m], hi[m], lo[m], odd);
 }
 
 INLINE void rows_products_of(const Packed *p, Way way, int16_t *rows, int64_t to_stride, int chunks, const Term *terms,

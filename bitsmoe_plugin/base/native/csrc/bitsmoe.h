@@ -118,6 +118,8 @@ typedef struct {
   /* The rows among n whose code is width << 5 and something: their indices to order, their scales to chosen,
    * each with room for 16 more; returns how many. */
   int (*select_rows)(const uint8_t *codes, int width, const float *scales, int n, int32_t *order, float *chosen);
+  /* out[i] = scale[i] * z[order[i]] */
+  void (*gather)(const float *z, const int32_t *order, const float *scale, int n, float *out);
   /* q = round(a / s), zeros from n to padded (whole chunks), rest = a - s * q [n] unless NULL; returns s, NaN
    * if an input is not finite */
   float (*quantize)(const float *a, int n, int padded, int16_t *q, int32_t *sum, float *rest);
@@ -173,6 +175,10 @@ static inline float half_to_float(uint16_t half) {
   memcpy(&value, &bits, 4);
   value *= 0x1p112f;
   return sign ? -value : value;
+}
+
+static inline void gather_in_turn(const float *z, const int32_t *order, const float *scale, int n, float *out) {
+  for (int i = 0; i < n; i++) out[i] = scale[i] * z[order[i]];
 }
 
 const uint8_t *bitsmoe_joint_table(int bits, const uint8_t *table);

@@ -42,10 +42,8 @@ static void quantize_inputs(const GateUp *g, const Rows *rows, const Decoder *d,
   for (int m = 0; m < g->count; m++) {
     float a[ROWS], rest[ROWS];
     const float *z = input_of(g, m);
-    for (int i = 0; i < count; i++) {
-      a[i] = rows->scale[row + i] * z[rows->order[row + i]];
-      if (tile >= 0) a[i] *= tile_scale(l, rows, row + i, tile);
-    }
+    bitsmoe_kernels->gather(z, rows->order + row, rows->scale + row, count, a);
+    for (int i = 0; i < count && tile >= 0; i++) a[i] *= tile_scale(l, rows, row + i, tile);
     for (int plane = 0; plane < g->planes; plane++) {
       int at = m * g->planes + plane;
       int32_t sum;

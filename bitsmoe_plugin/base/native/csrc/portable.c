@@ -155,4 +155,4 @@ static float half_dot(const uint16_t *row, const float *x, int n) {
   return total;
 }
 
-const Kernels bitsmoe_portable = {"portable", row_scales, select_rows, quantize, decode_tile, tile_dot, order_columns, decode_rows, rows_dot, quad_sums, decode_band, band_scales, band_dot, gate, half_dot, dots};
+const Kernels bitsmoe_portable = {"portable", row_scales, select_rows, gather_in_turn, quantize, decode_tile, tile_dot, order_columns, decode_rows, rows_dot, quad_sums, decode_band, band_scales, band_dot, gate, half_dot, dots};

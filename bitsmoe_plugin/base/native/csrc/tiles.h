@@ -32,7 +32,10 @@ typedef struct {
 } Tiles;
 
 /* Bytes of a lane of `chunks` chunks, whole tiles if more than one. */
-static inline int lane_bytes(int chunks) { return chunks <= TILE_BYTES / 4 ? 4 * chunks : (4 * chunks + TILE_BYTES - 1) / TILE_BYTES * TILE_BYTES; }
+static inline int lane_bytes(int chunks) {
+  int bytes = 4 * chunks;
+  return bytes <= TILE_BYTES ? bytes : (bytes + TILE_BYTES - 1) / TILE_BYTES * TILE_BYTES;
+}
 static inline int lane_step(int bytes) { return bytes < TILE_BYTES ? bytes : TILE_BYTES; }
 
 /* Vector m of `count`, in `chunks` chunks, to its place in lanes [LANES, 2, count, bytes]: high bytes, then low ones. */
