@@ -53,7 +53,7 @@ static int decode_rows(const Down *g, const Run *run, int row, int count, const 
   int chunks = g->hidden->padded / CHUNK, tail = tail_of(g->layer->size);
   if (g->tiles) {
     prefetch(words, AHEAD, AHEAD + 4 * run->stride * count);
-    bitsmoe_decode_lanes(run->decoder, words, run->stride, count, chunks, tail, (uint8_t *)room->decoded);
+    g->tiles->decode_rows(run->decoder, words, run->stride, count, chunks, tail, (uint8_t *)room->decoded);
     return 0;
   }
   return bitsmoe_kernels->decode_rows(run->decoder, words, run->stride, count, chunks, tail, room->decoded,

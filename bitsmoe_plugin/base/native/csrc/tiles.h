@@ -26,8 +26,11 @@ typedef struct {
   void (*tile_dot)(const int16_t *tile, int rows, const Term *terms, int count, int column, int32_t offset2);
   /* configured for the columns that share a scale, at most CHUNK */
   void (*band_dot)(const Band *band, const Vectors *vectors, float *out, int64_t stride);
-  /* out[row] += the terms' products with BAND rows of `chunks` chunks; `rows`: as decode_lanes leaves them, `lanes`: as
-   * lanes_of, of `count` vectors of `bytes`; configured for lane_step(bytes) */
+  /* `chunks` chunks of `rows` <= BAND rows: row r of lane j of chunk c at 64 (16 c + j) + 4 r */
+  void (*decode_rows)(const Decoder *d, const uint32_t *words, int64_t stride, int rows, int chunks, int tail,
+                      uint8_t *values);
+  /* out[row] += the terms' products with BAND rows; `rows`: as decode_rows leaves them, `lanes`: as lanes_of, of `count`
+   * vectors of `bytes`; configured for lane_step(bytes) */
   void (*rows_dot)(const uint8_t *rows, const int8_t *lanes, int bytes, const Term *terms, int count, int32_t offset2);
 } Tiles;
 
@@ -40,11 +43,10 @@ static inline int lane_step(int bytes) { return bytes < TILE_BYTES ? bytes : TIL
 
 /* Vector m of `count`, in `chunks` chunks, to its place in lanes [LANES, 2, count, bytes]: high bytes, then low ones. */
 void bitsmoe_lanes_of(const int16_t *q, int chunks, int m, int count, int bytes, int8_t *lanes);
-/* `chunks` chunks of `rows` <= BAND rows: row r of lane j of chunk c at 64 (16 c + j) + 4 r. */
-void bitsmoe_decode_lanes(const Decoder *d, const uint32_t *words, int64_t stride, int rows, int chunks, int tail,
-                          uint8_t *values);
 
 #if defined(__x86_64__)
+void bitsmoe_decode_lanes(const Decoder *d, const uint32_t *words, int64_t stride, int rows, int chunks, int tail,
+                          uint8_t *values); /* with AVX-512 */
 extern const Tiles bitsmoe_tiles_model; /* what the instructions do, in C: for tests */
 #endif
 extern const Tiles *bitsmoe_tiles; /* those in use, NULL: none */

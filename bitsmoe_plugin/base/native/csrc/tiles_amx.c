@@ -27,7 +27,7 @@
 
 #include "tile_kernels.h"
 
-static const Tiles amx = {"amx", configure, release, tile_dot, band_dot, rows_dot};
+static const Tiles amx = {"amx", configure, release, tile_dot, band_dot, bitsmoe_decode_lanes, rows_dot};
 
 static int cpu_has_amx(void) {
   unsigned a, b, c, d;

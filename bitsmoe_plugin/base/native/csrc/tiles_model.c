@@ -76,5 +76,5 @@ static void model_dot(int sums, int a, int b) {
     }
 }
 
-const Tiles bitsmoe_tiles_model = {"model", configure, release, tile_dot, band_dot, rows_dot};
+const Tiles bitsmoe_tiles_model = {"model", configure, release, tile_dot, band_dot, bitsmoe_decode_lanes, rows_dot};
 #endif
