@@ -8,7 +8,8 @@ of torch. It shares torch's OpenMP threads.
 What a token gets is the same bit by bit whatever tokens are computed with it: sums have one order for all
 numbers of tokens, experts in use and threads. That costs nothing, since the fastest kernels have it: integers
 of 16 bits are multiplied faster than bfloat16 by oneDNN (4.5 times the products of the bases, one core of
-Emerald Rapids without AMX), so no number of tokens is better served by other arithmetic.
+Emerald Rapids without AMX), so no number of tokens is better served by other arithmetic. Where there are
+tiles (AMX, ``csrc/tiles.h``) they multiply the same integers, and floats are added up in the same order.
 
 Inputs are rounded to 16-bit integers over short stretches, float32 inputs to two of them (see
 ``csrc/bitsmoe.h``), everything else is exact or float32: relative to ``runtime.reference_layer`` the output
@@ -50,6 +51,7 @@ class _Decoder(ctypes.Structure):
         ("table", c_uint8 * 256),
         ("perm", c_uint8 * 64),
         ("shift", c_uint8 * 64),
+        ("quads", c_uint8 * 512),
     )
 
 

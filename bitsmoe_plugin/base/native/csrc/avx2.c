@@ -166,7 +166,7 @@ INLINE __m256i widen(const uint8_t *bytes) {
   return _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)bytes));
 }
 
-static void decode_row(const Decoder *d, const uint32_t *words, int chunks, int tail, int16_t *out) {
+static void decode_chunks(const Decoder *d, const uint32_t *words, int chunks, int tail, int16_t *out) {
   int blocks = 2 * chunks - tail;
   if (!d->trellis) {
     Fields f = fields_of(d->bits);
@@ -182,6 +182,14 @@ static void decode_row(const Decoder *d, const uint32_t *words, int chunks, int 
     }
   }
   if (tail) memset(out + blocks * BLOCK, 0, BLOCK * sizeof(int16_t));
+}
+
+static int decode_rows(const Decoder *d, const uint32_t *words, int64_t stride, int rows, int chunks, int tail,
+                       int16_t *out, int64_t out_stride, const Term *terms, int count) {
+  (void)terms, (void)count;
+  prefetch(words, AHEAD, AHEAD + 4 * stride * rows);
+  for (int r = 0; r < rows; r++) decode_chunks(d, words + r * stride, chunks, tail, out + r * out_stride);
+  return 0;
 }
 
 /* A pair of rows side by side, 16 columns in two vectors: columns 0 to 3 and 8 to 11, then the others. */
@@ -215,11 +223,14 @@ INLINE void fields_tile(const Decoder *d, const uint32_t *words, int64_t stride,
   }
 }
 
-static void decode_tile(const Decoder *d, const uint32_t *words, int64_t stride, int rows, int tail,
-                        int16_t *tile) {
+static int decode_tile(const Decoder *d, const uint32_t *words, int64_t stride, int rows, int tail, const void *ahead,
+                       int16_t *tile, const Term *terms, int count, int column) {
+  (void)terms, (void)count, (void)column;
+  prefetch(ahead, 0, (int64_t)8 * d->bits * rows);
   if (tail) memset(tile, 0, ROWS * CHUNK * sizeof(int16_t));
   if (d->trellis) trellis_tile(d, words, stride, rows, 2 - tail, tile);
   else fields_tile(d, words, stride, rows, 2 - tail, tile);
+  return 0;
 }
 
 INLINE void tile_dot_of(const int16_t *tile, int rows, const Term *t, float *out) {
@@ -303,7 +314,7 @@ static int decode_band(const Decoder *d, const uint32_t *words, int64_t stride, 
   for (int c = 0; c < chunks; c += PIECE) {
     int count = chunks - c < PIECE ? chunks - c : PIECE;
     for (int r = 0; r < BAND; r++)
-      decode_row(d, words + r * stride + c * 2 * d->bits, count, tail && c + count == chunks, rows[r]);
+      decode_chunks(d, words + r * stride + c * 2 * d->bits, count, tail && c + count == chunks, rows[r]);
     for (int i = 0; i < count * CHUNK; i += 16, values += 16 * BAND)
       for (int half = 0; half < 2; half++) {
         __m256i v[8];
@@ -368,5 +379,5 @@ static float half_dot(const uint16_t *row, const float *x, int n) {
   return total;
 }
 
-const Kernels bitsmoe_avx2 = {"avx2", row_scales, select_rows, quantize, decode_tile, tile_dot, order_columns, decode_row, rows_dot, quad_sums, decode_band, band_scales, band_dot, gate, half_dot, dots};
+const Kernels bitsmoe_avx2 = {"avx2", row_scales, select_rows, gather_in_turn, quantize, decode_tile, tile_dot, order_columns, decode_rows, rows_dot, quad_sums, decode_band, band_scales, band_dot, gate, half_dot, dots};
 #endif

@@ -2,6 +2,7 @@
  * registers, so that neither sums nor scales have to be gathered. Sums are added up in the order of the columns,
  * whatever the number of vectors: a token's result does not depend on the others. */
 #include "steps.h"
+#include "tiles.h"
 
 typedef struct {
   int rows, columns;
@@ -35,7 +36,7 @@ typedef struct {
 
 /* BAND rows from `row` on times all tokens. */
 static void basis_rows(const Layer *l, const Basis *b, int row, const Hidden *x, const int32_t *offsets,
-                       int64_t tokens, Room *room, float *out) {
+                       int64_t tokens, const Tiles *tiles, Room *room, float *out) {
   int64_t stride = (int64_t)(b->columns + BLOCK - 1) / BLOCK * l->basis_bits, groups = b->columns / l->basis_group;
   int steps = x->padded / step_of(l);
   for (int64_t t = 0; t < tokens; t++) memset(out + t * b->rows + row, 0, BAND * sizeof(float));
@@ -50,7 +51,7 @@ static void basis_rows(const Layer *l, const Basis *b, int row, const Hidden *x,
       Vectors vectors = {x->q + (int64_t)plane * x->padded + start, x->scale + plane * x->panels + start / CHUNK,
                          offsets + (int64_t)plane * steps + start / step_of(l), (int64_t)x->planes * x->padded,
                          (int64_t)x->planes * x->panels, (int64_t)x->planes * steps, (int)tokens};
-      bitsmoe_kernels->band_dot(&band, &vectors, out + row, b->rows);
+      (tiles ? tiles->band_dot : bitsmoe_kernels->band_dot)(&band, &vectors, out + row, b->rows);
     }
   }
 }
@@ -62,9 +63,10 @@ static int basis_product(const Layer *l, const Basis *b, const float *x, int64_t
   int64_t vectors = tokens * planes, steps = hidden.padded / step_of(l);
   int32_t *offsets = malloc((vectors * steps + 1) * sizeof(int32_t));
   int ready = hidden.q && offsets;
+  const Tiles *tiles = tiles_for(tokens);
 #pragma omp parallel num_threads(threads) if (ready)
   if (ready) {
-    Room *room = malloc(sizeof(Room) + hidden.padded / 4 * sizeof(int32_t));
+    Room *room = new_lines(sizeof(Room) + hidden.padded / 4 * sizeof(int32_t));
     if (!room) {
 #pragma omp atomic write
       failed = 1;
@@ -75,9 +77,11 @@ static int basis_product(const Layer *l, const Basis *b, const float *x, int64_t
       for (int64_t v = i * planes; v < (i + 1) * planes && room; v++)
         sum_offsets(l, &hidden, v, (int32_t *)(room + 1), offsets + v * steps);
     }
+    if (tiles) tiles->configure((int)tokens, step_of(l));
 #pragma omp for schedule(dynamic)
     for (int row = 0; row < b->rows; row += BAND)
-      if (room) basis_rows(l, b, row, &hidden, offsets, tokens, room, out);
+      if (room) basis_rows(l, b, row, &hidden, offsets, tokens, tiles, room, out);
+    if (tiles) tiles->release();
     free(room);
   }
   free(offsets);

@@ -21,8 +21,11 @@ enum {
   QUAD = 4,      /* rows decoded and multiplied together */
   BAND = 16,     /* rows of a basis decoded and multiplied together; there are as many rows as columns of an
                     expert's input or output, in groups of 16 and more */
+  AHEAD = 8192,  /* bytes by which rows of down are fetched before they are decoded */
+  LINE = 64,     /* bytes of a cache line, and of a vector: one that lies across two lines is read twice */
   LIMIT = 32639, /* largest |q|: 127 * 256 + 127, two signed bytes */
   MAX_WIDTHS = 8,
+  QUAD_BITS = 2,
   MAX_PLANES = 2, /* of inputs */
   TILE = 128     /* values that share a scale in the grid "tiled" */
 };
@@ -36,6 +39,8 @@ typedef struct {
   const uint8_t *joint; /* bytes of several codes at once, see lookup.h; of a trellis */
   uint8_t table[256];
   uint8_t perm[CHUNK], shift[CHUNK]; /* vector code: source bytes, then bits, of each code of a chunk */
+  uint8_t quad_perm[QUAD][CHUNK], quad_shift[QUAD][CHUNK]; /* the same for the chunks of QUAD rows side by side, of
+                                                              trellises of at most QUAD_BITS */
 } Decoder;
 
 /* Gatings in the order of models/gating.py, and one that is known in Python alone. */
@@ -113,17 +118,23 @@ typedef struct {
   /* The rows among n whose code is width << 5 and something: their indices to order, their scales to chosen,
    * each with room for 16 more; returns how many. */
   int (*select_rows)(const uint8_t *codes, int width, const float *scales, int n, int32_t *order, float *chosen);
+  /* out[i] = scale[i] * z[order[i]] */
+  void (*gather)(const float *z, const int32_t *order, const float *scale, int n, float *out);
   /* q = round(a / s), zeros from n to padded (whole chunks), rest = a - s * q [n] unless NULL; returns s, NaN
    * if an input is not finite */
   float (*quantize)(const float *a, int n, int padded, int16_t *q, int32_t *sum, float *rest);
-  /* one chunk of `rows` <= ROWS rows */
-  void (*decode_tile)(const Decoder *d, const uint32_t *words, int64_t stride, int rows, int tail, int16_t *tile);
+  /* one chunk of `rows` <= ROWS rows; meanwhile fetches as many bytes at `ahead`, little by little: many at once wait
+   * for each other. Returns how many of the terms it has multiplied with it already, as tile_dot does. */
+  int (*decode_tile)(const Decoder *d, const uint32_t *words, int64_t stride, int rows, int tail, const void *ahead,
+                     int16_t *tile, const Term *terms, int count, int column);
   /* out[column + i] += the terms' products with a tile of `rows` rows, CHUNK columns in an order of its own */
   void (*tile_dot)(const int16_t *tile, int rows, const Term *terms, int count, int column, int32_t offset2);
   /* chunks of columns in that order become chunks of columns that ascend */
   void (*order_columns)(float *out, int chunks);
-  /* `chunks` chunks of one row */
-  void (*decode_row)(const Decoder *d, const uint32_t *words, int chunks, int tail, int16_t *out);
+  /* `chunks` chunks of `rows` <= QUAD rows; meanwhile fetches what lies AHEAD of them. Returns how many of the terms it
+   * has multiplied with them already, as rows_dot does. */
+  int (*decode_rows)(const Decoder *d, const uint32_t *words, int64_t stride, int rows, int chunks, int tail, int16_t *out,
+                     int64_t out_stride, const Term *terms, int count);
   /* out[row] += the terms' products with QUAD rows, chunks <= PANEL / CHUNK */
   void (*rows_dot)(const int16_t *rows, int64_t stride, int chunks, const Term *terms, int count, int32_t offset2);
   /* out[CHUNK / 4 * chunks]: sums of q over columns in fours */
@@ -147,6 +158,11 @@ extern const Kernels bitsmoe_portable;
 extern const Kernels bitsmoe_avx2, bitsmoe_avx512;
 #endif
 
+/* Bring bytes from..to into the cache; past the end of the payload this does nothing. */
+static inline void prefetch(const void *start, int64_t from, int64_t to) {
+  for (int64_t at = from; at < to; at += LINE) __builtin_prefetch((const char *)start + at);
+}
+
 static inline float half_to_float(uint16_t half) {
   uint32_t sign = (uint32_t)(half & 0x8000) << 16, magnitude = half & 0x7fff, bits;
   float value;
@@ -159,6 +175,10 @@ static inline float half_to_float(uint16_t half) {
   memcpy(&value, &bits, 4);
   value *= 0x1p112f;
   return sign ? -value : value;
+}
+
+static inline void gather_in_turn(const float *z, const int32_t *order, const float *scale, int n, float *out) {
+  for (int i = 0; i < n; i++) out[i] = scale[i] * z[order[i]];
 }
 
 const uint8_t *bitsmoe_joint_table(int bits, const uint8_t *table);

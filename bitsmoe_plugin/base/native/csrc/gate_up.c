@@ -1,5 +1,6 @@
 /* Factors before down, see steps.h. */
 #include "steps.h"
+#include "tiles.h"
 
 typedef struct {
   const Layer *layer;
@@ -10,6 +11,7 @@ typedef struct {
   float *values; /* [count, inputs, to - from, CHUNK] */
   Term *terms;   /* [count, planes] */
   int16_t (*q)[ROWS];
+  const Tiles *tiles; /* NULL: none */
 } GateUp;
 
 static int width_of(const GateUp *g) { return (g->to - g->from) * CHUNK; }
@@ -40,10 +42,8 @@ static void quantize_inputs(const GateUp *g, const Rows *rows, const Decoder *d,
   for (int m = 0; m < g->count; m++) {
     float a[ROWS], rest[ROWS];
     const float *z = input_of(g, m);
-    for (int i = 0; i < count; i++) {
-      a[i] = rows->scale[row + i] * z[rows->order[row + i]];
-      if (tile >= 0) a[i] *= tile_scale(l, rows, row + i, tile);
-    }
+    bitsmoe_kernels->gather(z, rows->order + row, rows->scale + row, count, a);
+    for (int i = 0; i < count && tile >= 0; i++) a[i] *= tile_scale(l, rows, row + i, tile);
     for (int plane = 0; plane < g->planes; plane++) {
       int at = m * g->planes + plane;
       int32_t sum;
@@ -57,20 +57,24 @@ static void quantize_inputs(const GateUp *g, const Rows *rows, const Decoder *d,
 static void gate_up_rows(const GateUp *g, const Rows *rows, const Run *run, int row, int count) {
   const Layer *l = g->layer;
   const Decoder *d = run->decoder;
-  int16_t tile[ROWS * CHUNK];
+  int16_t tile[ROWS * CHUNK] __attribute__((aligned(LINE)));
   if (!rows->tiles) quantize_inputs(g, rows, d, row, count, -1);
   const uint32_t *words = run->words + (row - run->from) * run->stride;
   int chunks = chunks_of(l->size);
   int64_t bytes = 4 * run->stride * count;
+  if (g->tiles && count < ROWS) memset(tile, 0, sizeof tile);
   for (int c = g->from; c < g->to; c++) {
     int tail = c == chunks - 1 && tail_of(l->size);
     if (rows->tiles && (c == g->from || c * CHUNK % TILE == 0))
       quantize_inputs(g, rows, d, row, count, c * CHUNK / TILE);
-    /* chunks of a tile's rows are too far apart for the hardware to foresee, so fetch the next tile's */
-    prefetch(words, bytes + bytes * c / chunks, bytes + bytes * (c + 1) / chunks);
-    bitsmoe_kernels->decode_tile(d, words + (int64_t)c * 2 * d->bits, run->stride, count, tail, tile);
-    bitsmoe_kernels->tile_dot(tile, count, g->terms, g->count * g->planes, (c - g->from) * CHUNK,
-                              d->offset2);
+    /* chunks of a tile's rows are too far apart for the hardware to foresee, so a share of the next tile is fetched */
+    int column = (c - g->from) * CHUNK, terms = g->count * g->planes;
+    int done = bitsmoe_kernels->decode_tile(d, words + (int64_t)c * 2 * d->bits, run->stride, count, tail,
+                                            (const char *)words + bytes + bytes * c / chunks, tile, g->terms,
+                                            g->tiles ? 0 : terms, column);
+    if (done < terms)
+      (g->tiles ? g->tiles->tile_dot : bitsmoe_kernels->tile_dot)(tile, count, g->terms + done, terms - done, column,
+                                                                  d->offset2);
   }
 }
 
@@ -115,14 +119,17 @@ static void store(const GateUp *g, float *out) {
 static int gate_up_part(GateUp *g, const Rows *rows, int expert, float *out) {
   const Layer *l = g->layer;
   int64_t terms = (int64_t)g->count * g->planes, values = (int64_t)g->count * l->inputs * width_of(g);
-  g->terms = malloc(terms * (sizeof(Term) + sizeof *g->q) + values * sizeof(float));
-  if (!g->terms) return -1;
-  g->values = (float *)(g->terms + terms);
+  g->values = new_lines(values * sizeof(float) + terms * (sizeof *g->q + sizeof(Term)));
+  if (!g->values) return -1;
   g->q = (int16_t (*)[ROWS])(g->values + values);
+  g->terms = (Term *)(g->q + terms);
+  g->tiles = tiles_for(terms);
+  if (g->tiles) g->tiles->configure((int)terms, ROWS);
   for (g->factor = 0; g->factor < l->inputs; g->factor++) gate_up_factor(g, &rows[g->factor], expert);
+  if (g->tiles) g->tiles->release();
   add_bias(g, expert);
   store(g, out);
-  free(g->terms);
+  free(g->values);
   return 0;
 }
 
@@ -163,7 +170,7 @@ int bitsmoe_gate_up(const Layer *l, const float *z, const int64_t *ids, int64_t 
     for (int task = 0; task < tasks; task++) {
       int part = task % parts, active = task / parts, first = routing.first[active];
       GateUp g = {l, routing.pair + first, routing.first[active + 1] - first, (int)k, 0, planes, z,
-                  chunks * part / parts, chunks * (part + 1) / parts, NULL, NULL, NULL};
+                  chunks * part / parts, chunks * (part + 1) / parts, NULL, NULL, NULL, NULL};
       if (gate_up_part(&g, &index.rows[inputs * active], routing.expert[active], out)) {
 #pragma omp atomic write
         failed = 1;

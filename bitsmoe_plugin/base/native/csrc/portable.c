@@ -60,15 +60,26 @@ static void decode_block(const Decoder *d, const uint32_t *words, int16_t *out) 
   else fields_of(words, d->bits, out);
 }
 
-static void decode_row(const Decoder *d, const uint32_t *words, int chunks, int tail, int16_t *out) {
+static void decode_chunks(const Decoder *d, const uint32_t *words, int chunks, int tail, int16_t *out) {
   int blocks = 2 * chunks - tail;
   for (int b = 0; b < blocks; b++) decode_block(d, words + b * d->bits, out + b * BLOCK);
   memset(out + blocks * BLOCK, 0, (2 * chunks - blocks) * BLOCK * sizeof(int16_t));
 }
 
-static void decode_tile(const Decoder *d, const uint32_t *words, int64_t stride, int rows, int tail,
-                        int16_t *tile) {
-  for (int r = 0; r < rows; r++) decode_row(d, words + r * stride, 1, tail, tile + r * CHUNK);
+static int decode_rows(const Decoder *d, const uint32_t *words, int64_t stride, int rows, int chunks, int tail,
+                       int16_t *out, int64_t out_stride, const Term *terms, int count) {
+  (void)terms, (void)count;
+  prefetch(words, AHEAD, AHEAD + 4 * stride * rows);
+  for (int r = 0; r < rows; r++) decode_chunks(d, words + r * stride, chunks, tail, out + r * out_stride);
+  return 0;
+}
+
+static int decode_tile(const Decoder *d, const uint32_t *words, int64_t stride, int rows, int tail, const void *ahead,
+                       int16_t *tile, const Term *terms, int count, int column) {
+  (void)terms, (void)count, (void)column;
+  prefetch(ahead, 0, (int64_t)8 * d->bits * rows);
+  for (int r = 0; r < rows; r++) decode_chunks(d, words + r * stride, 1, tail, tile + r * CHUNK);
+  return 0;
 }
 
 static void tile_dot(const int16_t *tile, int rows, const Term *terms, int count, int column, int32_t offset2) {
@@ -109,7 +120,7 @@ static int decode_band(const Decoder *d, const uint32_t *words, int64_t stride, 
   for (int c = 0; c < chunks; c++, values += CHUNK * BAND)
     for (int r = 0; r < BAND; r++) {
       int16_t row[CHUNK];
-      decode_row(d, words + r * stride + c * 2 * d->bits, 1, tail && c == chunks - 1, row);
+      decode_chunks(d, words + r * stride + c * 2 * d->bits, 1, tail && c == chunks - 1, row);
       for (int i = 0; i < CHUNK; i++) values[i * BAND + r] = (int16_t)(2 * row[i]);
     }
   return 1;
@@ -144,4 +155,4 @@ static float half_dot(const uint16_t *row, const float *x, int n) {
   return total;
 }
 
-const Kernels bitsmoe_portable = {"portable", row_scales, select_rows, quantize, decode_tile, tile_dot, order_columns, decode_row, rows_dot, quad_sums, decode_band, band_scales, band_dot, gate, half_dot, dots};
+const Kernels bitsmoe_portable = {"portable", row_scales, select_rows, gather_in_turn, quantize, decode_tile, tile_dot, order_columns, decode_rows, rows_dot, quad_sums, decode_band, band_scales, band_dot, gate, half_dot, dots};

@@ -9,6 +9,9 @@
 
 extern const Kernels *bitsmoe_kernels; /* of the instruction set in use */
 
+/* At least one line, at the beginning of one; NULL without memory. */
+static inline void *new_lines(size_t bytes) { return aligned_alloc(LINE, (bytes / LINE + 1) * LINE); }
+
 static inline int least(int a, int b) { return a < b ? a : b; }
 static inline int chunks_of(int columns) { return (columns + CHUNK - 1) / CHUNK; }
 static inline int tail_of(int columns) { return (columns + BLOCK - 1) / BLOCK % 2; }
@@ -71,11 +74,6 @@ static inline int parts_of(int tasks, int threads, int most) {
   return parts < 1 ? 1 : parts;
 }
 
-/* Bring bytes from..to into the cache; past the end of the payload this does nothing. */
-static inline void prefetch(const void *start, int64_t from, int64_t to) {
-  for (int64_t at = from; at < to; at += 64) __builtin_prefetch((const char *)start + at);
-}
-
 /* 16-bit codes, in float: too rare for more. In the grid "tiled" they are float16 values. */
 static inline float wide_value(const Layer *l, const Decoder *d, const uint32_t *words, int i) {
   uint32_t code = words[i / 2] >> (i % 2 * 16) & 0xffff;
@@ -102,7 +100,7 @@ typedef struct {
 static inline Hidden new_hidden(int64_t count, int size, int panel, int planes) {
   int padded = chunks_of(size) * CHUNK, panels = (padded + panel - 1) / panel;
   int64_t rows = count * planes;
-  int16_t *q = malloc(rows * (padded * sizeof(int16_t) + panels * (sizeof(float) + sizeof(int32_t))) + 1);
+  int16_t *q = new_lines(rows * (padded * sizeof(int16_t) + panels * (sizeof(float) + sizeof(int32_t))));
   float *scale = q ? (float *)(q + rows * padded) : NULL;
   return (Hidden){padded, panels, panel, planes, q, scale, q ? (int32_t *)(scale + rows * panels) : NULL};
 }
