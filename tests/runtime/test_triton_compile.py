@@ -14,10 +14,10 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is published for Linux only")
 
-KERNELS = {"gate_up", "down", "group", "scale", "grouped_gate_up", "grouped_down", "combine"}
+KERNELS = {"gate_up", "group", "scale", "grouped_gate_up", "grouped_down", "combine"}
 DENSE = {"expand_rows", "dense_gate_up", "dense_down"}
-DECODING = {"gate_up", "down", "grouped_gate_up", "grouped_down"}
-BASES = {f"{kernel} {bits} bits" for kernel in ("scaled_matvec", "matvec", "expand") for bits in (4, 8, 16)}
+BASES = {f"{kernel} {bits} bits" for kernel in ("scaled_matvec", "output", "expand") for bits in (4, 8, 16)}
+DECODING = {"gate_up", "grouped_gate_up", "grouped_down"} | {name for name in BASES if "output" in name}
 BASES_4 = {name for name in BASES if name.endswith(" 4 bits")}
 MOST_SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 """Bytes per program, CUDA C++ programming guide, table of compute capabilities."""

@@ -22,7 +22,8 @@ pytest.importorskip("triton", reason="Triton is published for Linux only")
 
 from triton_support import Inputs, random_inputs, random_layer, random_widths, reference, relative_error
 
-from bitsmoe_plugin.base.triton_launch import Launch
+from bitsmoe_plugin.base.triton_launch import Launch, run
+from bitsmoe_plugin.runtime.triton.compile import empty_layer
 from bitsmoe_plugin.runtime.triton.expanded import experts_at_once, scratch_bytes
 from bitsmoe_plugin.runtime.triton.layer import TritonLayer
 from bitsmoe_plugin.runtime.triton.target import (
@@ -77,8 +78,8 @@ def test_sizes_of_tiles_follow_from_the_pairs_per_expert() -> None:
 @pytest.mark.parametrize(
     ("tokens", "dtype", "first", "number"),
     [
-        (1, torch.bfloat16, "scaled_matvec_kernel", 4),
-        (3, torch.bfloat16, "scaled_matvec_kernel", 4),
+        (1, torch.bfloat16, "scaled_matvec_kernel", 3),
+        (3, torch.bfloat16, "scaled_matvec_kernel", 3),
         (4, torch.bfloat16, "expand_kernel", 7),
         (4, torch.float32, "matmul_kernel", 7),
         (4096, torch.float16, "expand_kernel", 7),
@@ -95,6 +96,44 @@ def test_launches_of_a_layer(tokens: int, dtype: torch.dtype, first: str, number
     launches = kernels(TritonLayer.prepare(spec, packed, "silu", target), tokens, 1, dtype)
     assert launches[0].kernel.__name__ == first
     assert len(launches) == number
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 16])
+@pytest.mark.parametrize("hidden", [32, 2048, 7168])
+@pytest.mark.parametrize("processors", [1, 7, 132])
+def test_programs_that_wait_leave_room(hidden: int, tokens: int, processors: int) -> None:
+    """Guards against a GPU that hangs: what waits for down, were it all started first, must not take the
+    places of down's programs, of which each processor has two at least. All that wait have work to do."""
+    sizes = BlockSizes(decode_tokens=16)
+    spec = PackedSpec(LayerShape(2, hidden, 32), (0, 2), 4, 32, 1, payload_words=0, grid="trellis")
+    layer = TritonLayer.prepare(spec, empty_layer(spec), "silu", Target(sizes, processors))
+    output = kernels(layer, tokens, 2)[-1]
+    down = output.arguments["pairs"] * output.arguments["splits"]
+    assert output.num_warps == 4
+    tiles = tokens * -(-hidden // output.constants["BASIS_ROWS"])
+    assert 1 <= output.launch_grid[0] - down <= min(processors, tiles)
+
+
+def test_launches_can_be_replayed() -> None:
+    """As in a CUDA graph, with other states and another routing: guards against a count of programs that does
+    not start again."""
+    spec, packed = random_layer(SHAPE, (0, 2, 3))
+    layer = TritonLayer.prepare(spec, packed, "silu")
+    first, then = random_inputs(SHAPE, 2), random_inputs(SHAPE, 2, seed=1)
+    launches: list[Launch] = []
+
+    def record(launch: Launch) -> None:
+        launches.append(launch)
+        run(launch)
+
+    out = layer.forward(*first.tensors(), record)
+    for given, value in zip(first.tensors(), then.tensors(), strict=True):
+        given.copy_(value)
+    out.fill_(float("nan"))
+    for launch in launches:
+        run(launch)
+    assert torch.equal(out, layer.forward(*then.tensors()))
+    assert relative_error(out, reference(spec, packed, then)) < FLOAT32
 
 
 def test_the_scratch_buffer_is_as_large_as_it_may_be() -> None:

@@ -16,7 +16,7 @@ from bitsmoe_plugin.codec.layout import PackedExperts
 from bitsmoe_plugin.codec.spec import PackedSpec
 from bitsmoe_plugin.errors import ConfigError
 from bitsmoe_plugin.models.gating import GatingForm
-from bitsmoe_plugin.runtime.triton import basis, decode, expanded, matvec, prefill
+from bitsmoe_plugin.runtime.triton import basis, decode, decode_output, expanded, matvec, prefill
 from bitsmoe_plugin.runtime.triton.basis import PackedBasis
 from bitsmoe_plugin.runtime.triton.state import LayerState
 from bitsmoe_plugin.runtime.triton.target import Target, target_of
@@ -114,10 +114,12 @@ class TritonLayer:
         return scratch + min(tokens * each, max(each, PREFILL_BYTES))
 
     def _decode(self, hidden: Tensor, ids: Tensor, weights: Tensor, launch: Launcher) -> Tensor:
-        state, target = self.state, self.target
-        scaled = matvec.scaled(hidden, ids, self.input_basis, state, target, launch)
-        parts = decode.outputs(scaled, ids, weights, state, target, launch)
-        return matvec.summed(parts, ids.shape[1], self.output_basis, hidden.dtype, target, launch)
+        state, target, basis_out = self.state, self.target, self.output_basis
+        arrived = ids.new_empty(1, dtype=torch.int32)
+        scaled = matvec.scaled(hidden, ids, self.input_basis, arrived, state, target, launch)
+        units = decode.hidden_units(scaled, ids, state, target, launch)
+        given = units, ids, weights, basis_out, arrived, hidden.dtype
+        return decode_output.outputs(*given, state, target, launch)
 
     def _prefill(self, hidden: Tensor, ids: Tensor, weights: Tensor, launch: Launcher) -> Tensor:
         state, target = self.state, self.target
