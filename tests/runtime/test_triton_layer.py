@@ -184,7 +184,7 @@ def test_bases(bits: int, bases: int, group: int, tokens: int) -> None:
     """Every kernel on its own, several steps of each; 96 columns are not a power of two."""
     shape = LayerShape(1, 96, 32)
     _, packed = random_layer(shape, (0, 1), basis_bits=bits, input_bases=bases, group_size=group)
-    basis = PackedBasis.of(packed.input_basis, packed.input_scales, bits, 96)
+    basis = PackedBasis.of(packed.input_basis, packed.input_scales, bits, 96, "trellis")
     dense = layout.unpack_basis(packed.input_basis, packed.input_scales, bits, 96).T
     x = torch.randn(tokens, 96)
     for expanded_tokens in (tokens, tokens + 1):

@@ -16,16 +16,21 @@ from torch import Tensor
 from bitsmoe_plugin.codec.layout import LayerShape, PackedExperts
 from bitsmoe_plugin.codec.spec import PackedSpec
 from bitsmoe_plugin.errors import ConfigError
+from bitsmoe_plugin.models.gating import gating
 from bitsmoe_plugin.presets import ALL_WIDTHS
+from bitsmoe_plugin.runtime import dispatch
+from bitsmoe_plugin.runtime.reference_layer import ReferenceLayer
 
 pytest.importorskip("triton", reason="Triton is published for Linux only")
 
 from triton_support import Inputs, random_inputs, random_layer, random_widths, reference, relative_error
 
 from bitsmoe_plugin.base.triton_launch import Launch, run
+from bitsmoe_plugin.runtime.triton import layer as triton_layer
 from bitsmoe_plugin.runtime.triton.compile import empty_layer
 from bitsmoe_plugin.runtime.triton.expanded import experts_at_once, scratch_bytes
 from bitsmoe_plugin.runtime.triton.layer import TritonLayer
+from bitsmoe_plugin.runtime.triton.prefill import bytes_per_token
 from bitsmoe_plugin.runtime.triton.target import (
     INTERPRETER,
     BlockSizes,
@@ -136,6 +141,23 @@ def test_launches_can_be_replayed() -> None:
     assert relative_error(out, reference(spec, packed, then)) < FLOAT32
 
 
+@pytest.mark.parametrize(("tokens", "expanding"), [(257, [257]), (300, [270]), (520, [260, 260])])
+def test_chunks_do_not_leave_the_regime(
+    tokens: int, expanding: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At most 270 tokens at once; more than 256 expand the one expert. 300 are 270 and 30, not twice 150, for
+    which rows would be decoded for every tile."""
+    spec, packed = random_layer(LayerShape(1, 64, 64), (0, 2))
+    layer = TritonLayer.prepare(spec, packed, "silu", H100)
+    each = bytes_per_token(layer.state, 1, tokens, torch.bfloat16, H100)
+    monkeypatch.setattr(triton_layer, "PREFILL_BYTES", 270 * each)
+    launches = kernels(layer, tokens, 1)
+    sizes = [
+        len(launch.arguments["z"]) for launch in launches if launch.kernel.__name__ == "dense_gate_up_kernel"
+    ]
+    assert sizes == expanding
+
+
 def test_the_scratch_buffer_is_as_large_as_it_may_be() -> None:
     """And holds one expert at least; chunks are alike."""
     spec, packed = random_layer(SHAPE, (0, 2))
@@ -199,14 +221,34 @@ def test_experts_without_pairs_or_rows(target: Target) -> None:
 @pytest.mark.parametrize("form", ["silu,alpha=1.702,limit=7,offset=1", "relu2,has_gate=0"])
 def test_forms_of_experts(form: str, target: Target) -> None:
     """GPT-OSS clamps and has biases; Nemotron-H has no gate."""
-    from bitsmoe_plugin.models.gating import gating
-    from bitsmoe_plugin.runtime.reference_layer import ReferenceLayer
-
     shape = replace(SHAPE, has_gate="has_gate=0" not in form)
     spec, packed = random_layer(shape, (0, 3), has_bias=True)
     inputs = random_inputs(shape, 20)
     value = TritonLayer.prepare(spec, packed, form, target).forward(*inputs.tensors())
     wanted = ReferenceLayer.prepare(spec, packed, gating(form)).forward(*inputs.tensors())
+    assert relative_error(value, wanted) < FLOAT32
+
+
+@pytest.mark.parametrize("has_gate", [True, False])
+@pytest.mark.parametrize("tokens", [1, 20])
+@designs
+def test_gatings_without_a_form(target: Target, tokens: int, has_gate: bool) -> None:
+    """Torch computes them between the kernels, which wait for nothing all the same. In padding this one is
+    not 0, which must not show."""
+
+    def gating(*products: Tensor) -> Tensor:
+        return torch.cos(products[0]) * products[-1].exp()
+
+    shape = replace(SHAPE, has_gate=has_gate)
+    spec, packed = random_layer(shape, (0, 3), has_bias=True)
+    inputs = random_inputs(shape, tokens)
+    ids = inputs.ids.clone()
+    ids[0, 1] = -1
+    inputs = replace(inputs, ids=ids)
+    runtime = dispatch._on_gpu(spec, packed, gating)[0]
+    assert isinstance(runtime, TritonLayer)
+    value = replace(runtime, target=target).forward(*inputs.tensors())
+    wanted = ReferenceLayer.prepare(spec, packed, gating).forward(*inputs.tensors())
     assert relative_error(value, wanted) < FLOAT32
 
 

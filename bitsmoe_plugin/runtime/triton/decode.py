@@ -15,12 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from bitsmoe_plugin.base.triton_launch import Launch, Launcher
-from bitsmoe_plugin.runtime.triton.rows import (
-    add_bias,
-    decode_words,
-    gating,
-    load_words,
-)
+from bitsmoe_plugin.runtime.triton.row_scales import load_scales, own_tiles
+from bitsmoe_plugin.runtime.triton.rows import add_bias, decode_words, gating, load_words
 from bitsmoe_plugin.runtime.triton.state import LayerState
 from bitsmoe_plugin.runtime.triton.target import Target
 
@@ -35,7 +31,7 @@ def hidden_units(scaled: Tensor, ids: Tensor, state: LayerState, target: Target,
     pairs, sizes = ids.numel(), target.blocks
     wanted, warps = target.processors * sizes.programs_per_processor, sizes.decode_warps[0]
     blocks = _blocks(wanted, pairs, state.blocks, sizes.decode_blocks)
-    hidden = scaled.new_empty((pairs, 32 * state.blocks))
+    hidden = state.products(scaled, pairs)
     arguments = {"scaled": scaled, "ids": ids, "bias": state.bias, "hidden": hidden}
     arguments |= {**state.pointers(), "tables": state.tables}
     constants = {**state.constants(), **state.gating_constants()}
@@ -50,7 +46,7 @@ def hidden_units(scaled: Tensor, ids: Tensor, state: LayerState, target: Target,
             num_warps=warps,
         )
     )
-    return hidden
+    return state.gated(hidden, scaled.dtype)
 
 
 def _blocks(wanted: int, pairs: int, blocks: int, most: int) -> int:
@@ -63,12 +59,13 @@ def _blocks(wanted: int, pairs: int, blocks: int, most: int) -> int:
 def _sums(
     scaled,
     start,
+    tiles,
     counts,
     tables,
     block,
     ROW_BLOCKS: tl.constexpr,
     WIDTHS: tl.constexpr,
-    TRELLIS: tl.constexpr,
+    GRID: tl.constexpr,
     ROWS: tl.constexpr,
 ):
     """``[columns of the blocks]`` float32: sum of a factor's rows times their coordinates."""
@@ -86,10 +83,13 @@ def _sums(
                     start + (row[:, None] * ROW_BLOCKS + block[None, :]) * WIDTHS[i], WIDTHS[i]
                 )
                 z_ahead = tl.load(scaled + rows, mask=rows < count, other=0.0)
-                total += decode_words(words, tables, WIDTHS[i], TRELLIS, tl.float32) * z[:, None]
+                row = tl.minimum(rows - ROWS, count - 1)
+                scale = load_scales(tiles, row, block, ROW_BLOCKS, GRID)
+                total += decode_words(words, scale, tables, WIDTHS[i], GRID, tl.float32) * z[:, None]
                 words = ahead
                 z = z_ahead
         start += count * (ROW_BLOCKS * WIDTHS[i])
+        tiles += count * ((ROW_BLOCKS + 3) // 4)
         scaled += count
     return tl.sum(total, 0)
 
@@ -103,13 +103,15 @@ def gate_up_kernel(
     payload,
     starts,
     counts,
+    tile_scales,
+    row_starts,
     tables,
     EXPERTS: tl.constexpr,
     INPUTS: tl.constexpr,
     RANK: tl.constexpr,
     ROW_BLOCKS: tl.constexpr,
     WIDTHS: tl.constexpr,
-    TRELLIS: tl.constexpr,
+    GRID: tl.constexpr,
     SIZE: tl.constexpr,
     FORM: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -118,7 +120,7 @@ def gate_up_kernel(
 ):
     """hidden[pair] = gating of gate and up with biases; 0 in the padding after ``SIZE``.
 
-    Grid: column tiles, pairs.
+    Without a form gate and up themselves. Grid: column tiles, pairs.
     """
     pair = tl.program_id(1)
     expert = tl.load(ids + pair).to(tl.int32)
@@ -131,8 +133,9 @@ def gate_up_kernel(
         unit = factor * EXPERTS + expert
         start = payload + tl.load(starts + unit)
         own = scaled + (pair * INPUTS + factor) * RANK
+        tiles = own_tiles(tile_scales, row_starts, unit, ROW_BLOCKS, GRID)
         sums = _sums(
-            own, start, counts + unit * len(WIDTHS), tables, block, ROW_BLOCKS, WIDTHS, TRELLIS, ROWS
+            own, start, tiles, counts + unit * len(WIDTHS), tables, block, ROW_BLOCKS, WIDTHS, GRID, ROWS
         )
         gate, up = up, sums
     column = tl.program_id(0) * (32 * BLOCKS) + tl.arange(0, 32 * BLOCKS)
@@ -141,5 +144,11 @@ def gate_up_kernel(
         if INPUTS == 2:
             gate = add_bias(gate, bias, expert, column, inside, 0, INPUTS, SIZE)
         up = add_bias(up, bias, expert, column, inside, INPUTS - 1, INPUTS, SIZE)
-    value = tl.where(inside, gating(gate, up, FORM), 0.0)
-    tl.store(hidden + pair * (32 * ROW_BLOCKS) + column, value, mask=column < 32 * ROW_BLOCKS)
+    COLUMNS: tl.constexpr = 32 * ROW_BLOCKS
+    if len(FORM) > 0:
+        value = tl.where(inside, gating(gate, up, FORM), 0.0)
+        tl.store(hidden + pair * COLUMNS + column, value, mask=column < COLUMNS)
+    else:
+        at = hidden + pair * (INPUTS * COLUMNS) + column
+        tl.store(at, gate, mask=(column < COLUMNS) & (INPUTS == 2))
+        tl.store(at + (INPUTS - 1) * COLUMNS, up, mask=column < COLUMNS)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from bitsmoe_plugin.runtime.triton.rows import decode_words, load_words, order_and_scales
+from bitsmoe_plugin.runtime.triton.row_scales import load_scales, order_and_scales, own_scales, own_tiles
+from bitsmoe_plugin.runtime.triton.rows import decode_words, load_words
 
 
 @triton.jit
@@ -33,6 +34,8 @@ def down_part(
     payload,
     starts,
     counts,
+    tile_scales,
+    row_starts,
     tables,
     order,
     row_codes,
@@ -45,7 +48,7 @@ def down_part(
     RANK: tl.constexpr,
     ROW_BLOCKS: tl.constexpr,
     WIDTHS: tl.constexpr,
-    TRELLIS: tl.constexpr,
+    GRID: tl.constexpr,
     UNITS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCKS: tl.constexpr,
@@ -68,7 +71,8 @@ def down_part(
     counts += unit * len(WIDTHS)
     start = payload + tl.load(starts + unit)
     order += unit * RANK
-    row_codes += unit * RANK
+    row_codes = own_scales(row_codes, row_starts, unit, RANK, GRID)
+    tiles = own_tiles(tile_scales, row_starts, unit, ROW_BLOCKS, GRID)
     scale_grid += INPUTS * 2 * RANK
     hidden += pair * (32 * ROW_BLOCKS)
     weight = tl.load(weights + pair).to(tl.float32)
@@ -83,22 +87,25 @@ def down_part(
                 hidden,
                 parts,
                 start,
+                tiles,
                 tables,
-                order + done,
+                order,
                 row_codes,
                 scale_grid,
+                done,
                 begin,
                 end,
                 weight * UNITS[i],
                 WIDTHS[i],
                 RANK,
                 ROW_BLOCKS,
-                TRELLIS,
+                GRID,
                 ROWS,
                 BLOCKS,
                 TILES,
             )
         start += count * (ROW_BLOCKS * WIDTHS[i])
+        tiles += count * ((ROW_BLOCKS + 3) // 4)
         done += count
     first, last = _part(RANK - stored, part, splits, ROWS)
     for row in range(first, last, ROWS):
@@ -112,29 +119,33 @@ def _down_rows(
     hidden,
     parts,
     start,
+    tiles,
     tables,
     order,
     row_codes,
     scale_grid,
+    done,
     begin,
     end,
     weight,
     BITS: tl.constexpr,
     RANK: tl.constexpr,
     ROW_BLOCKS: tl.constexpr,
-    TRELLIS: tl.constexpr,
+    GRID: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCKS: tl.constexpr,
     TILES: tl.constexpr,
 ):
-    """Rows ``begin`` to ``end`` of one width, in steps over rows and, within, tiles of columns.
+    """Rows ``begin`` to ``end`` of one width, which has ``done`` before it.
+
+    In steps over rows and, within, tiles of columns.
 
     Rank indices and scales, a chain of loads, are fetched while the rows' products are computed.
     """
     lane, column = tl.arange(0, BLOCKS), tl.arange(0, 32 * BLOCKS)
     row = tl.minimum(begin + tl.arange(0, ROWS), end - 1)
     words = load_words(start + (row[:, None] * ROW_BLOCKS + tl.minimum(lane, ROW_BLOCKS - 1)) * BITS, BITS)
-    k, scale = order_and_scales(order, row_codes, scale_grid, row, row >= 0, RANK)
+    k, scale = order_and_scales(order, row_codes, scale_grid, done + row, row >= 0, RANK, GRID)
     total = tl.zeros([ROWS], tl.float32)
     for step in range(0, tl.cdiv(end - begin, ROWS) * TILES):
         tile = step % TILES
@@ -142,11 +153,16 @@ def _down_rows(
         row = tl.minimum(following, end - 1)
         block = tl.minimum((step + 1) % TILES * BLOCKS + lane, ROW_BLOCKS - 1)
         ahead = load_words(start + (row[:, None] * ROW_BLOCKS + block[None, :]) * BITS, BITS)
-        k_ahead, scale_ahead = order_and_scales(order, row_codes, scale_grid, row, row >= 0, RANK)
+        k_ahead, scale_ahead = order_and_scales(
+            order, row_codes, scale_grid, done + row, row >= 0, RANK, GRID
+        )
         at = tile * (32 * BLOCKS) + column
         vector = tl.load(hidden + at, mask=at < 32 * ROW_BLOCKS, other=0.0)
-        total += tl.sum(decode_words(words, tables, BITS, TRELLIS, tl.float32) * vector[None, :], 1)
         rows = begin + step // TILES * ROWS + tl.arange(0, ROWS)
+        block = tl.minimum(tile * BLOCKS + lane, ROW_BLOCKS - 1)
+        of_tiles = load_scales(tiles, tl.minimum(rows, end - 1), block, ROW_BLOCKS, GRID)
+        values = decode_words(words, of_tiles, tables, BITS, GRID, tl.float32)
+        total += tl.sum(values * vector[None, :], 1)
         tl.store(parts + k, total * (scale * weight), mask=(rows < end) & (tile == TILES - 1))
         total = tl.where(tile == TILES - 1, 0.0, total)
         words = ahead

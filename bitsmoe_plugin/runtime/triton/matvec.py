@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bitsmoe_plugin.base.triton_launch import Launch, Launcher
-from bitsmoe_plugin.runtime.triton.basis import PackedBasis
+from bitsmoe_plugin.runtime.triton.basis import PackedBasis, basis_value
 from bitsmoe_plugin.runtime.triton.state import LayerState
 from bitsmoe_plugin.runtime.triton.target import Target
 
@@ -36,11 +36,17 @@ def scaled(
     out = x.new_empty((ids.numel(), state.inputs, state.rank), dtype=torch.float32)
     rows, words = target.blocks.matvec
     constants = basis.constants() | {"ROWS": rows, "WORDS": words, "EXPERTS": state.experts}
-    constants |= {"INPUTS": state.inputs, "RANK": state.rank, "UNITS": state.units_by_code}
+    constants |= {
+        "GRID": state.grid,
+        "INPUTS": state.inputs,
+        "RANK": state.rank,
+        "UNITS": state.units_by_code,
+    }
     constants |= {"SLOTS": ids.shape[1], "SLOTS_2": triton.next_power_of_2(ids.shape[1])}
     arguments = {"x": x, "codes": basis.codes, "scales": basis.scales, "ids": ids, "scaled": out}
     arguments["arrived"] = arrived
     arguments |= {"places": state.places, "row_codes": state.row_codes, "scale_grid": state.scale_grid}
+    arguments |= {"row_starts": state.row_starts, "row_gains": state.row_gains}
     grid = (triton.cdiv(basis.codes.shape[0], rows), x.shape[0])
     launch(
         Launch(
@@ -107,8 +113,11 @@ def basis_products(packed, scale, vector, BITS: tl.constexpr, STEP: tl.constexpr
         products = tl.zeros(packed.shape, tl.float32)
         for i in tl.static_range(EACH):
             code = (unsigned >> (i * BITS)) & (2**BITS - 1)
-            products += (code.to(tl.float32) - (2**BITS - 1) / 2) * pieces[i][None, :]
-        return products * (scale.to(tl.float32) * STEP)
+            if STEP == 0:  # products of codes and scales are rounded
+                products += basis_value(code, scale.to(tl.float32), BITS, STEP) * pieces[i][None, :]
+            else:
+                products += basis_value(code, 1.0, BITS, 1.0) * pieces[i][None, :]
+        return products if STEP == 0 else products * (scale.to(tl.float32) * STEP)
 
 
 @triton.jit
@@ -148,6 +157,8 @@ def scaled_matvec_kernel(
     places,
     row_codes,
     scale_grid,
+    row_starts,
+    row_gains,
     TOTAL_ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     ROW_WORDS: tl.constexpr,
@@ -157,6 +168,7 @@ def scaled_matvec_kernel(
     ROWS: tl.constexpr,
     WORDS: tl.constexpr,
     EXPERTS: tl.constexpr,
+    GRID: tl.constexpr,
     INPUTS: tl.constexpr,
     RANK: tl.constexpr,
     UNITS: tl.constexpr,
@@ -194,11 +206,16 @@ def scaled_matvec_kernel(
         here = has_expert[:, None] & keep[None, :]
         place = tl.load(places + at, mask=here, other=0).to(tl.int32)
         code = tl.load(row_codes + at, mask=here, other=0).to(tl.int32)
-        low = tl.load(scale_grid + factor * 2 * RANK + k, mask=keep, other=0.0).to(tl.float32)
-        step = tl.load(scale_grid + (factor * 2 + 1) * RANK + k, mask=keep, other=0.0).to(tl.float32)
         unit = tl.zeros([SLOTS_2, ROWS], tl.float32)
         for i in tl.static_range(len(UNITS)):
             unit = tl.where(code >> 5 == i, UNITS[i], unit)
-        scale = tl.exp2(low[None, :] + (code & 31).to(tl.float32) * step[None, :]) * unit
+        if GRID == "tiled":
+            start = tl.load(row_starts + factor * EXPERTS + expert, mask=has_expert, other=0)
+            stored = here & (unit > 0)
+            scale = tl.load(row_gains + start[:, None] + place, mask=stored, other=0.0).to(tl.float32)
+        else:
+            low = tl.load(scale_grid + factor * 2 * RANK + k, mask=keep, other=0.0).to(tl.float32)
+            step = tl.load(scale_grid + (factor * 2 + 1) * RANK + k, mask=keep, other=0.0).to(tl.float32)
+            scale = tl.exp2(low[None, :] + (code & 31).to(tl.float32) * step[None, :]) * unit
         at = ((token * SLOTS + slot) * INPUTS + factor)[:, None] * RANK + place
         tl.store(scaled + at, z[None, :] * scale, mask=here & (unit > 0))

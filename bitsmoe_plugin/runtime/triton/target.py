@@ -145,8 +145,9 @@ _WIDE = Tile(64, 4, 8)
 _UP_TO_64 = {size: _GATE_UP[size] for size in (16, 32, 64)}
 _BY_CAPABILITY: dict[int, BlockSizes] = {
     # What does not spill there. Without the tensor cores of sm_90, tiles of 128 pairs lack registers.
-    8: BlockSizes(gate_up=_UP_TO_64),
-    10: BlockSizes(gate_up=_UP_TO_64 | {16: _WIDE, 32: _WIDE}),
+    # There and on sm_100, wider steps of the output basis would leave down three programs per processor.
+    8: BlockSizes(gate_up=_UP_TO_64, basis_out=(16, 64)),
+    10: BlockSizes(gate_up=_UP_TO_64 | {16: _WIDE, 32: _WIDE}, basis_out=(16, 64)),
     12: BlockSizes(gate_up=_UP_TO_64 | {16: _WIDE}),
 }
 """Major compute capability -> sizes; others take the default."""
