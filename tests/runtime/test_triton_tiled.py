@@ -109,7 +109,7 @@ def test_experts_may_have_no_rows_and_ids_none(tokens: int) -> None:
 
 
 @pytest.mark.parametrize("target", [INTERPRETER, EXPANDED], ids=["grouped", "expanded"])
-@pytest.mark.parametrize("octaves", [-6, 0, 6])
+@pytest.mark.parametrize("octaves", [-6, 6])
 def test_float16_does_not_leave_its_range(octaves: int, target: Target) -> None:
     """Gains of 2**-6 to 2**6, operands of float16, in which numpy sums, too: 2**-11 for each of 200 steps."""
     spec, packed = random_layer(SHAPE, (0, 2, 8), "tiled", basis_bits=16)
