@@ -36,6 +36,8 @@ def candidates(tokens: int, target: Target) -> Iterator[tuple[str, Target]]:
             for programs in (2, 4, 8):
                 sizes = replace(blocks, decode_warps=warps, programs_per_processor=programs)
                 yield f"warps {warps}, {programs} programs", replace(target, blocks=sizes)
+        for out in ((16, 64), (8, 256), (32, 64)):
+            yield f"output basis {out}", replace(target, blocks=replace(blocks, basis_out=out))
         return
     if tokens <= 16:
         yield "each pair by itself", replace(target, blocks=replace(blocks, decode_tokens=16))

@@ -49,7 +49,6 @@ class BitsMoEMethod(FusedMoEMethodBase):
     def create_weights(self, layer: Any, *args: Any, **extra: Any) -> None:
         """Checks, and places for the tensors, whose sizes are known once the row codes are read."""
         check_experts(self.name, self.files.specs[self.name], self.moe, layer)
-        self._refuse_graphs()
         self.experts = LoadedExperts(
             self,
             gating_of(self.name, layer, self._checkpoint.gating(self.name)),
@@ -67,14 +66,6 @@ class BitsMoEMethod(FusedMoEMethodBase):
 
     def _is_captured(self) -> bool:
         return self._is_on_gpu() and not get_current_vllm_config().model_config.enforce_eager
-
-    def _refuse_graphs(self) -> None:
-        """Rows that have no kernel are computed in plain torch, which waits for the device."""
-        if self.files.specs[self.name].is_tiled and self._is_captured():
-            raise ConfigError(
-                f"{self.name}: experts of a checkpoint converted by import-upstream are computed in plain "
-                "torch, which cannot be captured in CUDA graphs; start vLLM with --enforce-eager"
-            )
 
     def shard(self, layer: Any) -> Shard:
         """The part of the layer that this process holds."""

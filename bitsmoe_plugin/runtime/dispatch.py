@@ -115,15 +115,11 @@ def _on_cpu(spec: PackedSpec, packed: PackedExperts, gating: Gating) -> tuple[Ru
 
 
 def _on_gpu(spec: PackedSpec, packed: PackedExperts, gating: Gating) -> tuple[Runtime | None, str]:
-    if spec.is_tiled:
-        return None, 'the GPU kernels do not know the grid "tiled" (of checkpoints that were converted)'
-    form = gating if isinstance(gating, GatingForm) else form_of(gating, spec.shape.has_gate)
-    if form is None:
-        return None, "the GPU kernels do not know their gating"
     if find_spec("triton") is None:
         return None, "Triton is not installed"
     if _lacks_registers(packed.payload.device):
         return None, "the GPU kernels need a GPU of compute capability 8.0 or newer"
     from bitsmoe_plugin.runtime.triton.layer import TritonLayer
 
-    return TritonLayer.prepare(spec, packed, form.text()), ""
+    form = gating if isinstance(gating, GatingForm) else form_of(gating, spec.shape.has_gate)
+    return TritonLayer.prepare(spec, packed, gating if form is None else form), ""

@@ -22,17 +22,21 @@ pytestmark = pytest.mark.skipif(
 SHAPE = LayerShape(num_experts=3, hidden_size=48, intermediate_size=64)
 
 
-def test_a_captured_layer_computes_what_is_written_into_it() -> None:
+@pytest.mark.parametrize(("grid", "bits"), [("trellis", 4), ("tiled", 16)])
+def test_a_captured_layer_computes_what_is_written_into_it(grid: str, bits: int) -> None:
     """Guards against offsets of the rows before: a replayed graph derives nothing."""
     widths = random_widths(SHAPE, (0, 1, 2, 3, 4))
-    spec, packed = random_layer(SHAPE, row_bits=widths)
-    other_spec, other = random_layer(SHAPE, row_bits=widths.flip(1), seed=1)  # as many rows of each width
+    spec, packed = random_layer(SHAPE, grid=grid, basis_bits=bits, row_bits=widths)
+    other_spec, other = random_layer(  # as many rows of each width
+        SHAPE, grid=grid, basis_bits=bits, row_bits=widths.flip(1), seed=1
+    )
     assert spec == other_spec
     captured, inputs = TritonLayer.prepare(spec, packed, "silu"), random_inputs(SHAPE, 3)
     before = captured.forward(*inputs.tensors())
     derived = derived_tensors(captured)
     assert set(derived) >= {"state_starts", "state_counts", "state_order"}
-    assert not {"state_payload", "state_row_codes", "state_scale_grid", "input_basis_codes"} & set(derived)
+    stored = {"state_payload", "state_row_codes", "state_scale_grid", "state_tile_scales", "state_row_gains"}
+    assert not (stored | {"input_basis_codes"}) & {name for name, t in derived.items() if t.numel()}
     for (_, tensor), (_, new) in zip(packed.tensors(), other.tensors(), strict=True):
         tensor.copy_(new)
     for tensor in derived.values():

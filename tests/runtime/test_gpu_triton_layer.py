@@ -126,7 +126,7 @@ def test_real_sizes_agree_with_the_reference(name: str, tokens: int, dtype: torc
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("tokens", [1, 4, 70])
 @pytest.mark.parametrize(
-    ("grid", "bits", "bases"), [("trellis", 4, 2), ("uniform", 8, 1), ("trellis", 16, 2)]
+    ("grid", "bits", "bases"), [("trellis", 4, 2), ("uniform", 8, 1), ("trellis", 16, 2), ("tiled", 16, 1)]
 )
 def test_bases_and_grids(grid: str, bits: int, bases: int, tokens: int, dtype: torch.dtype) -> None:
     """Every kind of basis, a tail of 8 columns, groups of 16."""

@@ -14,10 +14,10 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is published for Linux only")
 
-KERNELS = {"gate_up", "down", "group", "scale", "grouped_gate_up", "grouped_down", "combine"}
+KERNELS = {"gate_up", "group", "scale", "grouped_gate_up", "grouped_down", "combine"}
 DENSE = {"expand_rows", "dense_gate_up", "dense_down"}
-DECODING = {"gate_up", "down", "grouped_gate_up", "grouped_down"}
-BASES = {f"{kernel} {bits} bits" for kernel in ("scaled_matvec", "matvec", "expand") for bits in (4, 8, 16)}
+BASES = {f"{kernel} {bits} bits" for kernel in ("scaled_matvec", "output", "expand") for bits in (4, 8, 16)}
+DECODING = {"gate_up", "grouped_gate_up", "grouped_down"} | {name for name in BASES if "output" in name}
 BASES_4 = {name for name in BASES if name.endswith(" 4 bits")}
 MOST_SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 """Bytes per program, CUDA C++ programming guide, table of compute capabilities."""
@@ -35,15 +35,16 @@ def resources(*arguments: str) -> list[dict]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def check(table: list[dict], kernels: set[str], most: float) -> None:
-    """Nothing spills, and no loop of prefill takes more than ``most`` instructions per weight."""
+def check(table: list[dict], kernels: set[str], most: float, decode: float = 9, spilled: int = 0) -> None:
+    """No more spills than ``spilled`` bytes, and no loop of prefill takes more than ``most`` instructions per
+    weight, none of decode more than ``decode``: it has chains of loads in its loops, and sums in float32."""
     assert {row["kernel"] for row in table} == kernels
     for row in table:
-        assert (row["stack"], row["spill_stores"], row["spill_loads"]) == (0, 0, 0), row
+        assert max(row["stack"], row["spill_stores"], row["spill_loads"]) <= spilled, row
         assert 16 <= row["registers"] <= 255, row
         assert row["shared"] <= MOST_SHARED[row["capability"]], row
         assert bool(row["instructions"]) == (row["kernel"] in DECODING)
-        limit = most if row["pairs"] else 9  # decode has chains of loads in its loops, and sums in float32
+        limit = most if row["pairs"] else decode
         assert all(1.5 < count <= limit for count in row["instructions"].values()), row
 
 
@@ -87,6 +88,17 @@ def test_the_uniform_grid_does_not_spill() -> None:
         *("--input-bases", "2", "--group-size", "16", "--hidden", "720", "--intermediate", "200"),
     )
     check(table, KERNELS | BASES_4, 7)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("capability", ["80", "90", "100", "120"])
+def test_the_grid_of_converted_checkpoints_does_not_spill(capability: str) -> None:
+    """Scales are loaded and multiplied in the loops, per value. On sm_100 one word is spilled."""
+    table = resources(
+        *("--capability", capability, "--dtype", "bfloat16", "--grid", "tiled", "--basis-bits", "8"),
+        *("--tokens", "1", "256", "8192"),
+    )
+    check(table, KERNELS | DENSE | {name for name in BASES if name.endswith(" 8 bits")}, 20, 13, spilled=8)
 
 
 @pytest.mark.exhaustive

@@ -34,7 +34,6 @@ from bitsmoe_plugin.runtime.triton import prefill, rows
 from bitsmoe_plugin.runtime.triton.basis import PackedBasis, multiply
 from bitsmoe_plugin.runtime.triton.grouping import Tiles, group_pairs
 from bitsmoe_plugin.runtime.triton.layer import TritonLayer
-from bitsmoe_plugin.runtime.triton.matvec import summed
 from bitsmoe_plugin.runtime.triton.target import INTERPRETER, BlockSizes, Target, Tile
 
 pytestmark = pytest.mark.skipif(
@@ -172,7 +171,7 @@ def test_block_sizes_for_gpus_agree_with_the_reference(tokens: int) -> None:
     shape = LayerShape(num_experts=4, hidden_size=160, intermediate_size=200)
     spec, packed = random_layer(shape, (0, 2, 3, 6), group_size=32, input_bases=2)
     small = {size: Tile(16, 2, 1) for size in (16, 32, 64, 128)}
-    sizes = BlockSizes(decode_warps=(1, 1), matvec=(4, 8), gate_up=small, down=small)
+    sizes = BlockSizes(decode_warps=(1, 1), matvec=(4, 8), basis_out=(4, 8), gate_up=small, down=small)
     target = Target(sizes, processors=24, float32_operands=True)
     check(spec, packed, random_inputs(shape, tokens), target=target)
 
@@ -185,7 +184,7 @@ def test_bases(bits: int, bases: int, group: int, tokens: int) -> None:
     """Every kernel on its own, several steps of each; 96 columns are not a power of two."""
     shape = LayerShape(1, 96, 32)
     _, packed = random_layer(shape, (0, 1), basis_bits=bits, input_bases=bases, group_size=group)
-    basis = PackedBasis.of(packed.input_basis, packed.input_scales, bits, 96)
+    basis = PackedBasis.of(packed.input_basis, packed.input_scales, bits, 96, "trellis")
     dense = layout.unpack_basis(packed.input_basis, packed.input_scales, bits, 96).T
     x = torch.randn(tokens, 96)
     for expanded_tokens in (tokens, tokens + 1):
@@ -193,9 +192,16 @@ def test_bases(bits: int, bases: int, group: int, tokens: int) -> None:
         target = Target(blocks, 1, float32_operands=True)
         value = multiply(x, basis, torch.float32, target, triton_layer.run)
         assert relative_error(value, x @ dense) < FLOAT32
-    target = Target(BlockSizes(matvec=(64, 8)), 1)
-    value = summed(x[:4], 2, basis, torch.float32, target, triton_layer.run)
-    assert relative_error(value, (x[:4].view(2, 2, 96).sum(1)) @ dense) < FLOAT32
+
+
+@pytest.mark.parametrize(("bits", "bases", "group"), [(4, 1, 32), (8, 2, 16), (16, 2, 32)])
+@pytest.mark.parametrize("processors", [1, 5])
+def test_bases_in_decode(bits: int, bases: int, group: int, processors: int) -> None:
+    """Several steps of each row; tiles of 16 rows of two tokens, ten in all, for one program, or for five."""
+    shape = LayerShape(2, 80, 32)
+    spec, packed = random_layer(shape, (0, 2), basis_bits=bits, input_bases=bases, group_size=16)
+    target = replace(INTERPRETER, processors=processors, blocks=BlockSizes(matvec=(16, 4), basis_out=(16, 4)))
+    check(spec, packed, random_inputs(shape, 2), target=target)
 
 
 @phases
@@ -286,7 +292,7 @@ class ForbidHostSync(TorchDispatchMode):
 
 
 LAUNCHES = {
-    DECODE: ["scaled_matvec_kernel", "gate_up_kernel", "down_kernel", "matvec_kernel"],
+    DECODE: ["scaled_matvec_kernel", "gate_up_kernel", "output_kernel"],
     PREFILL: [
         *("expand_kernel", "group_kernel", "scale_kernel", "grouped_gate_up_kernel", "grouped_down_kernel"),
         *("combine_kernel", "expand_kernel"),

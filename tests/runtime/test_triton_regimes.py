@@ -16,15 +16,21 @@ from torch import Tensor
 from bitsmoe_plugin.codec.layout import LayerShape, PackedExperts
 from bitsmoe_plugin.codec.spec import PackedSpec
 from bitsmoe_plugin.errors import ConfigError
+from bitsmoe_plugin.models.gating import gating
 from bitsmoe_plugin.presets import ALL_WIDTHS
+from bitsmoe_plugin.runtime import dispatch
+from bitsmoe_plugin.runtime.reference_layer import ReferenceLayer
 
 pytest.importorskip("triton", reason="Triton is published for Linux only")
 
 from triton_support import Inputs, random_inputs, random_layer, random_widths, reference, relative_error
 
-from bitsmoe_plugin.base.triton_launch import Launch
+from bitsmoe_plugin.base.triton_launch import Launch, run
+from bitsmoe_plugin.runtime.triton import layer as triton_layer
+from bitsmoe_plugin.runtime.triton.compile import empty_layer
 from bitsmoe_plugin.runtime.triton.expanded import experts_at_once, scratch_bytes
 from bitsmoe_plugin.runtime.triton.layer import TritonLayer
+from bitsmoe_plugin.runtime.triton.prefill import bytes_per_token
 from bitsmoe_plugin.runtime.triton.target import (
     INTERPRETER,
     BlockSizes,
@@ -77,8 +83,8 @@ def test_sizes_of_tiles_follow_from_the_pairs_per_expert() -> None:
 @pytest.mark.parametrize(
     ("tokens", "dtype", "first", "number"),
     [
-        (1, torch.bfloat16, "scaled_matvec_kernel", 4),
-        (3, torch.bfloat16, "scaled_matvec_kernel", 4),
+        (1, torch.bfloat16, "scaled_matvec_kernel", 3),
+        (3, torch.bfloat16, "scaled_matvec_kernel", 3),
         (4, torch.bfloat16, "expand_kernel", 7),
         (4, torch.float32, "matmul_kernel", 7),
         (4096, torch.float16, "expand_kernel", 7),
@@ -95,6 +101,61 @@ def test_launches_of_a_layer(tokens: int, dtype: torch.dtype, first: str, number
     launches = kernels(TritonLayer.prepare(spec, packed, "silu", target), tokens, 1, dtype)
     assert launches[0].kernel.__name__ == first
     assert len(launches) == number
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 16])
+@pytest.mark.parametrize("hidden", [32, 2048, 7168])
+@pytest.mark.parametrize("processors", [1, 7, 132])
+def test_programs_that_wait_leave_room(hidden: int, tokens: int, processors: int) -> None:
+    """Guards against a GPU that hangs: what waits for down, were it all started first, must not take the
+    places of down's programs, of which each processor has two at least. All that wait have work to do."""
+    sizes = BlockSizes(decode_tokens=16)
+    spec = PackedSpec(LayerShape(2, hidden, 32), (0, 2), 4, 32, 1, payload_words=0, grid="trellis")
+    layer = TritonLayer.prepare(spec, empty_layer(spec), "silu", Target(sizes, processors))
+    output = kernels(layer, tokens, 2)[-1]
+    down = output.arguments["pairs"] * output.arguments["splits"]
+    assert output.num_warps == 4
+    tiles = tokens * -(-hidden // output.constants["BASIS_ROWS"])
+    assert 1 <= output.launch_grid[0] - down <= min(processors, tiles)
+
+
+def test_launches_can_be_replayed() -> None:
+    """As in a CUDA graph, with other states and another routing: guards against a count of programs that does
+    not start again."""
+    spec, packed = random_layer(SHAPE, (0, 2, 3))
+    layer = TritonLayer.prepare(spec, packed, "silu")
+    first, then = random_inputs(SHAPE, 2), random_inputs(SHAPE, 2, seed=1)
+    launches: list[Launch] = []
+
+    def record(launch: Launch) -> None:
+        launches.append(launch)
+        run(launch)
+
+    out = layer.forward(*first.tensors(), record)
+    for given, value in zip(first.tensors(), then.tensors(), strict=True):
+        given.copy_(value)
+    out.fill_(float("nan"))
+    for launch in launches:
+        run(launch)
+    assert torch.equal(out, layer.forward(*then.tensors()))
+    assert relative_error(out, reference(spec, packed, then)) < FLOAT32
+
+
+@pytest.mark.parametrize(("tokens", "expanding"), [(257, [257]), (300, [270]), (520, [260, 260])])
+def test_chunks_do_not_leave_the_regime(
+    tokens: int, expanding: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At most 270 tokens at once; more than 256 expand the one expert. 300 are 270 and 30, not twice 150, for
+    which rows would be decoded for every tile."""
+    spec, packed = random_layer(LayerShape(1, 64, 64), (0, 2))
+    layer = TritonLayer.prepare(spec, packed, "silu", H100)
+    each = bytes_per_token(layer.state, 1, tokens, torch.bfloat16, H100)
+    monkeypatch.setattr(triton_layer, "PREFILL_BYTES", 270 * each)
+    launches = kernels(layer, tokens, 1)
+    sizes = [
+        len(launch.arguments["z"]) for launch in launches if launch.kernel.__name__ == "dense_gate_up_kernel"
+    ]
+    assert sizes == expanding
 
 
 def test_the_scratch_buffer_is_as_large_as_it_may_be() -> None:
@@ -160,14 +221,34 @@ def test_experts_without_pairs_or_rows(target: Target) -> None:
 @pytest.mark.parametrize("form", ["silu,alpha=1.702,limit=7,offset=1", "relu2,has_gate=0"])
 def test_forms_of_experts(form: str, target: Target) -> None:
     """GPT-OSS clamps and has biases; Nemotron-H has no gate."""
-    from bitsmoe_plugin.models.gating import gating
-    from bitsmoe_plugin.runtime.reference_layer import ReferenceLayer
-
     shape = replace(SHAPE, has_gate="has_gate=0" not in form)
     spec, packed = random_layer(shape, (0, 3), has_bias=True)
     inputs = random_inputs(shape, 20)
     value = TritonLayer.prepare(spec, packed, form, target).forward(*inputs.tensors())
     wanted = ReferenceLayer.prepare(spec, packed, gating(form)).forward(*inputs.tensors())
+    assert relative_error(value, wanted) < FLOAT32
+
+
+@pytest.mark.parametrize("has_gate", [True, False])
+@pytest.mark.parametrize("tokens", [1, 20])
+@designs
+def test_gatings_without_a_form(target: Target, tokens: int, has_gate: bool) -> None:
+    """Torch computes them between the kernels, which wait for nothing all the same. In padding this one is
+    not 0, which must not show."""
+
+    def gating(*products: Tensor) -> Tensor:
+        return torch.cos(products[0]) * products[-1].exp()
+
+    shape = replace(SHAPE, has_gate=has_gate)
+    spec, packed = random_layer(shape, (0, 3), has_bias=True)
+    inputs = random_inputs(shape, tokens)
+    ids = inputs.ids.clone()
+    ids[0, 1] = -1
+    inputs = replace(inputs, ids=ids)
+    runtime = dispatch._on_gpu(spec, packed, gating)[0]
+    assert isinstance(runtime, TritonLayer)
+    value = replace(runtime, target=target).forward(*inputs.tensors())
+    wanted = ReferenceLayer.prepare(spec, packed, gating).forward(*inputs.tensors())
     assert relative_error(value, wanted) < FLOAT32
 
 

@@ -12,6 +12,7 @@ from bitsmoe_plugin.codec.basis import quantize_basis
 from bitsmoe_plugin.codec.layout import LayerShape, PackedExperts
 from bitsmoe_plugin.codec.scale_grid import SCALE_LEVELS, ScaleGrid
 from bitsmoe_plugin.codec.spec import PackedSpec
+from bitsmoe_plugin.codec.tiled import TILE, tiles
 from bitsmoe_plugin.models.gating import gating
 from bitsmoe_plugin.presets import ALL_WIDTHS
 from bitsmoe_plugin.runtime.reference_layer import ReferenceLayer
@@ -49,12 +50,19 @@ def random_layer(
     seed: int = 0,
     has_bias: bool = False,
 ) -> tuple[PackedSpec, PackedExperts]:
-    """A layer of random codes and scales; ``row_bits`` ``[f, E, r]`` instead of random widths."""
+    """A layer of random codes and scales; ``row_bits`` ``[f, E, r]`` instead of random widths.
+
+    With the grid "tiled", bases of 8 bits have a scale per 128 columns whatever ``group_size`` says.
+    """
+    group_size = TILE if grid == "tiled" else group_size
     generator = torch.Generator().manual_seed(seed)
     h, size = shape.hidden_size, shape.intermediate_size
     row_bits = random_widths(shape, widths, seed) if row_bits is None else row_bits
     codes = torch.randint(2**16, (*row_bits.shape, row_codec.padded(size)), generator=generator)
     codes %= 2 ** row_bits[..., None]
+    if grid == "tiled":  # rows of 16 bits are float16
+        halves = torch.randn(codes.shape, generator=generator).half().view(torch.int16).int() % 2**16
+        codes = torch.where(row_bits[..., None] == 16, halves, codes.int())
     scale_codes = torch.randint(SCALE_LEVELS, row_bits.shape, generator=generator, dtype=torch.uint8)
     low, step = torch.rand(2, len(shape.factors), shape.rank, generator=generator)
     scale_grid = ScaleGrid((low - 3).half(), (step / 16).half())
@@ -76,12 +84,40 @@ def random_layer(
     )
     words = packed.payload.numel()
     spec = PackedSpec(shape, widths, basis_bits, group_size, input_bases, words, grid, has_bias)
+    if grid == "tiled":
+        spec, packed = _on_tiles(spec, packed, row_bits, generator)
     if has_bias:
         sizes = (shape.num_experts, shape.inputs, size), (shape.num_experts, h)
         stored = [torch.randn(s, generator=generator).bfloat16().view(torch.int16) for s in sizes]
         packed = replace(packed, input_bias=stored[0], output_bias=stored[1])
     assert {name: (t.dtype, tuple(t.shape)) for name, t in packed.tensors()} == spec.tensors()
     return spec, packed
+
+
+def _on_tiles(
+    spec: PackedSpec, packed: PackedExperts, row_bits: Tensor, generator: torch.Generator
+) -> tuple[PackedSpec, PackedExperts]:
+    """Scales per tile of 128 values and gains per row, of either sign, instead of scale codes and a grid."""
+    rows, tiles_of_row = int((row_bits > 0).sum()), tiles(spec.shape.intermediate_size)
+    each = torch.randn(rows, tiles_of_row + 1, generator=generator)
+    bits = row_bits.flatten(0, 1)
+    ordered = torch.cat([row.sort(descending=True).values for row in bits])
+    # Values of all widths are about as large.
+    size = 2.0 ** (1 - ordered[ordered > 0].clamp_max(8))
+    size[ordered[ordered > 0] == 16] = 1.0
+    basis_scales = {
+        name: (getattr(packed, name).view(torch.float16) / 128).view(torch.int16)
+        for name in ("input_scales", "output_scales")
+    }
+    packed = replace(
+        packed,
+        row_codes=packed.row_codes // SCALE_LEVELS * SCALE_LEVELS,
+        scale_grid=packed.scale_grid.new_empty(0),
+        tile_scales=(each[:, 1:] * size[:, None]).half().view(torch.int16),
+        row_gains=each[:, 0].half().view(torch.int16),
+        **basis_scales,
+    )
+    return replace(spec, stored_rows=rows), packed
 
 
 def random_inputs(shape: LayerShape, tokens: int, k: int = 2, seed: int = 0) -> Inputs:

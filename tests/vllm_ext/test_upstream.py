@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +13,6 @@ from upstream_support import encode_marlin, random_upstream_layer, write_upstrea
 from vllm_support import TOLERANCE, compare, needs_vllm, run_vllm, small_model
 
 from bitsmoe_plugin.commands.import_upstream.convert import import_upstream
-from bitsmoe_plugin.errors import ConfigError
 
 pytestmark = needs_vllm
 
@@ -100,23 +98,3 @@ def test_tiles_that_two_processes_cannot_share_stop_vllm(tmp_path: Path) -> None
         run_vllm([job], tmp_path)
     for part in ("intermediate_size 192", "tensor_parallel_size 2", "2*128", "Use 1, or"):
         assert part in str(error.value)
-
-
-@pytest.mark.parametrize(("device", "eager", "refused"), [
-    ("cuda", False, True), ("cuda", True, False), ("cpu", False, False),
-])  # fmt: skip
-def test_cuda_graphs_are_refused(device: str, eager: bool, refused: bool, monkeypatch) -> None:
-    """Guards a user with a GPU against an error of CUDA in the middle of the capture."""
-    from vllm_ext import moe_method
-
-    name = "model.layers.0.mlp.experts"
-    method = object.__new__(moe_method.BitsMoEMethod)
-    method.moe, method.name = SimpleNamespace(device=device), name
-    method.files = SimpleNamespace(specs={name: SimpleNamespace(is_tiled=True)})
-    config = SimpleNamespace(model_config=SimpleNamespace(enforce_eager=eager))
-    monkeypatch.setattr(moe_method, "get_current_vllm_config", lambda: config)
-    if not refused:
-        method._refuse_graphs()
-        return
-    with pytest.raises(ConfigError, match="--enforce-eager"):
-        method._refuse_graphs()

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bitsmoe_plugin.base.triton_launch import Launch, Launcher
+from bitsmoe_plugin.codec.row_codec import TILED
 from bitsmoe_plugin.codec.uniform import STEP
 from bitsmoe_plugin.runtime.triton.rows import interleaved, triton_dtype
 from bitsmoe_plugin.runtime.triton.target import Target
@@ -27,21 +28,24 @@ class PackedBasis:
         scales: ``[rows, columns / group_size]`` float16 (empty if ``bits`` is 16).
         bits: 4, 8 or 16.
         columns: values per row.
+        tiled: whether codes are on the grid "tiled".
     """
 
     codes: Tensor
     scales: Tensor
     bits: int
     columns: int
+    tiled: bool
 
     @classmethod
-    def of(cls, codes: Tensor, scales: Tensor, bits: int, columns: int) -> PackedBasis:
-        """From the stored tensors, whose float16 values are held as int16."""
+    def of(cls, codes: Tensor, scales: Tensor, bits: int, columns: int, grid: str) -> PackedBasis:
+        """From the stored tensors, whose float16 values are held as int16; ``grid`` is that of the rows."""
         dense = codes.view(torch.float16) if bits == 16 else codes
-        return cls(dense.contiguous(), scales.view(torch.float16).contiguous(), bits, columns)
+        halves = scales.view(torch.float16).contiguous()
+        return cls(dense.contiguous(), halves, bits, columns, grid == TILED)
 
     def constants(self) -> dict[str, object]:
-        """What both kernels are compiled for."""
+        """What all kernels are compiled for; a step of 0 stands for the grid "tiled"."""
         group = 1 if self.bits == 16 else self.columns // self.scales.shape[1]
         return {
             "TOTAL_ROWS": self.codes.shape[0],
@@ -49,7 +53,7 @@ class PackedBasis:
             "ROW_WORDS": self.codes.shape[1],
             "GROUP": group,
             "BITS": self.bits,
-            "STEP": STEP[self.bits],
+            "STEP": 0.0 if self.tiled else STEP[self.bits],
         }
 
 
@@ -119,6 +123,15 @@ def _matmul(x: Tensor, basis: PackedBasis, out: Tensor, operand: torch.dtype, ta
 
 
 @triton.jit
+def basis_value(code, scale, BITS: tl.constexpr, STEP: tl.constexpr):
+    """Values of codes, float32."""
+    if STEP == 0:
+        return ((code.to(tl.float32) - 2 ** (BITS - 1)) * scale).to(tl.float16).to(tl.float32)
+    else:
+        return (code.to(tl.float32) - (2**BITS - 1) / 2) * (scale * STEP)
+
+
+@triton.jit
 def expand_kernel(
     codes,
     scales,
@@ -148,12 +161,12 @@ def expand_kernel(
         group = word * EACH // GROUP
         at = scales + row[:, None] * (COLUMNS // GROUP) + group[None, :]
         inside = keep_row & (group < COLUMNS // GROUP)[None, :]
-        scale = tl.load(at, mask=inside, other=0.0).to(tl.float32) * STEP
+        scale = tl.load(at, mask=inside, other=0.0).to(tl.float32)
         unsigned = packed.to(tl.uint32, bitcast=True)
         pieces = ()
         for i in tl.static_range(EACH):
             code = (unsigned >> (i * BITS)) & (2**BITS - 1)
-            pieces = pieces + ((code.to(tl.float32) - (2**BITS - 1) / 2) * scale,)
+            pieces = pieces + (basis_value(code, scale, BITS, STEP),)
         values = tl.reshape(interleaved(pieces), [ROWS, WORDS * EACH])
     tl.store(out + row[:, None] * COLUMNS + column[None, :], values, mask=keep)
 
@@ -190,22 +203,31 @@ def matmul_kernel(
             right = tl.load(codes + row[:, None] * ROW_WORDS + column[None, :], mask=keep, other=0.0)
             total = tl.dot(left, tl.trans(right.to(OPERAND)), total, input_precision="ieee")
         else:
-            right = _basis_tile(codes + row * ROW_WORDS, first, keep_row, BITS, STEP_COLUMNS)
             scale = tl.load(scales + row * (COLUMNS // GROUP) + first // GROUP, mask=keep_row, other=0.0)
-            product = tl.dot(left, tl.trans(right.to(OPERAND)), input_precision="ieee")
-            total += product * (scale.to(tl.float32) * STEP)[None, :]
+            scale = scale.to(tl.float32)
+            if STEP == 0:  # products of codes and scales are rounded
+                right = _basis_tile(codes + row * ROW_WORDS, first, keep_row, scale, BITS, 0.0, STEP_COLUMNS)
+                total = tl.dot(left, tl.trans(right.to(OPERAND)), total, input_precision="ieee")
+            else:
+                right = _basis_tile(codes + row * ROW_WORDS, first, keep_row, 1.0, BITS, 1.0, STEP_COLUMNS)
+                product = tl.dot(left, tl.trans(right.to(OPERAND)), input_precision="ieee")
+                total += product * (scale * STEP)[None, :]
     at = out + token[:, None] * TOTAL_ROWS + row[None, :]
     tl.store(at, total, mask=keep_token[:, None] & keep_row[None, :])
 
 
 @triton.jit
-def _basis_tile(start, first, keep, BITS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Values in steps, ``[rows, COLUMNS]`` from column ``first`` on; exact in bfloat16."""
+def _basis_tile(start, first, keep, scale, BITS: tl.constexpr, STEP: tl.constexpr, COLUMNS: tl.constexpr):
+    """Values, ``[rows, COLUMNS]`` from column ``first`` on.
+
+    ``scale`` ``[rows]``, or 1 for values in steps, which are exact in bfloat16.
+    """
     word = first // (32 // BITS) + tl.arange(0, COLUMNS * BITS // 32)
     packed = tl.load(start[:, None] + word[None, :], mask=keep[:, None], other=0)
     unsigned = packed.to(tl.uint32, bitcast=True)
     values = ()
     for i in tl.static_range(32 // BITS):
         code = (unsigned >> (i * BITS)) & (2**BITS - 1)
-        values = values + (code.to(tl.float32) - (2**BITS - 1) / 2,)
+        each = scale[:, None] if STEP == 0 else scale
+        values = values + (basis_value(code, each, BITS, STEP),)
     return tl.reshape(interleaved(values), [start.shape[0], COLUMNS])

@@ -105,7 +105,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--hidden", type=count(), default=2048)
     parser.add_argument("--intermediate", type=count(), default=768)
     parser.add_argument("--slots", type=count(), default=8, help="experts per token")
-    parser.add_argument("--grid", choices=row_codec.GRIDS, default="trellis")
+    parser.add_argument("--grid", choices=(*row_codec.GRIDS, row_codec.TILED), default="trellis")
     parser.add_argument("--basis-bits", type=int, choices=(4, 8, 16), nargs="+", default=(4, 8, 16))
     parser.add_argument("--group-size", type=count(), default=128)
     parser.add_argument("--input-bases", type=int, choices=(1, 2), default=1)
@@ -118,6 +118,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rounding", action="store_true", help="the kernels that quantize, instead")
     parser.add_argument("--json", action="store_true", help="one object per line")
     chosen = parser.parse_args(arguments)
+    if chosen.rounding and chosen.grid == row_codec.TILED:
+        parser.error(f"nothing is quantized to the grid {chosen.grid}; --rounding takes {row_codec.GRIDS}")
     shape = LayerShape(chosen.experts, chosen.hidden, chosen.intermediate, not chosen.no_gate)
     specs = [
         PackedSpec(

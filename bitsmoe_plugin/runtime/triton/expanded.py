@@ -15,14 +15,8 @@ from torch import Tensor
 
 from bitsmoe_plugin.base.triton_launch import Launch, Launcher
 from bitsmoe_plugin.runtime.triton.grouping import Tiles
-from bitsmoe_plugin.runtime.triton.rows import (
-    add_bias,
-    decode_words,
-    gating,
-    load_words,
-    order_and_scales,
-    triton_dtype,
-)
+from bitsmoe_plugin.runtime.triton.row_scales import load_scales, order_and_scales, own_scales, own_tiles
+from bitsmoe_plugin.runtime.triton.rows import add_bias, decode_words, gating, load_words, triton_dtype
 from bitsmoe_plugin.runtime.triton.state import LayerState
 from bitsmoe_plugin.runtime.triton.target import Target
 
@@ -53,7 +47,7 @@ def outputs(
     """
     chunk, rank, columns = experts_at_once(state, z.dtype, target), state.rank, 32 * state.blocks
     scratch = z.new_empty((chunk, state.inputs, rank, columns))
-    hidden = z.new_empty((len(tiles.pairs), columns))
+    products = state.products(z, len(tiles.pairs))
     parts = z.new_empty((len(tiles.pairs), rank), dtype=torch.float32)
     sizes = target.blocks.dense
     constants = {"EXPERTS": state.experts, "INPUTS": state.inputs, "RANK": rank, "COLUMNS": columns}
@@ -63,7 +57,7 @@ def outputs(
     for first in range(0, state.experts, chunk):
         shared = {**tiles.pointers(), "lifts": state.lifts, "scratch": scratch, "first_expert": first}
         _expand(scratch, 0, state.inputs, first, tiles, state, target, launch)
-        given = {"z": z, "hidden": hidden, "bias": state.bias, **shared}
+        given = {"z": z, "hidden": products, "bias": state.bias, **shared}
         grid = triton.cdiv(columns, sizes.columns), tall
         launch(
             Launch(
@@ -75,6 +69,7 @@ def outputs(
                 num_stages=sizes.stages,
             )
         )
+        hidden = state.gated(products, z.dtype)
         _expand(scratch, state.inputs, 1, first, tiles, state, target, launch)
         given = {"hidden": hidden, "weights": weights, "parts": parts, **shared}
         grid = triton.cdiv(rank, sizes.columns), tall
@@ -131,6 +126,8 @@ def expand_rows_kernel(
     payload,
     starts,
     counts,
+    tile_scales,
+    row_starts,
     order,
     row_codes,
     scale_grid,
@@ -140,7 +137,7 @@ def expand_rows_kernel(
     RANK: tl.constexpr,
     ROW_BLOCKS: tl.constexpr,
     WIDTHS: tl.constexpr,
-    TRELLIS: tl.constexpr,
+    GRID: tl.constexpr,
     UNITS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCKS: tl.constexpr,
@@ -162,7 +159,8 @@ def expand_rows_kernel(
     unit = factor * EXPERTS + expert
     start = payload + tl.load(starts + unit)
     order += unit * RANK
-    row_codes += unit * RANK
+    row_codes = own_scales(row_codes, row_starts, unit, RANK, GRID)
+    tiles = own_tiles(tile_scales, row_starts, unit, ROW_BLOCKS, GRID)
     scale_grid += factor * 2 * RANK
     lift = tl.load(lifts + factor)
     out += tl.program_id(2).to(tl.int64) * (RANK * 32 * ROW_BLOCKS)
@@ -175,14 +173,16 @@ def expand_rows_kernel(
         if (tile >= 0) & (tile * ROWS < count):
             rows = tile * ROWS + tl.arange(0, ROWS)
             has_row = rows < count
-            at = start + (tl.minimum(rows, count - 1)[:, None] * ROW_BLOCKS + block[None, :]) * WIDTHS[i]
-            words = load_words(at, WIDTHS[i])
-            k, scale = order_and_scales(order, row_codes, scale_grid, done + rows, has_row, RANK)
-            values = decode_words(words, tables, WIDTHS[i], TRELLIS, tl.float32)
+            row = tl.minimum(rows, count - 1)
+            words = load_words(start + (row[:, None] * ROW_BLOCKS + block[None, :]) * WIDTHS[i], WIDTHS[i])
+            k, scale = order_and_scales(order, row_codes, scale_grid, done + rows, has_row, RANK, GRID)
+            of_tiles = load_scales(tiles, row, block, ROW_BLOCKS, GRID)
+            values = decode_words(words, of_tiles, tables, WIDTHS[i], GRID, tl.float32)
             values *= (scale * (UNITS[i] * lift))[:, None]
             at = out + k[:, None] * (32 * ROW_BLOCKS) + column[None, :]
             tl.store(at, values.to(OPERAND), mask=has_row[:, None] & inside)
         start += count * (ROW_BLOCKS * WIDTHS[i])
+        tiles += count * ((ROW_BLOCKS + 3) // 4)
         done += count
         tile -= tl.cdiv(count, ROWS)
     if tile >= 0:
@@ -261,9 +261,14 @@ def dense_gate_up_kernel(
         if INPUTS == 2:
             gate = add_bias(gate, bias, expert, column[None, :], inside, 0, INPUTS, SIZE)
         up = add_bias(up, bias, expert, column[None, :], inside, INPUTS - 1, INPUTS, SIZE)
-    value = tl.where(inside, gating(gate, up, FORM), 0.0)
-    at = hidden + position[:, None] * COLUMNS + column[None, :]
-    tl.store(at, value, mask=keep[:, None] & (column < COLUMNS)[None, :])
+    here = keep[:, None] & (column < COLUMNS)[None, :]
+    if len(FORM) > 0:
+        value = tl.where(inside, gating(gate, up, FORM), 0.0)
+        tl.store(hidden + position[:, None] * COLUMNS + column[None, :], value, mask=here)
+    else:
+        at = hidden + position[:, None] * (INPUTS * COLUMNS) + column[None, :]
+        tl.store(at, gate, mask=here & (INPUTS == 2))
+        tl.store(at + (INPUTS - 1) * COLUMNS, up, mask=here)
 
 
 @triton.jit

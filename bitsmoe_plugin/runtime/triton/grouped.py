@@ -15,14 +15,8 @@ from torch import Tensor
 
 from bitsmoe_plugin.base.triton_launch import Launch, Launcher
 from bitsmoe_plugin.runtime.triton.grouping import Tiles
-from bitsmoe_plugin.runtime.triton.rows import (
-    add_bias,
-    decode_words,
-    gating,
-    load_words,
-    order_and_scales,
-    triton_dtype,
-)
+from bitsmoe_plugin.runtime.triton.row_scales import load_scales, order_and_scales, own_scales, own_tiles
+from bitsmoe_plugin.runtime.triton.rows import add_bias, decode_words, gating, load_words, triton_dtype
 from bitsmoe_plugin.runtime.triton.state import LayerState
 from bitsmoe_plugin.runtime.triton.target import Tile
 
@@ -33,8 +27,8 @@ def gate_up(scaled: Tensor, tiles: Tiles, state: LayerState, tile: Tile, launch:
     Args:
         scaled: see ``scaled.scaled_coordinates``, for steps of ``tile.rows``.
     """
-    columns, blocks = 32 * state.blocks, min(tile.blocks, triton.next_power_of_2(state.blocks))
-    hidden = scaled.new_empty((len(tiles.pairs), columns))
+    blocks = min(tile.blocks, triton.next_power_of_2(state.blocks))
+    hidden = state.products(scaled, len(tiles.pairs))
     arguments = {"scaled": scaled, "hidden": hidden, "bias": state.bias, "lifts": state.lifts}
     arguments |= {**tiles.pointers(), **state.pointers(), "tables": state.tables_for(scaled.dtype)}
     arguments["total"] = len(tiles.pairs)
@@ -57,7 +51,7 @@ def gate_up(scaled: Tensor, tiles: Tiles, state: LayerState, tile: Tile, launch:
             num_warps=tile.warps,
         )
     )
-    return hidden
+    return state.gated(hidden, scaled.dtype)
 
 
 def down(
@@ -99,13 +93,14 @@ def down(
 def _outer_products(
     at,
     start,
+    tiles,
     counts,
     tables,
     block,
     total,
     ROW_BLOCKS: tl.constexpr,
     WIDTHS: tl.constexpr,
-    TRELLIS: tl.constexpr,
+    GRID: tl.constexpr,
     OPERAND: tl.constexpr,
     ROWS: tl.constexpr,
 ):
@@ -124,11 +119,14 @@ def _outer_products(
                     start + (row[:, None] * ROW_BLOCKS + block[None, :]) * WIDTHS[i], WIDTHS[i]
                 )
                 coordinates = tl.load(at)
-                values = decode_words(words, tables, WIDTHS[i], TRELLIS, OPERAND)
+                row = tl.minimum(first - ROWS + tl.arange(0, ROWS), count - 1)
+                scale = load_scales(tiles, row, block, ROW_BLOCKS, GRID)
+                values = decode_words(words, scale, tables, WIDTHS[i], GRID, OPERAND)
                 total = tl.dot(tl.trans(values), coordinates, total, input_precision="ieee")
                 words = ahead
                 at += ROWS
         start += count * (ROW_BLOCKS * WIDTHS[i])
+        tiles += count * ((ROW_BLOCKS + 3) // 4)
     return total
 
 
@@ -145,6 +143,8 @@ def grouped_gate_up_kernel(
     payload,
     starts,
     counts,
+    tile_scales,
+    row_starts,
     tables,
     total,
     EXPERTS: tl.constexpr,
@@ -152,7 +152,7 @@ def grouped_gate_up_kernel(
     RANK: tl.constexpr,
     ROW_BLOCKS: tl.constexpr,
     WIDTHS: tl.constexpr,
-    TRELLIS: tl.constexpr,
+    GRID: tl.constexpr,
     SIZE: tl.constexpr,
     FORM: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -164,7 +164,7 @@ def grouped_gate_up_kernel(
 ):
     """hidden[position in ``pairs``] = gating of gate and up with biases; 0 in the padding after ``SIZE``.
 
-    Grid: column tiles, tiles of pairs.
+    Without a form gate and up themselves. Grid: column tiles, tiles of pairs.
     """
     expert = tl.load(tile_expert + tl.program_id(1))
     if expert >= EXPERTS:
@@ -184,13 +184,14 @@ def grouped_gate_up_kernel(
         sums = _outer_products(
             at,
             start,
+            own_tiles(tile_scales, row_starts, unit, ROW_BLOCKS, GRID),
             counts + unit * len(WIDTHS),
             tables,
             block,
             sums,
             ROW_BLOCKS,
             WIDTHS,
-            TRELLIS,
+            GRID,
             OPERAND,
             ROWS,
         )
@@ -201,20 +202,27 @@ def grouped_gate_up_kernel(
         if INPUTS == 2:
             gate = add_bias(gate, bias, expert, column[:, None], inside, 0, INPUTS, SIZE)
         up = add_bias(up, bias, expert, column[:, None], inside, INPUTS - 1, INPUTS, SIZE)
-    value = tl.where(inside, gating(gate, up, FORM), 0.0).to(OPERAND)
-    at = hidden + position[:, None] * (32 * ROW_BLOCKS) + column[None, :]
-    tl.store(at, tl.trans(value), mask=keep[:, None] & (column < 32 * ROW_BLOCKS)[None, :])
+    COLUMNS: tl.constexpr = 32 * ROW_BLOCKS
+    here = keep[:, None] & (column < COLUMNS)[None, :]
+    if len(FORM) > 0:
+        value = tl.where(inside, gating(gate, up, FORM), 0.0).to(OPERAND)
+        tl.store(hidden + position[:, None] * COLUMNS + column[None, :], tl.trans(value), mask=here)
+    else:
+        at = hidden + position[:, None] * (INPUTS * COLUMNS) + column[None, :]
+        tl.store(at, tl.trans(gate), mask=here & (INPUTS == 2))
+        tl.store(at + (INPUTS - 1) * COLUMNS, tl.trans(up), mask=here)
 
 
 @triton.jit
 def _inner_products(
     hidden,
     start,
+    tiles,
     row,
     tables,
     BITS: tl.constexpr,
     ROW_BLOCKS: tl.constexpr,
-    TRELLIS: tl.constexpr,
+    GRID: tl.constexpr,
     OPERAND: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
@@ -232,7 +240,10 @@ def _inner_products(
             units = tl.load(at)
         else:
             units = tl.load(at, mask=(first * 32 + column < 32 * ROW_BLOCKS)[:, None], other=0.0)
-        values = decode_words(words, tables, BITS, TRELLIS, OPERAND)
+        block = tl.minimum(first + tl.arange(0, BLOCKS), ROW_BLOCKS - 1)
+        values = decode_words(
+            words, load_scales(tiles, row, block, ROW_BLOCKS, GRID), tables, BITS, GRID, OPERAND
+        )
         total = tl.dot(values, units, total, input_precision="ieee")
         words = ahead
     return total
@@ -250,6 +261,8 @@ def grouped_down_kernel(
     payload,
     starts,
     counts,
+    tile_scales,
+    row_starts,
     order,
     row_codes,
     scale_grid,
@@ -260,7 +273,7 @@ def grouped_down_kernel(
     RANK: tl.constexpr,
     ROW_BLOCKS: tl.constexpr,
     WIDTHS: tl.constexpr,
-    TRELLIS: tl.constexpr,
+    GRID: tl.constexpr,
     UNITS: tl.constexpr,
     TOKENS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -283,7 +296,8 @@ def grouped_down_kernel(
     unit = INPUTS * EXPERTS + expert
     start = payload + tl.load(starts + unit)
     order += unit * RANK
-    row_codes += unit * RANK
+    row_codes = own_scales(row_codes, row_starts, unit, RANK, GRID)
+    tiles = own_tiles(tile_scales, row_starts, unit, ROW_BLOCKS, GRID)
     tile, done = tl.program_id(0), 0
     for i in tl.static_range(len(WIDTHS)):
         count = tl.load(counts + unit * len(WIDTHS) + i)
@@ -293,20 +307,22 @@ def grouped_down_kernel(
             sums = _inner_products(
                 hidden,
                 start,
+                tiles,
                 tl.minimum(rows, count - 1),
                 tables,
                 WIDTHS[i],
                 ROW_BLOCKS,
-                TRELLIS,
+                GRID,
                 OPERAND,
                 BLOCKS,
             )
             k, scale = order_and_scales(
-                order, row_codes, scale_grid + 2 * INPUTS * RANK, done + rows, has_row, RANK
+                order, row_codes, scale_grid + 2 * INPUTS * RANK, done + rows, has_row, RANK, GRID
             )
             sums *= weight[None, :] * (scale * UNITS[i])[:, None]
             tl.store(parts[None, :] + k[:, None], sums, mask=keep[None, :] & has_row[:, None])
         start += count * (ROW_BLOCKS * WIDTHS[i])
+        tiles += count * ((ROW_BLOCKS + 3) // 4)
         done += count
         tile -= tl.cdiv(count, ROWS)
     if tile >= 0:

@@ -15,8 +15,8 @@ from bitsmoe_plugin.base.triton_launch import Launcher, run
 from bitsmoe_plugin.codec.layout import PackedExperts
 from bitsmoe_plugin.codec.spec import PackedSpec
 from bitsmoe_plugin.errors import ConfigError
-from bitsmoe_plugin.models.gating import GatingForm
-from bitsmoe_plugin.runtime.triton import basis, decode, expanded, matvec, prefill
+from bitsmoe_plugin.models.gating import Gating, GatingForm
+from bitsmoe_plugin.runtime.triton import basis, decode, decode_output, expanded, matvec, prefill
 from bitsmoe_plugin.runtime.triton.basis import PackedBasis
 from bitsmoe_plugin.runtime.triton.state import LayerState
 from bitsmoe_plugin.runtime.triton.target import Target, target_of
@@ -47,23 +47,23 @@ class TritonLayer:
 
     @classmethod
     def prepare(
-        cls, spec: PackedSpec, packed: PackedExperts, form: str, target: Target | None = None
+        cls, spec: PackedSpec, packed: PackedExperts, gating: str | Gating, target: Target | None = None
     ) -> TritonLayer:
         """Derive what the kernels need, on the device of the packed tensors. Waits for the device.
 
         Args:
-            form: text of the ``GatingForm``.
+            gating: of the experts; a ``GatingForm``, or its text, is computed in kernels, another by torch.
             target: what to build for; by default the device.
 
         Raises:
             ConfigError: a form that is not known.
         """
-        bits, hidden = spec.basis_bits, spec.shape.hidden_size
+        bits, hidden, grid = spec.basis_bits, spec.shape.hidden_size, spec.grid
         return cls(
             packed,
-            LayerState.derive(spec, packed, GatingForm.parse(form)),
-            PackedBasis.of(packed.input_basis, packed.input_scales, bits, hidden),
-            PackedBasis.of(packed.output_basis, packed.output_scales, bits, spec.shape.rank),
+            LayerState.derive(spec, packed, GatingForm.parse(gating) if isinstance(gating, str) else gating),
+            PackedBasis.of(packed.input_basis, packed.input_scales, bits, hidden, grid),
+            PackedBasis.of(packed.output_basis, packed.output_scales, bits, spec.shape.rank, grid),
             target or target_of(packed.payload.device),
         )
 
@@ -95,14 +95,29 @@ class TritonLayer:
         given = hidden.contiguous(), top_k_index.contiguous(), top_k_weights.contiguous()
         if tokens <= self.target.blocks.decode_tokens:
             return self._decode(*given, launch)
-        operand = self.target.operand(hidden.dtype)
-        sizes = self.state, slots, tokens, operand, self.target
-        most = max(1, PREFILL_BYTES // prefill.bytes_per_token(*sizes))
-        if tokens <= most:
+        chunks = self._chunks(tokens, slots, self.target.operand(hidden.dtype))
+        if len(chunks) == 1:
             return self._prefill(*given, launch)
-        chunk = -(-tokens // -(-tokens // most))  # of equal sizes
-        parts = zip(*(tensor.split(chunk) for tensor in given), strict=True)
+        parts = zip(*(tensor.split(chunks) for tensor in given), strict=True)
         return torch.cat([self._prefill(x, ids, weights, launch) for x, ids, weights in parts])
+
+    def _chunks(self, tokens: int, slots: int, operand: torch.dtype) -> list[int]:
+        """Numbers of tokens to compute one after the other: equal ones, or full ones where experts are
+        expanded for these alone."""
+        state, target = self.state, self.target
+
+        def most(n: int) -> int:
+            return max(1, PREFILL_BYTES // prefill.bytes_per_token(state, slots, n, operand, target))
+
+        chunks: list[int] = []
+        while tokens:
+            full = min(tokens, most(tokens))
+            equal = -(-tokens // -(-tokens // full))
+            expands = [target.expands(n * slots, state.experts, operand) for n in (full, equal)]
+            chunk = equal if expands[0] == expands[1] else full
+            chunks.append(min(chunk, most(chunk)))  # each takes more where experts are not expanded
+            tokens -= chunks[-1]
+        return chunks
 
     def working_bytes(self, tokens: int, slots: int, dtype: torch.dtype) -> int:
         """Device memory that ``forward`` takes at most besides its inputs and output, without the bases'."""
@@ -114,10 +129,12 @@ class TritonLayer:
         return scratch + min(tokens * each, max(each, PREFILL_BYTES))
 
     def _decode(self, hidden: Tensor, ids: Tensor, weights: Tensor, launch: Launcher) -> Tensor:
-        state, target = self.state, self.target
-        scaled = matvec.scaled(hidden, ids, self.input_basis, state, target, launch)
-        parts = decode.outputs(scaled, ids, weights, state, target, launch)
-        return matvec.summed(parts, ids.shape[1], self.output_basis, hidden.dtype, target, launch)
+        state, target, basis_out = self.state, self.target, self.output_basis
+        arrived = ids.new_empty(1, dtype=torch.int32)
+        scaled = matvec.scaled(hidden, ids, self.input_basis, arrived, state, target, launch)
+        units = decode.hidden_units(scaled, ids, state, target, launch)
+        given = units, ids, weights, basis_out, arrived, hidden.dtype
+        return decode_output.outputs(*given, state, target, launch)
 
     def _prefill(self, hidden: Tensor, ids: Tensor, weights: Tensor, launch: Launcher) -> Tensor:
         state, target = self.state, self.target

@@ -28,7 +28,8 @@ def bytes_per_token(state: LayerState, slots: int, tokens: int, operand: torch.d
     if not target.expands(tokens * slots, state.experts, operand):
         rows = max(tile.rows for tile in target.blocks.gate_up.values())
         values += state.inputs * padded_rank(state, rows)
-    return slots * (operand.itemsize * values + 4 * state.rank)
+    between = 0 if state.form else 2 * 4 * state.inputs * 32 * state.blocks  # products, and what torch makes
+    return slots * (operand.itemsize * values + 4 * state.rank + between)
 
 
 def coordinates(

@@ -44,9 +44,11 @@ def pair_tables(dtype: torch.dtype = torch.bfloat16) -> Tensor:
 def row_units(widths: tuple[int, ...], grid: str) -> tuple[float, ...]:
     """What decoded values of each width are multiplied by, besides the row's scale.
 
-    Trellis values are decoded as they are; codes of the uniform grid to -1 .. 1, whatever their width, so
-    that neither they nor what they are multiplied by leave the range of float16.
+    Values of a trellis and of the grid "tiled" are decoded as they are; codes of the uniform grid to -1 .. 1,
+    whatever their width, so that neither they nor what they are multiplied by leave the range of float16.
     """
+    if grid == row_codec.TILED:
+        return (1.0,) * len(widths)
     return tuple(
         1.0 if row_codec.uses_trellis(width, grid) else STEP[width] * 2.0 ** (width - 1) for width in widths
     )
@@ -91,16 +93,28 @@ def load_words(start, BITS: tl.constexpr):
 
 
 @triton.jit
-def decode_words(words, tables, BITS: tl.constexpr, TRELLIS: tl.constexpr, OPERAND: tl.constexpr):
+def _whole_number(code, BITS: tl.constexpr):
+    """See ``tiled.whole_numbers``; float32."""
+    if BITS == 16:
+        return code.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    elif BITS == 1:
+        return 2 * code.to(tl.float32) - 1
+    else:
+        return code.to(tl.float32) - 2 ** (BITS - 1)
+
+
+@triton.jit
+def decode_words(words, scale, tables, BITS: tl.constexpr, GRID: tl.constexpr, OPERAND: tl.constexpr):
     """Values of blocks ``[ROWS, BLOCKS]`` as ``[ROWS, 32 * BLOCKS]`` of dtype ``OPERAND``, see ``row_units``.
 
-    ``tables`` are ``pair_tables(float16)`` for float16, of bfloat16 otherwise. All values are exact, but
-    those of rows of 16 bits in 16-bit operands.
+    ``tables`` are ``pair_tables(float16)`` for float16, of bfloat16 otherwise; ``scale`` is what
+    ``row_scales.load_scales`` gives. All values are exact, but in bfloat16 and float16 those of rows of 16
+    bits, and in bfloat16 those of the grid "tiled", which are float16.
     """
     ROWS: tl.constexpr = words[0].shape[0]
     BLOCKS: tl.constexpr = words[0].shape[1]
     fields = ()
-    if TRELLIS and BITS <= 4:
+    if GRID == "trellis" and BITS <= 4:
         for i in tl.static_range(0, 32, 2):
             pair = _ring_field(words, (i + 1) * BITS - 8, 8 + BITS, BITS)
             fields = fields + (pair.to(tl.int32, bitcast=True),)
@@ -116,24 +130,16 @@ def decode_words(words, tables, BITS: tl.constexpr, TRELLIS: tl.constexpr, OPERA
             low = both.to(tl.int16).to(OPERAND, bitcast=True)
             high = (both >> 16).to(tl.int16).to(OPERAND, bitcast=True)
         return tl.reshape(tl.join(low, high), [ROWS, 32 * BLOCKS])
+    elif GRID == "tiled":
+        for i in tl.static_range(32):
+            code = _ring_field(words, i * BITS, BITS, BITS)
+            fields = fields + ((_whole_number(code, BITS) * scale).to(tl.float16),)
+        return tl.reshape(interleaved(fields), [ROWS, 32 * BLOCKS]).to(OPERAND)
     else:
         for i in tl.static_range(32):
             fields = fields + (_ring_field(words, i * BITS, BITS, BITS),)
         code = tl.reshape(interleaved(fields), [ROWS, 32 * BLOCKS])
         return (code.to(tl.float32) * 2.0 ** (1 - BITS) - (2**BITS - 1) / 2**BITS).to(OPERAND)
-
-
-@triton.jit
-def order_and_scales(order, row_codes, scale_grid, position, keep, RANK: tl.constexpr):
-    """Rank indices and scales (``scale_grid.ScaleGrid``) of the rows at ``position``.
-
-    ``order``, ``row_codes`` point to the factor of the expert, ``scale_grid`` to that of the factor.
-    """
-    k = tl.load(order + position, mask=keep, other=0).to(tl.int32)
-    code = (tl.load(row_codes + k, mask=keep, other=0) & 31).to(tl.float32)
-    low = tl.load(scale_grid + k, mask=keep, other=0.0).to(tl.float32)
-    step = tl.load(scale_grid + RANK + k, mask=keep, other=0.0).to(tl.float32)
-    return k, tl.exp2(low + code * step)
 
 
 @triton.jit

@@ -65,6 +65,8 @@ def decoding_instructions(cubin: bytes, launch: Launch) -> dict[int, float]:
         for loop in inner
         if len(loop) >= 2 * weights and any(_PRODUCT.match(name) for name in names[loop.start : loop.stop])
     ]
+    if "BASIS_WORDS" in constants:  # a basis is multiplied after the rows, in a loop that is no width's
+        decoding = decoding[:-1]
     if not decoding:
         return {}
     widths = constants["WIDTHS"]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bitsmoe_plugin.base.triton_launch import Launch, Launcher
 from bitsmoe_plugin.runtime.triton.grouping import Tiles
-from bitsmoe_plugin.runtime.triton.rows import order_and_scales
+from bitsmoe_plugin.runtime.triton.row_scales import order_and_scales, own_scales
 from bitsmoe_plugin.runtime.triton.state import LayerState
 
 
@@ -37,8 +37,9 @@ def scaled_coordinates(
     out = z.new_empty((state.inputs, len(tiles.pairs), padded), dtype=operand)
     arguments = {"z": z, "scaled": out, "lifts": state.lifts, "total": len(tiles.pairs)}
     arguments |= {**tiles.pointers(), "counts": state.counts, **state.scale_pointers()}
+    arguments["row_starts"] = state.row_starts
     constants = {
-        **{name: state.constants()[name] for name in ("EXPERTS", "RANK", "WIDTHS")},
+        **{name: state.constants()[name] for name in ("EXPERTS", "RANK", "WIDTHS", "GRID")},
         "UNITS": state.units,
         "PADDED": padded,
         "BASES": state.bases(z),
@@ -94,9 +95,11 @@ def scale_kernel(
     order,
     row_codes,
     scale_grid,
+    row_starts,
     EXPERTS: tl.constexpr,
     RANK: tl.constexpr,
     WIDTHS: tl.constexpr,
+    GRID: tl.constexpr,
     UNITS: tl.constexpr,
     PADDED: tl.constexpr,
     BASES: tl.constexpr,
@@ -118,7 +121,8 @@ def scale_kernel(
         return
     has_row = scale > 0
     grid = scale_grid + factor * 2 * RANK
-    k, row_scale = order_and_scales(order + unit * RANK, row_codes + unit * RANK, grid, row, has_row, RANK)
+    own = own_scales(row_codes, row_starts, unit, RANK, GRID)
+    k, row_scale = order_and_scales(order + unit * RANK, own, grid, row, has_row, RANK, GRID)
     scale *= row_scale * tl.load(lifts + factor)
     z += factor * (BASES - 1) * RANK
     scaled += factor.to(tl.int64) * total * PADDED

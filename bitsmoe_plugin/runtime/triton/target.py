@@ -57,8 +57,9 @@ class BlockSizes:
     decode_blocks: at most so many blocks of 32 columns per program of gate and up in decode.
     decode_warps: of gate and up, and of down, in decode; each thread has one block of a row.
     programs_per_processor: decode cuts its work until a step has so many.
-    matvec: rows and words of a basis per step of the matrix-vector kernels.
+    matvec: rows and words of the input basis per step of the matrix-vector kernel.
     matvec_warps: per program.
+    basis_out: rows and words of the output basis per step in decode.
     matmul: tokens, basis rows and columns per step of the matrix kernel; columns share a scale.
     matmul_warps: per program.
     expanded_tokens: from so many tokens on bases are expanded and multiplied by the library of torch, but in
@@ -75,6 +76,7 @@ class BlockSizes:
     programs_per_processor: int = 4
     matvec: tuple[int, int] = (4, 256)
     matvec_warps: int = 4
+    basis_out: tuple[int, int] = (16, 128)
     matmul: tuple[int, int, int] = (64, 64, 64)
     matmul_warps: int = 4
     expanded_tokens: int = 4
@@ -126,6 +128,7 @@ INTERPRETER = Target(
         decode_blocks=16,
         decode_warps=(16, 16),
         matvec=(64, 64),
+        basis_out=(64, 64),
         matmul=(64, 128, 128),
         gate_up=_LARGE,
         down=_LARGE,
@@ -142,8 +145,9 @@ _WIDE = Tile(64, 4, 8)
 _UP_TO_64 = {size: _GATE_UP[size] for size in (16, 32, 64)}
 _BY_CAPABILITY: dict[int, BlockSizes] = {
     # What does not spill there. Without the tensor cores of sm_90, tiles of 128 pairs lack registers.
-    8: BlockSizes(gate_up=_UP_TO_64),
-    10: BlockSizes(gate_up=_UP_TO_64 | {16: _WIDE, 32: _WIDE}),
+    # There and on sm_100, wider steps of the output basis would leave down three programs per processor.
+    8: BlockSizes(gate_up=_UP_TO_64, basis_out=(16, 64)),
+    10: BlockSizes(gate_up=_UP_TO_64 | {16: _WIDE, 32: _WIDE}, basis_out=(16, 64)),
     12: BlockSizes(gate_up=_UP_TO_64 | {16: _WIDE}),
 }
 """Major compute capability -> sizes; others take the default."""
