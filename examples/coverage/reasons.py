@@ -30,6 +30,16 @@ _KNOWN = {
     r"does not have `num_attention_heads`": "vLLM finds no sizes of the language model in config.json",
     r"mlp_layer_types. entries must be in": "transformers 5.19 refuses the kinds of layers in its config",
     r"^KeyError: .*mlp\.experts\.": "transformers saves tensors of identity experts; vLLM knows none",
+    r"_moe_C' object has no attribute": "vLLM's build for CPUs lacks an operator of this router",
+    r"module 'triton' has no attribute": "vLLM on a CPU has no Triton, which this attention needs there",
+    r"dispatcher.py:139": "vLLM's search for its Triton kernels fails on a CPU",
+    r"requires FlashAttention": "vLLM on a CPU has no FlashAttention, which this attention needs",
+    r"tokenizer is missing special tokens": (
+        "vLLM asks for the published tokenizer, which the small model has not: not compared"
+    ),
+    r"does not dispatch through the Transformers attention": (
+        "vLLM has no model of its own for it, and takes linear attention from transformers in none"
+    ),
     r"image_outputs": "the forward pass of this class fails in transformers",
     r"missing the required \"forward\"": "the class has no forward pass: it generates through its parts",
 }
