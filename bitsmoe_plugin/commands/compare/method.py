@@ -17,8 +17,9 @@ from typing import Any
 
 from bitsmoe_plugin.base.error_lines import ToldError, told
 from bitsmoe_plugin.base.stdout import stdout_to_stderr
+from bitsmoe_plugin.base.waiting_threads import waiting_passively
 from bitsmoe_plugin.commands.compare.process import last_words
-from bitsmoe_plugin.commands.compare.runners import RUNNERS, Quantized, expert_weights, load
+from bitsmoe_plugin.commands.compare.runners import PACKAGES, RUNNERS, Quantized, expert_weights, load
 from bitsmoe_plugin.commands.compare.task import ComparisonTask
 from bitsmoe_plugin.commands.evaluate import evaluate_model, evaluation_text
 from bitsmoe_plugin.errors import BitsMoEError, QuantizationError
@@ -93,7 +94,10 @@ def run_method(method: str, task: ComparisonTask) -> dict[str, Any]:
 def in_process(method: str, task: ComparisonTask, debug: bool) -> dict[str, Any]:
     """The row of one method, from a process of its own; for errors see ``compare``."""
     command = [sys.executable, "-m", "bitsmoe_plugin.commands.compare.method", method, str(int(debug))]
-    done = subprocess.run(command, input=json.dumps(asdict(task)), stdout=subprocess.PIPE, text=True)
+    # Peers' processes, which inherit this, wait as they do wherever people run them.
+    environment = None if method in PACKAGES else waiting_passively()
+    given = json.dumps(asdict(task))
+    done = subprocess.run(command, input=given, stdout=subprocess.PIPE, text=True, env=environment)
     if not done.returncode:
         row: dict[str, Any] = json.loads(done.stdout)
         return row
