@@ -136,6 +136,7 @@ def main() -> None:
         attempt(workers, in_sleep, "our own", ConfigError)
         in_a_thread(workers)
         end_well(workers)
+        dist.destroy_process_group()  # left to the end of Python, its threads can abort the process
 
 
 if __name__ == "__main__":
