@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -64,6 +64,8 @@ def dense_costs(run: Run, index: int, outputs: Hidden, error: float = 0.0) -> De
         for schemes in unit.schemes:
             with rounded_to(run, schemes, moments):
                 after = _outputs(run, index, noisy)
+            if run.config.compensation:
+                after = _without_shift(before, after, weights[: run.tokens])
             costs[-1].append(_added_error(exact, before, after, weights[: run.tokens]))
         costs[-1].append(0.0)
     return costs
@@ -116,6 +118,20 @@ def _routing(run: Run, index: int, routed: list[Tensor]) -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+def _without_shift(before: _Outputs, after: _Outputs, weights: Tensor) -> _Outputs:
+    """``after`` without what the change from ``before`` has in common for all tokens.
+
+    Experts are fitted to what the layers before them lost, and make up for that easily. (SmolLM2 cut into
+    experts: attention that looks a little more or less at the first token was 3/4 of what 4 bits seemed to
+    cost in one layer, 40 % in most. The layer was given 8 bits for it, and KL rose by 4 %.)
+    """
+    change = after.hidden.float() - before.hidden.float()
+    count = min(len(weights), len(change))
+    weights = weights[:count].to(change.device)
+    shift = weights @ change[:count] / weights.sum().clamp_min(1e-30)
+    return replace(after, hidden=after.hidden.float() - shift)
 
 
 def _added_error(exact: _Outputs, before: _Outputs, after: _Outputs, weights: Tensor) -> float:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from bitsmoe_plugin.calibration.carried import Carried
-from bitsmoe_plugin.pipeline.dense_costs import _added_error, _Outputs
+from bitsmoe_plugin.pipeline.dense_costs import _added_error, _Outputs, _without_shift
 from bitsmoe_plugin.pipeline.noise import with_noise
 
 
@@ -43,3 +43,15 @@ def test_noise_is_in_proportion_to_each_token_and_none_changes_nothing() -> None
     torch.testing.assert_close(share, torch.full((2, 8), 0.04), rtol=0.15, atol=0)
     assert noisy.left == hidden.left
     assert torch.equal(with_noise(hidden, 0.0, seed=3)[0], hidden[0])
+
+
+def test_a_change_that_all_tokens_share_costs_nothing_beside_experts_that_make_up_for_it() -> None:
+    """Guards against a layer of attention that gets 8 bits for a shift that the experts are fitted to."""
+    generator = torch.Generator().manual_seed(1)
+    before = torch.randn(5, 64, generator=generator)
+    weights = torch.tensor([1.0, 2.0, 0.5, 3.0])  # the fifth is held out
+    own = 0.01 * torch.randn(5, 64, generator=generator)
+    own[:4] -= weights @ own[:4] / weights.sum()
+    shifted = _without_shift(_outputs(before), _outputs(before + own + 0.3, 1), weights)
+    torch.testing.assert_close(shifted.hidden, before + own, rtol=0, atol=1e-5)
+    assert shifted.experts[1] == 1
