@@ -42,7 +42,7 @@ INLINE void search_width(Search *s, const Block *blocks, int64_t count, int bits
 
 static void search_blocks(void *memory, const Block *blocks, int64_t count, const float *table, int bits) {
   Search *s = memory;
-  pair_windows(s, table, bits);
+  s->reach = window_pairs(table, bits, s->windows);
   switch (bits) { /* constants, so that the loops over states unroll */
     case 1: search_width(s, blocks, count, 1); break;
     case 2: search_width(s, blocks, count, 2); break;
