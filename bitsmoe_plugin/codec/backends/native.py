@@ -1,6 +1,7 @@
 """Rounding and packing in compiled C (``base/native/csrc/rounding*``), on the CPU.
 
-Sums are taken in another order than by the reference, so that a choice between nearly equal codes may differ.
+Sums are taken in another order than by the reference, and the search for codes adds up integers, so that a
+choice between nearly equal codes may differ.
 """
 
 from __future__ import annotations

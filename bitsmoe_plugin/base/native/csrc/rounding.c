@@ -23,19 +23,16 @@ int bitsmoe_trellis_codes(const float *blocks, const float *weights, int64_t n, 
   for (int64_t start = 0; start < n; start += BATCH) {
     const int count = n - start < BATCH ? (int)(n - start) : BATCH;
     void *search = new_search();
-    float *root = malloc(BATCH * BLOCK * sizeof *root);
     Block queue[BATCH];
-    if (search && root) {
-      rounding->root_weights(weights + start * BLOCK, count * BLOCK, root);
+    if (search) {
       for (int i = 0; i < count; i++)
-        queue[i] = (Block){blocks + (start + i) * BLOCK, root + i * BLOCK, 1, BLOCK, codes + (start + i) * BLOCK};
+        queue[i] = (Block){blocks + (start + i) * BLOCK, weights + (start + i) * BLOCK, 1, BLOCK, codes + (start + i) * BLOCK};
       rounding->search_blocks(search, queue, count, table, bits);
     } else {
 #pragma omp atomic write
       failed = -1;
     }
     free(search);
-    free(root);
   }
   return failed;
 }
@@ -147,11 +144,9 @@ static void decode_row(const Grids *grids, const int32_t *codes, int size, int b
 }
 
 /* Rows first..last of the problems from..to, in lockstep: row k of all of them is searched together. */
-static void round_some(const Grids *grids, const RankRows *r, int64_t from, int64_t to, void *search, float *root,
-                       Block *queue) {
+static void round_some(const Grids *grids, const RankRows *r, int64_t from, int64_t to, void *search, Block *queue) {
   const int blocks = r->padded / BLOCK;
   const int64_t room = (to - from) * blocks, called = r->last - r->first;
-  for (int64_t p = from; p < to; p++) rounding->root_weights(r->weights + p * r->size, r->size, root + (p - from) * r->size);
   for (int64_t k = r->first; k < r->last; k++) {
     int64_t count[TRELLIS_BITS + 1] = {0};
     for (int64_t p = from; p < to; p++) {
@@ -171,7 +166,7 @@ static void round_some(const Grids *grids, const RankRows *r, int64_t from, int6
       for (int b = 0; b < blocks; b++) {
         const int left = r->size - b * BLOCK;
         queue[bits * room + count[bits]++] =
-            (Block){row + b * BLOCK, root + (p - from) * r->size + b * BLOCK, 1.f / scale,
+            (Block){row + b * BLOCK, r->weights + p * r->size + b * BLOCK, 1.f / scale,
                     left < BLOCK ? left : BLOCK, codes + b * BLOCK};
       }
     }
@@ -198,15 +193,13 @@ int bitsmoe_round_rank(const Grids *grids, const RankRows *r, int threads) {
     const int64_t from = t * share, to = from + share < r->problems ? from + share : r->problems;
     if (from >= to) continue;
     void *search = new_search();
-    float *root = malloc(share * r->size * sizeof *root);
     Block *queue = malloc((TRELLIS_BITS + 1) * share * (r->padded / BLOCK) * sizeof *queue);
-    if (search && root && queue) round_some(grids, r, from, to, search, root, queue);
+    if (search && queue) round_some(grids, r, from, to, search, queue);
     else {
 #pragma omp atomic write
       failed = -1;
     }
     free(search);
-    free(root);
     free(queue);
   }
   return failed;

@@ -31,9 +31,9 @@ typedef struct {
 
 /* One block of 32 values to be coded. */
 typedef struct {
-  const float *x, *root; /* values; square roots of their weights */
-  float factor;          /* values are multiplied with */
-  int n;                 /* of them, the others are zeros of weight zero */
+  const float *x, *weights;
+  float factor; /* values are multiplied with */
+  int n;        /* of them, the others are zeros of weight zero */
   int32_t *codes;
 } Block;
 
@@ -50,7 +50,6 @@ typedef struct {
   void (*search_blocks)(void *search, const Block *blocks, int64_t count, const float *table, int bits);
   int64_t coupled_bytes;
   void (*search_coupled)(void *search, const CoupledBlock *blocks, int64_t count, const float *table, int bits);
-  void (*root_weights)(const float *weights, int size, float *root);
   void (*best_scale)(const float *row, const float *weights, int size, int bits, float unit, float *scale,
                      float *distortion);
   int (*choose_scale)(const float *row, const float *weights, int size, int bits, float unit, float start,
