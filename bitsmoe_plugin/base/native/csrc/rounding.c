@@ -26,7 +26,8 @@ int bitsmoe_trellis_codes(const float *blocks, const float *weights, int64_t n, 
     Block queue[BATCH];
     if (search) {
       for (int i = 0; i < count; i++)
-        queue[i] = (Block){blocks + (start + i) * BLOCK, weights + (start + i) * BLOCK, 1, BLOCK, codes + (start + i) * BLOCK};
+        queue[i] = (Block){blocks + (start + i) * BLOCK, weights + (start + i) * BLOCK, 1, BLOCK,
+                           codes + (start + i) * BLOCK};
       rounding->search_blocks(search, queue, count, table, bits);
     } else {
 #pragma omp atomic write

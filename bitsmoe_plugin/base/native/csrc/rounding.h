@@ -14,7 +14,6 @@
 #include "bitsmoe.h"
 
 enum {
-  LANES = 16,
   WINDOW = 8,
   WARM = 24, /* values before a block's seam that settle its state there */
   CANDIDATES = 8, /* scales tried per row, as grids.SCALE_CANDIDATES */

@@ -8,19 +8,15 @@
 
 #define INLINE static inline __attribute__((always_inline))
 
-typedef float Floats __attribute__((vector_size(4 * LANES)));
-typedef int32_t Integers __attribute__((vector_size(4 * LANES)));
-typedef float UnalignedFloats __attribute__((vector_size(4 * LANES), aligned(4)));
-typedef int8_t Bytes __attribute__((vector_size(LANES)));
-
+#include "rounding_lanes.h"
 #include "rounding_search.h"
 
 INLINE void search_width(Search *s, const Block *blocks, int64_t count, int bits) {
-  const Block *group[SIDE], *open[2 * SIDE];
-  int32_t seams[SIDE], unclosed[2 * SIDE];
+  const Block *group[LANES], *open[2 * LANES];
+  int32_t seams[LANES], unclosed[2 * LANES];
   int waiting = 0;
-  for (int64_t start = 0; start < count; start += SIDE) {
-    const int used = count - start < SIDE ? (int)(count - start) : SIDE;
+  for (int64_t start = 0; start < count; start += LANES) {
+    const int used = count - start < LANES ? (int)(count - start) : LANES;
     for (int lane = 0; lane < used; lane++) group[lane] = blocks + start + lane;
     const unsigned closed = open_search(s, group, used, bits, seams);
     for (int lane = 0; lane < used; lane++)
@@ -28,10 +24,10 @@ INLINE void search_width(Search *s, const Block *blocks, int64_t count, int bits
         open[waiting] = group[lane];
         unclosed[waiting++] = seams[lane];
       }
-    const int last = start + SIDE >= count;
-    while (waiting >= SIDE || (last && waiting)) {
-      const int now = waiting < SIDE ? waiting : SIDE;
-      for (int lane = now; lane < SIDE; lane++) unclosed[lane] = 0;
+    const int last = start + LANES >= count;
+    while (waiting >= LANES || (last && waiting)) {
+      const int now = waiting < LANES ? waiting : LANES;
+      for (int lane = now; lane < LANES; lane++) unclosed[lane] = 0;
       bound_search(s, open, now, bits, unclosed);
       waiting -= now;
       memmove(open, open + now, waiting * sizeof *open);
