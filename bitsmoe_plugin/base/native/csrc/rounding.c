@@ -26,7 +26,8 @@ int bitsmoe_trellis_codes(const float *blocks, const float *weights, int64_t n, 
     Block queue[BATCH];
     if (search) {
       for (int i = 0; i < count; i++)
-        queue[i] = (Block){blocks + (start + i) * BLOCK, weights + (start + i) * BLOCK, 1, BLOCK, codes + (start + i) * BLOCK};
+        queue[i] = (Block){blocks + (start + i) * BLOCK, weights + (start + i) * BLOCK, 1, BLOCK,
+                           codes + (start + i) * BLOCK};
       rounding->search_blocks(search, queue, count, table, bits);
     } else {
 #pragma omp atomic write
@@ -121,26 +122,19 @@ typedef struct {
 
 int64_t bitsmoe_rank_rows_bytes(void) { return sizeof(RankRows); }
 
-/* Values of codes; a block's first window reaches around its ring. */
+/* Values of codes. */
 static void decode_row(const Grids *grids, const int32_t *codes, int size, int bits, float scale, float *values) {
   if (bits == 0) {
     memset(values, 0, size * sizeof *values);
     return;
   }
   const float *table = bits <= TRELLIS_BITS ? grids->table[bits] : NULL;
-  if (!table) {
-    const float step = scale * grids->step[bits], half = (float)((1 << bits) - 1) / 2;
-    for (int i = 0; i < size; i++) values[i] = ((float)codes[i] - half) * step;
+  if (table) {
+    rounding->decode(codes, size, table, bits, scale, values);
     return;
   }
-  for (int first = 0; first < size; first += BLOCK) {
-    unsigned window = 0;
-    for (int i = BLOCK - WINDOW; i < BLOCK; i++) window = window >> bits | (unsigned)codes[first + i] << (WINDOW - bits);
-    for (int i = 0; i < BLOCK && first + i < size; i++) {
-      window = window >> bits | (unsigned)codes[first + i] << (WINDOW - bits);
-      values[first + i] = table[window] * scale;
-    }
-  }
+  const float step = scale * grids->step[bits], half = (float)((1 << bits) - 1) / 2;
+  for (int i = 0; i < size; i++) values[i] = ((float)codes[i] - half) * step;
 }
 
 /* Rows first..last of the problems from..to, in lockstep: row k of all of them is searched together. */

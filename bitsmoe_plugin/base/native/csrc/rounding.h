@@ -14,7 +14,6 @@
 #include "bitsmoe.h"
 
 enum {
-  LANES = 16,
   WINDOW = 8,
   WARM = 24, /* values before a block's seam that settle its state there */
   CANDIDATES = 8, /* scales tried per row, as grids.SCALE_CANDIDATES */
@@ -55,6 +54,7 @@ typedef struct {
   int (*choose_scale)(const float *row, const float *weights, int size, int bits, float unit, float start,
                       float low, float step);
   void (*uniform_codes)(const float *row, int size, float step, int bits, int32_t *codes);
+  void (*decode)(const int32_t *codes, int size, const float *table, int bits, float scale, float *values);
   float (*pass_on)(float *work, const float *value, float *target, const float *weights, int size,
                    const float *unit, int rows);
 } Rounding;

@@ -8,19 +8,15 @@
 
 #define INLINE static inline __attribute__((always_inline))
 
-typedef float Floats __attribute__((vector_size(4 * LANES)));
-typedef int32_t Integers __attribute__((vector_size(4 * LANES)));
-typedef float UnalignedFloats __attribute__((vector_size(4 * LANES), aligned(4)));
-typedef int8_t Bytes __attribute__((vector_size(LANES)));
-
+#include "rounding_lanes.h"
 #include "rounding_search.h"
 
 INLINE void search_width(Search *s, const Block *blocks, int64_t count, int bits) {
-  const Block *group[SIDE], *open[2 * SIDE];
-  int32_t seams[SIDE], unclosed[2 * SIDE];
+  const Block *group[LANES], *open[2 * LANES];
+  int32_t seams[LANES], unclosed[2 * LANES];
   int waiting = 0;
-  for (int64_t start = 0; start < count; start += SIDE) {
-    const int used = count - start < SIDE ? (int)(count - start) : SIDE;
+  for (int64_t start = 0; start < count; start += LANES) {
+    const int used = count - start < LANES ? (int)(count - start) : LANES;
     for (int lane = 0; lane < used; lane++) group[lane] = blocks + start + lane;
     const unsigned closed = open_search(s, group, used, bits, seams);
     for (int lane = 0; lane < used; lane++)
@@ -28,10 +24,10 @@ INLINE void search_width(Search *s, const Block *blocks, int64_t count, int bits
         open[waiting] = group[lane];
         unclosed[waiting++] = seams[lane];
       }
-    const int last = start + SIDE >= count;
-    while (waiting >= SIDE || (last && waiting)) {
-      const int now = waiting < SIDE ? waiting : SIDE;
-      for (int lane = now; lane < SIDE; lane++) unclosed[lane] = 0;
+    const int last = start + LANES >= count;
+    while (waiting >= LANES || (last && waiting)) {
+      const int now = waiting < LANES ? waiting : LANES;
+      for (int lane = now; lane < LANES; lane++) unclosed[lane] = 0;
       bound_search(s, open, now, bits, unclosed);
       waiting -= now;
       memmove(open, open + now, waiting * sizeof *open);
@@ -124,6 +120,38 @@ static void uniform_codes(const float *row, int size, float step, int bits, int3
   }
 }
 
+INLINE void decode_width(const int32_t *codes, int size, const float *table, int bits, float scale, float *values) {
+  for (int first = 0; first < size; first += BLOCK, codes += BLOCK, values += BLOCK) {
+    const int n = size - first < BLOCK ? size - first : BLOCK;
+    unsigned window = 0; /* a block's first windows reach around its ring */
+    for (int i = BLOCK - WINDOW; i < BLOCK; i++) window = window >> bits | (unsigned)codes[i] << (WINDOW - bits);
+    for (int i = 0; i < WINDOW && i < n; i++) {
+      window = window >> bits | (unsigned)codes[i] << (WINDOW - bits);
+      values[i] = table[window] * scale;
+    }
+#pragma omp simd
+    for (int i = WINDOW; i < n; i++) {
+      int32_t found = 0;
+#pragma GCC unroll 8
+      for (int back = 0; back * bits < WINDOW; back++) {
+        const int place = WINDOW - bits * (back + 1);
+        found |= place >= 0 ? codes[i - back] << place : codes[i - back] >> -place;
+      }
+      values[i] = table[found] * scale;
+    }
+  }
+}
+
+/* Values of a trellis's codes. */
+static void decode(const int32_t *codes, int size, const float *table, int bits, float scale, float *values) {
+  switch (bits) {
+    case 1: decode_width(codes, size, table, 1, scale, values); break;
+    case 2: decode_width(codes, size, table, 2, scale, values); break;
+    case 3: decode_width(codes, size, table, 3, scale, values); break;
+    case 4: decode_width(codes, size, table, 4, scale, values); break;
+  }
+}
+
 /* What a row's error does to the rows after it in this call; returns what is left of its own target. */
 static float pass_on(float *work, const float *value, float *target, const float *weights, int size,
                             const float *unit, int rows) {
@@ -144,5 +172,6 @@ static float pass_on(float *work, const float *value, float *target, const float
 }
 
 const Rounding ROUNDING = {
-    sizeof(Search), search_blocks, sizeof(Coupled), search_coupled, best_scale, choose_scale, uniform_codes, pass_on,
+    sizeof(Search), search_blocks, sizeof(Coupled), search_coupled, best_scale, choose_scale, uniform_codes, decode,
+    pass_on,
 };

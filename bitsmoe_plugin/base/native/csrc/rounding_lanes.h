@@ -1,62 +1,64 @@
-/* Vectors of one value of each of SIDE blocks that are searched side by side. Included by rounding_kernels.h. */
+/* Vectors as wide as the registers (GCC makes scalars of wider ones) and what is done with them. Included by
+ * rounding_kernels.h. */
 
 #if defined(__AVX512F__)
-enum { SIDE = 16 };
+enum { LANES = 16 };
 #elif defined(__AVX2__)
-enum { SIDE = 8 };
+enum { LANES = 8 };
 #else
-enum { SIDE = 4 };
+enum { LANES = 4 };
 #endif
 
-typedef int32_t Lanes __attribute__((vector_size(4 * SIDE)));
-typedef float Reals __attribute__((vector_size(4 * SIDE)));
+typedef int32_t Integers __attribute__((vector_size(4 * LANES)));
+typedef float Floats __attribute__((vector_size(4 * LANES)));
+typedef float UnalignedFloats __attribute__((vector_size(4 * LANES), aligned(4)));
 
-INLINE Lanes picked(Lanes which, Lanes a, Lanes b) { return (a & which) | (b & ~which); }
+INLINE Integers picked(Integers which, Integers a, Integers b) { return (a & which) | (b & ~which); }
 
 /* The smaller and the larger; the second if one is NaN. */
-INLINE Reals lower(Reals a, Reals b) { return (Reals)picked(a < b, (Lanes)a, (Lanes)b); }
-INLINE Reals higher(Reals a, Reals b) { return (Reals)picked(a > b, (Lanes)a, (Lanes)b); }
-INLINE Reals size_of(Reals a) { return (Reals)((Lanes)a & 0x7fffffff); }
+INLINE Floats lower(Floats a, Floats b) { return (Floats)picked(a < b, (Integers)a, (Integers)b); }
+INLINE Floats higher(Floats a, Floats b) { return (Floats)picked(a > b, (Integers)a, (Integers)b); }
+INLINE Floats size_of(Floats a) { return (Floats)((Integers)a & 0x7fffffff); }
 
 /* The low 16 bits of the one, then those of the other. */
-INLINE Lanes pair(Lanes low, Lanes high) { return (low & 0xffff) | high << 16; }
+INLINE Integers pair(Integers low, Integers high) { return (low & 0xffff) | high << 16; }
 
 #if defined(__AVX512F__)
-INLINE Lanes least(Lanes a, Lanes b) { return (Lanes)_mm512_min_epi32((__m512i)a, (__m512i)b); }
+INLINE Integers least(Integers a, Integers b) { return (Integers)_mm512_min_epi32((__m512i)a, (__m512i)b); }
 
-INLINE Lanes nearest_integers(Reals a) { return (Lanes)_mm512_cvtps_epi32((__m512)a); }
+INLINE Integers nearest_integers(Floats a) { return (Integers)_mm512_cvtps_epi32((__m512)a); }
 
 /* sum + product of two pairs. GCC 12 copies and spills sums around the intrinsic. */
-INLINE Lanes with_product(Lanes sum, Lanes a, const int32_t *b) {
+INLINE Integers with_product(Integers sum, Integers a, const int32_t *b) {
   __asm__("vpdpwssd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(a), "m"(*b));
   return sum;
 }
 
 /* a whose lowest bits are the mark */
-INLINE Lanes marked(Lanes a, int lowest, int mark) {
-  return (Lanes)_mm512_ternarylogic_epi32((__m512i)a, _mm512_set1_epi32(~lowest), _mm512_set1_epi32(mark), 0xea);
+INLINE Integers marked(Integers a, int lowest, int mark) {
+  return (Integers)_mm512_ternarylogic_epi32((__m512i)a, _mm512_set1_epi32(~lowest), _mm512_set1_epi32(mark), 0xea);
 }
 
 /* b where a bit of the state is set, otherwise a. */
-INLINE Lanes either(Lanes state, int bit, Lanes a, Lanes b) {
+INLINE Integers either(Integers state, int bit, Integers a, Integers b) {
   const __mmask16 set = _mm512_test_epi32_mask((__m512i)state, _mm512_set1_epi32(bit));
-  return (Lanes)_mm512_mask_mov_epi32((__m512i)a, set, (__m512i)b);
+  return (Integers)_mm512_mask_mov_epi32((__m512i)a, set, (__m512i)b);
 }
 
 /* The lowest bits of `last` become the highest of a word, those before make room. */
-INLINE Lanes appended(Lanes word, Lanes last, int bits) {
-  return (Lanes)_mm512_shrdi_epi32((__m512i)word, (__m512i)last, bits);
+INLINE Integers appended(Integers word, Integers last, int bits) {
+  return (Integers)_mm512_shrdi_epi32((__m512i)word, (__m512i)last, bits);
 }
 
-INLINE void transpose(const Lanes *in, Lanes *out) {
-  __m512i a[SIDE], b[SIDE];
+INLINE void transpose(const Integers *in, Integers *out) {
+  __m512i a[LANES], b[LANES];
 #pragma GCC unroll 8
-  for (int i = 0; i < SIDE; i += 2) {
+  for (int i = 0; i < LANES; i += 2) {
     a[i] = _mm512_unpacklo_epi32((__m512i)in[i], (__m512i)in[i + 1]);
     a[i + 1] = _mm512_unpackhi_epi32((__m512i)in[i], (__m512i)in[i + 1]);
   }
 #pragma GCC unroll 4
-  for (int i = 0; i < SIDE; i += 4)
+  for (int i = 0; i < LANES; i += 4)
 #pragma GCC unroll 2
     for (int j = 0; j < 2; j++) {
       b[i + 2 * j] = _mm512_unpacklo_epi64(a[i + j], a[i + j + 2]);
@@ -67,42 +69,42 @@ INLINE void transpose(const Lanes *in, Lanes *out) {
     const __m512i even = _mm512_shuffle_i32x4(b[k], b[4 + k], 0x88), odd = _mm512_shuffle_i32x4(b[k], b[4 + k], 0xdd);
     const __m512i evens = _mm512_shuffle_i32x4(b[8 + k], b[12 + k], 0x88);
     const __m512i odds = _mm512_shuffle_i32x4(b[8 + k], b[12 + k], 0xdd);
-    out[k] = (Lanes)_mm512_shuffle_i32x4(even, evens, 0x88);
-    out[4 + k] = (Lanes)_mm512_shuffle_i32x4(odd, odds, 0x88);
-    out[8 + k] = (Lanes)_mm512_shuffle_i32x4(even, evens, 0xdd);
-    out[12 + k] = (Lanes)_mm512_shuffle_i32x4(odd, odds, 0xdd);
+    out[k] = (Integers)_mm512_shuffle_i32x4(even, evens, 0x88);
+    out[4 + k] = (Integers)_mm512_shuffle_i32x4(odd, odds, 0x88);
+    out[8 + k] = (Integers)_mm512_shuffle_i32x4(even, evens, 0xdd);
+    out[12 + k] = (Integers)_mm512_shuffle_i32x4(odd, odds, 0xdd);
   }
 }
 #else
 #if defined(__AVX2__)
-INLINE Lanes least(Lanes a, Lanes b) { return (Lanes)_mm256_min_epi32((__m256i)a, (__m256i)b); }
+INLINE Integers least(Integers a, Integers b) { return (Integers)_mm256_min_epi32((__m256i)a, (__m256i)b); }
 
-INLINE Lanes nearest_integers(Reals a) { return (Lanes)_mm256_cvtps_epi32((__m256)a); }
+INLINE Integers nearest_integers(Floats a) { return (Integers)_mm256_cvtps_epi32((__m256)a); }
 
-INLINE Lanes with_product(Lanes sum, Lanes a, const int32_t *b) {
-  return sum + (Lanes)_mm256_madd_epi16((__m256i)a, _mm256_set1_epi32(*b));
+INLINE Integers with_product(Integers sum, Integers a, const int32_t *b) {
+  return sum + (Integers)_mm256_madd_epi16((__m256i)a, _mm256_set1_epi32(*b));
 }
 #else
-INLINE Lanes least(Lanes a, Lanes b) { return picked(a < b, a, b); }
+INLINE Integers least(Integers a, Integers b) { return picked(a < b, a, b); }
 
 /* Half to even; |a| < 2^22. */
-INLINE Lanes nearest_integers(Reals a) { return __builtin_convertvector((a + 12582912.f) - 12582912.f, Lanes); }
+INLINE Integers nearest_integers(Floats a) { return __builtin_convertvector((a + 12582912.f) - 12582912.f, Integers); }
 
-INLINE Lanes with_product(Lanes sum, Lanes a, const int32_t *b) {
+INLINE Integers with_product(Integers sum, Integers a, const int32_t *b) {
   return sum + (a << 16 >> 16) * (int16_t)*b + (a >> 16) * (*b >> 16);
 }
 #endif
 
-INLINE Lanes marked(Lanes a, int lowest, int mark) { return (a & ~lowest) | mark; }
+INLINE Integers marked(Integers a, int lowest, int mark) { return (a & ~lowest) | mark; }
 
-INLINE Lanes either(Lanes state, int bit, Lanes a, Lanes b) { return picked((state & bit) != 0, b, a); }
+INLINE Integers either(Integers state, int bit, Integers a, Integers b) { return picked((state & bit) != 0, b, a); }
 
-INLINE Lanes appended(Lanes word, Lanes last, int bits) {
+INLINE Integers appended(Integers word, Integers last, int bits) {
   return (word >> bits & ((1 << (32 - bits)) - 1)) | last << (32 - bits);
 }
 
-INLINE void transpose(const Lanes *in, Lanes *out) {
-  for (int i = 0; i < SIDE; i++)
-    for (int j = 0; j < SIDE; j++) out[i][j] = in[j][i];
+INLINE void transpose(const Integers *in, Integers *out) {
+  for (int i = 0; i < LANES; i++)
+    for (int j = 0; j < LANES; j++) out[i][j] = in[j][i];
 }
 #endif
