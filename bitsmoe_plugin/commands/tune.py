@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +56,8 @@ def tune_to_directory(
 ) -> Tuning:
     """See ``tuning.tune_by``. ``out`` takes its name at the end, so it is either absent or complete.
 
-    Layers that are finished are kept in a directory, ``out`` with ".work" appended, until all is done: the
-    same call continues there if this one ends early.
+    Layers that are finished, and steps through the whole model, are kept in a directory, ``out`` with ".work"
+    appended, until all is done: the same call continues there if this one ends early.
 
     Args:
         model: directory of a packed model.
@@ -69,7 +68,7 @@ def tune_to_directory(
 
     Raises:
         BitsMoEError: bad input, or nothing was better on the blocks held out. Nothing is left behind but
-            layers that were finished.
+            what was finished.
         Interrupted: Ctrl-C; says how to go on.
     """
     BitsMoEConfig(calibration_tokens=calibration_tokens, sequence_length=sequence_length)  # it checks them
@@ -116,14 +115,14 @@ def tune_to_directory(
 
 @contextmanager
 def _kept(work: Path) -> Iterator[None]:
-    """Hold the work directory; it stays if this ends early and layers are finished, and then says so."""
+    """Hold the work directory; it stays if this ends early and something is finished, and then says so."""
     with locked(work), staging(work):
         try:
             yield
         except KeyboardInterrupt as error:
             if has_progress(work) and not isinstance(error, Interrupted):
                 raise Interrupted(
-                    f"stopped; {work} holds the layers that are finished. Start the same again to go on"
+                    f"stopped; {work} holds what is finished. Start the same again to go on"
                 ) from error
             raise
 
@@ -147,7 +146,7 @@ def _tuned(
     def reference() -> nn.Module:
         return load_reference(origin, packed.to(device))  # type: ignore[no-any-return]
 
-    kept = partial(WorkDirectory, work)
+    kept = WorkDirectory(work)
     return tune_by(settings, packed, blocks, original=original, reference=reference, directory=kept)
 
 

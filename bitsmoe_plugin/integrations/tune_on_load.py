@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +87,7 @@ class PlannedTuning:
 
     @contextmanager
     def _directory(self) -> Iterator[Path]:
-        """Where finished layers are kept, and hidden states on their way."""
+        """Where what is finished is kept, and hidden states on their way."""
         if self.work_dir is not None:
             yield self.work_dir
             return
@@ -112,9 +111,15 @@ class PlannedTuning:
             return load_model(self.reference, dtype=model.dtype).eval().to(device)
 
         with span("tuning"), self._directory() as path, locked(path):
-            kept = partial(WorkDirectory, path)
-            given = settings, model, self.blocks
-            result = tune_by(*given, original=original, reference=reference, directory=kept)
+            result = tune_by(
+                settings,
+                model,
+                self.blocks,
+                original=original,
+                reference=reference,
+                directory=WorkDirectory(path),
+                lasting=self.work_dir is not None,
+            )
         if not result.epoch:
             warnings.warn(
                 f"tune={self.settings.epochs}: no epoch came closer to the original on the text held out (KL "

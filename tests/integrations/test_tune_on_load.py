@@ -20,7 +20,8 @@ from bitsmoe_plugin.commands.quantize import quantize_to_directory
 from bitsmoe_plugin.commands.times import read_times
 from bitsmoe_plugin.integrations import tune_on_load
 from bitsmoe_plugin.integrations.optimum import BitsMoEQuantizer
-from bitsmoe_plugin.pipeline import tuning
+from bitsmoe_plugin.pipeline import descent_progress, tuning
+from bitsmoe_plugin.pipeline.descent import Descent
 from bitsmoe_plugin.pipeline.tuning_settings import TuningSettings
 
 TEXT = str(Path(__file__).parents[2] / "examples" / "data" / "calibration.jsonl")
@@ -31,9 +32,12 @@ FLAGS = ["--dataset", TEXT, "--calibration-tokens", "2048", "--sequence-length",
 def test_it_is_quantizing_and_tuning_in_one(
     moe_tiny_path: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """To the byte; interrupted once all layers are tuned, it goes on with them."""
+    """To the byte; interrupted once all layers are tuned, and then within a step through the whole model, it
+    goes on with what is finished."""
     whole, packed, tuned = (tmp_path / name for name in ("whole", "packed", "tuned"))
     config = BitsMoEConfig(dataset=TEXT, tune=1, **OPTIONS)
+
+    step = Descent.step
 
     def stopped(*_: Any) -> None:
         raise KeyboardInterrupt
@@ -44,6 +48,13 @@ def test_it_is_quantizing_and_tuning_in_one(
             quantize_to_directory(str(moe_tiny_path), whole, config)
     assert not whole.exists()
     assert len(list(tmp_path.glob("whole.work/tuned-*.safetensors"))) >= 1
+    calls = iter(range(9))
+    with monkeypatch.context() as patched:
+        patched.setattr(descent_progress, "SECONDS", 0.0)
+        patched.setattr(Descent, "step", lambda *given: stopped() if next(calls) == 5 else step(*given))
+        with pytest.raises(Interrupted, match="finished"):
+            quantize_to_directory(str(moe_tiny_path), whole, config)
+    assert len(list(tmp_path.glob("whole.work/gains-*.safetensors"))) == 1
     command = [
         "quantize",
         str(moe_tiny_path),
