@@ -89,7 +89,9 @@ def tune(
     descent = Descent(list(layers.values()), weights, settings, -(-len(learnt) // settings.batch_size))
     with only_gains(model, reference), weights.learnt(), computed_by(modules, layers):
         best = _learn((model, reference), learnt, held, descent, settings, progress)
-    result = Tuning(learnt.numel(), best.epoch, best.before, best.after, settings.learn)
+    result = Tuning(
+        tokens=learnt.numel(), epoch=best.epoch, before=best.before, after=best.after, learnt=settings.learn
+    )
     if best.epoch:
         config = copy.copy(model.config.quantization_config)  # others may hold that one
         for name, module in modules.items():
