@@ -25,8 +25,8 @@ from bitsmoe_plugin.pipeline.descent import Descent
 from bitsmoe_plugin.pipeline.tuning_settings import TuningSettings
 
 TEXT = str(Path(__file__).parents[2] / "examples" / "data" / "calibration.jsonl")
-OPTIONS: dict[str, Any] = {"bits": 1.4, "method": "fast", "calibration_tokens": 2048, "sequence_length": 128}
-FLAGS = ["--dataset", TEXT, "--calibration-tokens", "2048", "--sequence-length", "128"]
+OPTIONS: dict[str, Any] = {"bits": 1.4, "method": "fast", "calibration_tokens": 1024, "sequence_length": 64}
+FLAGS = ["--dataset", TEXT, "--calibration-tokens", "1024", "--sequence-length", "64"]
 
 
 def test_it_is_quantizing_and_tuning_in_one(
@@ -87,8 +87,7 @@ def test_where_nothing_comes_closer_the_model_stays(
 ) -> None:
     none = tune_on_load.TuningSettings
     monkeypatch.setattr(tune_on_load, "TuningSettings", lambda **given: none(**given, learning_rate=1.0))
-    few = {"calibration_tokens": 1024, "sequence_length": 64}
-    config = BitsMoEConfig(dataset=TEXT, tune=1, **{**OPTIONS, **few})
+    config = BitsMoEConfig(dataset=TEXT, tune=1, tune_through="model", **OPTIONS)
     with pytest.warns(UserWarning, match="tune=1: no epoch came closer"):
         model = AutoModelForCausalLM.from_pretrained(moe_tiny_path, quantization_config=config)
     assert "tuning" not in model.config.quantization_config.calibration
@@ -101,7 +100,7 @@ def test_what_cannot_be_tuned_is_refused_before_work(
     monkeypatch.setattr("bitsmoe_plugin.integrations.quantize_on_load.loaded_source", None)
     few = BitsMoEQuantizer.from_pretrained(moe_tiny_path)
     with pytest.raises(QuantizationError, match=r"4 blocks .* at least 16"):
-        few.quantize(tmp_path / "out", dataset=TEXT, tune=1, **{**OPTIONS, "calibration_tokens": 512})
+        few.quantize(tmp_path / "out", dataset=TEXT, tune=1, **{**OPTIONS, "calibration_tokens": 256})
     with pytest.raises(ConfigError, match="tune=-1"):
         BitsMoEConfig(tune=-1)
     model = AutoModelForCausalLM.from_pretrained(moe_tiny_path)
