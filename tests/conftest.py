@@ -115,6 +115,22 @@ def moe_tiny(moe_tiny_path: Path) -> Any:
 
 
 @pytest.fixture(scope="session")
+def small_moe_tiny(moe_tiny: Any, moe_tiny_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Half of the bundled model's layers with 8 of their experts: quantized within a second or two."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    config = AutoConfig.from_pretrained(moe_tiny_path, num_hidden_layers=2, num_experts=8)
+    model, path = AutoModelForCausalLM.from_config(config), tmp_path_factory.mktemp("small") / "model"
+    known = moe_tiny.state_dict()
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            tensor.copy_(known[name][tuple(slice(size) for size in tensor.shape)])
+    model.save_pretrained(path)
+    AutoTokenizer.from_pretrained(moe_tiny_path).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
 def packed_moe_tiny(moe_tiny_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The bundled model at 2 bits, with its tokenizer; by the quickest options, for tests of runtimes."""
     from bitsmoe_plugin import BitsMoEConfig

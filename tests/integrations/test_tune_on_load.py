@@ -25,12 +25,12 @@ from bitsmoe_plugin.pipeline.descent import Descent
 from bitsmoe_plugin.pipeline.tuning_settings import TuningSettings
 
 TEXT = str(Path(__file__).parents[2] / "examples" / "data" / "calibration.jsonl")
-OPTIONS: dict[str, Any] = {"bits": 1.4, "method": "fast", "calibration_tokens": 1024, "sequence_length": 64}
+OPTIONS: dict[str, Any] = {"bits": 4.0, "method": "fast", "calibration_tokens": 1024, "sequence_length": 64}
 FLAGS = ["--dataset", TEXT, "--calibration-tokens", "1024", "--sequence-length", "64"]
 
 
 def test_it_is_quantizing_and_tuning_in_one(
-    moe_tiny_path: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    small_moe_tiny: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """To the byte; interrupted once all layers are tuned, and then within a step through the whole model, it
     goes on with what is finished."""
@@ -45,7 +45,7 @@ def test_it_is_quantizing_and_tuning_in_one(
     with monkeypatch.context() as patched:
         patched.setattr(tuning, "tune", stopped)
         with pytest.raises(Interrupted, match="finished"):
-            quantize_to_directory(str(moe_tiny_path), whole, config)
+            quantize_to_directory(str(small_moe_tiny), whole, config)
     assert not whole.exists()
     assert len(list(tmp_path.glob("whole.work/tuned-*.safetensors"))) >= 1
     calls = iter(range(9))
@@ -53,16 +53,16 @@ def test_it_is_quantizing_and_tuning_in_one(
         patched.setattr(descent_progress, "SECONDS", 0.0)
         patched.setattr(Descent, "step", lambda *given: stopped() if next(calls) == 5 else step(*given))
         with pytest.raises(Interrupted, match="finished"):
-            quantize_to_directory(str(moe_tiny_path), whole, config)
+            quantize_to_directory(str(small_moe_tiny), whole, config)
     assert len(list(tmp_path.glob("whole.work/gains-*.safetensors"))) == 1
     command = [
         "quantize",
-        str(moe_tiny_path),
+        str(small_moe_tiny),
         str(whole),
         "--method",
         "fast",
         "--bits",
-        "1.4",
+        "4",
         *FLAGS,
         "--tune",
         "1",
@@ -70,8 +70,8 @@ def test_it_is_quantizing_and_tuning_in_one(
     assert run_here(capfd, *command)[0] == 0
     assert "tuning" in read_times(whole)
     assert [path.name for path in tmp_path.iterdir()] == ["whole"]
-    quantize_to_directory(str(moe_tiny_path), packed, BitsMoEConfig(dataset=TEXT, **OPTIONS))
-    given = ["tune", str(packed), str(tuned), "--reference", str(moe_tiny_path), *FLAGS, "--epochs", "1"]
+    quantize_to_directory(str(small_moe_tiny), packed, BitsMoEConfig(dataset=TEXT, **OPTIONS))
+    given = ["tune", str(packed), str(tuned), "--reference", str(small_moe_tiny), *FLAGS, "--epochs", "1"]
     status, _, said = run_here(capfd, *given)
     assert status == 0, said
     before, one, two = (load_file(path / "model.safetensors") for path in (packed, whole, tuned))
@@ -83,13 +83,13 @@ def test_it_is_quantizing_and_tuning_in_one(
 
 
 def test_where_nothing_comes_closer_the_model_stays(
-    moe_tiny_path: Path, monkeypatch: pytest.MonkeyPatch
+    small_moe_tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     none = tune_on_load.TuningSettings
     monkeypatch.setattr(tune_on_load, "TuningSettings", lambda **given: none(**given, learning_rate=1.0))
     config = BitsMoEConfig(dataset=TEXT, tune=1, tune_through="model", **OPTIONS)
     with pytest.warns(UserWarning, match="tune=1: no epoch came closer"):
-        model = AutoModelForCausalLM.from_pretrained(moe_tiny_path, quantization_config=config)
+        model = AutoModelForCausalLM.from_pretrained(small_moe_tiny, quantization_config=config)
     assert "tuning" not in model.config.quantization_config.calibration
 
 

@@ -13,6 +13,7 @@ import torch
 from command_line import run_here
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 from bitsmoe_plugin import QuantizationError
 from bitsmoe_plugin.base import work_directory
@@ -38,8 +39,22 @@ SETTINGS = TuningSettings(
 
 
 @pytest.fixture(scope="module")
-def text(blocks: Tensor) -> Tensor:
-    return blocks[:8]
+def reference(small_moe_tiny: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(small_moe_tiny, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def packed(packed_small: Path) -> Any:
+    """Tests change copies."""
+    return AutoModelForCausalLM.from_pretrained(packed_small, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def text(reference: Any) -> Tensor:
+    """What the unquantized model itself finds likely."""
+    start = torch.randint(0, 4096, (8, 1), generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    return reference.generate(start, do_sample=True, max_new_tokens=47, min_new_tokens=47, pad_token_id=0)
 
 
 def tuned(
@@ -59,10 +74,10 @@ def tuned(
 
 
 @pytest.fixture(scope="module")
-def whole(packed: Any, moe_tiny: Any, text: Tensor) -> Any:
+def whole(packed: Any, reference: Any, text: Tensor) -> Any:
     """Tuned without interruption, and without a directory."""
     model = copy.deepcopy(packed)
-    return model, tune(model, moe_tiny, text, SETTINGS)
+    return model, tune(model, reference, text, SETTINGS)
 
 
 def assert_same(found: tuple[nn.Module, Tuning], wanted: tuple[nn.Module, Tuning]) -> None:
@@ -90,24 +105,24 @@ def killed_in(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, call: int)
             yield
 
 
-@pytest.mark.parametrize("after", [0, 5])
+@pytest.mark.parametrize("after", [0, 3, 5])
 def test_stopped_it_goes_on_with_the_same_result(
-    packed: Any, whole: Any, moe_tiny: Any, text: Tensor, tmp_path: Path, after: int
+    packed: Any, whole: Any, reference: Any, text: Tensor, tmp_path: Path, after: int
 ) -> None:
-    """Before the first step, and within an epoch. (Between epochs: below.)"""
+    """Before the first step, between epochs and within one."""
     asked = iter(range(9))
     with pytest.raises(Interrupted, match=rf"after {after} of 6 steps .* Start the same again"):
-        tuned(packed, moe_tiny, text, tmp_path, stop=lambda: next(asked) == after)
+        tuned(packed, reference, text, tmp_path, stop=lambda: next(asked) == after)
     steps: list[Any] = []
-    found = tuned(packed, moe_tiny, text, tmp_path, stop=lambda: bool(steps.append(0)))
+    found = tuned(packed, reference, text, tmp_path, stop=lambda: bool(steps.append(0)))
     assert len(steps) == 6 - after
     assert_same(found, whole)
-    again = tuned(packed, moe_tiny, text, tmp_path, stop=lambda: True)  # all is finished
+    again = tuned(packed, reference, text, tmp_path, stop=lambda: True)  # all is finished
     assert_same(again, whole)
 
 
 def test_killed_again_and_again_it_goes_on(
-    packed: Any, whole: Any, moe_tiny: Any, text: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    packed: Any, whole: Any, reference: Any, text: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Within steps, where an epoch's end is measured, and within the save after it, of which nothing counts
     then; no more files are left than those of one save."""
@@ -121,7 +136,7 @@ def test_killed_again_and_again_it_goes_on(
     ):
         model = copy.deepcopy(packed)
         with killed_in(monkeypatch, owner, name, call):
-            tuned(model, moe_tiny, text, tmp_path)
+            tuned(model, reference, text, tmp_path)
     assert WorkDirectory.commit is held
     with locked(tmp_path):
         directory = WorkDirectory(tmp_path)
@@ -129,37 +144,39 @@ def test_killed_again_and_again_it_goes_on(
     left = {f"{kind}-{state['saves']}" for kind in ("gains", "counts", "means", "squares")}
     left.add(f"best-{state['best']['epoch']}")
     assert {path.stem for path in tmp_path.glob("*.safetensors")} == left
-    assert_same(tuned(packed, moe_tiny, text, tmp_path), whole)
+    assert_same(tuned(packed, reference, text, tmp_path), whole)
 
 
 def test_a_failure_leaves_the_model_as_it_was(
-    packed: Any, moe_tiny: Any, text: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    packed: Any, reference: Any, text: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also one that had gone on from steps of an earlier run."""
     model = copy.deepcopy(packed)
     for _ in range(2):
         with killed_in(monkeypatch, Descent, "step", 1), locked(tmp_path):
-            identity = pass_identity(model, moe_tiny, text, SETTINGS)
-            tune(model, moe_tiny, text, SETTINGS, DescentProgress(WorkDirectory(tmp_path), identity, "model"))
+            identity = pass_identity(model, reference, text, SETTINGS)
+            tune(
+                model, reference, text, SETTINGS, DescentProgress(WorkDirectory(tmp_path), identity, "model")
+            )
     state = packed.state_dict()
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
 
 
-def test_steps_of_another_run_are_refused(packed: Any, moe_tiny: Any, text: Tensor, tmp_path: Path) -> None:
+def test_steps_of_another_run_are_refused(packed: Any, reference: Any, text: Tensor, tmp_path: Path) -> None:
     """By what differs: settings, text, the packed model and the original, of which every weight counts."""
     asked = iter(range(9))
     with pytest.raises(Interrupted):
-        tuned(packed, moe_tiny, text, tmp_path, stop=lambda: next(asked) == 1)
+        tuned(packed, reference, text, tmp_path, stop=lambda: next(asked) == 1)
     other = TuningSettings(**{**vars(SETTINGS), "learning_rate": 1e-3})
     with pytest.raises(QuantizationError, match=r"tuning of another run: settings learning_rate was 0\.005"):
-        tuned(packed, moe_tiny, text, tmp_path, other)
+        tuned(packed, reference, text, tmp_path, other)
     with pytest.raises(QuantizationError, match="tuning of another run: calibration tokens"):
-        tuned(packed, moe_tiny, text.flip(0), tmp_path)
-    changed, original = copy.deepcopy(packed), copy.deepcopy(moe_tiny)
+        tuned(packed, reference, text.flip(0), tmp_path)
+    changed, original = copy.deepcopy(packed), copy.deepcopy(reference)
     changed.model.norm.weight.data[3] += 1
     original.model.layers[1].mlp.experts.down_proj.data[0, 0, 0] += 1
     with pytest.raises(QuantizationError, match="tuning of another run: packed model was"):
-        tuned(changed, moe_tiny, text, tmp_path)
+        tuned(changed, reference, text, tmp_path)
     with pytest.raises(QuantizationError, match="tuning of another run: original was"):
         tuned(packed, original, text, tmp_path)
 
@@ -204,21 +221,21 @@ def test_what_is_saved_is_not_copied(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert written == [tensor.data_ptr() for tensor in own]
 
 
-def test_both_ways_go_on(packed: Any, moe_tiny: Any, text: Tensor, tmp_path: Path) -> None:
+def test_both_ways_go_on(packed: Any, reference: Any, text: Tensor, tmp_path: Path) -> None:
     """Stopped between the two, and then within the second: the result is that of both without a stop."""
     settings = TuningSettings(
         **{**vars(SETTINGS), "through": "both", "epochs": 1, "learn": ("bases", "rows")}
     )
 
-    def run(path: Path, reference: Any = moe_tiny) -> tuple[Any, Tuning]:
+    def run(path: Path, failure: BaseException | None = None) -> tuple[Any, Tuning]:
         model = copy.deepcopy(packed)
 
         def original() -> Original:
-            return Original(moe_tiny, LoadedExperts(moe_tiny))
+            return Original(reference, LoadedExperts(reference))
 
         def loads() -> Any:
-            if isinstance(reference, BaseException):
-                raise reference
+            if failure is not None:
+                raise failure
             return reference
 
         with locked(path):
@@ -249,8 +266,8 @@ FLAGS = ["--dataset", TEXT, "--calibration-tokens", "512", "--sequence-length", 
 
 
 def test_the_commands_go_on(
-    packed_moe_tiny: Path,
-    moe_tiny_path: Path,
+    packed_small: Path,
+    small_moe_tiny: Path,
     tmp_path: Path,
     capfd: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
@@ -258,8 +275,8 @@ def test_the_commands_go_on(
     """Interrupted at once (twice Ctrl-C) they say where to go on; the same again writes the same bytes as in
     one go, and nothing else is left. What was tuned is not taken for a quantization."""
     rate = ["--held-out", "0.25", "--learning-rate", "0.005", "--epochs", "2", "--through", "model"]
-    given = ["tune", str(packed_moe_tiny), "OUT", "--reference", str(moe_tiny_path), *FLAGS, *rate]
     one, two = tmp_path / "one", tmp_path / "two"
+    given = ["tune", str(packed_small), "OUT", "--reference", str(small_moe_tiny), *FLAGS, *rate]
     calls = iter(range(99))
 
     def stopped(*args: Any) -> Any:
@@ -277,7 +294,7 @@ def test_the_commands_go_on(
     assert "one.work holds what is finished. Start the same again" in errors
     assert [path.name for path in tmp_path.iterdir()] == ["one.work"]
     with pytest.raises(QuantizationError, match=r"one\.work: it holds layers .* being tuned"):
-        quantize_to_directory(str(moe_tiny_path), one, BitsMoEConfig(dataset=TEXT))
+        quantize_to_directory(str(small_moe_tiny), one, BitsMoEConfig(dataset=TEXT))
     for out in (one, two):
         status, _, errors = run_here(capfd, *(str(out) if word == "OUT" else word for word in given))
         assert status == 0, errors
