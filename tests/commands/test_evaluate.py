@@ -8,12 +8,14 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from command_line import run_here
 from lm_eval.api.instance import Instance
+from lm_eval.tasks import TaskManager
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from wheel_support import run_python
 
@@ -59,6 +61,9 @@ doc_to_choice: "{{{{[right, wrong]}}}}"
 doc_to_target: 0
 metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
 """)
+    # Its own tasks are thousands of files, which take seconds to read; processes of their own do.
+    ours = partial(TaskManager, include_defaults=False)
+    monkeypatch.setattr("bitsmoe_plugin.commands.evaluate_tasks.TaskManager", ours)
     return directory
 
 
