@@ -35,6 +35,7 @@ from bitsmoe_plugin.models.model_source import ModelSource
 from bitsmoe_plugin.models.side_files import side_files
 from bitsmoe_plugin.models.streamed_model import load_streamed
 from bitsmoe_plugin.models.tokenizer import load_tokenizer
+from bitsmoe_plugin.pipeline.descent_progress import begun as begun_in
 from bitsmoe_plugin.pipeline.tune_layers import Original
 from bitsmoe_plugin.pipeline.tune_scales import Tuning, TuningSettings, check_blocks
 from bitsmoe_plugin.pipeline.tuning import tune_by
@@ -84,7 +85,7 @@ def tune_to_directory(
     beside_weights = side_files(packed_source)
     work = out.with_name(f"{out.name}.work")
     with _kept(work):  # from the start: what cannot be written should not show at the end
-        _refuse_quantization(work)
+        begun = _begun(work)
         packed = load_for_evaluation(packed_source)
         blocks = token_blocks(
             documents,
@@ -97,7 +98,7 @@ def tune_to_directory(
         )
         check_blocks(len(blocks), settings)
         config.sequence_length = sequence_length
-        settings = settled(settings, origin.config(), config, blocks.numel(), device)
+        settings = settled(settings, origin.config(), config, blocks.numel(), device, begun)
         result = _tuned(packed, origin, blocks, settings, work, device)
         if not result.epoch:
             remove(work)
@@ -127,11 +128,12 @@ def _kept(work: Path) -> Iterator[None]:
             raise
 
 
-def _refuse_quantization(work: Path) -> None:
-    """Leave alone what a quantization with the same ``out`` has finished."""
+def _begun(work: Path) -> str | None:
+    """See ``descent_progress.begun``; leaves alone what a quantization with the same ``out`` has finished."""
     directory = WorkDirectory(work)
     if "identity" in directory.state:
         raise directory.damaged("it holds layers of a model that is being quantized")
+    return begun_in(directory)
 
 
 def _tuned(

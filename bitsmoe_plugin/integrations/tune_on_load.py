@@ -24,6 +24,7 @@ from bitsmoe_plugin.errors import ConfigError
 from bitsmoe_plugin.models.model_class import check_loadable, load_model
 from bitsmoe_plugin.models.model_source import ModelSource
 from bitsmoe_plugin.models.streamed_model import load_streamed
+from bitsmoe_plugin.pipeline.descent_progress import begun
 from bitsmoe_plugin.pipeline.tune_layers import Original
 from bitsmoe_plugin.pipeline.tune_scales import check_blocks
 from bitsmoe_plugin.pipeline.tuning import tune_by
@@ -102,7 +103,6 @@ class PlannedTuning:
         device = next(model.parameters()).device
         config = copy.copy(model.config.quantization_config)
         config.sequence_length = self.blocks.shape[1]
-        settings = settled(self.settings, self.reference.config(), config, self.blocks.numel(), device)
 
         def original() -> Original:
             return Original(*load_streamed(self.reference, model.dtype, device))
@@ -111,13 +111,15 @@ class PlannedTuning:
             return load_model(self.reference, dtype=model.dtype).eval().to(device)
 
         with span("tuning"), self._directory() as path, locked(path):
+            directory, tokens = WorkDirectory(path), self.blocks.numel()
+            given = self.settings, self.reference.config(), config, tokens, device, begun(directory)
             result = tune_by(
-                settings,
+                settled(*given),
                 model,
                 self.blocks,
                 original=original,
                 reference=reference,
-                directory=WorkDirectory(path),
+                directory=directory,
                 lasting=self.work_dir is not None,
             )
         if not result.epoch:

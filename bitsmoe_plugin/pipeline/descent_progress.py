@@ -122,6 +122,12 @@ def _file(kind: str, number: int) -> str:
     return f"{kind}-{number}.safetensors"
 
 
+def begun(directory: WorkDirectory) -> str | None:
+    """The way, see ``TuningSettings.through``, that a directory holds steps through the whole model of."""
+    way: str | None = directory.state.get("descent", {}).get("through")
+    return way
+
+
 def check_way(directory: WorkDirectory, through: str) -> None:
     """Refuse to go on in one way with what another has left.
 
@@ -131,10 +137,8 @@ def check_way(directory: WorkDirectory, through: str) -> None:
     Raises:
         QuantizationError: steps through the whole model would be lost, or layers that were tuned.
     """
-    if "descent" in directory.state:
-        left = directory.state["descent"]["through"]
-    elif "tuning" in directory.state and through == "model":
+    left = begun(directory)
+    if left is None and "tuning" in directory.state and through == "model":
         left = "layers"
-    else:
-        return
-    directory.check_identity({"through": left}, {"through": through}, "tuning")
+    if left is not None:
+        directory.check_identity({"through": left}, {"through": through}, "tuning")

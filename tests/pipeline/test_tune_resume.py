@@ -19,9 +19,11 @@ from bitsmoe_plugin import QuantizationError
 from bitsmoe_plugin.base import work_directory
 from bitsmoe_plugin.base.interruption import Interrupted
 from bitsmoe_plugin.base.work_directory import WorkDirectory, locked
+from bitsmoe_plugin.commands import tuning_way
 from bitsmoe_plugin.commands.quantize import quantize_to_directory
 from bitsmoe_plugin.config import BitsMoEConfig
 from bitsmoe_plugin.models.expert_source import LoadedExperts
+from bitsmoe_plugin.models.model_source import ModelSource
 from bitsmoe_plugin.pipeline import descent_progress, tune_scales, tuning
 from bitsmoe_plugin.pipeline.descent import Descent
 from bitsmoe_plugin.pipeline.descent_progress import Best, DescentProgress
@@ -182,7 +184,7 @@ def test_steps_of_another_run_are_refused(packed: Any, reference: Any, text: Ten
 
 
 def test_ways_are_not_mixed(packed: Any, text: Tensor, tmp_path: Path) -> None:
-    """Before anything is loaded: with less memory "auto" is another way, in which steps would be lost."""
+    """Before anything is loaded: steps of one way would be lost in the other."""
 
     def loads() -> Any:
         raise AssertionError
@@ -198,6 +200,17 @@ def test_ways_are_not_mixed(packed: Any, text: Tensor, tmp_path: Path) -> None:
             settings = TuningSettings(**{**vars(SETTINGS), "through": now})
             with pytest.raises(QuantizationError, match=f"through was {was}, is {now}"):
                 tune_by(settings, packed, text, original=loads, reference=loads, directory=directory)
+
+
+@pytest.mark.parametrize(("begun", "way"), [(None, "layers"), ("both", "both"), ("model", "layers")])
+def test_with_less_memory_the_way_stays(
+    begun: str | None, way: str, small_moe_tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards "auto" against steps that are kept: it would refuse them once less memory is free."""
+    monkeypatch.setattr(tuning_way, "available_memory", lambda _: 10**6)
+    original, config = ModelSource(str(small_moe_tiny)).config(), BitsMoEConfig(sequence_length=64)
+    given = TuningSettings(), original, config, 512, "cpu", begun
+    assert tuning_way.settled(*given).through == way
 
 
 def test_what_is_saved_is_not_copied(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
