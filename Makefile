@@ -117,7 +117,7 @@ OLDEST := tests/base/test_tested_versions.py tests/package/test_config.py tests/
 	tests/integrations/test_families_end_to_end.py tests/models/test_streamed_experts.py \
 	tests/vllm_ext/test_autoload.py tests/integrations/test_optimum.py
 test-oldest: install-vllm
-	BITSMOE_EXPECT_VERSIONS=oldest $(VLLM_VENV)/bin/python -m pytest $(OLDEST) \
+	BITSMOE_EXPECT_VERSIONS=oldest $(VLLM_VENV)/bin/python -m pytest -n $(WORKERS) --dist worksteal $(OLDEST) \
 		-k "not (peak_memory or every_order or pipeline or switch or broken or errors_are or estimates or help)"
 
 # lint knows which parts of the standard library Python 3.10 has, not what other packages do on it.

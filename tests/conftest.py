@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import os
-import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +18,9 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import pytest
 import torch
 from hypothesis import settings
+from shared_directories import made_once
 from torch import Tensor, nn
-from wheel_support import build_sdist
+from wheel_support import install_wheel
 
 from bitsmoe_plugin.base import linalg
 from bitsmoe_plugin.calibration.activations import LayerActivations
@@ -116,19 +115,37 @@ def moe_tiny(moe_tiny_path: Path) -> Any:
 
 
 @pytest.fixture(scope="session")
+def small_moe_tiny(moe_tiny: Any, moe_tiny_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Half of the bundled model's layers with 8 of their experts: quantized within a second or two."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    config = AutoConfig.from_pretrained(moe_tiny_path, num_hidden_layers=2, num_experts=8)
+    model, path = AutoModelForCausalLM.from_config(config), tmp_path_factory.mktemp("small") / "model"
+    known = moe_tiny.state_dict()
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            tensor.copy_(known[name][tuple(slice(size) for size in tensor.shape)])
+    model.save_pretrained(path)
+    AutoTokenizer.from_pretrained(moe_tiny_path).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
 def packed_moe_tiny(moe_tiny_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The bundled model at 2 bits, with its tokenizer; by the quickest options, for tests of runtimes."""
     from bitsmoe_plugin import BitsMoEConfig
     from bitsmoe_plugin.integrations.transformers import quantize_to_directory
 
     text = moe_tiny_path.parent / "data" / "calibration.jsonl"
-    directory = tmp_path_factory.mktemp("packed-moe-tiny") / "model"
     options = {"method": "paper-v2", "grid": "trellis", "basis_bits": 4, "joint_basis": True}
     config = BitsMoEConfig(
         bits=2.0, dataset=str(text), calibration_tokens=1024, sequence_length=256, **options
     )
-    quantize_to_directory(str(moe_tiny_path), directory, config)
-    return directory
+
+    def quantize(directory: Path) -> None:
+        quantize_to_directory(str(moe_tiny_path), directory / "model", config)
+
+    return made_once(tmp_path_factory, "packed-moe-tiny", quantize) / "model"
 
 
 @pytest.fixture(scope="session")
@@ -140,24 +157,14 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="session")
-def installed_wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def installed_wheel(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The package as users get it: built into a wheel, from a source distribution, and installed into this
     directory, to be put on PYTHONPATH. The editable installation that tests run from has other entry points
     and files. Both distributions lie next to the directory, and ``source``, what they were built from."""
-    root, scratch = Path(__file__).parents[1], tmp_path_factory.mktemp("wheel")
-    source = scratch / "source"  # a copy, because files left in build/ would get into the wheel
-    # All folders, so that one that should not be packaged would be noticed.
-    unwanted = (".git", ".*env*", ".*cache", ".hypothesis", "build", "dist", "out", "logs", "__pycache__")
-    shutil.copytree(root, source, ignore=shutil.ignore_patterns(*unwanted, "*.egg-info", "*.so"))
-    sdist = build_sdist(source, scratch)
-    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
-    build = [*pip, "wheel", "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", str(scratch)]
-    subprocess.run([*build, str(sdist)], check=True)
-    (wheel,) = scratch.glob("*.whl")
-    target = scratch / "installed"
-    install = [*pip, "install", "--no-deps", "--no-index", "--target", str(target), str(wheel)]
-    subprocess.run(install, check=True)
-    return target
+    root, cache = Path(__file__).parents[1], pytestconfig.cache
+    assert cache is not None
+    install = partial(install_wheel, root, cache.mkdir("wheels"))
+    return made_once(tmp_path_factory, "wheel", install) / "installed"
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Ctrl-C while work is saved layer by layer: once stops after the layer, twice at once."""
+"""Ctrl-C while work is saved piece by piece: once stops after the piece, twice at once."""
 
 from __future__ import annotations
 
@@ -15,10 +15,13 @@ class Interrupted(KeyboardInterrupt):
 
 
 @contextmanager
-def deferred_interrupt() -> Iterator[Callable[[], bool]]:
+def deferred_interrupt(piece: str = "layer") -> Iterator[Callable[[], bool]]:
     """Inside, the first Ctrl-C only makes the yielded function return True; the second acts as usual.
 
     Has no effect outside the main thread, or where the program handles Ctrl-C in its own way.
+
+    Args:
+        piece: of the work, after which it is saved; for the message.
     """
     requested = False
     usual = signal.getsignal(signal.SIGINT)
@@ -27,7 +30,7 @@ def deferred_interrupt() -> Iterator[Callable[[], bool]]:
         nonlocal requested
         requested = True
         signal.signal(signal.SIGINT, usual)
-        print("\nstopping when this layer is finished; Ctrl-C again stops at once", file=sys.stderr)
+        print(f"\nstopping when this {piece} is finished; Ctrl-C again stops at once", file=sys.stderr)
 
     ours = threading.current_thread() is threading.main_thread() and usual is signal.default_int_handler
     if ours:

@@ -40,8 +40,9 @@ calibration text. Size and speed stay.
 
 First layer by layer, with the experts of one layer of both models in memory,
 then through the whole model if there is memory for both (--through). Finished
-layers are kept in OUT.work: after Ctrl-C, a crash or a reboot the same command
-continues there, with the same result.
+layers, and every minute the steps through the whole model, are kept in
+OUT.work: after Ctrl-C, a crash or a reboot the same command continues there,
+with the same result.
 """,
     "inspect": """\
 Count what a packed model stores for its experts, and show for each layer how

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +35,7 @@ from bitsmoe_plugin.models.model_source import ModelSource
 from bitsmoe_plugin.models.side_files import side_files
 from bitsmoe_plugin.models.streamed_model import load_streamed
 from bitsmoe_plugin.models.tokenizer import load_tokenizer
+from bitsmoe_plugin.pipeline.descent_progress import begun as begun_in
 from bitsmoe_plugin.pipeline.tune_layers import Original
 from bitsmoe_plugin.pipeline.tune_scales import Tuning, TuningSettings, check_blocks
 from bitsmoe_plugin.pipeline.tuning import tune_by
@@ -57,8 +57,8 @@ def tune_to_directory(
 ) -> Tuning:
     """See ``tuning.tune_by``. ``out`` takes its name at the end, so it is either absent or complete.
 
-    Layers that are finished are kept in a directory, ``out`` with ".work" appended, until all is done: the
-    same call continues there if this one ends early.
+    Layers that are finished, and steps through the whole model, are kept in a directory, ``out`` with ".work"
+    appended, until all is done: the same call continues there if this one ends early.
 
     Args:
         model: directory of a packed model.
@@ -69,7 +69,7 @@ def tune_to_directory(
 
     Raises:
         BitsMoEError: bad input, or nothing was better on the blocks held out. Nothing is left behind but
-            layers that were finished.
+            what was finished.
         Interrupted: Ctrl-C; says how to go on.
     """
     BitsMoEConfig(calibration_tokens=calibration_tokens, sequence_length=sequence_length)  # it checks them
@@ -85,7 +85,7 @@ def tune_to_directory(
     beside_weights = side_files(packed_source)
     work = out.with_name(f"{out.name}.work")
     with _kept(work):  # from the start: what cannot be written should not show at the end
-        _refuse_quantization(work)
+        begun = _begun(work)
         packed = load_for_evaluation(packed_source)
         blocks = token_blocks(
             documents,
@@ -98,7 +98,7 @@ def tune_to_directory(
         )
         check_blocks(len(blocks), settings)
         config.sequence_length = sequence_length
-        settings = settled(settings, origin.config(), config, blocks.numel(), device)
+        settings = settled(settings, origin.config(), config, blocks.numel(), device, begun)
         result = _tuned(packed, origin, blocks, settings, work, device)
         if not result.epoch:
             remove(work)
@@ -116,23 +116,24 @@ def tune_to_directory(
 
 @contextmanager
 def _kept(work: Path) -> Iterator[None]:
-    """Hold the work directory; it stays if this ends early and layers are finished, and then says so."""
+    """Hold the work directory; it stays if this ends early and something is finished, and then says so."""
     with locked(work), staging(work):
         try:
             yield
         except KeyboardInterrupt as error:
             if has_progress(work) and not isinstance(error, Interrupted):
                 raise Interrupted(
-                    f"stopped; {work} holds the layers that are finished. Start the same again to go on"
+                    f"stopped; {work} holds what is finished. Start the same again to go on"
                 ) from error
             raise
 
 
-def _refuse_quantization(work: Path) -> None:
-    """Leave alone what a quantization with the same ``out`` has finished."""
+def _begun(work: Path) -> str | None:
+    """See ``descent_progress.begun``; leaves alone what a quantization with the same ``out`` has finished."""
     directory = WorkDirectory(work)
     if "identity" in directory.state:
         raise directory.damaged("it holds layers of a model that is being quantized")
+    return begun_in(directory)
 
 
 def _tuned(
@@ -147,7 +148,7 @@ def _tuned(
     def reference() -> nn.Module:
         return load_reference(origin, packed.to(device))  # type: ignore[no-any-return]
 
-    kept = partial(WorkDirectory, work)
+    kept = WorkDirectory(work)
     return tune_by(settings, packed, blocks, original=original, reference=reference, directory=kept)
 
 

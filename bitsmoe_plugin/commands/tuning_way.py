@@ -18,7 +18,12 @@ from bitsmoe_plugin.pipeline.tuning_settings import WAYS, TuningSettings
 
 
 def settled(
-    settings: TuningSettings, original: Any, config: BitsMoEConfig, tokens: int, device: Any
+    settings: TuningSettings,
+    original: Any,
+    config: BitsMoEConfig,
+    tokens: int,
+    device: Any,
+    begun: str | None = None,
 ) -> TuningSettings:
     """Settings whose way is not "auto" any more; says which it is, and what memory it takes.
 
@@ -26,6 +31,7 @@ def settled(
         original: config, of transformers, of the model that was quantized.
         config: of the packed one, with the ``sequence_length`` of the text.
         tokens: of the text.
+        begun: way of steps through the whole model that are kept; "auto" goes on with them, if it began them.
     """
     config = copy.copy(config)
     config.calibration_tokens = tokens
@@ -37,7 +43,7 @@ def settled(
     free = available_memory(device)
     way = settings.through
     if way == "auto":
-        way = "both" if free is None or model <= free else "layers"
+        way = "both" if begun == "both" or free is None or model <= free else "layers"
     needed = layers if way == "layers" else max(layers, model) if way == "both" else model
     reason = "" if free is None else f", {readable_size(free)} are free"
     if settings.through == "auto" and way == "layers":

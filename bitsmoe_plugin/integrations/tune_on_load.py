@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from bitsmoe_plugin.errors import ConfigError
 from bitsmoe_plugin.models.model_class import check_loadable, load_model
 from bitsmoe_plugin.models.model_source import ModelSource
 from bitsmoe_plugin.models.streamed_model import load_streamed
+from bitsmoe_plugin.pipeline.descent_progress import begun
 from bitsmoe_plugin.pipeline.tune_layers import Original
 from bitsmoe_plugin.pipeline.tune_scales import check_blocks
 from bitsmoe_plugin.pipeline.tuning import tune_by
@@ -88,7 +88,7 @@ class PlannedTuning:
 
     @contextmanager
     def _directory(self) -> Iterator[Path]:
-        """Where finished layers are kept, and hidden states on their way."""
+        """Where what is finished is kept, and hidden states on their way."""
         if self.work_dir is not None:
             yield self.work_dir
             return
@@ -103,7 +103,6 @@ class PlannedTuning:
         device = next(model.parameters()).device
         config = copy.copy(model.config.quantization_config)
         config.sequence_length = self.blocks.shape[1]
-        settings = settled(self.settings, self.reference.config(), config, self.blocks.numel(), device)
 
         def original() -> Original:
             return Original(*load_streamed(self.reference, model.dtype, device))
@@ -112,9 +111,17 @@ class PlannedTuning:
             return load_model(self.reference, dtype=model.dtype).eval().to(device)
 
         with span("tuning"), self._directory() as path, locked(path):
-            kept = partial(WorkDirectory, path)
-            given = settings, model, self.blocks
-            result = tune_by(*given, original=original, reference=reference, directory=kept)
+            directory, tokens = WorkDirectory(path), self.blocks.numel()
+            given = self.settings, self.reference.config(), config, tokens, device, begun(directory)
+            result = tune_by(
+                settled(*given),
+                model,
+                self.blocks,
+                original=original,
+                reference=reference,
+                directory=directory,
+                lasting=self.work_dir is not None,
+            )
         if not result.epoch:
             warnings.warn(
                 f"tune={self.settings.epochs}: no epoch came closer to the original on the text held out (KL "

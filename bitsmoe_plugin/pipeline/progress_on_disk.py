@@ -37,7 +37,7 @@ class ProgressOnDisk:
             QuantizationError: the directory holds progress of another identity.
         """
         self._directory, self._device = directory, device
-        if "tuning" in directory.state and "identity" not in directory.state:
+        if {"tuning", "descent"} & directory.state.keys() and "identity" not in directory.state:
             raise directory.damaged("it holds layers of a packed model that is being tuned")
         if not directory.state:
             directory.state.update(

@@ -13,7 +13,7 @@ import copy
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from bitsmoe_plugin.checkpoint.manifest import tensor_digest
 from bitsmoe_plugin.errors import QuantizationError
 from bitsmoe_plugin.models.model_class import text_model
 from bitsmoe_plugin.pipeline.descent import Descent
+from bitsmoe_plugin.pipeline.descent_progress import Best, DescentProgress
 from bitsmoe_plugin.pipeline.tunable_layer import DifferentiableOriginals, TunableLayer
 from bitsmoe_plugin.pipeline.tunable_weights import WEIGHTS, TunableWeights, learnt_weights
 from bitsmoe_plugin.pipeline.tuning_settings import TuningSettings
@@ -55,7 +56,13 @@ class Tuning:
 
 
 @known_state(gradients=True)
-def tune(model: Any, reference: nn.Module, blocks: Tensor, settings: TuningSettings) -> Tuning:
+def tune(
+    model: Any,
+    reference: nn.Module,
+    blocks: Tensor,
+    settings: TuningSettings,
+    progress: DescentProgress | None = None,
+) -> Tuning:
     """Tune a packed model in place; a config that says so, with the hashes, takes the place of its config.
 
     If it fails, or nothing is better than before on the blocks held out, the model is as it was.
@@ -64,10 +71,13 @@ def tune(model: Any, reference: nn.Module, blocks: Tensor, settings: TuningSetti
         model: a transformers causal language model with packed experts (``BitsMoEExperts``).
         reference: what it was quantized from, on the same device.
         blocks: ``[blocks, sequence_length]`` int64, calibration text.
+        progress: of an earlier call with the same arguments, which is continued, or of this one. Without it
+            Ctrl-C, once an epoch came closer, ends the call with that epoch.
 
     Raises:
         QuantizationError: no packed experts, nothing there to learn of what is asked for, too few blocks, or
             a divergence that is not finite.
+        Interrupted: see ``DescentProgress``.
     """
     modules = tunable_modules(model, settings)
     check_blocks(len(blocks), settings)
@@ -78,15 +88,18 @@ def tune(model: Any, reference: nn.Module, blocks: Tensor, settings: TuningSetti
     weights = TunableWeights(tunable_weights(model, settings))
     descent = Descent(list(layers.values()), weights, settings, -(-len(learnt) // settings.batch_size))
     with only_gains(model, reference), weights.learnt(), computed_by(modules, layers):
-        best = _learn(model, reference, learnt, held, descent, settings)
+        best = _learn((model, reference), learnt, held, descent, settings, progress)
+    result = Tuning(
+        tokens=learnt.numel(), epoch=best.epoch, before=best.before, after=best.after, learnt=settings.learn
+    )
     if best.epoch:
         config = copy.copy(model.config.quantization_config)  # others may hold that one
         for name, module in modules.items():
             module.load_packed(layers[name].tuned())
             config.layers[name]["sha256"] = tensor_digest(module.packed())
-        config.calibration["tuning"] = best.noted()
+        config.calibration["tuning"] = result.noted()
         model.config.quantization_config = config
-    return best
+    return result
 
 
 def check_blocks(blocks: int, settings: TuningSettings) -> None:
@@ -178,35 +191,42 @@ def computed_by(
 
 
 def _learn(
-    model: nn.Module,
-    reference: nn.Module,
+    models: tuple[Any, nn.Module],
     learnt: Tensor,
     held: Tensor,
     descent: Descent,
     settings: TuningSettings,
-) -> Tuning:
-    """Leaves the best gains; Ctrl-C once there are some ends it with them."""
-    order = torch.Generator().manual_seed(settings.seed)
-    divergence = _held_out(model, reference, held, settings.batch_size)
-    best = Tuning(tokens=learnt.numel(), epoch=0, before=divergence, after=divergence, learnt=settings.learn)
-    best_gains = descent.gains()
+    progress: DescentProgress | None,
+) -> Best:
+    """Leaves the best gains. Without progress, Ctrl-C once there are some ends it with them."""
+    order, per_epoch = torch.Generator().manual_seed(settings.seed), descent.steps // settings.epochs
+    best = None if progress is None else progress.take_up(descent)
+    if best is None:
+        divergence = _held_out(*models, held, settings.batch_size)
+        best = Best(0, divergence, divergence, descent.gains())
     try:
-        with logging.tqdm(total=descent.steps, desc="Tuning") as bar:
+        with logging.tqdm(total=descent.steps, initial=descent.taken, desc="Tuning") as bar:
             for epoch in range(1, settings.epochs + 1):
                 shuffled = learnt[torch.randperm(len(learnt), generator=order, device="cpu")]
-                for batch in shuffled.split(settings.batch_size):
-                    loss = descent.step(_divergence(model, reference, batch))
+                done = descent.taken - (epoch - 1) * per_epoch
+                if done >= per_epoch:
+                    continue
+                for batch in shuffled.split(settings.batch_size)[done:]:
+                    if progress is not None:
+                        progress.before_step(descent, best)
+                    loss = descent.step(_divergence(*models, batch))
                     bar.set_postfix(KL=f"{loss:.4f}", held_out=f"{best.after:.4f}", refresh=False)
                     bar.update()
-                divergence = _held_out(model, reference, held, settings.batch_size)
+                divergence = _held_out(*models, held, settings.batch_size)
                 if divergence < best.after:
-                    best = replace(best, epoch=epoch, after=divergence)
-                    best_gains = descent.gains()
+                    best = Best(epoch, best.before, divergence, descent.gains())
+                if progress is not None:
+                    progress.save(descent, best)
     except KeyboardInterrupt:
-        if not best.epoch:
+        if progress is not None or not best.epoch:
             raise
         warnings.warn(f"stopped; what was learnt until epoch {best.epoch} is kept", stacklevel=2)
-    descent.go_back_to(best_gains)
+    descent.go_back_to(best.gains)
     return best
 
 

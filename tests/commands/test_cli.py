@@ -1,4 +1,5 @@
-"""The command line as users and scripts call it: real processes, exit codes, JSON alone on stdout."""
+"""The command line as users and scripts call it: exit codes, JSON alone on stdout; in processes of their own,
+whose imports take seconds, where a model is computed with or another package prints."""
 
 import json
 import subprocess
@@ -17,6 +18,7 @@ MODEL = str(EXAMPLES / "moe-tiny")
 CALIBRATION = str(EXAMPLES / "data" / "calibration.jsonl")
 EVAL = str(EXAMPLES / "data" / "eval.jsonl")
 FAST = ["--calibration-tokens", "4096", "--sequence-length", "128"]
+FEW = ["--calibration-tokens", "2048", "--sequence-length", "128", "--max-tokens", "3000"]
 
 
 def bitsmoe(*arguments: str) -> subprocess.CompletedProcess:
@@ -48,18 +50,17 @@ def test_quantize_tells_the_card_what_it_measured(packed) -> None:
     assert "Calibration: calibration.jsonl, 3,840 tokens" in card
 
 
-def test_inspect_json(packed) -> None:
-    done = bitsmoe("inspect", str(packed), "--json")
-    report = json.loads(done.stdout)
+def test_inspect_json(packed, capfd) -> None:
+    report = json.loads(run_here(capfd, "inspect", str(packed), "--json")[1])
     assert 2.49 < report["bits_per_weight"] <= 2.5
     for layer in report["layers"].values():
         for histogram in layer["widths"].values():
             assert sum(histogram.values()) == 48 * 128
 
 
-def test_inspect_table_names_every_projection(packed) -> None:
-    done = bitsmoe("inspect", str(packed))
-    assert all(word in done.stdout for word in ("gate", "up", "down", "bits per expert weight"))
+def test_inspect_table_names_every_projection(packed, capfd) -> None:
+    _, out, _ = run_here(capfd, "inspect", str(packed))
+    assert all(word in out for word in ("gate", "up", "down", "bits per expert weight"))
 
 
 def test_evaluate_json(packed) -> None:
@@ -74,7 +75,7 @@ def test_evaluate_json(packed) -> None:
 def test_compare_json() -> None:
     done = bitsmoe(
         "compare", MODEL, "--bits", "2", "--dataset", CALIBRATION, "--eval", EVAL, "--json",
-        "--methods", "full,rtn,bitsmoe", "--max-tokens", "6000", *FAST,
+        "--methods", "full,rtn,bitsmoe", *FEW,
     )  # fmt: skip
     rows = {row["method"]: row for row in json.loads(done.stdout)["results"]}
     keys = {"bits_per_weight", "expert_bytes", "perplexity", "kl_divergence", "top1_agreement"}
@@ -90,7 +91,7 @@ def test_compare_with_gptq() -> None:
     """gptqmodel quantizes, our reader evaluates; a wrong reading of its format ruins the perplexity."""
     done = bitsmoe(
         "compare", MODEL, "--bits", "4", "--dataset", CALIBRATION, "--eval", EVAL, "--json",
-        "--methods", "full,gptq", "--max-tokens", "6000", *FAST,
+        "--methods", "full,gptq", *FEW,
     )  # fmt: skip
     rows = {row["method"]: row for row in json.loads(done.stdout)["results"]}
     assert rows["gptq"]["bits_per_weight"] == pytest.approx(4 + (16 + 4) / 64, rel=1e-6)
@@ -98,20 +99,20 @@ def test_compare_with_gptq() -> None:
     assert 0.001 < rows["gptq"]["kl_divergence"] < 0.05
 
 
-def test_estimate_agrees_with_what_was_stored(packed) -> None:
+def test_estimate_agrees_with_what_was_stored(packed, capfd) -> None:
     """The dry run, as a script calls it, against the real thing at the same bits."""
-    done = bitsmoe("estimate", MODEL, "--bits", "2.5", "--json")
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout)
+    status, out, errors = run_here(capfd, "estimate", MODEL, "--bits", "2.5", "--json")
+    assert status == 0, errors
+    result = json.loads(out)
     assert {"parts", "memory", "peak_memory_bytes", "smallest_bits", "seconds"} <= result.keys()
     size = (packed / "model.safetensors").stat().st_size
     assert result["checkpoint_bytes"] == pytest.approx(size, rel=0.02)
 
 
-def test_estimate_table_names_the_parts() -> None:
-    done = bitsmoe("estimate", MODEL, "--factor-bits", "2", "--option", "basis_bits=8")
+def test_estimate_table_names_the_parts(capfd) -> None:
+    _, out, errors = run_here(capfd, "estimate", MODEL, "--factor-bits", "2", "--option", "basis_bits=8")
     words = ("payload", "bases", "packed checkpoint", "peak memory", "smallest reachable", "time on this")
-    assert all(word in done.stdout for word in words), done.stderr
+    assert all(word in out for word in words), errors
 
 
 def test_bench_quantize_times_what_is_run(capfd: pytest.CaptureFixture[str]) -> None:
@@ -127,12 +128,12 @@ def test_bench_quantize_times_what_is_run(capfd: pytest.CaptureFixture[str]) -> 
     assert sum(own) < whole["seconds"]
 
 
-def test_bench_allocation_json() -> None:
+def test_bench_allocation_json(capfd) -> None:
     """Keys and meaning at a small size: a budget for all layers is never worse than one for each."""
     size = ["--layers", "3", "--experts", "4", "--rank", "64", "--intermediate-size", "64"]
-    done = bitsmoe("bench", "allocation", *size, "--json")
-    assert done.returncode == 0, done.stderr
-    row = json.loads(done.stdout)
+    status, out, errors = run_here(capfd, "bench", "allocation", *size, "--json")
+    assert status == 0, errors
+    row = json.loads(out)
     assert row["units"] == 3 * 4 * 3 * 64
     assert row["relative_gap"] <= 1e-6
     assert row["lower_bound"] <= row["objective"] <= row["per_layer_objective"]

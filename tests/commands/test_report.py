@@ -247,8 +247,11 @@ def test_files_are_there_and_nothing_else(written: Path) -> None:
     assert all(png.read_bytes().startswith(b"\x89PNG") for png in pngs)
 
 
-def test_quality_by_size_is_drawn_where_it_was_measured(data: CheckpointData, tmp_path: Path) -> None:
+def test_quality_by_size_is_drawn_where_it_was_measured(
+    data: CheckpointData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Guards against a curve that swaps its axes, or rows without numbers that end it."""
+    without_pictures(monkeypatch)
     rows = [
         {"method": "size", "total_bytes": size, "kl_divergence": kl, "perplexity": 50}
         for size, kl in ((3000, 0.01), (2000, 0.02), (2500, None))

@@ -175,13 +175,13 @@ def test_quantization_is_deterministic(tmp_path) -> None:
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
 
 
-def test_one_config_serves_two_models() -> None:
+def test_one_config_serves_two_models(small_moe_tiny: Path) -> None:
     """The manifest belongs to a model, not to the options that it was made with."""
     config = BitsMoEConfig(**{**OPTIONS, "calibration_tokens": 2048})
-    first = AutoModelForCausalLM.from_pretrained(MODEL, quantization_config=config)
+    first = AutoModelForCausalLM.from_pretrained(small_moe_tiny, quantization_config=config)
     digests = {name: entry["sha256"] for name, entry in first.config.quantization_config.layers.items()}
     config.bits = 3.0
-    AutoModelForCausalLM.from_pretrained(MODEL, quantization_config=config)
+    AutoModelForCausalLM.from_pretrained(small_moe_tiny, quantization_config=config)
     after = first.config.quantization_config
     assert after.bits == 2.0
     assert {name: entry["sha256"] for name, entry in after.layers.items()} == digests

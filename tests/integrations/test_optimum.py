@@ -18,7 +18,7 @@ from bitsmoe_plugin.integrations.transformers import quantize_to_directory
 EXAMPLES = Path(__file__).parents[2] / "examples"
 MODEL = str(EXAMPLES / "moe-tiny")
 OPTIONS = {
-    "bits": 2.5,
+    "bits": 5.0,
     "dataset": str(EXAMPLES / "data" / "calibration.jsonl"),
     "calibration_tokens": 1024,
     "sequence_length": 128,
@@ -37,22 +37,25 @@ def contents(directory: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def reference(tmp_path_factory) -> Path:
+def reference(small_moe_tiny, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("optimum") / "reference"
-    quantize_to_directory(MODEL, out, BitsMoEConfig(**OPTIONS))
+    quantize_to_directory(str(small_moe_tiny), out, BitsMoEConfig(**OPTIONS))
     return out
 
 
-def test_the_quantizer_writes_the_same_bytes(reference, tmp_path) -> None:
-    quantizer = BitsMoEQuantizer.from_pretrained(EXAMPLES / "moe-tiny")
+def test_the_quantizer_writes_the_same_bytes(small_moe_tiny, reference, tmp_path) -> None:
+    quantizer = BitsMoEQuantizer.from_pretrained(small_moe_tiny)
     quantizer.quantize(tmp_path / "options", **OPTIONS)
     quantizer.quantize(tmp_path / "config", quantization_config=BitsMoEConfig(**OPTIONS))
     assert contents(tmp_path / "options") == contents(tmp_path / "config") == contents(reference)
 
 
-def test_optimum_cli_quantizes_to_the_same_bytes(installed_wheel, reference, tmp_path) -> None:
+def test_optimum_cli_quantizes_to_the_same_bytes(
+    installed_wheel, small_moe_tiny, reference, tmp_path
+) -> None:
     flags = [text for name, value in OPTIONS.items() for text in (f"--{name.replace('_', '-')}", str(value))]
-    done = optimum_cli(installed_wheel, tmp_path, "bitsmoe", "quantize", MODEL, "out", *flags)
+    given = [str(small_moe_tiny), "out", *flags]
+    done = optimum_cli(installed_wheel, tmp_path, "bitsmoe", "quantize", *given)
     assert done.returncode == 0, done.stderr
     (tmp_path / "out" / times.FILE).unlink()  # which the command writes besides, and is never the same
     assert contents(tmp_path / "out") == contents(reference)
@@ -60,7 +63,7 @@ def test_optimum_cli_quantizes_to_the_same_bytes(installed_wheel, reference, tmp
 
 def test_optimum_cli_inspects_and_estimates(installed_wheel, reference, tmp_path) -> None:
     done = optimum_cli(installed_wheel, tmp_path, "bitsmoe", "inspect", str(reference), "--json")
-    assert json.loads(done.stdout)["bits_per_weight"] == pytest.approx(2.5, abs=0.01)
+    assert json.loads(done.stdout)["bits_per_weight"] == pytest.approx(5, abs=0.02)
     done = optimum_cli(installed_wheel, tmp_path, "bitsmoe", "estimate", MODEL, "--bits", "2.5", "--json")
     assert json.loads(done.stdout)["smallest_bits"] < 2.5
 

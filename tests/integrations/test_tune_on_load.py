@@ -14,26 +14,30 @@ from bitsmoe_plugin import BitsMoEConfig, ConfigError, QuantizationError
 from bitsmoe_plugin.base.interruption import Interrupted
 from bitsmoe_plugin.base.workers import Workers
 from bitsmoe_plugin.codec.layout import LayerShape
-from bitsmoe_plugin.commands import estimate_resources, estimate_tuning
+from bitsmoe_plugin.commands import estimate_resources, estimate_tuning, tuning_way
 from bitsmoe_plugin.commands.estimate import estimate
 from bitsmoe_plugin.commands.quantize import quantize_to_directory
 from bitsmoe_plugin.commands.times import read_times
 from bitsmoe_plugin.integrations import tune_on_load
 from bitsmoe_plugin.integrations.optimum import BitsMoEQuantizer
-from bitsmoe_plugin.pipeline import tuning
+from bitsmoe_plugin.pipeline import descent_progress, tuning
+from bitsmoe_plugin.pipeline.descent import Descent
 from bitsmoe_plugin.pipeline.tuning_settings import TuningSettings
 
 TEXT = str(Path(__file__).parents[2] / "examples" / "data" / "calibration.jsonl")
-OPTIONS: dict[str, Any] = {"bits": 1.4, "method": "fast", "calibration_tokens": 2048, "sequence_length": 128}
-FLAGS = ["--dataset", TEXT, "--calibration-tokens", "2048", "--sequence-length", "128"]
+OPTIONS: dict[str, Any] = {"bits": 4.0, "method": "fast", "calibration_tokens": 1024, "sequence_length": 64}
+FLAGS = ["--dataset", TEXT, "--calibration-tokens", "1024", "--sequence-length", "64"]
 
 
 def test_it_is_quantizing_and_tuning_in_one(
-    moe_tiny_path: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    small_moe_tiny: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """To the byte; interrupted once all layers are tuned, it goes on with them."""
+    """To the byte; interrupted once all layers are tuned, and then within a step through the whole model, it
+    goes on with what is finished."""
     whole, packed, tuned = (tmp_path / name for name in ("whole", "packed", "tuned"))
     config = BitsMoEConfig(dataset=TEXT, tune=1, **OPTIONS)
+
+    step = Descent.step
 
     def stopped(*_: Any) -> None:
         raise KeyboardInterrupt
@@ -41,26 +45,35 @@ def test_it_is_quantizing_and_tuning_in_one(
     with monkeypatch.context() as patched:
         patched.setattr(tuning, "tune", stopped)
         with pytest.raises(Interrupted, match="finished"):
-            quantize_to_directory(str(moe_tiny_path), whole, config)
+            quantize_to_directory(str(small_moe_tiny), whole, config)
     assert not whole.exists()
     assert len(list(tmp_path.glob("whole.work/tuned-*.safetensors"))) >= 1
+    calls = iter(range(9))
+    with monkeypatch.context() as patched:
+        patched.setattr(descent_progress, "SECONDS", 0.0)
+        patched.setattr(Descent, "step", lambda *given: stopped() if next(calls) == 5 else step(*given))
+        with pytest.raises(Interrupted, match="finished"):
+            quantize_to_directory(str(small_moe_tiny), whole, config)
+    assert len(list(tmp_path.glob("whole.work/gains-*.safetensors"))) == 1
     command = [
         "quantize",
-        str(moe_tiny_path),
+        str(small_moe_tiny),
         str(whole),
         "--method",
         "fast",
         "--bits",
-        "1.4",
+        "4",
         *FLAGS,
         "--tune",
         "1",
     ]
-    assert run_here(capfd, *command)[0] == 0
+    with monkeypatch.context() as patched:  # what was begun goes on, though "auto" would not begin it now
+        patched.setattr(tuning_way, "available_memory", lambda _: 10**6)
+        assert run_here(capfd, *command)[0] == 0
     assert "tuning" in read_times(whole)
     assert [path.name for path in tmp_path.iterdir()] == ["whole"]
-    quantize_to_directory(str(moe_tiny_path), packed, BitsMoEConfig(dataset=TEXT, **OPTIONS))
-    given = ["tune", str(packed), str(tuned), "--reference", str(moe_tiny_path), *FLAGS, "--epochs", "1"]
+    quantize_to_directory(str(small_moe_tiny), packed, BitsMoEConfig(dataset=TEXT, **OPTIONS))
+    given = ["tune", str(packed), str(tuned), "--reference", str(small_moe_tiny), *FLAGS, "--epochs", "1"]
     status, _, said = run_here(capfd, *given)
     assert status == 0, said
     before, one, two = (load_file(path / "model.safetensors") for path in (packed, whole, tuned))
@@ -72,14 +85,13 @@ def test_it_is_quantizing_and_tuning_in_one(
 
 
 def test_where_nothing_comes_closer_the_model_stays(
-    moe_tiny_path: Path, monkeypatch: pytest.MonkeyPatch
+    small_moe_tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     none = tune_on_load.TuningSettings
     monkeypatch.setattr(tune_on_load, "TuningSettings", lambda **given: none(**given, learning_rate=1.0))
-    few = {"calibration_tokens": 1024, "sequence_length": 64}
-    config = BitsMoEConfig(dataset=TEXT, tune=1, **{**OPTIONS, **few})
+    config = BitsMoEConfig(dataset=TEXT, tune=1, tune_through="model", **OPTIONS)
     with pytest.warns(UserWarning, match="tune=1: no epoch came closer"):
-        model = AutoModelForCausalLM.from_pretrained(moe_tiny_path, quantization_config=config)
+        model = AutoModelForCausalLM.from_pretrained(small_moe_tiny, quantization_config=config)
     assert "tuning" not in model.config.quantization_config.calibration
 
 
@@ -90,7 +102,7 @@ def test_what_cannot_be_tuned_is_refused_before_work(
     monkeypatch.setattr("bitsmoe_plugin.integrations.quantize_on_load.loaded_source", None)
     few = BitsMoEQuantizer.from_pretrained(moe_tiny_path)
     with pytest.raises(QuantizationError, match=r"4 blocks .* at least 16"):
-        few.quantize(tmp_path / "out", dataset=TEXT, tune=1, **{**OPTIONS, "calibration_tokens": 512})
+        few.quantize(tmp_path / "out", dataset=TEXT, tune=1, **{**OPTIONS, "calibration_tokens": 256})
     with pytest.raises(ConfigError, match="tune=-1"):
         BitsMoEConfig(tune=-1)
     model = AutoModelForCausalLM.from_pretrained(moe_tiny_path)

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 ROOT = Path(__file__).parents[2]
 CALIBRATION, EVALUATION = "examples/data/calibration.jsonl", "examples/data/eval.jsonl"
@@ -26,26 +26,12 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*calibration token")
 
 
 @pytest.fixture(scope="module")
-def small(moe_tiny: Any, moe_tiny_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Half of the bundled model's layers with 8 of their experts: quantized within a second or two."""
-    config = AutoConfig.from_pretrained(moe_tiny_path, num_hidden_layers=2, num_experts=8)
-    model, path = AutoModelForCausalLM.from_config(config), tmp_path_factory.mktemp("small") / "model"
-    known = moe_tiny.state_dict()
-    with torch.no_grad():
-        for name, tensor in model.state_dict().items():
-            tensor.copy_(known[name][tuple(slice(size) for size in tensor.shape)])
-    model.save_pretrained(path)
-    AutoTokenizer.from_pretrained(moe_tiny_path).save_pretrained(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def gptq(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def gptq(small_moe_tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same, its experts rounded to 4 bits and stored as GPTQModel does."""
     path = tmp_path_factory.mktemp("gptq")
-    AutoTokenizer.from_pretrained(small).save_pretrained(path)
+    AutoTokenizer.from_pretrained(small_moe_tiny).save_pretrained(path)
     stored: dict[str, torch.Tensor] = {}
-    for name, tensor in load_file(small / "model.safetensors").items():
+    for name, tensor in load_file(small_moe_tiny / "model.safetensors").items():
         if ".experts." not in name:
             stored[name] = tensor
             continue
@@ -62,7 +48,7 @@ def gptq(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         }
         stored |= {name.removesuffix("weight") + part: value for part, value in parts.items()}
     save_file(stored, path / "model.safetensors")
-    config = json.loads((small / "config.json").read_text())
+    config = json.loads((small_moe_tiny / "config.json").read_text())
     settings = {"quant_method": "gptq", "bits": 4, "group_size": 32, "checkpoint_format": "gptq_v2"}
     (path / "config.json").write_text(json.dumps({**config, "quantization_config": settings}))
     return path
@@ -100,9 +86,14 @@ def numbers(pattern: str, text: str) -> list[float]:
     return [float(number.replace(",", "")) for number in ([found] if isinstance(found, str) else found)]
 
 
-def test_quickstart_and_8bit_attention(small: Path, tmp_path: Path, run) -> None:
+def test_quickstart_and_8bit_attention(small_moe_tiny: Path, tmp_path: Path, run) -> None:
     """The second takes what the first saved; in a process of its own, which alone imports torchao."""
-    changes = {"MODEL": small, "OUT": tmp_path / "out", "CALIBRATION_TOKENS": 4096, "EVALUATION_TOKENS": 4000}
+    changes = {
+        "MODEL": small_moe_tiny,
+        "OUT": tmp_path / "out",
+        "CALIBRATION_TOKENS": 4096,
+        "EVALUATION_TOKENS": 4000,
+    }
     script = edited("quickstart.py", tmp_path, BITS=3.0, **changes)
     text = run(script)
     assert numbers(r"([\d.]+) bits per expert weight = ", text)[0] == pytest.approx(3, abs=0.01)
@@ -131,9 +122,14 @@ def test_quickstart_and_8bit_attention(small: Path, tmp_path: Path, run) -> None
     assert mixed != packed
 
 
-def test_custom_budget(small: Path, tmp_path: Path, run) -> None:
+def test_custom_budget(small_moe_tiny: Path, tmp_path: Path, run) -> None:
     """Each budget is what was asked for, and the total is the same."""
-    changes = {"MODEL": small, "OUT": tmp_path / "out", "CALIBRATION_TOKENS": 2048, "EVALUATION_TOKENS": 4000}
+    changes = {
+        "MODEL": small_moe_tiny,
+        "OUT": tmp_path / "out",
+        "CALIBRATION_TOKENS": 2048,
+        "EVALUATION_TOKENS": 4000,
+    }
     text = run(edited("custom_budget.py", tmp_path, **changes))
     assert "refused: bits=2 is too little beside layer_bits" in text
     bits = numbers(r"one budget: ([\d.]+) bits \(by layer ([\d.]+), [\d.]+; .* down ([\d.]+)\)", text)
@@ -144,9 +140,18 @@ def test_custom_budget(small: Path, tmp_path: Path, run) -> None:
     assert [first[1], down[1]] == pytest.approx([3, 2.25], abs=1e-3)
 
 
-def test_qwen3_end_to_end(small: Path, tmp_path: Path, run) -> None:
+def test_qwen3_end_to_end(small_moe_tiny: Path, tmp_path: Path, run) -> None:
     """Started twice: the second run finds the packed model."""
-    options = ["--model", small, "--out", tmp_path / "out", "--dataset", CALIBRATION, "--eval", EVALUATION]
+    options = [
+        "--model",
+        small_moe_tiny,
+        "--out",
+        tmp_path / "out",
+        "--dataset",
+        CALIBRATION,
+        "--eval",
+        EVALUATION,
+    ]
     options += ["--calibration-tokens", 1024, "--eval-tokens", 2000]
     first, second = (run(ROOT / "examples" / "qwen3_30b_a3b.py", *options) for _ in range(2))
     for text in (first, second):
@@ -158,9 +163,18 @@ def test_qwen3_end_to_end(small: Path, tmp_path: Path, run) -> None:
     assert numbers(r"perplexity ([\d.]+) on", first) == numbers(r"perplexity ([\d.]+) on", second)
 
 
-def test_compare_with_a_gptq_checkpoint(small: Path, gptq: Path, run) -> None:
+def test_compare_with_a_gptq_checkpoint(small_moe_tiny: Path, gptq: Path, run) -> None:
     """BitsMoE gets the bits that the checkpoint takes: 4, and 16 + 4 for every 32 of its weights."""
-    options = ["--model", small, "--checkpoint", gptq, "--calibration-tokens", 4096, "--eval-tokens", 2000]
+    options = [
+        "--model",
+        small_moe_tiny,
+        "--checkpoint",
+        gptq,
+        "--calibration-tokens",
+        4096,
+        "--eval-tokens",
+        2000,
+    ]
     text = run(ROOT / "examples" / "compare_with_gptq.py", *options)
     rows = {cells[0].strip(): cells for line in text.splitlines() if len(cells := line.split("│")[1:-1]) > 5}
     bits = {method: float(cells[1]) for method, cells in rows.items()}
@@ -169,7 +183,7 @@ def test_compare_with_a_gptq_checkpoint(small: Path, gptq: Path, run) -> None:
     assert divergence["full"] == 0 < divergence["bitsmoe"] < divergence["checkpoint"] < 0.1
 
 
-def test_reproduce_paper(small: Path, gptq: Path, tmp_path: Path, run, monkeypatch) -> None:
+def test_reproduce_paper(small_moe_tiny: Path, gptq: Path, tmp_path: Path, run, monkeypatch) -> None:
     """The layout of the table, with a task of two lines; 8 experts' bases take 4, 2.125 and 0.75 bits."""
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -189,7 +203,7 @@ metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
 """)
     options = ["--dataset", CALIBRATION, "--gptq", gptq, "--out", tmp_path / "out", "--factor-bits", 3]
     options += ["--calibration-tokens", 1024, "--tasks", "words", "--task-dir", tmp_path / "tasks"]
-    text = run(ROOT / "examples" / "reproduce_paper.py", small, *options)
+    text = run(ROOT / "examples" / "reproduce_paper.py", small_moe_tiny, *options)
     table = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
     assert table[0] == ["method", "bits", "words", "average", "hours"]
     assert [row[0] for row in table[1:]] == ["full", "GPTQ", "paper-v1", "paper-v2", "default"]

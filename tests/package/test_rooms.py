@@ -6,6 +6,7 @@ from __future__ import annotations
 import ast
 import re
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -26,9 +27,22 @@ FACTORIES = {
 NOT_FOR_THE_CORE = {"argparse", "subprocess", "socket", "urllib", "http"}
 
 
+@cache
+def nodes_of(path: Path) -> list[ast.AST]:
+    """All of a file's syntax tree."""
+    return list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+
+
+def dotted(node: ast.AST) -> str:
+    """A name as it is written, from its first part that is none; "" if its last is none."""
+    if isinstance(node, ast.Attribute):
+        return f"{dotted(node.value)}.{node.attr}"
+    return node.id if isinstance(node, ast.Name) else ""
+
+
 def imported(path: Path) -> set[str]:
     """Top-level names of all that a file imports, wherever in it."""
-    nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+    nodes = nodes_of(path)
     names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
     names += [str(node.module) for node in nodes if isinstance(node, ast.ImportFrom)]
     return {name.partition(".")[0] for name in names}
@@ -49,10 +63,8 @@ def test_tensors_are_made_on_a_device_that_is_named(room: str) -> None:
     """Guards tensors that are right only where an ambient device is set, or none is."""
     made, unnamed = 0, set()
     for path in (PACKAGE / room).rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Call) and ast.unparse(node.func) in {
-                f"torch.{name}" for name in FACTORIES
-            }:
+        for node in nodes_of(path):
+            if isinstance(node, ast.Call) and dotted(node.func) in {f"torch.{name}" for name in FACTORIES}:
                 made += 1
                 if "device" not in {keyword.arg for keyword in node.keywords}:
                     unnamed.add(f"{path.relative_to(ROOT)}:{node.lineno}: {ast.unparse(node)}")
@@ -62,13 +74,9 @@ def test_tensors_are_made_on_a_device_that_is_named(room: str) -> None:
 
 def test_large_dataclasses_are_built_by_keyword() -> None:
     """Guards fields of one type that are given in the wrong order: of a class of more than five, by name."""
-    trees = {
-        path: ast.parse(path.read_text(encoding="utf-8"))
-        for package in ("bitsmoe_plugin", "vllm_ext")
-        for path in (ROOT / package).rglob("*.py")
-    }
+    files = [path for package in ("bitsmoe_plugin", "vllm_ext") for path in (ROOT / package).rglob("*.py")]
     fields: dict[str, int] = {}
-    for node in (node for tree in trees.values() for node in ast.walk(tree)):
+    for node in (node for path in files for node in nodes_of(path)):
         if isinstance(node, ast.ClassDef) and any("dataclass" in ast.unparse(d) for d in node.decorator_list):
             own = sum(isinstance(part, ast.AnnAssign) for part in node.body)
             fields[node.name] = min(own, fields.get(node.name, own))  # of two of one name, the smaller
@@ -76,9 +84,9 @@ def test_large_dataclasses_are_built_by_keyword() -> None:
     assert len(large) > 20
     positional = {
         f"{path.relative_to(ROOT)}:{node.lineno}: {ast.unparse(node.func)}"
-        for path, tree in trees.items()
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] in large and node.args
+        for path in files
+        for node in nodes_of(path)
+        if isinstance(node, ast.Call) and node.args and dotted(node.func).rpartition(".")[2] in large
     }
     assert not positional
 
@@ -117,9 +125,10 @@ def texts() -> list[Path]:
     ]
 
 
+@cache
 def defined(path: Path) -> set[str]:
     """What a module has: definitions and imports, wherever in it, and parts of a package."""
-    nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+    nodes = nodes_of(path)
     names = {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)}
     names |= {node.id for node in nodes if isinstance(node, ast.Name)}
     imports = [node for node in nodes if isinstance(node, ast.Import | ast.ImportFrom)]

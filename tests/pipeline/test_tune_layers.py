@@ -327,7 +327,7 @@ def test_the_command_goes_on(
         patched.setattr(layer_descent.LayerDescent, "run", stopped)
         status, _, errors = run_here(capfd, "tune", str(packed_moe_tiny), str(one), *given)
     assert status != 0
-    assert "one.work holds the layers that are finished" in errors
+    assert "one.work holds what is finished" in errors
     assert [path.name for path in tmp_path.iterdir()] == ["one.work"]
     for out in (one, two):
         status, _, errors = run_here(capfd, "tune", str(packed_moe_tiny), str(out), *given)

@@ -289,35 +289,35 @@ def test_settings_are_checked(wrong: dict[str, Any]) -> None:
 
 
 def test_the_command_writes_a_checkpoint_of_the_same_size(
-    packed_moe_tiny: Path, moe_tiny_path: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    packed_small: Path, small_moe_tiny: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "tuned"
-    given = ["tune", str(packed_moe_tiny), str(out), "--reference", str(moe_tiny_path), "--dataset", TEXT]
-    size = ["--calibration-tokens", "2048", "--sequence-length", "128", "--epochs", "1"]
+    given = ["tune", str(packed_small), str(out), "--reference", str(small_moe_tiny), "--dataset", TEXT]
+    size = ["--calibration-tokens", "1024", "--sequence-length", "64", "--epochs", "1"]
     status, _, printed = run_here(capfd, *given, *size)
     assert status == 0, printed
     assert "after epoch 1" in printed
     loaded = AutoModelForCausalLM.from_pretrained(out)  # checks the hash of every layer
-    assert loaded.config.quantization_config.calibration["tuning"]["tokens"] == 15 * 128
-    before, after = inspect_checkpoint(packed_moe_tiny), inspect_checkpoint(out)
+    assert loaded.config.quantization_config.calibration["tuning"]["tokens"] == 15 * 64
+    before, after = inspect_checkpoint(packed_small), inspect_checkpoint(out)
     assert before["bits_per_weight"] == after["bits_per_weight"]
-    old, new = (load_file(path / "model.safetensors") for path in (packed_moe_tiny, out))
+    old, new = (load_file(path / "model.safetensors") for path in (packed_small, out))
     changed = {name.rsplit(".", 1)[-1] for name in old if not torch.equal(old[name], new[name])}
     assert changed == CHANGES["bases"] | CHANGES["rows"]
     card = (out / "README.md").read_text()
-    assert re.search(r"Tuned .*through the whole model \(bases, rows\) on 1,920 tokens: KL", card)
+    assert re.search(r"Tuned .*through the whole model \(bases, rows\) on 960 tokens: KL", card)
     assert [path.name for path in tmp_path.iterdir()] == ["tuned"]
     assert run_here(capfd, *given, *size)[0] == 2  # it exists
 
 
 def test_nothing_is_written_if_nothing_came_closer(
-    packed_moe_tiny: Path, moe_tiny_path: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    packed_small: Path, small_moe_tiny: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     text = tmp_path / "text.jsonl"
     text.write_text("\n".join(json.dumps({"text": line}) for line in Path(TEXT).read_text().split("\n")[:9]))
     status, _, printed = run_here(
-        capfd, "tune", str(packed_moe_tiny), str(tmp_path / "out"), "--reference", str(moe_tiny_path),
-        "--dataset", str(text), "--calibration-tokens", "1024", "--sequence-length", "64", "--epochs", "1",
+        capfd, "tune", str(packed_small), str(tmp_path / "out"), "--reference", str(small_moe_tiny),
+        "--dataset", str(text), "--calibration-tokens", "512", "--sequence-length", "32", "--epochs", "1",
         "--learning-rate", "1", "--through", "layers",
     )  # fmt: skip
     assert status == 2

@@ -13,12 +13,15 @@ from typing import Any
 import pytest
 import resume_support
 import torch
+from workers_support import run_forked
 
 from bitsmoe_plugin.base import worker_links
 from bitsmoe_plugin.base.workers import ALONE, Workers, _portable
 from bitsmoe_plugin.errors import QuantizationError
 
 PROGRAM = Path(__file__).parents[1] / "support" / "workers_support.py"
+EVERYONE = 10**6
+"""Experts of a group, more than there are."""
 PIPES: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
 
 
@@ -31,8 +34,11 @@ def dense(tiny_model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(
-    model: Path, out: Path, processes: int, groups_of: int = 1, dies_at: int = 0
+    model: Path, out: Path, processes: int, groups_of: int = 1, dies_at: int = 0, *, torchrun: bool = False
 ) -> subprocess.CompletedProcess[str]:
+    """Quantize, in processes that are forked or, as users do, started by torchrun."""
+    if not torchrun:
+        return run_forked(model, out, processes, groups_of, dies_at)
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     command = [sys.executable, *launcher, str(PROGRAM), str(model), str(out)]
     command += [str(groups_of), str(dies_at)]
@@ -53,12 +59,21 @@ def alone(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.fixture(scope="module")
+def together(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same in groups of all experts."""
+    out = tmp_path_factory.mktemp("together") / "out"
+    result = run(dense, out, 1, EVERYONE)
+    assert result.returncode == 0, result.stderr
+    return out
+
+
 @pytest.mark.parametrize("processes", [2, 3])
 def test_several_processes_write_the_same_bytes(
     dense: Path, alone: Path, tmp_path: Path, processes: int
 ) -> None:
     """Three do not divide the number of layers, nor that of experts."""
-    result = run(dense, tmp_path / "out", processes)
+    result = run(dense, tmp_path / "out", processes, torchrun=processes == 2)
     assert result.returncode == 0, result.stderr
     assert files(tmp_path / "out") == files(alone)
     assert not (tmp_path / "out.work").exists()
@@ -78,21 +93,21 @@ def test_several_processes_choose_the_same_widths(tiny_model: Any, tmp_path: Pat
 
 
 @pytest.mark.parametrize("renames", [6, 20])
-def test_several_processes_continue_what_one_began(dense: Path, tmp_path: Path, renames: int) -> None:
+def test_several_processes_continue_what_one_began(
+    dense: Path, together: Path, tmp_path: Path, renames: int
+) -> None:
     """Killed in the first and in the second pass: hidden states and packed layers reach all processes."""
-    everyone = 10**6
-    assert run(dense, tmp_path / "whole", 1, everyone).returncode == 0
     assert resume_support.finish(dense, tmp_path / "out", dies_at=renames) < 0
     assert bool(list((tmp_path / "out.work").glob("packed-*"))) == (renames == 20)
-    result = run(dense, tmp_path / "out", 2, everyone)
+    result = run(dense, tmp_path / "out", 2, EVERYONE)
     assert result.returncode == 0, result.stderr
-    assert files(tmp_path / "out") == files(tmp_path / "whole")
+    assert files(tmp_path / "out") == files(together)
 
 
 @pytest.mark.parametrize("layer", [3, 7])
 def test_a_worker_that_is_killed_loses_nothing(dense: Path, alone: Path, tmp_path: Path, layer: int) -> None:
     """In the first and in the second pass over four layers: no output, and the same command goes on."""
-    result = run(dense, tmp_path / "out", 2, dies_at=layer)
+    result = run(dense, tmp_path / "out", 2, dies_at=layer, torchrun=layer == 3)
     assert result.returncode != 0
     assert not (tmp_path / "out").exists()
     assert bool(list((tmp_path / "out.work").glob("widths*"))) == (layer == 7)
@@ -105,7 +120,7 @@ def test_a_worker_that_is_killed_loses_nothing(dense: Path, alone: Path, tmp_pat
 @pytest.mark.parametrize("turn", [2, 6])
 def test_an_error_in_one_process_ends_all_with_its_reason(dense: Path, tmp_path: Path, turn: int) -> None:
     """In either pass. Guards against processes that wait for it until the time-out of the group."""
-    result = run(dense, tmp_path / "out", 2, dies_at=-turn)
+    result = run(dense, tmp_path / "out", 2, dies_at=-turn, torchrun=turn == 2)
     assert result.returncode != 0
     assert result.stderr.count(f"ValueError: the disk burns in turn {turn}") >= 2, result.stderr
     assert not (tmp_path / "out").exists()

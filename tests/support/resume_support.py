@@ -20,8 +20,8 @@ from bitsmoe_plugin.integrations.transformers import quantize_to_directory
 TOKENS = torch.randint(1, 64, (8, 32), generator=torch.Generator().manual_seed(1)).flatten().tolist()
 OPTIONS: dict[str, Any] = {"bits": 8, "sequence_length": 32, "basis_group_size": 16, "held_out": 0.25}
 
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(
     [
         "bitsmoe_plugin.pipeline.quantize",
         "transformers.models.deepseek_v3.modeling_deepseek_v3",
@@ -116,7 +116,7 @@ def start(
         changes: number of the change before which it is killed; 0 only counts them.
     """
     arguments = (str(model), str(out), options, dies_at, f"{out}.stderr", file_bytes, changes)
-    child = _context.Process(target=_quantize, args=arguments)
+    child = CONTEXT.Process(target=_quantize, args=arguments)
     child.start()
     return child
 

@@ -1,8 +1,12 @@
 """Python with the installed wheel, as users have it: without the editable installation of the tests."""
 
+import hashlib
 import os
+import shutil
 import subprocess
 import sys
+import zipfile
+from importlib.metadata import version
 from pathlib import Path
 
 
@@ -63,3 +67,46 @@ def build_sdist(source: Path, directory: Path) -> Path:
     built = subprocess.run(command, cwd=source, env=environment, capture_output=True, text=True, timeout=120)
     assert built.returncode == 0, built.stderr
     return directory / built.stdout.split()[-1]
+
+
+def install_wheel(root: Path, cache: Path, directory: Path) -> None:
+    """Build a source distribution of a tree, a wheel of that, and install it.
+
+    Compiling takes a minute, so wheels stay for later runs of the tests, by all that they are made of.
+
+    Args:
+        root: of the repository.
+        cache: of wheels.
+        directory: gets both distributions, ``source`` and ``installed``.
+    """
+    source = directory / "source"  # a copy, because files left in build/ would get into the wheel
+    # All folders, so that one that should not be packaged would be noticed.
+    unwanted = (".git", ".*env*", ".*cache", ".hypothesis", "build", "dist", "out", "logs", "__pycache__")
+    shutil.copytree(root, source, ignore=shutil.ignore_patterns(*unwanted, "*.egg-info", "*.so"))
+    sdist = build_sdist(source, directory)
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    made_of = f"{sys.version} {os.uname()} {version('setuptools')}".encode()
+    known = cache / hashlib.sha256(sdist.read_bytes() + made_of).hexdigest()[:16]
+    if not known.exists():
+        build = [*pip, "wheel", "--no-deps", "--no-build-isolation", "--no-index"]
+        subprocess.run([*build, "--wheel-dir", str(directory), str(sdist)], check=True)
+        _keep(known, directory)
+    for wheel in known.glob("*.whl"):
+        shutil.copy(wheel, directory)
+    (wheel,) = directory.glob("*.whl")
+    target = str(directory / "installed")
+    install = [*pip, "install", "--no-deps", "--no-index", "--target", target, str(wheel)]
+    subprocess.run(install, check=True)
+
+
+def _keep(known: Path, built: Path) -> None:
+    """Keep a wheel, if compiling succeeded, and of those that were kept before the last few."""
+    (wheel,) = built.glob("*.whl")
+    if not any("/_cpu." in name for name in zipfile.ZipFile(wheel).namelist()):
+        return
+    partial = known.with_name(f"{known.name}.{os.getpid()}")
+    partial.mkdir()
+    shutil.copy(wheel, partial)
+    partial.rename(known)
+    for old in sorted(known.parent.iterdir(), key=lambda path: path.stat().st_mtime)[:-4]:
+        shutil.rmtree(old)

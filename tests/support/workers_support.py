@@ -1,10 +1,14 @@
-"""A program for torchrun: quantize as one of several processes, in groups of few experts."""
+"""Quantize as one of several processes, in groups of few experts: a program for torchrun, and the same in
+processes that are forked with all libraries in memory, which takes a second instead of ten."""
 
 from __future__ import annotations
 
 import os
 import signal
+import socket
+import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -64,13 +68,13 @@ def run_out_of_memory() -> None:
     LayerwiseForward._run = limited  # type: ignore[method-assign]
 
 
-if __name__ == "__main__":
-    model, out, groups_of, dies_at = sys.argv[1:]
+def work(model: str, out: str, groups_of: int, dies_at: int) -> None:
+    """What each process does."""
     torch.set_num_threads(1)
-    devices.CPU_WORKING_SET = int(groups_of) * 32**2  # hidden_size of the tests' models
+    devices.CPU_WORKING_SET = groups_of * 32**2  # hidden_size of the tests' models
     with connected() as workers:
         if workers.rank == 1:
-            die_at(int(dies_at))
+            die_at(dies_at)
         elif Path(out).name == "endless":
             compute_without_end()
         if Path(out).name == "little" and workers.rank == workers.size - 1:
@@ -79,3 +83,38 @@ if __name__ == "__main__":
         options: dict[str, Any] = {"seed": workers.rank} if "differ" in Path(out).name else {}
         options |= {"size": SIZE} if "sized" in Path(out).name else {}
         quantize_to_directory(model, Path(out), resume_support.config(**options))
+
+
+def _forked(environment: dict[str, str], errors: str, *arguments: Any) -> None:
+    os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+    os.environ.update(environment)
+    work(*arguments)
+
+
+def run_forked(
+    model: Path, out: Path, processes: int, groups_of: int, dies_at: int
+) -> subprocess.CompletedProcess[str]:
+    """As ``torchrun``, but nobody ends the others when one fails: they are told by our own links alone."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+    errors = tempfile.NamedTemporaryFile(mode="r", encoding="utf-8", errors="replace")  # noqa: SIM115
+    with errors:
+        children = []
+        for rank in range(processes):
+            environment = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
+            environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            arguments = (environment, errors.name, str(model), str(out), groups_of, dies_at)
+            children.append(resume_support.CONTEXT.Process(target=_forked, args=arguments))
+            children[-1].start()
+        try:
+            for child in children:
+                child.join(300)
+        finally:
+            for child in children:
+                child.kill()
+        codes = [child.exitcode for child in children]
+        return subprocess.CompletedProcess([], next((code for code in codes if code), 0), "", errors.read())
+
+
+if __name__ == "__main__":
+    work(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
