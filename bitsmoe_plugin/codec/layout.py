@@ -309,6 +309,19 @@ def unpack_rows(
     return torch.cat([payload.new_zeros((0, size), dtype=torch.float32), *pieces]), order
 
 
+def unpack_row_codes(
+    payload: Tensor, index: RowIndex, factor: int, expert: int, size: int
+) -> tuple[Tensor, Tensor]:
+    """As ``unpack_rows``, but the codes, ``[n, padded(I)]`` int32."""
+    order = index.order[factor, expert, : sum(index.counts[factor][expert])]
+    whole = row_codec.padded(size)
+    pieces = [
+        bit_strings.unpack_codes(words, width, whole)
+        for width, _, words in _stored_words(payload, index, factor, expert, whole // BLOCK)
+    ]
+    return torch.cat([payload.new_zeros((0, whole)), *pieces]), order
+
+
 def unpack_tiled_rows(
     packed: PackedExperts, index: RowIndex, factor: int, expert: int, size: int
 ) -> tuple[Tensor, Tensor]:

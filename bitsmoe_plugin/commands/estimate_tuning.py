@@ -15,6 +15,8 @@ _KEPT_VALUES = 24
 """Values in float32 per token, layer and hidden feature that wait for the backward pass."""
 _LOGITS = 6
 """Times that logits of a step are in memory, float32: of both models, their logarithms and gradients."""
+_CODES_BYTES = 33
+"""Per weight whose codes are learnt: see ``TunableCodes``."""
 _SECONDS_PER_DECODED = 3e-8
 """Of a weight of the experts, in plain torch, one core: what is left of a step of the bundled model without
 its matrix products."""
@@ -49,6 +51,7 @@ def layers_memory(
         "activations": 4 * _KEPT_VALUES * tokens * hidden * at_once,
         "logits": 4 * _LOGITS * tokens * work.vocab_size,
         "chunks": 4 * work.itemsize * min(work.tokens, CHUNK) * hidden,
+        "codes": _codes_bytes(at_once * weights, settings),
     }
 
 
@@ -76,7 +79,12 @@ def model_memory(
         "layer": 2 * 4 * max(weights),
         "activations": 4 * _KEPT_VALUES * tokens * hidden * len(work.shapes),
         "logits": 4 * _LOGITS * tokens * work.vocab_size,
+        "codes": _codes_bytes(sum(weights), settings),
     }
+
+
+def _codes_bytes(weights: int, settings: TuningSettings) -> int:
+    return _CODES_BYTES * weights if "codes" in settings.learn else 0
 
 
 def tuning_flops(work: Workload, config: BitsMoEConfig) -> int:

@@ -13,6 +13,8 @@ _WARM_UP = 5
 """Steps in which the learning rate rises."""
 _OF_WEIGHTS = 0.1
 """Of the learning rate, for norms and routers."""
+_OF_CODES = 5.0
+"""Of the learning rate, for values in units of their rows' scales."""
 KINDS = {"gains": "", "counts": "step", "means": "exp_avg", "squares": "exp_avg_sq"}
 """Tensors that a descent goes on from -> what torch calls those that Adam has of each gain."""
 
@@ -29,10 +31,12 @@ class Descent:
         self, layers: list[TunableLayer], weights: TunableWeights, settings: TuningSettings, per_epoch: int
     ) -> None:
         self._weights, self.steps, self.taken = weights, settings.epochs * per_epoch, 0
-        scales = [gain for layer in layers for gain in layer.gains]
+        scales = [gain for layer in layers for gain in layer.scale_gains]
+        codes = [gain for layer in layers for gain in layer.code_gains]
         rate = settings.learning_rate
         groups = [{"params": scales, "lr": rate}, {"params": weights.gains, "lr": rate * _OF_WEIGHTS}]
-        self._gains = [*scales, *weights.gains]
+        groups.append({"params": codes, "lr": rate * _OF_CODES})
+        self._gains = [*scales, *codes, *weights.gains]
         # The defaults remember the gradients of 1000 steps; here there may be 20 in all.
         self._optimizer = torch.optim.Adam([g for g in groups if g["params"]], lr=rate, betas=(0.9, 0.95))
         self._rates = [group["lr"] for group in self._optimizer.param_groups]

@@ -1,4 +1,4 @@
-"""A packed layer whose scales can be learnt: they enter its computation as they would be stored."""
+"""A packed layer whose scales and codes can be learnt: they enter its computation as they will be stored."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from bitsmoe_plugin.codec.layout import PackedExperts, row_widths
 from bitsmoe_plugin.codec.scale_grid import SCALE_LEVELS
+from bitsmoe_plugin.pipeline.tunable_codes import TunableCodes
 from bitsmoe_plugin.runtime.dispatch import Runtime, prepare
 from bitsmoe_plugin.runtime.experts import BitsMoEExperts
 from bitsmoe_plugin.runtime.reference_layer import ReferenceLayer
@@ -32,6 +33,7 @@ class TunableLayer:
     Attributes:
         bases: of the scales of input and output basis, in their shapes.
         rows: of the rows, ``[f, E, r]``. A scale code moves for more than half a step of its grid.
+        codes: of the rows, None if they are not learnt.
     """
 
     def __init__(self, module: BitsMoEExperts, learn: tuple[str, ...] = ("bases", "rows")) -> None:
@@ -44,6 +46,7 @@ class TunableLayer:
         self._scales = packed.input_scales, packed.output_scales
         self.bases = tuple(self._gain(scales.shape, "bases" in learn) for scales in self._scales)
         self.rows = self._gain(packed.row_codes.shape, "rows" in learn)
+        self.codes = TunableCodes(self._layer) if "codes" in learn else None
         self._used = row_widths(packed.row_codes, module.spec.widths) > 0
 
     def _gain(self, shape: Any, learnt: bool) -> Tensor:
@@ -53,7 +56,17 @@ class TunableLayer:
     @property
     def gains(self) -> list[Tensor]:
         """Those that are learnt."""
+        return self.scale_gains + self.code_gains
+
+    @property
+    def scale_gains(self) -> list[Tensor]:
+        """Those of scales that are learnt."""
         return [gain for gain in (*self.bases, self.rows) if gain.requires_grad]
+
+    @property
+    def code_gains(self) -> list[Tensor]:
+        """Those of codes, if they are learnt."""
+        return [] if self.codes is None else [self.codes.gain]
 
     @property
     def packed(self) -> PackedExperts:
@@ -62,16 +75,17 @@ class TunableLayer:
 
     def forward(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Differentiable in the gains, too."""
-        inputs = hidden, top_k_index, top_k_weights, *self.bases, self.rows
+        inputs = hidden, top_k_index, top_k_weights, *self.bases, self.rows, *self.code_gains
         return checkpoint(self._compute, *inputs, use_reentrant=False)  # type: ignore[no-any-return]
 
     def _compute(self, hidden: Tensor, index: Tensor, weights: Tensor, *gains: Tensor) -> Tensor:
-        *of_bases, of_rows = gains
+        *of_bases, of_rows = gains[:3]
+        rows = None if self.codes is None else self.codes.rows(gains[3])
         given, out = (
             _scaled(basis, scales, gain)
             for basis, scales, gain in zip(self._layer.bases(), self._scales, of_bases, strict=True)
         )
-        return self._layer.compute(hidden, index, weights, given, out, self._row_gains(of_rows))
+        return self._layer.compute(hidden, index, weights, given, out, self._row_gains(of_rows), rows)
 
     def _row_gains(self, gains: Tensor) -> Tensor:
         """Scale of every row over the one that is stored, ``[f, E, r]``."""
@@ -102,7 +116,8 @@ class TunableLayer:
         )
         widths = packed.row_codes - packed.row_codes % SCALE_LEVELS
         codes = widths + self._codes(self.rows).round().to(torch.uint8)
-        return replace(packed, input_scales=read, output_scales=write, row_codes=codes)
+        payload = packed.payload if self.codes is None else self.codes.payload().to(packed.payload.device)
+        return replace(packed, input_scales=read, output_scales=write, row_codes=codes, payload=payload)
 
 
 @dataclass(frozen=True)

@@ -193,7 +193,8 @@ def _tune_block(
         for index in block.layers:
             inside = [names[id(module)] for module in layers[index].modules() if id(module) in names]
             packed = learnt.packed[inside[0]] if inside else None
-            progress.write(index, packed, learnt.parameters_in(layers[index]))
+            weights = learnt.parameters_in(layers[index])
+            progress.write(index, packed, weights, codes="codes" in settings.learn)
         _put(progress, learnt.block, layers)
     streams.pass_packed(block.layers)
     streams.agree()

@@ -13,7 +13,7 @@ from bitsmoe_plugin.codec.layout import PackedExperts
 from bitsmoe_plugin.pipeline.hidden_files import HiddenFiles
 from bitsmoe_plugin.runtime.experts import BitsMoEExperts
 
-TUNED = ("input_scales", "output_scales", "row_codes")
+TUNED = ("input_scales", "output_scales", "row_codes", "payload")
 """Packed tensors that tuning changes."""
 STREAMS = ("exact", "hidden", "untuned")
 """Hidden states of the original, of the packed model as far as it is tuned, and of it untuned: the latter on
@@ -98,15 +98,19 @@ class TuningProgress:
         self.directory.state.pop("tuning")
         self.directory.commit()
 
-    def write(self, index: int, packed: PackedExperts | None, weights: dict[str, Tensor]) -> None:
+    def write(
+        self, index: int, packed: PackedExperts | None, weights: dict[str, Tensor], codes: bool
+    ) -> None:
         """Keep what was learnt in a decoder layer.
 
         Args:
             packed: its experts.
             weights: other parameters, by their names in it.
+            codes: whether codes were learnt; the payload takes most of the space.
         """
         found = dict(packed.tensors()) if packed is not None else {}
-        tensors = {name: found[f"bitsmoe_{name}"] for name in TUNED if f"bitsmoe_{name}" in found}
+        names = [name for name in TUNED if (codes or name != "payload") and f"bitsmoe_{name}" in found]
+        tensors = {name: found[f"bitsmoe_{name}"] for name in names}
         tensors |= {f"weights.{name}": tensor for name, tensor in weights.items()}
         if tensors:
             self.directory.write(_file(index), tensors)

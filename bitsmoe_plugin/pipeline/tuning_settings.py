@@ -7,8 +7,9 @@ from functools import partial
 
 from bitsmoe_plugin.base.option_checks import check_number, fail
 
-LEARNABLE = ("bases", "rows", "norms", "routers")
-"""What tuning can move: scales of the shared bases, scale codes of rows, weights of norms and of routers."""
+LEARNABLE = ("bases", "rows", "codes", "norms", "routers")
+"""What tuning can move: scales of the shared bases, scale codes of rows, codes of their values, weights of
+norms and of routers."""
 
 WAYS = {
     "layers": "layer by layer",
@@ -30,7 +31,8 @@ class TuningSettings:
         there is taken. Above 0, at most 0.5.
     seed: of the order of the blocks.
     learn: of ``LEARNABLE``. All keep their dtypes and sizes. Norms and routers are not experts' own, and move
-        a tenth as fast.
+        a tenth as fast. Codes take 33 bytes of memory per weight of the experts that are tuned at a time, and
+        need much text: they learn by heart what there is little of.
 
     through: "layers": one decoder layer after the other, with that layer's experts alone in memory. "model":
         through the whole model, which is in memory with the original. "both": one after the other. "auto":

@@ -109,16 +109,19 @@ class ReferenceLayer:
         input_basis: Tensor,
         output_basis: Tensor,
         row_gains: Tensor | None = None,
+        rows: Tensor | None = None,
     ) -> Tensor:
         """``forward`` with these bases, see ``moe_forward``; differentiable in all but the indices.
 
         Args:
             row_gains: ``[f, E, r]`` float32, which rows are multiplied with.
+            rows: ``[f, E, r, I]`` float32 at scale 1, instead of those that are stored.
         """
         used = [e for e in torch.unique(top_k_index).tolist() if 0 <= e < self.spec.shape.num_experts]
         if not used:
             return torch.zeros_like(hidden)
-        bias, rows_of = self.packed.input_bias, self.rows_of(used)
+        bias = self.packed.input_bias
+        rows_of = self.rows_of(used) if rows is None else self._given(rows[:, used], used)
         return moe_forward(
             hidden,
             _positions(used, top_k_index),
@@ -157,6 +160,12 @@ class ReferenceLayer:
         return lambda factor, expert: layout.unpack_rows(
             packed.payload, index, scales, factor, expert, size, spec.grid
         )
+
+    def _given(self, rows: Tensor, used: list[int]) -> RowReader:
+        """Reads ``rows`` ``[f, used, r, I]`` at scale 1, with the scales that are stored."""
+        scales = layout.row_scales(self.packed.row_codes[:, used], self.packed.scale_grid)
+        order = torch.arange(rows.shape[2], device=rows.device)
+        return lambda factor, expert: (rows[factor, expert] * scales[factor, expert, :, None], order)
 
     def _basis(self, words: Tensor, scales: Tensor) -> Tensor:
         spec = self.spec
