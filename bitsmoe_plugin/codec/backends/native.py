@@ -56,6 +56,11 @@ def _library() -> ctypes.CDLL:
         *(size, address, c_int),
     ]
     lib.bitsmoe_choose_scales.restype = None
+    lib.bitsmoe_round_rows.argtypes = [
+        *(grids, address, address, size, size, c_int),
+        *[address] * 4,
+        c_int,
+    ]
     lib.bitsmoe_round_rank.argtypes = [grids, POINTER(_RankRows), c_int]
     lib.bitsmoe_rank_rows_bytes.restype = c_int64
     built_from = lib.bitsmoe_rank_rows_bytes()  # other sources, if the package was not installed since
@@ -138,6 +143,21 @@ class CompiledBackend(ReferenceBackend):
             *(pointer(codes), torch.get_num_threads()),
         )
         return codes, torch.exp2(low + codes * step)
+
+    def rounded(
+        self, rows: Tensor, scales: Tensor, weights: Tensor, bits: Tensor, grid: str
+    ) -> tuple[Tensor, Tensor]:
+        widths, scales = bits.to(torch.uint8).contiguous(), scales.contiguous()
+        weights, per = per_row(weights, rows)
+        rows, size = rows.contiguous(), rows.shape[-1]
+        codes = torch.empty(*rows.shape[:-1], row_codec.padded(size), dtype=torch.int32, device="cpu")
+        values = torch.empty_like(rows)
+        if _library().bitsmoe_round_rows(
+            *(_grids(grid), pointer(rows), pointer(weights), per, widths.numel(), size),
+            *(pointer(widths), pointer(scales), pointer(codes), pointer(values), torch.get_num_threads()),
+        ):
+            raise MemoryError("no memory for rounding")
+        return codes, values
 
     def round_rank(self, rows: RankRows, first: int, last: int, target: Tensor, grid: str) -> None:
         rank, size = rows.work.shape[-2:]

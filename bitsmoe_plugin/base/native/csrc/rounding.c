@@ -137,6 +137,47 @@ static void decode_row(const Grids *grids, const int32_t *codes, int size, int b
   for (int i = 0; i < size; i++) values[i] = ((float)codes[i] - half) * step;
 }
 
+/* Codes [n, padded] and values [n, size] of rows [n, size] at scales [n] of their own, row j at bits[j] and with
+ * weights[j / per]. Returns 0, or -1 without memory. */
+int bitsmoe_round_rows(const Grids *grids, const float *rows, const float *weights, int64_t per, int64_t n, int size,
+                       const uint8_t *bits, const float *scales, int32_t *codes, float *values, int threads) {
+  enum { BATCH = 64 };
+  const int blocks = (size + BLOCK - 1) / BLOCK, padded = blocks * BLOCK;
+  int failed = 0;
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+  for (int64_t start = 0; start < n; start += BATCH) {
+    const int64_t end = n - start < BATCH ? n : start + BATCH, room = (int64_t)BATCH * blocks;
+    int64_t count[TRELLIS_BITS + 1] = {0};
+    void *search = new_search();
+    Block *queue = malloc((TRELLIS_BITS + 1) * room * sizeof *queue);
+    for (int64_t j = start; j < end && search && queue; j++) {
+      const int width = bits[j];
+      if (width == 0 || width > TRELLIS_BITS || !grids->table[width]) {
+        memset(codes + j * padded, 0, padded * sizeof *codes);
+        if (width)
+          rounding->uniform_codes(rows + j * size, size, scales[j] * grids->step[width], width, codes + j * padded);
+        continue;
+      }
+      for (int first = 0; first < size; first += BLOCK)
+        queue[width * room + count[width]++] =
+            (Block){rows + j * size + first, weights + j / per * size + first, 1.f / scales[j],
+                    size - first < BLOCK ? size - first : BLOCK, codes + j * padded + first};
+    }
+    for (int width = 1; width <= TRELLIS_BITS; width++)
+      if (count[width])
+        rounding->search_blocks(search, queue + width * room, count[width], grids->table[width], width);
+    for (int64_t j = start; j < end && search && queue; j++)
+      decode_row(grids, codes + j * padded, size, bits[j], scales[j], values + j * size);
+    if (!search || !queue) {
+#pragma omp atomic write
+      failed = -1;
+    }
+    free(search);
+    free(queue);
+  }
+  return failed;
+}
+
 /* Rows first..last of the problems from..to, in lockstep: row k of all of them is searched together. */
 static void round_some(const Grids *grids, const RankRows *r, int64_t from, int64_t to, void *search, Block *queue) {
   const int blocks = r->padded / BLOCK;
