@@ -216,7 +216,10 @@ def test_with_less_memory_the_way_stays(
 def test_what_is_saved_is_not_copied(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Guards the peak of memory: files are written from the tensors that are learnt and from Adam's own."""
     gain = torch.zeros(64, requires_grad=True)
-    layer, weights = type("L", (), {"gains": [gain]})(), tune_scales.TunableWeights([])
+    layer, weights = (
+        type("L", (), {"scale_gains": [gain], "code_gains": []})(),
+        tune_scales.TunableWeights([]),
+    )
     descent = Descent([layer], weights, SETTINGS, per_epoch=3)  # type: ignore[list-item]
     descent.step((gain - 1).square().sum())
     written: list[int] = []
