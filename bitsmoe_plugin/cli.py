@@ -1,5 +1,5 @@
-"""Command line: ``bitsmoe estimate | quantize | tune | inspect | report | evaluate | compare | dequantize |
-import-upstream | bench | env | doctor``."""
+"""Command line: ``bitsmoe estimate | quantize | tune | write | inspect | report | evaluate | compare |
+dequantize | import-upstream | bench | env | doctor``."""
 
 from __future__ import annotations
 
@@ -57,6 +57,7 @@ def build_parser(program: str = "bitsmoe") -> argparse.ArgumentParser:
     parsers.add_estimate(commands, _estimate)
     parsers.add_quantize(commands, _quantize)
     parsers.add_tune(commands, _tune)
+    parsers.add_write(commands, _write)
     parsers.add_inspect(commands, _inspect)
     parsers.add_report(commands, _report)
     parsers.add_evaluate(commands, _evaluate)
@@ -206,6 +207,19 @@ def _tune(args: argparse.Namespace, stdout: TextIO) -> None:
         f"after epoch {result.epoch}",
         file=sys.stderr,
     )
+
+
+def _write(args: argparse.Namespace, stdout: TextIO) -> None:
+    from bitsmoe_plugin.base.devices import choose_device
+    from bitsmoe_plugin.base.workers import connected
+    from bitsmoe_plugin.commands.write_text import write_text
+
+    names = ("sequence_length", "prompt_tokens", "batch_size", "temperature", "seed")
+    options = {name: getattr(args, name) for name in names}
+    device = choose_device(args.device)
+    with connected():  # it refuses several processes
+        count = write_text(source_of(args), args.out, args.dataset, args.tokens, device=device, **options)
+    print(f"{args.out}: {count:,} sequences of {args.sequence_length:,} tokens", file=sys.stderr)
 
 
 def _dequantize(args: argparse.Namespace, stdout: TextIO) -> None:
@@ -421,7 +435,7 @@ def run(args: argparse.Namespace, program: str = "bitsmoe") -> int:
     except (SystemExit, GeneratorExit):
         raise
     except KeyboardInterrupt as error:
-        print(f"{program}: {error or 'interrupted; nothing was written'}", file=sys.stderr)
+        print(f"{program}: {str(error) or 'interrupted; nothing was written'}", file=sys.stderr)
         return 130
     except BaseException as raised:  # panics of libraries in Rust are no Exception
         if args.debug:

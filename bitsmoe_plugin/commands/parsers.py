@@ -11,7 +11,7 @@ from bitsmoe_plugin.base.argument_types import count
 from bitsmoe_plugin.commands.bench.parsers import BENCHMARKS
 from bitsmoe_plugin.commands.compare import METHODS as COMPARED
 from bitsmoe_plugin.commands.compare.budget_range import budgets
-from bitsmoe_plugin.commands.defaults import BLOCK, TOKENS
+from bitsmoe_plugin.commands.defaults import BLOCK, PROMPT, TOKENS, WRITTEN_AT_ONCE
 from bitsmoe_plugin.commands.source_options import add_chat_template, add_source
 from bitsmoe_plugin.options import OPTIONS
 from bitsmoe_plugin.pipeline.tuning_settings import LEARNABLE, THROUGH, TuningSettings
@@ -43,6 +43,11 @@ then through the whole model if there is memory for both (--through). Finished
 layers, and every minute the steps through the whole model, are kept in
 OUT.work: after Ctrl-C, a crash or a reboot the same command continues there,
 with the same result.
+""",
+    "write": """\
+Let the full-precision model write calibration text itself, for `quantize` and
+`tune`: it goes on from short pieces of the text that there is. Where that is
+scarce, tuning on it alone learns it by heart.
 """,
     "inspect": """\
 Count what a packed model stores for its experts, and show for each layer how
@@ -230,6 +235,25 @@ def add_tune(commands: Any, run: Run) -> None:
 
 def _names(text: str) -> tuple[str, ...]:
     return tuple(text.split(","))
+
+
+def add_write(commands: Any, run: Run) -> None:
+    summary = "let a model write more calibration text, where there is little"
+    example = "Qwen3-30B-A3B own.jsonl --dataset calibration.jsonl --tokens 500000"
+    parser = _add_command(commands, run, "write", summary, example)
+    parser.add_argument("model", help=_MODEL)
+    parser.add_argument("out", type=Path, help=".jsonl file to write; must not exist")
+    text = "text that it goes on from: .txt, or .jsonl with a field text"
+    parser.add_argument("--dataset", required=True, metavar="FILE", help=text)
+    text = "to write at most, in whole sequences, prompts included"
+    parser.add_argument("--tokens", type=_COUNT, required=True, metavar="N", help=text)
+    _add_number(parser, "--sequence-length", "tokens per sequence", BLOCK)
+    _add_number(parser, "--prompt-tokens", "of them that come from the dataset", PROMPT)
+    _add_number(parser, "--batch-size", "sequences at once", WRITTEN_AT_ONCE)
+    _add_number(parser, "--temperature", "below 1: more of what is likely", 1.0, float)
+    _add_number(parser, "--seed", "of the prompts and what follows", 0, count(0))
+    _add_device(parser)
+    add_source(parser)
 
 
 def add_inspect(commands: Any, run: Run) -> None:

@@ -41,7 +41,7 @@ def cut(model: Path) -> None:
 
 
 BROKEN: dict[str, tuple[Callable[[Path], None], list[str], int, list[str]]] = {
-    "weights cut": (cut, ["evaluate"], 2, ["MODEL/model.safetensors cannot be read", "truncated"]),
+    "weights cut": (cut, ["evaluate", "write"], 2, ["MODEL/model.safetensors cannot be read", "truncated"]),
     "no weights": (
         lambda m: (m / "model.safetensors").unlink(),
         ["evaluate"],
@@ -50,7 +50,7 @@ BROKEN: dict[str, tuple[Callable[[Path], None], list[str], int, list[str]]] = {
     ),
     "config is no JSON": (
         write("config.json", b"{no"),
-        ["evaluate", "quantize", "compare", "reference"],
+        ["evaluate", "quantize", "compare", "reference", "write"],
         2,
         ["MODEL/config.json cannot be read"],
     ),
@@ -63,7 +63,7 @@ BROKEN: dict[str, tuple[Callable[[Path], None], list[str], int, list[str]]] = {
     ),
     "unknown family": (
         change_config(model_type="zzz"),
-        ["quantize", "evaluate"],
+        ["quantize", "evaluate", "write"],
         2,
         ["MODEL/config.json cannot be used", "no model type 'zzz'"],
     ),
@@ -87,14 +87,14 @@ BROKEN: dict[str, tuple[Callable[[Path], None], list[str], int, list[str]]] = {
     ),
     "no heads": (
         change_config(num_attention_heads=0),
-        ["evaluate"],
+        ["evaluate", "write"],
         2,
         ["config.json of MODEL describes", "ZeroDivisionError"],
     ),
     "dtype": (change_config(dtype="float99"), ["quantize"], 1, ["MODEL: AttributeError: ", "float99"]),
     "tokenizer": (
         write("tokenizer.json", b'{"version": 3}'),
-        ["evaluate"],
+        ["evaluate", "write"],
         1,
         ["tokenizer of MODEL: KeyError"],
     ),
@@ -138,6 +138,7 @@ def test_a_broken_model_is_one_line_that_names_it(
             "9000",
         ],
         "compare": ["compare", str(model), "--dataset", EVAL, "--eval", EVAL, "--methods", "full"],
+        "write": ["write", str(model), f"{out}.jsonl", "--dataset", EVAL, "--tokens", "512"],
     }
     for name in names:
         found, stdout, stderr = run_here(capfd, *commands[name])
@@ -145,7 +146,7 @@ def test_a_broken_model_is_one_line_that_names_it(
         assert (found, stdout, line.startswith("bitsmoe: error: ")) == (status, "", True), stderr
         assert all(part.replace("MODEL", str(model)) in line for part in parts), line
         assert "Traceback" not in stderr
-        assert not (tmp_path / "out").exists()
+        assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 @pytest.mark.parametrize(

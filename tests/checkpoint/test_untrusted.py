@@ -52,6 +52,7 @@ COMMANDS = (
     "evaluate DIR --dataset text.txt",
     "estimate DIR",
     "quantize DIR DIR/../new --dataset text.txt",
+    "write DIR DIR/../new.jsonl --dataset text.txt --tokens 512",
     "dequantize DIR DIR/../new",
     "import-upstream DIR DIR/../new",
     "compare DIR --dataset text.txt --eval text.txt",

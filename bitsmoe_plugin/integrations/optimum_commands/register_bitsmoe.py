@@ -15,6 +15,7 @@ COMMANDS = (
     "estimate",
     "quantize",
     "tune",
+    "write",
     "inspect",
     "report",
     "evaluate",
