@@ -11,7 +11,7 @@ from bitsmoe_plugin.base.argument_types import count
 from bitsmoe_plugin.commands.bench.parsers import BENCHMARKS
 from bitsmoe_plugin.commands.compare import METHODS as COMPARED
 from bitsmoe_plugin.commands.compare.budget_range import budgets
-from bitsmoe_plugin.commands.defaults import BLOCK, PROMPT, TOKENS, WRITTEN_AT_ONCE
+from bitsmoe_plugin.commands.defaults import BLOCK, PROMPT, TOKENS, WRITTEN, WRITTEN_AT_ONCE
 from bitsmoe_plugin.commands.source_options import add_chat_template, add_source
 from bitsmoe_plugin.options import OPTIONS
 from bitsmoe_plugin.pipeline.tuning_settings import LEARNABLE, THROUGH, TuningSettings
@@ -247,7 +247,7 @@ def add_write(commands: Any, run: Run) -> None:
     parser.add_argument("--dataset", required=True, metavar="FILE", help=text)
     text = "to write at most, in whole sequences, prompts included"
     parser.add_argument("--tokens", type=_COUNT, required=True, metavar="N", help=text)
-    _add_number(parser, "--sequence-length", "tokens per sequence", BLOCK)
+    _add_number(parser, "--sequence-length", "tokens per sequence", WRITTEN)
     _add_number(parser, "--prompt-tokens", "of them that come from the dataset", PROMPT)
     _add_number(parser, "--batch-size", "sequences at once", WRITTEN_AT_ONCE)
     _add_number(parser, "--temperature", "below 1: more of what is likely", 1.0, float)

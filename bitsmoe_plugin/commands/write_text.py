@@ -22,7 +22,7 @@ from bitsmoe_plugin.base.process_state import known_state
 from bitsmoe_plugin.base.work_directory import writing
 from bitsmoe_plugin.base.workers import Workers
 from bitsmoe_plugin.calibration.text import check_vocabulary, load_documents, token_stream
-from bitsmoe_plugin.commands.defaults import BLOCK, PROMPT, WRITTEN_AT_ONCE
+from bitsmoe_plugin.commands.defaults import PROMPT, WRITTEN, WRITTEN_AT_ONCE
 from bitsmoe_plugin.commands.evaluate import load_for_evaluation
 from bitsmoe_plugin.errors import ConfigError, QuantizationError
 from bitsmoe_plugin.models.low_precision import READ, method_of, stored_settings
@@ -63,7 +63,7 @@ def write_text(
     dataset: Any,
     tokens: int,
     *,
-    sequence_length: int = BLOCK,
+    sequence_length: int = WRITTEN,
     prompt_tokens: int = PROMPT,
     batch_size: int = WRITTEN_AT_ONCE,
     temperature: float = 1.0,
