@@ -7,7 +7,7 @@ TOKENS = 131_072
 PROMPT = 16
 """Tokens of others that a model goes on from where it writes text itself."""
 WRITTEN = BLOCK - 1
-"""Tokens of a sequence that a model writes: with the end-of-text that follows each document it fills a block."""
+"""Tokens of a sequence that a model writes: with the end-of-text behind each document it fills a block."""
 WRITTEN_AT_ONCE = 32
 """Sequences; their keys and values are in memory."""
 SHAPES = {
