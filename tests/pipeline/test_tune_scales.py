@@ -277,7 +277,7 @@ def test_bases_without_scales_are_refused(moe_tiny_path: Path, moe_tiny: Any, bl
         {"seed": -1},
         {"through": "layer"},
         {"layers_at_once": 0},
-        {"learn": ("codes",)},
+        {"learn": ("experts",)},
         {"learn": ()},
         {"learn": "rows"},
         {"learn": ("rows", "rows")},

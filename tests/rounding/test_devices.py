@@ -71,7 +71,8 @@ def test_a_layer_is_quantized_on_the_device_of_its_inputs(
     for (name, tensor), (_, wanted) in zip(found.packed.tensors(), rounded.packed.tensors(), strict=True):
         assert type(tensor) is torch.Tensor, name
         assert tensor.shape == wanted.shape, name
-        assert (tensor != wanted).sum() <= 0.05 * wanted.numel(), name
+        # The CPU searches in integers, others in float32: codes of like cost may differ.
+        assert (tensor != wanted).sum() <= 0.1 * wanted.numel(), name
 
 
 def test_super_experts_are_found_where_a_layer_moves_to_another_device(
