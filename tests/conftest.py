@@ -161,9 +161,9 @@ def installed_wheel(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPa
     """The package as users get it: built into a wheel, from a source distribution, and installed into this
     directory, to be put on PYTHONPATH. The editable installation that tests run from has other entry points
     and files. Both distributions lie next to the directory, and ``source``, what they were built from."""
-    root, cache = Path(__file__).parents[1], pytestconfig.cache
-    assert cache is not None
-    install = partial(install_wheel, root, cache.mkdir("wheels"))
+    root, cache = Path(__file__).parents[1], getattr(pytestconfig, "cache", None)  # -p no:cacheprovider
+    kept = tmp_path_factory.mktemp("wheels") if cache is None else cache.mkdir("wheels")
+    install = partial(install_wheel, root, kept)
     return made_once(tmp_path_factory, "wheel", install) / "installed"
 
 
