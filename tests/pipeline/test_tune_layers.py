@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,21 @@ def test_stopped_it_goes_on_with_the_same_result(
     assert result == whole[1]
     assert_same(model, whole[0])
     assert_same(tuned(packed, moe_tiny, blocks, tmp_path)[0], model)  # all is finished
+
+
+def test_codes_that_are_learnt_are_kept_and_come_back(
+    packed: Any, moe_tiny: Any, blocks: Tensor, tmp_path: Path
+) -> None:
+    """Guards against layers that go on with the codes that they had: payloads are kept only if codes move."""
+    settings = replace(SETTINGS, learn=("bases", "rows", "codes"), learning_rate=1e-2)
+    whole, result = tuned(packed, moe_tiny, blocks, tmp_path / "whole", settings)
+    assert result.epoch
+    assert {name.rpartition(".")[2] for name in changed(whole, packed)} >= {"bitsmoe_payload"}
+    asked = iter(range(9))
+    with pytest.raises(Interrupted):
+        tuned(packed, moe_tiny, blocks, tmp_path / "parts", settings, stop=lambda: next(asked) == 2)
+    assert "payload" in load_file(tmp_path / "parts" / "tuned-0.safetensors")
+    assert_same(tuned(packed, moe_tiny, blocks, tmp_path / "parts", settings)[0], whole)
 
 
 def test_killed_within_a_layer_it_goes_on(
