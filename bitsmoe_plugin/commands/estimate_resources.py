@@ -139,18 +139,20 @@ def _layer_bytes(shape: LayerShape, tokens: int, bits: float, input_bases: int) 
 
 
 def _planning_bytes(shape: LayerShape, tokens: int, config: BitsMoEConfig) -> int:
-    """The working set of ``layer_plan.plan_layer`` and what comes before, in float32: that of the bases (19
-    of [H, H]), or of the trial (7 held; feedback and decoded rows of some experts, these twice while joined).
+    """The working set of ``layer_plan.plan_layer`` and what comes before, in float32: that of the bases (21
+    of [H, H]), or of the trial (7 held; feedback and decoded rows of some experts, these three times while
+    they are joined and judged).
 
-    16 experts of 3,584 x 1,024: 0.97 GB measured for the bases, 1.55 for the trial, 1.50 estimated.
+    GB measured (estimated), 16 experts of 3,584 x 1,024 and of 7,168 x 2,048: bases 0.97 (1.08) and 4.35
+    (4.32), trial 1.55 (1.85) and 6.92 (7.37).
     """
     square, bases = 4 * shape.hidden_size**2, min(config.input_bases, shape.inputs)
     if config.cost != "output":
-        return 19 * square
+        return 21 * square
     experts = len(trial_experts(shape.num_experts))
     rows = 4 * len(shape.factors) * shape.rank * shape.intermediate_size
     held = 7 * square + 4 * tokens * bases * shape.rank
-    return max(19 * square, held + experts * (bases * square + 2 * rows))
+    return max(21 * square, held + experts * (bases * square + 3 * rows))
 
 
 def _activity_bytes(shape: LayerShape, tokens: int, input_bases: int) -> int:
