@@ -15,7 +15,7 @@ _KEPT_VALUES = 24
 """Values in float32 per token, layer and hidden feature that wait for the backward pass."""
 _LOGITS = 6
 """Times that logits of a step are in memory, float32: of both models, their logarithms and gradients."""
-_CODES_BYTES = 33
+_CODES_BYTES = 40
 """Per weight whose codes are learnt: see ``TunableCodes``."""
 _SECONDS_PER_DECODED = 3e-8
 """Of a weight of the experts, in plain torch, one core: what is left of a step of the bundled model without

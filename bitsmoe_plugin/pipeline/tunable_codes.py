@@ -20,7 +20,7 @@ class TunableCodes:
     gains alone, and are the stored ones where these are 0.
 
     Attributes:
-        gain: ``[f, E, r, I]`` float32. All that is kept takes 13 bytes per weight, gradients and descent 20.
+        gain: ``[f, E, r, I]`` float32. All that is kept takes 20 bytes per weight, gradients and descent 20.
     """
 
     def __init__(self, layer: ReferenceLayer) -> None:
@@ -28,15 +28,15 @@ class TunableCodes:
         self._bits = layout.row_widths(packed.row_codes, spec.widths)
         self._size, self._grid = spec.shape.intermediate_size, spec.grid
         stored = torch.zeros(
-            *self._bits.shape, row_codec.padded(self._size), dtype=torch.uint8, device=packed.payload.device
+            *self._bits.shape, row_codec.padded(self._size), dtype=torch.int32, device=packed.payload.device
         )
         index = layout.index_rows(packed.row_codes.cpu(), spec.widths, spec.shape)
         for factor in range(self._bits.shape[0]):
             for expert in range(self._bits.shape[1]):
                 codes, order = layout.unpack_row_codes(packed.payload, index, factor, expert, self._size)
-                stored[factor, expert, order.to(stored.device)] = codes.to(torch.uint8)
+                stored[factor, expert, order.to(stored.device)] = codes
         self._stored, self._before = stored, self._decoded(stored)
-        self._values, self._coded = self._before, -1
+        self._now, self._coded = (stored, self._before), 0
         self.gain = torch.zeros_like(self._before, requires_grad=True)
 
     def rows(self, gain: Tensor) -> Tensor:
@@ -45,22 +45,26 @@ class TunableCodes:
         Args:
             gain: the attribute, or what stands for it where a backward pass computes again.
         """
-        if self._coded != self.gain._version:
-            self._values, self._coded = self._coded_again()[1], self.gain._version
         place = self._before + gain
-        rows = place + (self._values - place).detach()
+        rows = place + (self._found()[1] - place).detach()
         return torch.where(self._bits[..., None] > 0, rows, 0.0)
 
     @torch.no_grad()
     def payload(self) -> Tensor:
         """Words ``[words]`` int32 of all rows, on the CPU."""
-        codes = self._coded_again()[0].int()
+        codes = self._found()[0]
         parts = [layout.pack_experts(*given) for given in zip(codes, self._bits, strict=True)]
         return torch.cat([words.cpu() for factor in parts for words in factor])
 
+    def _found(self) -> tuple[Tensor, Tensor]:
+        """See ``_coded_again``; searched for once after each change of the gains."""
+        if self._coded != self.gain._version:
+            self._now, self._coded = self._coded_again(), self.gain._version
+        return self._now
+
     @torch.no_grad()
     def _coded_again(self) -> tuple[Tensor, Tensor]:
-        """Codes ``[f, E, r, padded(I)]`` uint8, and the values that they stand for."""
+        """Codes ``[f, E, r, padded(I)]`` int32, and the values that they stand for."""
         codes, values = self._stored.clone(), self._before.clone()
         alike = torch.ones(self._size, device=values.device)
         for factor, bits in enumerate(self._bits):  # one after the other: less is held at once
@@ -70,13 +74,13 @@ class TunableCodes:
             )
             closer = _of_blocks(place - value) < _of_blocks(place - self._before[factor])
             every = closer.repeat_interleave(BLOCK, -1)
-            codes[factor] = torch.where(every, found.to(torch.uint8), codes[factor])
+            codes[factor] = torch.where(every, found, codes[factor])
             values[factor] = torch.where(every[..., : self._size], value, values[factor])
         return codes, values
 
     def _decoded(self, codes: Tensor) -> Tensor:
         scales = torch.ones(self._bits.shape, device=codes.device)
-        return row_codec.decode(codes.int(), scales, self._bits, self._size, self._grid)
+        return row_codec.decode(codes, scales, self._bits, self._size, self._grid)
 
 
 def _of_blocks(errors: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ class TuningSettings:
         there is taken. Above 0, at most 0.5.
     seed: of the order of the blocks.
     learn: of ``LEARNABLE``. All keep their dtypes and sizes. Norms and routers are not experts' own, and move
-        a tenth as fast. Codes take 33 bytes of memory per weight of the experts that are tuned at a time, and
+        a tenth as fast. Codes take 40 bytes of memory per weight of the experts that are tuned at a time, and
         need much text: they learn by heart what there is little of.
 
     through: "layers": one decoder layer after the other, with that layer's experts alone in memory. "model":

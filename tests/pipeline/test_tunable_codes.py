@@ -16,7 +16,7 @@ from bitsmoe_plugin.pipeline.tunable_codes import TunableCodes
 from bitsmoe_plugin.pipeline.tunable_layer import TunableLayer
 from bitsmoe_plugin.runtime.reference_layer import ReferenceLayer
 
-WIDTHS, SHARES = (0, 1, 2, 3, 4, 6, 8), (0.1, 0.2, 0.3, 0.1, 0.1, 0.1, 0.1)
+WIDTHS, SHARES = (0, 1, 2, 3, 4, 6, 8, 16), (0.1, 0.2, 0.2, 0.1, 0.1, 0.1, 0.1, 0.1)
 
 
 def silu(gate: Tensor, up: Tensor) -> Tensor:
