@@ -195,6 +195,10 @@ class RowIndex:
     row_starts: list[list[int]]
     rows: int
 
+    def stored_order(self, factor: int, expert: int) -> Tensor:
+        """Rank indices ``[n]`` int64 of the stored rows of one factor of one expert, in their order."""
+        return self.order[factor, expert, : sum(self.counts[factor][expert])]
+
 
 def row_widths(row_codes: Tensor, widths: tuple[int, ...]) -> Tensor:
     """Bits of every row, ``[f, E, r]`` int64."""
@@ -300,7 +304,7 @@ def unpack_rows(
     Returns:
         rows ``[n, I]`` float32 and their rank indices ``[n]`` int64, n = rows not dropped.
     """
-    order = index.order[factor, expert, : sum(index.counts[factor][expert])]
+    order = index.stored_order(factor, expert)
     own = scales[factor, expert, order, None]
     pieces = [
         _decode_words(words, own[first : first + len(words)], width, size, grid)
@@ -313,7 +317,7 @@ def unpack_row_codes(
     payload: Tensor, index: RowIndex, factor: int, expert: int, size: int
 ) -> tuple[Tensor, Tensor]:
     """As ``unpack_rows``, but the codes, ``[n, padded(I)]`` int32."""
-    order = index.order[factor, expert, : sum(index.counts[factor][expert])]
+    order = index.stored_order(factor, expert)
     whole = row_codec.padded(size)
     pieces = [
         bit_strings.unpack_codes(words, width, whole)
@@ -328,7 +332,7 @@ def unpack_tiled_rows(
     """As ``unpack_rows``, of a layer of the grid "tiled"."""
     assert packed.tile_scales is not None
     assert packed.row_gains is not None
-    order = index.order[factor, expert, : sum(index.counts[factor][expert])]
+    order = index.stored_order(factor, expert)
     own = slice(index.row_starts[factor][expert], index.row_starts[factor][expert] + len(order))
     scales = packed.tile_scales[own].view(torch.float16)
     gains = packed.row_gains[own].view(torch.float16).float()[:, None]

@@ -34,8 +34,11 @@ class Descent:
         scales = [gain for layer in layers for gain in layer.scale_gains]
         codes = [gain for layer in layers for gain in layer.code_gains]
         rate = settings.learning_rate
-        groups = [{"params": scales, "lr": rate}, {"params": weights.gains, "lr": rate * _OF_WEIGHTS}]
-        groups.append({"params": codes, "lr": rate * _OF_CODES})
+        groups = [
+            {"params": scales, "lr": rate},
+            {"params": codes, "lr": rate * _OF_CODES},
+            {"params": weights.gains, "lr": rate * _OF_WEIGHTS},
+        ]
         self._gains = [*scales, *codes, *weights.gains]
         # The defaults remember the gradients of 1000 steps; here there may be 20 in all.
         self._optimizer = torch.optim.Adam([g for g in groups if g["params"]], lr=rate, betas=(0.9, 0.95))
