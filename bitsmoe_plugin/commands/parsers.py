@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bitsmoe_plugin.base.argument_types import count
+from bitsmoe_plugin.base.argument_types import count, positive
 from bitsmoe_plugin.commands.bench.parsers import BENCHMARKS
 from bitsmoe_plugin.commands.compare import METHODS as COMPARED
 from bitsmoe_plugin.commands.compare.budget_range import budgets
@@ -250,7 +250,7 @@ def add_write(commands: Any, run: Run) -> None:
     _add_number(parser, "--sequence-length", "tokens per sequence", WRITTEN)
     _add_number(parser, "--prompt-tokens", "of them that come from the dataset", PROMPT)
     _add_number(parser, "--batch-size", "sequences at once", WRITTEN_AT_ONCE)
-    _add_number(parser, "--temperature", "below 1: more of what is likely", 1.0, float)
+    _add_number(parser, "--temperature", "below 1: more of what is likely", 1.0, positive)
     _add_number(parser, "--seed", "of the prompts and what follows", 0, count(0))
     _add_device(parser)
     add_source(parser)
