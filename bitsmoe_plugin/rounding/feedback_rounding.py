@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bitsmoe_plugin.base.integer_products import available
+from bitsmoe_plugin.base.linalg import columns, product
 from bitsmoe_plugin.codec import coupled_blocks, row_codec, uniform
 from bitsmoe_plugin.codec.backends import RankRows, RoundingBackend, backend_for
 from bitsmoe_plugin.codec.block import BLOCK
@@ -55,6 +57,21 @@ def _passed_on(rows: RankRows, begin: int, end: int, first: int, last: int) -> T
     """What rows ``first`` to ``last`` make up for of rows ``begin`` to ``end``, ``[2, e, rows, I]``."""
     assert rows.unit is not None
     return rows.unit[:, :, begin:end, first:last].transpose(-1, -2) @ rows.work[:, :, begin:end]
+
+
+def _passed_far(rows: RankRows, first: int, last: int) -> Tensor:
+    """``_passed_on`` of all rows before ``first``, most of the work; in integers where the CPU has them."""
+    assert rows.unit is not None
+    if not available(rows.work.device) or first == 0:
+        return _passed_on(rows, 0, first, first, last)
+    factors, experts, _, size = rows.work.shape
+    result = torch.empty(factors, experts, last - first, size, device=rows.work.device)
+    for expert in range(experts):
+        shares = [columns(unit[:first, first:last]) for unit in rows.unit[:, expert]]
+        for factor in range(factors):
+            errors = columns(rows.work[factor, expert, :first])
+            product(shares[min(factor, len(shares) - 1)], errors, out=result[factor, expert])
+    return result
 
 
 def round_along_rank(
@@ -103,7 +120,7 @@ def round_along_rank(
     if feedback.unit is None:  # a row is its own target, and what is left of it nobody reads
         round_rank(rows, 0, rank, rows.work, grid)
     for far in range(0, rank if feedback.unit is not None else 0, _FAR):
-        targets = _passed_on(rows, 0, far, far, min(far + _FAR, rank))
+        targets = _passed_far(rows, far, min(far + _FAR, rank))
         targets += rows.work[:, :, far : far + _FAR]
         for first in range(far, min(far + _FAR, rank), _LAZY):
             last = min(first + _LAZY, rank)

@@ -69,7 +69,8 @@ def refit_down(
 
     Ridge regression towards the exact factor F: with h the exact and h' the rounded activations and
     t what is wanted besides F h (see ``_missing_output``),
-    F' = (E[a (F h + t) h'^T] + l F)(E[a h' h'^T] + l I)^-1, blended with F by tokens per neuron.
+    F' = (E[a (F h + t) h'^T] + l F)(E[a h' h'^T] + l I)^-1
+       = F + (F E[a (h - h') h'^T] + E[a t h'^T])(E[a h' h'^T] + l I)^-1, blended with F by tokens per neuron.
 
     Args:
         values: ``[n, e, r, I]``, decoded gate and up, or up alone.
@@ -90,13 +91,13 @@ def refit_down(
         rounded = columns(_rounded_hidden(problem, expert, known.tokens, values[:, i]), a)
         own, cross = squared(rounded), product(columns(known.hidden, a), rounded)
         ridge = _REFIT_RIDGE * own.diagonal().mean().clamp_min(1e-30) * eye
-        wanted = float_product(down[i], (cross + ridge).T)
+        # It cancels most of what it is multiplied with, and would leave the rounding errors of integers.
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(own + ridge))
+        change = product(rows(down[i]), columns(float_product(cross.sub_(own), inverse)))
         if problem.drift is not None:
             missing = _missing_output(problem, known.tokens, problem.drift)
-            wanted += product(columns(missing, a), rounded)
-        # The inverse cancels most of what is wanted, and would leave the rounding errors of integers.
-        fitted = float_product(wanted, torch.cholesky_inverse(torch.linalg.cholesky(own + ridge)))
-        down[i] += routed / (routed + 2 * size) * (fitted - down[i])
+            change += float_product(product(columns(missing, a), rounded), inverse)
+        down[i] += routed / (routed + 2 * size) * change
         moments[i] = own
     return down, moments
 

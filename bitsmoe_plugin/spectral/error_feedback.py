@@ -39,18 +39,16 @@ class Feedback:
         """Of damped second moments ``[..., n, n]``; ``damping`` is the share of the mean diagonal added, to
         all or to each."""
         n = moments.shape[-1]
-        units, variances = [], []
         flat = moments.reshape(-1, n, n)
+        units, variances = torch.empty_like(flat), torch.empty_like(flat[..., 0])
         shares = damping if isinstance(damping, list) else [damping] * len(flat)
-        for matrix, share in zip(flat, shares, strict=True):
-            diagonal = matrix.diagonal()
-            floor = share * diagonal.mean().clamp_min(1e-30)
-            root = upper_root(matrix + torch.diag(floor.expand(n)))
-            scale = root.diagonal().clone()
-            units.append(root.div_(scale))
-            variances.append(scale.square_())
-        shape = moments.shape[:-2]
-        return Feedback(torch.stack(units).view(moments.shape), torch.stack(variances).view(*shape, n))
+        for matrix, share, unit, variance in zip(flat, shares, units, variances, strict=True):
+            damped = matrix.clone()
+            damped.diagonal().add_(share * matrix.diagonal().mean().clamp_min(1e-30))
+            root = upper_root(damped)
+            torch.div(root, root.diagonal(), out=unit)
+            torch.square(root.diagonal(), out=variance)
+        return Feedback(units.view(moments.shape), variances.view(moments.shape[:-1]))
 
     @staticmethod
     def none(diagonal: Tensor, damping: float) -> Feedback:

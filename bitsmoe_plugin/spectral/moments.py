@@ -169,7 +169,7 @@ def input_covariance(
     weights = weights[:, some] * (raised / mean[some].clamp_min(1e-30))
     picked = tokens.tokens[some]
     own = torch.stack([second_moment(x, weight, picked) for x, weight in zip(z, weights, strict=True)])
-    return share * own + (1 - share) * pooled
+    return own.mul_(share).add_(pooled, alpha=1 - share)
 
 
 def input_variance(

@@ -10,7 +10,7 @@ from bitsmoe_plugin.base import native
 from bitsmoe_plugin.codec import coupled_blocks, row_codec, trellis
 from bitsmoe_plugin.codec.backends import CoupledBlocks
 from bitsmoe_plugin.codec.backends.native import COMPILED
-from bitsmoe_plugin.codec.backends.reference import REFERENCE
+from bitsmoe_plugin.codec.backends.reference import REFERENCE, ReferenceBackend
 from bitsmoe_plugin.codec.trellis import coupled_search
 
 
@@ -100,3 +100,24 @@ def test_rows_of_all_widths_and_short_blocks(size: int, grid: str) -> None:
         (((target - v) @ unit).square() * variance[:, None]).sum(-1) for v in (values, plain_values)
     )
     assert bool((cost <= before * (1 + 1e-5)).all())
+
+
+@pytest.mark.skipif(native.library() is None, reason="no compiled library")
+@pytest.mark.parametrize("size", [32, 20])
+@pytest.mark.parametrize("grid", row_codec.GRIDS)
+def test_compiled_rows_of_all_widths_are_those_of_its_searches(size: int, grid: str) -> None:
+    """More rows than are taken together, and than an expert has. Guards against a row's scale, or another
+    expert's unit, at a block that stands elsewhere in its batch."""
+    generator = torch.Generator().manual_seed(2)
+    bits = torch.randint(0, 9, (3, 50), generator=generator)
+    rows = torch.randn(3, 50, size, generator=generator)
+    scales = torch.where(bits > 0, 0.5 + torch.rand(3, 50, generator=generator), 0.0)
+    unit = torch.eye(32) + torch.randn(3, 32, 32, generator=generator).triu(1) * 0.3
+    variance = torch.rand(3, 32, generator=generator) + 0.1
+    unit[:, size:], unit[:, :, size:], variance[:, size:] = 0, 0, 0
+    weights = (unit.square() @ variance[..., None])[:, None, :size, 0]
+    given = rows, scales, weights, unit, variance, bits, grid
+    wanted, wanted_values = ReferenceBackend.rounded_coupled(COMPILED, *given)
+    codes, values = COMPILED.rounded_coupled(*given)
+    assert torch.equal(codes, wanted)
+    torch.testing.assert_close(values, wanted_values, rtol=1e-6, atol=1e-6)

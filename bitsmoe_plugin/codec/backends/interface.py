@@ -115,6 +115,27 @@ class RoundingBackend(Protocol):
         """
         ...
 
+    def rounded_coupled(
+        self,
+        rows: Tensor,
+        scales: Tensor,
+        weights: Tensor,
+        unit: Tensor,
+        variance: Tensor,
+        bits: Tensor,
+        grid: str,
+    ) -> tuple[Tensor, Tensor]:
+        """As ``rounded``, of rows of one block each; those of a trellis are then coded once more by
+        ``coupled_codes``.
+
+        Args:
+            rows: ``[e, r, n]`` float32, n at most 32.
+            scales, bits: ``[e, r]``.
+            weights: ``[e, 1, n]`` float32.
+            unit, variance: ``[e, 32, 32]`` and ``[e, 32]``, see ``CoupledBlocks``.
+        """
+        ...
+
     def round_rank(self, rows: RankRows, first: int, last: int, target: Tensor, grid: str) -> None:
         """Round rows ``first`` to ``last`` one after another, each passing its error on to those after it.
 

@@ -61,6 +61,11 @@ def _library() -> ctypes.CDLL:
         *[address] * 4,
         c_int,
     ]
+    lib.bitsmoe_round_coupled.argtypes = [
+        *(grids, address, address, address, address, size, size, c_int),
+        *[address] * 4,
+        c_int,
+    ]
     lib.bitsmoe_round_rank.argtypes = [grids, POINTER(_RankRows), c_int]
     lib.bitsmoe_rank_rows_bytes.restype = c_int64
     built_from = lib.bitsmoe_rank_rows_bytes()  # other sources, if the package was not installed since
@@ -155,6 +160,29 @@ class CompiledBackend(ReferenceBackend):
         if _library().bitsmoe_round_rows(
             *(_grids(grid), pointer(rows), pointer(weights), per, widths.numel(), size),
             *(pointer(widths), pointer(scales), pointer(codes), pointer(values), torch.get_num_threads()),
+        ):
+            raise MemoryError("no memory for rounding")
+        return codes, values
+
+    def rounded_coupled(
+        self,
+        rows: Tensor,
+        scales: Tensor,
+        weights: Tensor,
+        unit: Tensor,
+        variance: Tensor,
+        bits: Tensor,
+        grid: str,
+    ) -> tuple[Tensor, Tensor]:
+        widths, scales = bits.to(torch.uint8).contiguous(), scales.contiguous()
+        weights, per = per_row(weights, rows)
+        rows, unit, variance = rows.contiguous(), unit.contiguous(), variance.contiguous()
+        codes = torch.empty(*rows.shape[:-1], BLOCK, dtype=torch.int32, device="cpu")
+        values = torch.empty_like(rows)
+        if _library().bitsmoe_round_coupled(
+            *(_grids(grid), pointer(rows), pointer(weights), pointer(unit), pointer(variance), per),
+            *(widths.numel(), rows.shape[-1], pointer(widths), pointer(scales)),
+            *(pointer(codes), pointer(values), torch.get_num_threads()),
         ):
             raise MemoryError("no memory for rounding")
         return codes, values

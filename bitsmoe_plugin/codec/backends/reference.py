@@ -7,6 +7,7 @@ from torch import Tensor
 
 from bitsmoe_plugin.codec import bit_strings, row_codec, trellis, uniform
 from bitsmoe_plugin.codec.backends.interface import CoupledBlocks, RankRows, RoundingBackend
+from bitsmoe_plugin.codec.block import BLOCK
 from bitsmoe_plugin.codec.scale_grid import nearby_codes
 from bitsmoe_plugin.codec.trellis import coupled_search, search
 
@@ -62,6 +63,27 @@ class ReferenceBackend(RoundingBackend):
         fill = (0, row_codec.padded(rows.shape[-1]) - rows.shape[-1])
         rows, weights = torch.nn.functional.pad(rows, fill), torch.nn.functional.pad(weights, fill)
         return self.trellis_codes(trellis.table(width).to(rows.device), rows, weights, width)
+
+    def rounded_coupled(
+        self,
+        rows: Tensor,
+        scales: Tensor,
+        weights: Tensor,
+        unit: Tensor,
+        variance: Tensor,
+        bits: Tensor,
+        grid: str,
+    ) -> tuple[Tensor, Tensor]:
+        size = rows.shape[-1]
+        codes, _ = self.rounded(rows, scales, weights, bits, grid)
+        for width in torch.unique(bits).tolist():
+            if not row_codec.uses_trellis(width, grid):
+                continue
+            pick = bits == width
+            chosen = torch.nn.functional.pad(rows[pick] / scales[pick][:, None], (0, BLOCK - size))
+            blocks = CoupledBlocks(chosen, pick.nonzero()[:, 0], unit, variance, codes[pick])
+            codes[pick] = self.coupled_codes(trellis.table(width).to(rows.device), blocks, width)
+        return codes, row_codec.decode(codes, scales, bits, size, grid)
 
     def round_rank(self, rows: RankRows, first: int, last: int, target: Tensor, grid: str) -> None:
         together = 1

@@ -14,6 +14,8 @@ void bitsmoe_select_rounding(const char *name) {
 
 static void *new_search(void) { return aligned_alloc(64, (rounding->search_bytes + 63) / 64 * 64); }
 
+static void *new_coupled(void) { return aligned_alloc(64, (rounding->coupled_bytes + 63) / 64 * 64); }
+
 /* Codes of blocks [n, 32] with weights alike. Returns 0, or -1 without memory. */
 int bitsmoe_trellis_codes(const float *blocks, const float *weights, int64_t n, const float *table, int bits,
                           int32_t *codes, int threads) {
@@ -48,7 +50,7 @@ int bitsmoe_coupled_codes(const float *rows, const int64_t *owner, int64_t n, co
   for (int64_t start = 0; start < n; start += BATCH) {
     const int count = n - start < BATCH ? (int)(n - start) : BATCH;
     CoupledBlock blocks[BATCH];
-    void *search = aligned_alloc(64, (rounding->coupled_bytes + 63) / 64 * 64);
+    void *search = new_coupled();
     if (!search) {
 #pragma omp atomic write
       failed = -1;
@@ -137,20 +139,44 @@ static void decode_row(const Grids *grids, const int32_t *codes, int size, int b
   for (int i = 0; i < size; i++) values[i] = ((float)codes[i] - half) * step;
 }
 
+/* Of rows that are one block each and owned `per` in succession, unit [n / per, 32, 32] and variance [n / per, 32];
+ * NULL: errors stay where they are. */
+typedef struct {
+  const float *unit, *variance;
+  int64_t per;
+} Coupling;
+
+enum { ROW_BATCH = 64 };
+
+/* Codes of blocks of one width, `first` being those of row 0, once more as they are coupled. */
+static void couple(const Coupling *c, void *search, const Block *blocks, int64_t count, const int32_t *first,
+                   const float *scales, const float *table, int bits) {
+  float rows[ROW_BATCH][BLOCK];
+  CoupledBlock coupled[ROW_BATCH];
+  for (int64_t i = 0; i < count; i++) {
+    const Block *b = blocks + i;
+    const int64_t row = (b->codes - first) / BLOCK, owner = row / c->per;
+    for (int k = 0; k < BLOCK; k++) rows[i][k] = k < b->n ? b->x[k] / scales[row] : 0;
+    coupled[i] = (CoupledBlock){rows[i], c->unit + owner * BLOCK * BLOCK, c->variance + owner * BLOCK, b->codes};
+  }
+  rounding->search_coupled(search, coupled, count, table, bits);
+}
+
 /* Codes [n, padded] and values [n, size] of rows [n, size] at scales [n] of their own, row j at bits[j] and with
  * weights[j / per]. Returns 0, or -1 without memory. */
-int bitsmoe_round_rows(const Grids *grids, const float *rows, const float *weights, int64_t per, int64_t n, int size,
-                       const uint8_t *bits, const float *scales, int32_t *codes, float *values, int threads) {
-  enum { BATCH = 64 };
+static int round_rows(const Grids *grids, const float *rows, const float *weights, int64_t per, int64_t n, int size,
+                      const uint8_t *bits, const float *scales, int32_t *codes, float *values, const Coupling *coupling,
+                      int threads) {
   const int blocks = (size + BLOCK - 1) / BLOCK, padded = blocks * BLOCK;
   int failed = 0;
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
-  for (int64_t start = 0; start < n; start += BATCH) {
-    const int64_t end = n - start < BATCH ? n : start + BATCH, room = (int64_t)BATCH * blocks;
+  for (int64_t start = 0; start < n; start += ROW_BATCH) {
+    const int64_t end = n - start < ROW_BATCH ? n : start + ROW_BATCH, room = (int64_t)ROW_BATCH * blocks;
     int64_t count[TRELLIS_BITS + 1] = {0};
-    void *search = new_search();
+    void *search = new_search(), *again = coupling ? new_coupled() : search;
     Block *queue = malloc((TRELLIS_BITS + 1) * room * sizeof *queue);
-    for (int64_t j = start; j < end && search && queue; j++) {
+    const int ready = search && again && queue;
+    for (int64_t j = start; j < end && ready; j++) {
       const int width = bits[j];
       if (width == 0 || width > TRELLIS_BITS || !grids->table[width]) {
         memset(codes + j * padded, 0, padded * sizeof *codes);
@@ -163,19 +189,36 @@ int bitsmoe_round_rows(const Grids *grids, const float *rows, const float *weigh
             (Block){rows + j * size + first, weights + j / per * size + first, 1.f / scales[j],
                     size - first < BLOCK ? size - first : BLOCK, codes + j * padded + first};
     }
-    for (int width = 1; width <= TRELLIS_BITS; width++)
-      if (count[width])
-        rounding->search_blocks(search, queue + width * room, count[width], grids->table[width], width);
-    for (int64_t j = start; j < end && search && queue; j++)
+    for (int width = 1; width <= TRELLIS_BITS; width++) {
+      const Block *some = queue + width * room;
+      if (!count[width]) continue;
+      rounding->search_blocks(search, some, count[width], grids->table[width], width);
+      if (coupling) couple(coupling, again, some, count[width], codes, scales, grids->table[width], width);
+    }
+    for (int64_t j = start; j < end && ready; j++)
       decode_row(grids, codes + j * padded, size, bits[j], scales[j], values + j * size);
-    if (!search || !queue) {
+    if (!ready) {
 #pragma omp atomic write
       failed = -1;
     }
+    if (coupling) free(again);
     free(search);
     free(queue);
   }
   return failed;
+}
+
+int bitsmoe_round_rows(const Grids *grids, const float *rows, const float *weights, int64_t per, int64_t n, int size,
+                       const uint8_t *bits, const float *scales, int32_t *codes, float *values, int threads) {
+  return round_rows(grids, rows, weights, per, n, size, bits, scales, codes, values, NULL, threads);
+}
+
+/* The same of rows of one block, errors of which are passed on inside it. */
+int bitsmoe_round_coupled(const Grids *grids, const float *rows, const float *weights, const float *unit,
+                          const float *variance, int64_t per, int64_t n, int size, const uint8_t *bits,
+                          const float *scales, int32_t *codes, float *values, int threads) {
+  const Coupling coupling = {unit, variance, per};
+  return round_rows(grids, rows, weights, per, n, size, bits, scales, codes, values, &coupling, threads);
 }
 
 /* Rows first..last of the problems from..to, in lockstep: row k of all of them is searched together. */
