@@ -26,7 +26,7 @@ from bitsmoe_plugin.base.interruption import Interrupted
 from bitsmoe_plugin.base.worker_errors import is_known_to_all, known_to_all, was_stopped
 from bitsmoe_plugin.base.worker_links import gathered
 from bitsmoe_plugin.base.worker_watch import Watch, exchange, watched
-from bitsmoe_plugin.errors import BitsMoEError
+from bitsmoe_plugin.errors import BitsMoEError, ConfigError
 
 T = TypeVar("T")
 
@@ -167,10 +167,25 @@ def _of_another(rank: int, error: BaseException) -> BaseException:
 ALONE = Workers()
 
 
+def _started_together() -> int:
+    """How many processes torchrun has started, connected or not."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def refuse_several(what: str) -> None:
+    """For what is done by one process: several would do it once each, and write over one another.
+
+    Raises:
+        ConfigError: torchrun has started several, or several are connected.
+    """
+    if max(Workers.present().size, _started_together()) > 1:
+        raise ConfigError(f"{what} by one process; start it without torchrun")
+
+
 @contextmanager
 def connected() -> Iterator[Workers]:
     """The workers that torchrun has started this process as one of; on the CPU."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+    if _started_together() == 1 or dist.is_initialized():
         yield Workers.present()
         return
     dist.init_process_group("gloo")

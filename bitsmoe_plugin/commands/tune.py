@@ -22,14 +22,14 @@ from bitsmoe_plugin.base.work_directory import (
     staging,
     writing,
 )
-from bitsmoe_plugin.base.workers import Workers
+from bitsmoe_plugin.base.workers import refuse_several
 from bitsmoe_plugin.calibration.text import load_documents, token_blocks
 from bitsmoe_plugin.checkpoint.read import read_config
 from bitsmoe_plugin.commands.evaluate import check_same_vocabulary, load_for_evaluation, load_reference
 from bitsmoe_plugin.commands.quantize import write_checkpoint
 from bitsmoe_plugin.commands.tuning_way import settled
 from bitsmoe_plugin.config import BitsMoEConfig
-from bitsmoe_plugin.errors import ConfigError, QuantizationError
+from bitsmoe_plugin.errors import QuantizationError
 from bitsmoe_plugin.models.model_class import check_loadable
 from bitsmoe_plugin.models.model_source import ModelSource
 from bitsmoe_plugin.models.side_files import side_files
@@ -74,8 +74,7 @@ def tune_to_directory(
     """
     BitsMoEConfig(calibration_tokens=calibration_tokens, sequence_length=sequence_length)  # it checks them
     out, packed_source, origin = Path(out).resolve(), ModelSource.of(model), ModelSource.of(reference)
-    if Workers.present().size > 1:
-        raise ConfigError("a model is tuned by one process; start it without torchrun")
+    refuse_several("a model is tuned")
     check_output_directory(out)
     config = read_config(Path(packed_source.name))
     check_loadable(origin)

@@ -20,7 +20,7 @@ from bitsmoe_plugin.base.error_lines import working_on
 from bitsmoe_plugin.base.option_checks import check_number
 from bitsmoe_plugin.base.process_state import known_state
 from bitsmoe_plugin.base.work_directory import writing
-from bitsmoe_plugin.base.workers import Workers
+from bitsmoe_plugin.base.workers import refuse_several
 from bitsmoe_plugin.calibration.text import check_vocabulary, load_documents, token_stream
 from bitsmoe_plugin.commands.defaults import PROMPT, WRITTEN, WRITTEN_AT_ONCE
 from bitsmoe_plugin.commands.evaluate import load_for_evaluation
@@ -138,8 +138,7 @@ def _check_numbers(
 
 def _check_output(out: Path) -> None:
     """Refuse what could not be written at the end, or not be read as a dataset."""
-    if Workers.present().size > 1:
-        raise ConfigError("text is written by one process; start it without torchrun")
+    refuse_several("text is written")
     if out.suffix.lower() != ".jsonl":
         raise ConfigError(f"{out} needs a name that ends in .jsonl, by which datasets are known")
     if out.exists():

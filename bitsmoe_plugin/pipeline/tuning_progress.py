@@ -88,16 +88,6 @@ class TuningProgress:
         self._state["blocks"].append(asdict(block))
         self.directory.commit()
 
-    def forget(self) -> None:
-        """Nobody needs the files any more."""
-        for stream in (self.exact, self.hidden, self.untuned):
-            stream.forget(self.next_layer, self._state["chunks"])
-        for block in self.blocks:
-            for layer in block.layers:
-                self.directory.forget(_file(layer))
-        self.directory.state.pop("tuning")
-        self.directory.commit()
-
     def write(
         self, index: int, packed: PackedExperts | None, weights: dict[str, Tensor], codes: bool
     ) -> None:

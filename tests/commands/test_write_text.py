@@ -226,6 +226,6 @@ def test_what_cannot_be_written_is_refused_before_weights_are_read(
 
 def test_several_processes_are_refused(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each would write the same file."""
-    monkeypatch.setattr(module.Workers, "present", lambda: module.Workers(0, 2))
+    monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="without torchrun"):
         write_text(MODEL, tmp_path / "own.jsonl", str(text), 512)

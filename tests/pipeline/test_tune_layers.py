@@ -380,10 +380,19 @@ def test_work_of_quantizing_and_of_tuning_is_told_apart(
         shutil.rmtree(work)
 
 
+@pytest.mark.parametrize("connected", [True, False])
 def test_several_processes_are_refused(
-    packed_moe_tiny: Path, moe_tiny_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    connected: bool,
+    packed_moe_tiny: Path,
+    moe_tiny_path: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(Workers, "present", lambda: Workers(0, 2))
+    """Those that torchrun started are not connected yet: they found one another's work directory in use."""
+    if connected:
+        monkeypatch.setattr(Workers, "present", lambda: Workers(0, 2))
+    else:
+        monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="one process"):
         tune_to_directory(
             str(packed_moe_tiny),
