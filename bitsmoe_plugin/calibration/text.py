@@ -96,7 +96,7 @@ def _sampled(
     for index in order:
         place = _place(documents, index)
         tokens = read[index] = _joined(documents[index], tokenizer, place, chat_template_kwargs)
-        pieces = [tokens[start : start + length] for start in range(0, len(tokens), length)]
+        pieces = _pieces(tokens, length)
         random.shuffle(pieces)
         stream.extend(pieces[0] if pieces else [])
         spare.extend(pieces[1:])
@@ -108,6 +108,16 @@ def _sampled(
     for piece in spare:
         stream.extend(piece)
     return stream[:limit]
+
+
+def _pieces(tokens: list[int], length: int) -> list[list[int]]:
+    """Up to ``length`` tokens each; the end of a document that fills its last one stays there, since it would
+    be a piece of one token that is as likely to be taken as all others."""
+    pieces = [tokens[start : start + length] for start in range(0, len(tokens), length)]
+    if len(pieces) > 1 and len(pieces[-1]) == 1:
+        end = pieces.pop()
+        pieces[-1] += end
+    return pieces
 
 
 def token_blocks(

@@ -93,6 +93,16 @@ def test_documents_are_joined_with_the_end_token() -> None:
     assert token_stream(documents, END) == [1, 2, 9, 3, 9, 4, 5, 6, 9]
     assert token_stream(documents, None) == [1, 2, 3, 4, 5, 6]
     assert token_stream(documents, END, limit=4) == [1, 2, 9, 3]
+
+
+def test_documents_that_fill_a_block_are_sampled_whole() -> None:
+    """Their end was a piece of its own, and came instead of the text for half of the documents."""
+    documents = [[number] * 8 for number in range(10, 20)]
+    given = {"sequence_length": 8, "max_tokens": 40, "vocab_size": 20}
+    stream = token_blocks(documents, END, **given).flatten().tolist()
+    ends = [place for place, token in enumerate(stream) if token == 9]
+    assert ends == [8, 17, 26, 35]
+    assert len(set(stream)) == 6
     with pytest.raises(QuantizationError, match="no tokenizer"):
         token_stream(["text"], None)
 
