@@ -480,3 +480,14 @@ def test_a_runtime_follows_its_tensors(layer) -> None:
     other.load_packed(first)
     other.spec = module.spec
     assert torch.equal(other(*routing(layer)), wanted)
+
+
+def test_an_expert_of_many_neurons_keeps_one_that_is_larger_than_all_others(make_layer) -> None:
+    """Scales of down came from every so-manyth neuron: what is far larger at another was cut off."""
+    layer = make_layer(2, 600, 32, 300)
+    layer.weights.down[..., 1] *= 30
+    problem = problem_of(layer)
+    rounded, _ = round_experts(problem, torch.full((3, 2, 32), 8), [0, 1], with_values=True)
+    assert rounded.values is not None
+    found, wanted = rounded.values[-1][..., 1], problem.down_factors([0, 1])[..., 1]
+    assert float((found - wanted).norm()) < 0.05 * float(wanted.norm())
