@@ -141,23 +141,41 @@ def down_factors(weights: ExpertWeights, inverses: BasisInverses, experts: Exper
 
 
 @span("factors")
-def all_factors(weights: ExpertWeights, inverses: BasisInverses, experts: Experts) -> Tensor:
-    """Both, ``[n + 1, e, rank, I]``."""
-    return _new_factors(weights, inverses, experts, (*weights.inputs, weights.down))
+def all_factors(
+    weights: ExpertWeights, inverses: BasisInverses, experts: Experts, neurons: Tensor | None = None
+) -> Tensor:
+    """Both, ``[n + 1, e, rank, I]``.
+
+    Args:
+        neurons: ``[n + 1, e, k]`` int64: those of each factor and expert instead of all I.
+    """
+    return _new_factors(weights, inverses, experts, (*weights.inputs, weights.down), neurons)
 
 
 def _new_factors(
-    weights: ExpertWeights, inverses: BasisInverses, experts: Experts, wanted: Sequence[Tensor]
+    weights: ExpertWeights,
+    inverses: BasisInverses,
+    experts: Experts,
+    wanted: Sequence[Tensor],
+    neurons: Tensor | None = None,
 ) -> Tensor:
     """Of the ``wanted`` matrices of the weights."""
-    ids = range(weights.num_experts)[experts] if isinstance(experts, slice) else experts
-    size = len(wanted), len(ids), weights.hidden_size, weights.intermediate_size
-    result = torch.empty(size, device=weights.up.device)
+    ids = expert_ids(weights, experts)
+    count = weights.intermediate_size if neurons is None else neurons.shape[-1]
+    result = torch.empty(len(wanted), len(ids), weights.hidden_size, count, device=weights.up.device)
     gate, up, down = inverses.operands
-    for matrices, factors in zip(wanted, result, strict=True):
+    for f, matrices in enumerate(wanted):
         is_down = matrices is weights.down
         left = down if is_down else up if matrices is weights.up else gate
-        for expert, factor in zip(ids, factors, strict=True):
-            neurons = columns(matrices[expert]) if is_down else rows(matrices[expert])
-            product(left, neurons, out=factor)
+        for e, expert in enumerate(ids):
+            matrix = matrices[expert].T if is_down else matrices[expert]
+            if neurons is not None:
+                matrix = matrix[neurons[f, e]]
+            given = columns(matrix.T) if is_down and neurons is None else rows(matrix)
+            product(left, given, out=result[f, e])
     return result
+
+
+def expert_ids(weights: ExpertWeights, experts: Experts) -> Sequence[int]:
+    """Of some experts, or of those of a slice."""
+    return range(weights.num_experts)[experts] if isinstance(experts, slice) else experts

@@ -12,6 +12,7 @@ pytest.importorskip("triton", reason="Triton is published for Linux only")
 
 from pretended_device import pretended_device
 
+from bitsmoe_plugin.allocation import row_costs
 from bitsmoe_plugin.base.devices import choose_device
 from bitsmoe_plugin.calibration.activations import LayerActivations
 from bitsmoe_plugin.calibration.super_experts import forms_massive_activations
@@ -61,6 +62,8 @@ def test_a_layer_is_quantized_on_the_device_of_its_inputs(
 ) -> None:
     """The result is that of the CPU, on the CPU, with the GPU's kernels and without."""
     layer = make_layer(EXPERTS, SIZE, HIDDEN, TOKENS)
+    for cost in row_costs._NEURONS:
+        monkeypatch.setitem(row_costs._NEURONS, cost, SIZE - 1)
     config = BitsMoEConfig(bits=3.0, basis_group_size=16, **options)
     plan, rounded = quantize(layer, layer.activations, config)
     with pretended_device(monkeypatch, triton) as device:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from bitsmoe_plugin.allocation import row_costs as row_costs_module
 from bitsmoe_plugin.allocation.row_costs import row_costs
 from bitsmoe_plugin.base import devices
 from bitsmoe_plugin.calibration.activations import PRIOR_TOKENS
@@ -148,7 +149,7 @@ def costs_of(problem: LayerProblem) -> tuple[Tensor, Tensor]:
     """``row_costs`` with the feedback of all experts, if it is needed."""
     if problem.config.cost == "spectral":
         return row_costs(problem)
-    known = {expert: rank_feedback(problem, expert) for expert in range(E)}
+    known = {expert: rank_feedback(problem, expert) for expert in range(problem.shape.num_experts)}
     return row_costs(problem, row_weights(problem, known))
 
 
@@ -289,6 +290,28 @@ def test_model_costs_are_energy_times_the_error_of_gaussian_rows(layer) -> None:
     ratio = model.sum((0, 1, 2)) / measured.sum((0, 1, 2))
     assert bool((ratio[1:5] > 0.8).all())
     assert bool((ratio[1:5] < 1.25).all())
+
+
+@pytest.mark.parametrize("cost", ["output", "model"])
+def test_costs_of_some_neurons_are_those_of_all(
+    cost: str, make_layer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of neurons of very different sizes, one of them far larger than all others, which evenly spaced ones
+    would miss, and most of another expert's without any weight."""
+    layer = make_layer(3, 240, 32, 400)
+    spread = torch.randn(240, generator=torch.Generator().manual_seed(1)).exp()
+    layer.weights.down.mul_(spread)
+    layer.weights.down[0, :, 7] *= 100
+    layer.weights.down[1, :, 20:] = 0
+    problem = problem_of(layer, cost=cost)
+    wanted, energies = costs_of(problem)
+    monkeypatch.setitem(row_costs_module._NEURONS, cost, 60)
+    found, some = costs_of(problem)
+    torch.testing.assert_close(some.sum(-1), energies.sum(-1), rtol=0.05, atol=0)
+    strongest = int(energies[2, 0].argmax())
+    torch.testing.assert_close(some[2, 0, strongest], energies[2, 0, strongest], rtol=0.05, atol=0)
+    torch.testing.assert_close(some[2, 1], energies[2, 1], rtol=1e-4, atol=0)
+    torch.testing.assert_close(found[:, 2].sum(1)[:, :3], wanted[:, 2].sum(1)[:, :3], rtol=0.2, atol=0)
 
 
 def test_spectral_plan_is_not_corrected(layer) -> None:
