@@ -26,7 +26,7 @@ _NEURONS = {"output": 384, "model": 128}
 """Of an expert with more, that costs are learnt from, drawn by what they add to energies on average. (A layer
 of random experts of 768 neurons at 2 bits, std of the logarithm of neurons' sizes 0 and 0.5, two seeds: 0.2
 to 0.9 % more error than with all; "model", which needs energies alone, 0.1 to 0.4 %. Evenly spaced ones miss
-rows that are large at one neuron alone: 256 gave "model" 1.3 and 1.6 times the error.)"""
+rows that are large at few: SmolLM2 cut into experts of 768, "model" had a KL of 3.39, with this 1.43.)"""
 
 
 def _spectral_weights(problem: LayerProblem, chosen: slice) -> tuple[Tensor, Tensor]:

@@ -130,9 +130,8 @@ def _input_scales(problem: LayerProblem, bits: Tensor, experts: list[int]) -> Te
 def _down_scales(problem: LayerProblem, bits: Tensor, experts: list[int]) -> Tensor:
     """Scales ``[e, r]`` float32 of down rows as they are before they are refitted.
 
-    From all neurons: rows of many bits are often large at one of them alone. (A layer of random experts with
-    neurons of different sizes, std of the logarithm 0 to 0.5: scales from every third made its error at 2
-    bits 1.1 to 2 times as large.)
+    From all neurons: rows are often large at few of them alone. (SmolLM2 cut into experts of 768 neurons, 2
+    bits: KL 0.797 with scales from every third, 0.659 with this.)
     """
     rows = problem.down_factors(experts)
     alike = torch.ones(rows.shape[-1], device=rows.device)
