@@ -144,9 +144,9 @@ class Options:
         default=0.0625,
     )
     method: str = option(
-        f"one of {', '.join(METHOD_NAMES)}; fast takes less time at somewhat lower quality, the others do "
-        "what the two versions of the publication (arXiv 2606.00079) describe, with worse results, to "
-        "compare with",
+        f"one of {', '.join(METHOD_NAMES)}; fast takes a third of the time and loses about twice as much, "
+        "the others do what the two versions of the publication (arXiv 2606.00079) describe, with worse "
+        "results, to compare with",
         "Sets the options below that say so, unless they are given.",
         check=one_of(*METHOD_NAMES),
         default="default",
