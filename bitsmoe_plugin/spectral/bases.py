@@ -168,11 +168,10 @@ def _new_factors(
         is_down = matrices is weights.down
         left = down if is_down else up if matrices is weights.up else gate
         for e, expert in enumerate(ids):
-            matrix = matrices[expert].T if is_down else matrices[expert]
+            matrix = matrices[expert]
             if neurons is not None:
-                matrix = matrix[neurons[f, e]]
-            given = columns(matrix.T) if is_down and neurons is None else rows(matrix)
-            product(left, given, out=result[f, e])
+                matrix = matrix[:, neurons[f, e]] if is_down else matrix[neurons[f, e]]
+            product(left, columns(matrix) if is_down else rows(matrix), out=result[f, e])
     return result
 
 

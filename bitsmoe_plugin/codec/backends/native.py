@@ -56,12 +56,7 @@ def _library() -> ctypes.CDLL:
         *(size, address, c_int),
     ]
     lib.bitsmoe_choose_scales.restype = None
-    lib.bitsmoe_round_rows.argtypes = [
-        *(grids, address, address, size, size, c_int),
-        *[address] * 4,
-        c_int,
-    ]
-    lib.bitsmoe_round_coupled.argtypes = [
+    lib.bitsmoe_rounded_rows.argtypes = [
         *(grids, address, address, address, address, size, size, c_int),
         *[address] * 4,
         c_int,
@@ -96,6 +91,29 @@ def per_row(weights: Tensor, rows: Tensor) -> tuple[Tensor, int]:
     if weights.dim() == rows.dim() and weights.shape == (*rows.shape[:-2], 1, rows.shape[-1]):
         return weights.reshape(-1, rows.shape[-1]).contiguous(), rows.shape[-2]
     return weights.expand_as(rows).reshape(-1, rows.shape[-1]).contiguous(), 1
+
+
+def _rounded(
+    rows: Tensor,
+    scales: Tensor,
+    weights: Tensor,
+    bits: Tensor,
+    grid: str,
+    coupling: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``RoundingBackend.rounded``, or with unit and variance ``rounded_coupled``."""
+    widths, scales = bits.to(torch.uint8).contiguous(), scales.contiguous()
+    weights, per = per_row(weights, rows)
+    rows, size = rows.contiguous(), rows.shape[-1]
+    codes = torch.empty(*rows.shape[:-1], row_codec.padded(size), dtype=torch.int32, device="cpu")
+    values = torch.empty_like(rows)
+    unit, variance = (None, None) if coupling is None else map(pointer, coupling)
+    if _library().bitsmoe_rounded_rows(
+        *(_grids(grid), pointer(rows), pointer(weights), unit, variance, per, widths.numel(), size),
+        *(pointer(widths), pointer(scales), pointer(codes), pointer(values), torch.get_num_threads()),
+    ):
+        raise MemoryError("no memory for rounding")
+    return codes, values
 
 
 class CompiledBackend(ReferenceBackend):
@@ -152,17 +170,7 @@ class CompiledBackend(ReferenceBackend):
     def rounded(
         self, rows: Tensor, scales: Tensor, weights: Tensor, bits: Tensor, grid: str
     ) -> tuple[Tensor, Tensor]:
-        widths, scales = bits.to(torch.uint8).contiguous(), scales.contiguous()
-        weights, per = per_row(weights, rows)
-        rows, size = rows.contiguous(), rows.shape[-1]
-        codes = torch.empty(*rows.shape[:-1], row_codec.padded(size), dtype=torch.int32, device="cpu")
-        values = torch.empty_like(rows)
-        if _library().bitsmoe_round_rows(
-            *(_grids(grid), pointer(rows), pointer(weights), per, widths.numel(), size),
-            *(pointer(widths), pointer(scales), pointer(codes), pointer(values), torch.get_num_threads()),
-        ):
-            raise MemoryError("no memory for rounding")
-        return codes, values
+        return _rounded(rows, scales, weights, bits, grid)
 
     def rounded_coupled(
         self,
@@ -174,18 +182,7 @@ class CompiledBackend(ReferenceBackend):
         bits: Tensor,
         grid: str,
     ) -> tuple[Tensor, Tensor]:
-        widths, scales = bits.to(torch.uint8).contiguous(), scales.contiguous()
-        weights, per = per_row(weights, rows)
-        rows, unit, variance = rows.contiguous(), unit.contiguous(), variance.contiguous()
-        codes = torch.empty(*rows.shape[:-1], BLOCK, dtype=torch.int32, device="cpu")
-        values = torch.empty_like(rows)
-        if _library().bitsmoe_round_coupled(
-            *(_grids(grid), pointer(rows), pointer(weights), pointer(unit), pointer(variance), per),
-            *(widths.numel(), rows.shape[-1], pointer(widths), pointer(scales)),
-            *(pointer(codes), pointer(values), torch.get_num_threads()),
-        ):
-            raise MemoryError("no memory for rounding")
-        return codes, values
+        return _rounded(rows, scales, weights, bits, grid, (unit.contiguous(), variance.contiguous()))
 
     def round_rank(self, rows: RankRows, first: int, last: int, target: Tensor, grid: str) -> None:
         rank, size = rows.work.shape[-2:]

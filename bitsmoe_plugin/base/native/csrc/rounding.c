@@ -140,7 +140,7 @@ static void decode_row(const Grids *grids, const int32_t *codes, int size, int b
 }
 
 /* Of rows that are one block each and owned `per` in succession, unit [n / per, 32, 32] and variance [n / per, 32];
- * NULL: errors stay where they are. */
+ * without a unit errors stay where they are. */
 typedef struct {
   const float *unit, *variance;
   int64_t per;
@@ -163,17 +163,18 @@ static void couple(const Coupling *c, void *search, const Block *blocks, int64_t
 }
 
 /* Codes [n, padded] and values [n, size] of rows [n, size] at scales [n] of their own, row j at bits[j] and with
- * weights[j / per]. Returns 0, or -1 without memory. */
-static int round_rows(const Grids *grids, const float *rows, const float *weights, int64_t per, int64_t n, int size,
-                      const uint8_t *bits, const float *scales, int32_t *codes, float *values, const Coupling *coupling,
-                      int threads) {
+ * weights[j / per]. With a unit, see Coupling, rows are one block each. Returns 0, or -1 without memory. */
+int bitsmoe_rounded_rows(const Grids *grids, const float *rows, const float *weights, const float *unit,
+                         const float *variance, int64_t per, int64_t n, int size, const uint8_t *bits, const float *scales,
+                         int32_t *codes, float *values, int threads) {
+  const Coupling coupling = {unit, variance, per};
   const int blocks = (size + BLOCK - 1) / BLOCK, padded = blocks * BLOCK;
   int failed = 0;
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
   for (int64_t start = 0; start < n; start += ROW_BATCH) {
     const int64_t end = n - start < ROW_BATCH ? n : start + ROW_BATCH, room = (int64_t)ROW_BATCH * blocks;
     int64_t count[TRELLIS_BITS + 1] = {0};
-    void *search = new_search(), *again = coupling ? new_coupled() : search;
+    void *search = new_search(), *again = unit ? new_coupled() : search;
     Block *queue = malloc((TRELLIS_BITS + 1) * room * sizeof *queue);
     const int ready = search && again && queue;
     for (int64_t j = start; j < end && ready; j++) {
@@ -193,7 +194,7 @@ static int round_rows(const Grids *grids, const float *rows, const float *weight
       const Block *some = queue + width * room;
       if (!count[width]) continue;
       rounding->search_blocks(search, some, count[width], grids->table[width], width);
-      if (coupling) couple(coupling, again, some, count[width], codes, scales, grids->table[width], width);
+      if (unit) couple(&coupling, again, some, count[width], codes, scales, grids->table[width], width);
     }
     for (int64_t j = start; j < end && ready; j++)
       decode_row(grids, codes + j * padded, size, bits[j], scales[j], values + j * size);
@@ -201,24 +202,11 @@ static int round_rows(const Grids *grids, const float *rows, const float *weight
 #pragma omp atomic write
       failed = -1;
     }
-    if (coupling) free(again);
+    if (unit) free(again);
     free(search);
     free(queue);
   }
   return failed;
-}
-
-int bitsmoe_round_rows(const Grids *grids, const float *rows, const float *weights, int64_t per, int64_t n, int size,
-                       const uint8_t *bits, const float *scales, int32_t *codes, float *values, int threads) {
-  return round_rows(grids, rows, weights, per, n, size, bits, scales, codes, values, NULL, threads);
-}
-
-/* The same of rows of one block, errors of which are passed on inside it. */
-int bitsmoe_round_coupled(const Grids *grids, const float *rows, const float *weights, const float *unit,
-                          const float *variance, int64_t per, int64_t n, int size, const uint8_t *bits,
-                          const float *scales, int32_t *codes, float *values, int threads) {
-  const Coupling coupling = {unit, variance, per};
-  return round_rows(grids, rows, weights, per, n, size, bits, scales, codes, values, &coupling, threads);
 }
 
 /* Rows first..last of the problems from..to, in lockstep: row k of all of them is searched together. */
