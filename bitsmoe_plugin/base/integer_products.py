@@ -18,7 +18,7 @@ from torch import Tensor
 
 from bitsmoe_plugin.base.native import library, pointer
 
-_STRIPE, _STRETCH = 48, 128
+_STRIPE, STRETCH = 48, 128
 """As in products.h."""
 
 
@@ -32,7 +32,11 @@ class _Source(ctypes.Structure):
 
 
 class _Stripes(ctypes.Structure):
-    _fields_ = [("integers", c_void_p), ("scales", c_void_p), ("rows", c_int64), ("columns", c_int64)]
+    _fields_ = [
+        ("integers", c_void_p),
+        ("scales", c_void_p),
+        *((name, c_int64) for name in ("rows", "columns", "room")),
+    ]
 
 
 @cache
@@ -42,9 +46,10 @@ def _library() -> ctypes.CDLL:
     lib.bitsmoe_pack_stripes.argtypes = [c_void_p, c_void_p, c_int, c_void_p, c_int]
     lib.bitsmoe_multiply_stripes.argtypes = [c_void_p, c_void_p, c_int, c_void_p, c_int]
     lib.bitsmoe_pack_stripes.restype = lib.bitsmoe_multiply_stripes.restype = None
-    lib.bitsmoe_source_bytes.restype = c_int64
-    built_from = lib.bitsmoe_source_bytes()  # other sources, if the package was not installed since
-    assert built_from == ctypes.sizeof(_Source), "base/integer_products.py and csrc/products.h disagree"
+    lib.bitsmoe_stripes_bytes.restype = c_int64
+    built_from = lib.bitsmoe_stripes_bytes()  # other sources, if the package was not installed since
+    known = ctypes.sizeof(_Source) + ctypes.sizeof(_Stripes)
+    assert built_from == known, "base/integer_products.py and csrc/products.h disagree"
     return lib
 
 
@@ -59,8 +64,8 @@ class Stripes:
     """A matrix ``[rows, columns]``, packed to be multiplied.
 
     Attributes:
-        integers: int16, stretches of stripes of rows.
-        scales: float32, of each stretch of each row; NaN where a value of it is not finite.
+        integers: int16 ``[stripes, stretches, 48 * 128]``, strided where it is a part.
+        scales: float32 ``[stripes, stretches, 48]``; NaN where a value of a stretch is not finite.
     """
 
     integers: Tensor
@@ -68,15 +73,36 @@ class Stripes:
     rows: int
     columns: int
 
+    @staticmethod
+    def empty(rows: int, columns: int) -> Stripes:
+        """Room for a matrix, to be filled part by part."""
+        blocks = -(-rows // _STRIPE), -(-columns // STRETCH)
+        return Stripes(
+            torch.empty(*blocks, _STRIPE * STRETCH, dtype=torch.int16, device="cpu"),
+            torch.empty(*blocks, _STRIPE, device="cpu"),
+            rows,
+            columns,
+        )
+
+    def part(self, first: int, last: int) -> Stripes:
+        """Columns from ``first``, a multiple of 128, to ``last``; the same memory."""
+        assert first % STRETCH == 0
+        assert first <= last <= self.columns
+        stretches = slice(first // STRETCH, -(-last // STRETCH))
+        return Stripes(self.integers[:, stretches], self.scales[:, stretches], self.rows, last - first)
+
     @property
     def shape(self) -> tuple[int, int]:
         return self.rows, self.columns
 
     def _given(self) -> _Stripes:
-        return _Stripes(pointer(self.integers), pointer(self.scales), self.rows, self.columns)
+        places = self.integers.data_ptr(), self.scales.data_ptr()  # of parts, too, which are not contiguous
+        return _Stripes(*places, self.rows, self.columns, self.scales.stride(0) // _STRIPE)
 
 
-def _packed(a: Tensor, index: Tensor | None, root: Tensor | None, transposed: bool) -> Stripes:
+def _packed(
+    a: Tensor, index: Tensor | None, root: Tensor | None, transposed: bool, out: Stripes | None = None
+) -> Stripes:
     if a.dtype not in (torch.float32, torch.bfloat16):
         a = a.float()
     if a.stride(-1) != 1:
@@ -91,13 +117,8 @@ def _packed(a: Tensor, index: Tensor | None, root: Tensor | None, transposed: bo
         root = root.float().contiguous()
         assert len(root) == count
     rows, columns = (a.shape[1], count) if transposed else (count, a.shape[1])
-    blocks = -(-rows // _STRIPE) * -(-columns // _STRETCH)
-    result = Stripes(
-        torch.empty(blocks * _STRIPE * _STRETCH, dtype=torch.int16, device="cpu"),
-        torch.empty(blocks * _STRIPE, device="cpu"),
-        rows,
-        columns,
-    )
+    result = Stripes.empty(rows, columns) if out is None else out
+    assert result.shape == (rows, columns)
     stride, start = a.stride(0), a.data_ptr()
     source = _Source(
         start, None if index is None else pointer(index), count, a.shape[1], stride, a.dtype == torch.bfloat16
@@ -110,15 +131,25 @@ def _packed(a: Tensor, index: Tensor | None, root: Tensor | None, transposed: bo
     return result
 
 
-def packed_rows(a: Tensor, index: Tensor | None = None) -> Stripes:
-    """The rows of ``[n, m]``, or those of ``index``, ``[rows]`` int64."""
-    return _packed(a, index, None, transposed=False)
+def packed_rows(a: Tensor, index: Tensor | None = None, out: Stripes | None = None) -> Stripes:
+    """The rows of ``[n, m]``, or those of ``index``, ``[rows]`` int64.
+
+    Args:
+        out: where to, of the same shape.
+    """
+    return _packed(a, index, None, transposed=False, out=out)
 
 
-def packed_columns(a: Tensor, root: Tensor | None = None, index: Tensor | None = None) -> Stripes:
+def packed_columns(
+    a: Tensor, root: Tensor | None = None, index: Tensor | None = None, out: Stripes | None = None
+) -> Stripes:
     """The columns of ``[n, m]``, or of its rows ``index``, as rows ``[m, n]``; row i of ``a`` times
-    ``root[i]``."""
-    return _packed(a, index, root, transposed=True)
+    ``root[i]``.
+
+    Args:
+        out: where to, of the same shape.
+    """
+    return _packed(a, index, root, transposed=True, out=out)
 
 
 def multiplied(a: Stripes, b: Stripes, symmetric: bool = False, out: Tensor | None = None) -> Tensor:

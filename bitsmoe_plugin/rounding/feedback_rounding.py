@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bitsmoe_plugin.base.integer_products import available
-from bitsmoe_plugin.base.linalg import columns, product
+from bitsmoe_plugin.base.integer_products import STRETCH, Stripes, available, packed_columns
+from bitsmoe_plugin.base.linalg import columns, product, rows
 from bitsmoe_plugin.codec import coupled_blocks, row_codec, uniform
 from bitsmoe_plugin.codec.backends import RankRows, RoundingBackend, backend_for
 from bitsmoe_plugin.codec.block import BLOCK
@@ -22,7 +22,7 @@ from bitsmoe_plugin.spectral.error_feedback import Feedback
 
 _LAZY = 32
 """Rows between which errors are passed on at once; rows further on get theirs in one product,"""
-_FAR = 128
+_FAR = STRETCH
 """and rows further on than these theirs in one larger, more efficient product."""
 
 
@@ -59,19 +59,39 @@ def _passed_on(rows: RankRows, begin: int, end: int, first: int, last: int) -> T
     return rows.unit[:, :, begin:end, first:last].transpose(-1, -2) @ rows.work[:, :, begin:end]
 
 
-def _passed_far(rows: RankRows, first: int, last: int) -> Tensor:
-    """``_passed_on`` of all rows before ``first``, most of the work; in integers where the CPU has them."""
-    assert rows.unit is not None
-    if not available(rows.work.device) or first == 0:
-        return _passed_on(rows, 0, first, first, last)
-    factors, experts, _, size = rows.work.shape
-    result = torch.empty(factors, experts, last - first, size, device=rows.work.device)
-    for expert in range(experts):
-        shares = [columns(unit[:first, first:last]) for unit in rows.unit[:, expert]]
-        for factor in range(factors):
-            errors = columns(rows.work[factor, expert, :first])
-            product(shares[min(factor, len(shares) - 1)], errors, out=result[factor, expert])
-    return result
+class _Far:
+    """What whole blocks of ``_FAR`` rows before pass on, most of the work; in integers where the CPU has
+    them, which errors become once."""
+
+    def __init__(self, rows: RankRows) -> None:
+        self._rows = rows
+        factors, experts, rank, size = rows.work.shape
+        self._packed = [
+            [Stripes.empty(size, rank) for _ in range(experts if available(rows.work.device) else 0)]
+            for _ in range(factors)
+        ]
+
+    def passed_on(self, first: int, last: int) -> Tensor:
+        """``_passed_on`` of all rows before ``first``."""
+        rows = self._rows
+        factors, experts, _, size = rows.work.shape
+        if not self._packed[0] or first == 0:
+            return _passed_on(rows, 0, first, first, last)
+        assert rows.unit is not None
+        result = torch.empty(factors, experts, last - first, size, device=rows.work.device)
+        for expert in range(experts):
+            shares = [columns(unit[:first, first:last]) for unit in rows.unit[:, expert]]
+            for factor in range(factors):
+                share = shares[min(factor, len(shares) - 1)]
+                errors = self._errors(factor, expert, first)
+                product(share, errors, out=result[factor, expert])
+        return result
+
+    def _errors(self, factor: int, expert: int, first: int) -> Stripes:
+        """Columns of the errors of all rows before ``first``, of which a block is new."""
+        packed, new = self._packed[factor][expert], slice(first - _FAR, first)
+        packed_columns(self._rows.work[factor, expert, new], out=packed.part(new.start, new.stop))
+        return packed.part(0, first)
 
 
 def round_along_rank(
@@ -119,8 +139,9 @@ def round_along_rank(
     round_rank = (backend or backend_for(factors)).round_rank
     if feedback.unit is None:  # a row is its own target, and what is left of it nobody reads
         round_rank(rows, 0, rank, rows.work, grid)
+    before = _Far(rows)
     for far in range(0, rank if feedback.unit is not None else 0, _FAR):
-        targets = _passed_far(rows, far, min(far + _FAR, rank))
+        targets = before.passed_on(far, min(far + _FAR, rank))
         targets += rows.work[:, :, far : far + _FAR]
         for first in range(far, min(far + _FAR, rank), _LAZY):
             last = min(first + _LAZY, rank)
@@ -142,6 +163,16 @@ def _round_columns(target: Tensor, scale: Tensor, bits: Tensor, unit: Tensor) ->
         error = target[:, :, i : i + 1] - uniform.decode(code, scale, bits)
         work[:, :, i + 1 :] += error * unit[:, None, i, i + 1 :]
     return codes
+
+
+def _from_far(errors: Tensor, unit: Tensor, first: int, last: int) -> Tensor:
+    """What neurons ``first`` to ``last`` make up for of all before, ``[e, rank, neurons]``; in integers where
+    the CPU has them."""
+    result = torch.zeros(*errors.shape[:2], last - first, device=errors.device)
+    for own, shares, found in zip(errors, unit, result, strict=True):
+        if first:
+            product(rows(own[:, :first]), columns(shares[:first, first:last]), out=found)
+    return result
 
 
 def round_along_neurons(
@@ -167,12 +198,17 @@ def round_along_neurons(
     codes = torch.empty(*bits.shape, row_codec.padded(size), dtype=torch.int32, device=factor.device)
     values, errors = torch.empty_like(factor), torch.empty_like(factor)  # errors: factor minus value
     remaining = torch.zeros(bits.shape, device=factor.device)
+    far = torch.empty(0)
     for first in range(0, size, BLOCK):
-        last = min(first + BLOCK, size)
+        last, beyond = min(first + BLOCK, size), first % _FAR
+        if not beyond:
+            far = _from_far(errors, feedback.unit, first, min(first + _FAR, size))
         own = feedback.unit[:, first:last, first:last]
         # |(target - value) root|^2 is what the block costs once later blocks have made up for it.
         root = own * feedback.variance[:, None, first:last].sqrt()
-        passed_on = errors[:, :, :first] @ feedback.unit[:, :first, first:last]
+        near = slice(first - beyond, first)
+        passed_on = far[..., beyond : beyond + last - first]
+        passed_on = passed_on + errors[:, :, near] @ feedback.unit[:, near, first:last]
         target = factor[:, :, first:last] + passed_on @ torch.linalg.inv(own)
         if grid == "uniform":
             code = _round_columns(target, scale, bits, own)

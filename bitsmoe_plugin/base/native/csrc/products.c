@@ -14,7 +14,7 @@ void bitsmoe_select_products(const char *name) {
 /* Whether there are any. */
 int bitsmoe_has_products(void) { return products != NULL; }
 
-int64_t bitsmoe_source_bytes(void) { return sizeof(Source); }
+int64_t bitsmoe_stripes_bytes(void) { return sizeof(Source) + sizeof(Stripes); }
 
 /* A matrix, or the transposed of one, becomes stripes. */
 void bitsmoe_pack_stripes(const Source *source, const float *root, int transposed, Stripes *out, int threads) {
@@ -22,7 +22,7 @@ void bitsmoe_pack_stripes(const Source *source, const float *root, int transpose
 #pragma omp parallel for num_threads(threads) collapse(2) schedule(static)
   for (int64_t stripe = 0; stripe < stripes; stripe++)
     for (int64_t stretch = 0; stretch < stretches; stretch++) {
-      const int64_t first = stripe * STRIPE, begin = stretch * STRETCH, at = stripe * stretches + stretch;
+      const int64_t first = stripe * STRIPE, begin = stretch * STRETCH, at = stripe * out->room + stretch;
       const int rows = out->rows - first < STRIPE ? (int)(out->rows - first) : STRIPE;
       const int count = out->columns - begin < STRETCH ? (int)(out->columns - begin) : STRETCH;
       int16_t *integers = out->integers + at * STRIPE * STRETCH;
@@ -58,7 +58,7 @@ void bitsmoe_multiply_stripes(const Stripes *a, const Stripes *b, int symmetric,
         memset(sums, 0, sizeof sums);
         for (int64_t k = 0; k < stretches; k++) {
           const int64_t count = a->columns - k * STRETCH < STRETCH ? a->columns - k * STRETCH : STRETCH;
-          const int64_t at = i * stretches + k, with = j * stretches + k;
+          const int64_t at = i * a->room + k, with = j * b->room + k;
           products->add_products(a->integers + at * STRIPE * STRETCH, a->scales + at * STRIPE,
                                  b->integers + with * STRIPE * STRETCH, b->scales + with * STRIPE,
                                  (int)(count + 1) / 2, sums);

@@ -23,12 +23,13 @@ typedef struct {
   int32_t bfloat16;
 } Source;
 
-/* Rows in stripes, the last filled up with zeros: integers [stripes, stretches, PAIRS, STRIPE, 2], and what they
- * are to be multiplied with [stripes, stretches, STRIPE]. NaN where a value of a stretch is not finite. */
+/* Rows in stripes, the last filled up with zeros: integers [stripes, room, PAIRS, STRIPE, 2], and what they are to
+ * be multiplied with [stripes, room, STRIPE], of which the first stretches are in use. NaN where a value of a stretch
+ * is not finite. */
 typedef struct {
   int16_t *integers;
   float *scales;
-  int64_t rows, columns;
+  int64_t rows, columns, room;
 } Stripes;
 
 static inline int64_t stripes_of(int64_t rows) { return (rows + STRIPE - 1) / STRIPE; }
