@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -63,20 +65,61 @@ def test_without_correlation_it_is_the_plain_search(bits: int) -> None:
 @pytest.mark.parametrize("instructions", ["portable", "avx2", "avx512"])
 @pytest.mark.parametrize("bits", trellis.WIDTHS)
 def test_compiled_search_finds_what_the_reference_finds(bits: int, instructions: str) -> None:
-    """Sums differ in their last bits, so ties may be broken otherwise: costs are alike, codes nearly all."""
+    """Sums differ in their last bits, so ties may be broken otherwise: costs are alike, codes nearly all.
+    With AVX-512 paths carry 16-bit integers: one that is worse by so little may be taken, and lead
+    elsewhere."""
     if native.select(instructions) is None:
         pytest.skip(f"this machine has no {instructions}")
     try:
         for blocks in (_blocks(bits), _blocks(bits, count=70, used=13)):
             wanted = REFERENCE.coupled_codes(trellis.table(bits), blocks, bits)
             found = COMPILED.coupled_codes(trellis.table(bits), blocks, bits)
-            torch.testing.assert_close(
-                _costs(blocks, found, bits), _costs(blocks, wanted, bits), rtol=2e-4, atol=1e-6
-            )
             used = blocks.variance[0] > 0
-            assert float((found == wanted)[:, used].float().mean()) > 0.99
+            same = float((found == wanted)[:, used].float().mean())
+            costs = _costs(blocks, found, bits), _costs(blocks, wanted, bits)
+            if instructions == "avx512":
+                assert same > 0.96
+                torch.testing.assert_close(costs[0].sum(), costs[1].sum(), rtol=0.01, atol=0)
+            else:
+                assert same > 0.99
+                torch.testing.assert_close(*costs, rtol=2e-4, atol=1e-6)
     finally:
         native.select(None)
+
+
+def _outlier(blocks: CoupledBlocks) -> None:
+    blocks.rows[::3, 5] *= 100
+
+
+def _all_far_away(blocks: CoupledBlocks) -> None:
+    blocks.rows.mul_(1e4)
+
+
+def _passing_on(share: float) -> Callable[[CoupledBlocks], None]:
+    def change(blocks: CoupledBlocks) -> None:
+        blocks.unit.sub_(torch.eye(32)).mul_(share).add_(torch.eye(32))
+
+    return change
+
+
+@pytest.mark.skipif(native.library() is None, reason="no compiled library")
+@pytest.mark.parametrize(
+    "change",
+    [_outlier, _all_far_away, _passing_on(8.0), _passing_on(1e-3), _passing_on(0.0)],
+    ids=["outlier", "far away", "much is passed on", "little is passed on", "nothing is passed on"],
+)
+@pytest.mark.parametrize("bits", trellis.WIDTHS)
+def test_steps_of_integers_fit_what_a_block_holds(bits: int, change: Callable[[CoupledBlocks], None]) -> None:
+    """Guards against integers that overflow, or that tell nothing apart: a third of blocks costs more."""
+    blocks = _blocks(bits, count=600)
+    change(blocks)
+    found = COMPILED.coupled_codes(trellis.table(bits), blocks, bits)
+    before = _costs(blocks, blocks.codes, bits)
+    wanted = _costs(blocks, REFERENCE.coupled_codes(trellis.table(bits), blocks, bits), bits)
+    costs = _costs(blocks, found, bits)
+    assert bool((costs <= before * (1 + 1e-5)).all())
+    torch.testing.assert_close(costs.sum(), wanted.sum(), rtol=0.02, atol=0)
+    assert float((costs <= wanted * 1.02).float().mean()) > 0.9
 
 
 @pytest.mark.parametrize("size", [32, 20])

@@ -9,49 +9,54 @@ enum { STATES = 1 << (WINDOW - 1) };
 #include "rounding_coupled_generic.h"
 #endif
 
-/* The best path from `seam` to it. Returns its cost. */
-INLINE float coupled_path(Coupled *s, const CoupledBlock *b, int bits, int seam, uint8_t codes[BLOCK]) {
+/* The best path from `seam` to it. */
+INLINE void coupled_path(Coupled *s, const CoupledBlock *b, int bits, int seam, int32_t codes[BLOCK]) {
   const int states = 1 << (WINDOW - bits);
-  memset(s->passed[0], 0, states * BLOCK * sizeof(float));
+  begin_block(s, b, bits);
   for (int i = 0; i < states; i++) s->metric[i] = i == seam ? 0.f : 1e30f;
   for (int k = 0; k < BLOCK; k++) {
     coupled_step(s, bits, k, b->x[k], b->variance[k]);
-    pass_errors(s, bits, k, b->unit + k * BLOCK);
+    pass_errors(s, b, bits, k);
   }
   for (int k = BLOCK - 1, state = seam; k >= 0; k--) {
     const int window = state << bits | s->trace[k][state];
-    codes[k] = (uint8_t)(window >> (WINDOW - bits));
+    codes[k] = window >> (WINDOW - bits);
     state = window & (states - 1);
   }
-  return s->metric[seam];
 }
 
-/* What a block's codes cost, whose ring begins in state `seam`. */
-INLINE float coupled_cost(const CoupledBlock *b, const float *table, int bits, int seam) {
-  float passed[BLOCK] __attribute__((aligned(64))) = {0}, cost = 0;
+/* What codes of a block cost, whose ring begins in state `seam`. */
+INLINE float coupled_cost(const CoupledBlock *b, const int32_t *codes, const float *table, int bits, int seam) {
+  enum { PARTS = BLOCK / LANES };
+  Floats left[PARTS] = {{0}}, cost = {0};
   for (int k = 0, state = seam; k < BLOCK; k++) {
-    const int window = b->codes[k] << (WINDOW - bits) | state;
-    const float error = b->x[k] - table[window], left = error + passed[k];
-    cost += b->variance[k] * left * left;
-    for (int later = (k + 1) / LANES * LANES; later < BLOCK; later += LANES)
-      *(Floats *)(passed + later) += error * *(const UnalignedFloats *)(b->unit + k * BLOCK + later);
+    const int window = codes[k] << (WINDOW - bits) | state;
+    const float error = b->x[k] - table[window];
+#pragma GCC unroll 8
+    for (int i = 0; i < PARTS; i++) left[i] += error * *(const UnalignedFloats *)(b->unit + k * BLOCK + i * LANES);
     state = window >> bits;
   }
-  return cost;
+#pragma GCC unroll 8
+  for (int i = 0; i < PARTS; i++) cost += *(const UnalignedFloats *)(b->variance + i * LANES) * left[i] * left[i];
+  float sum = 0;
+  for (int i = 0; i < LANES; i++) sum += cost[i];
+  return sum;
 }
 
 INLINE void coupled_width(Coupled *s, const CoupledBlock *blocks, int64_t count, const float *table, int bits) {
   const int states = 1 << (WINDOW - bits);
   for (int window = 0; window < 1 << WINDOW; window++)
     s->values[(window & ((1 << bits) - 1)) * states + (window >> bits)] = table[window];
+  begin_blocks(s, table);
   for (int64_t i = 0; i < count; i++) {
     const CoupledBlock *b = blocks + i;
-    uint8_t codes[BLOCK];
+    int32_t codes[BLOCK];
     unsigned seam = 0;
     for (int k = BLOCK - (WINDOW + bits - 1) / bits; k < BLOCK; k++)
       seam = ((unsigned)b->codes[k] << (WINDOW - bits) | seam) >> bits;
-    if (!(coupled_path(s, b, bits, (int)seam, codes) < coupled_cost(b, table, bits, (int)seam))) continue;
-    for (int k = 0; k < BLOCK; k++) b->codes[k] = codes[k];
+    coupled_path(s, b, bits, (int)seam, codes);
+    if (coupled_cost(b, codes, table, bits, (int)seam) < coupled_cost(b, b->codes, table, bits, (int)seam))
+      memcpy(b->codes, codes, sizeof codes);
   }
 }
 

@@ -8,6 +8,17 @@ typedef struct {
   uint8_t trace[BLOCK][STATES] __attribute__((aligned(64)));
 } Coupled;
 
+/* Before blocks of a width. */
+INLINE void begin_blocks(Coupled *s, const float *table) {
+  (void)s;
+  (void)table;
+}
+
+INLINE void begin_block(Coupled *s, const CoupledBlock *b, int bits) {
+  (void)b;
+  memset(s->passed[0], 0, ((size_t)1 << (WINDOW - bits)) * sizeof s->passed[0][0]);
+}
+
 /* Of every state what the states before have, in the order that vectors of states take branch after branch:
  * out[branch][max(states / branches, LANES)], STATES at most. State s comes by branch j from state
  * (s << bits | j) % states. */
@@ -53,7 +64,8 @@ INLINE void coupled_step(Coupled *s, int bits, int k, float x, float variance) {
 }
 
 /* What the errors of value k pass on to the values after it. */
-INLINE void pass_errors(Coupled *s, int bits, int k, const float *unit) {
+INLINE void pass_errors(Coupled *s, const CoupledBlock *b, int bits, int k) {
+  const float *unit = b->unit + k * BLOCK;
   const float(*from)[BLOCK] = s->passed[k % 2];
   float(*to)[BLOCK] = s->passed[k % 2 ^ 1];
   for (int i = 0; i < 1 << (WINDOW - bits); i++) {
