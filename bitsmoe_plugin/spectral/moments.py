@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bitsmoe_plugin.base.linalg import product, rows, second_moment, symmetric_product
+from bitsmoe_plugin.base.linalg import product, projected_moment, rows, second_moment, symmetric_product
 from bitsmoe_plugin.base.spans import span
 from bitsmoe_plugin.calibration.activations import ExpertTokens, drawn_by_weight, enough
 from bitsmoe_plugin.calibration.statistics import LayerStatistics
@@ -122,8 +122,7 @@ def basis_moments(
 
 def pooled_covariance(bases: Tensor, statistics: LayerStatistics) -> Tensor:
     """Second moment ``[1 or 2, rank, rank]`` float32 of z = input basis times x over the whole layer."""
-    exact = bases.double()
-    return (exact @ statistics.second_moment @ exact.transpose(1, 2)).float()
+    return torch.stack([projected_moment(basis, statistics.second_moment) for basis in bases])
 
 
 def _covariance_weights(slot_weights: Tensor, parts: int) -> Tensor:

@@ -53,3 +53,47 @@ def test_symmetric_product_agrees_with_the_whole_one(m: int) -> None:
 def test_products_use_onednn_where_torch_has_it() -> None:
     """Guards against a silent fall back to the slower library when torch moves the operator."""
     assert linalg._has_onednn() == torch.backends.mkldnn.is_available()
+
+
+def _moment(n: int, tokens: int, largest: float) -> Tensor:
+    """Second moment of inputs one of whose features is as much larger than the others."""
+    inputs = torch.randn(tokens, n, generator=torch.Generator().manual_seed(n)).double()
+    inputs[:, 5] *= largest
+    return inputs.T @ inputs / tokens
+
+
+def _off_diagonals(found: Tensor, exact: Tensor) -> float:
+    """The largest difference relative to the root of the product of two diagonal entries."""
+    size = exact.diagonal().sqrt()
+    return float(((found - exact) / (size[:, None] * size)).abs().max())
+
+
+@pytest.mark.parametrize("largest", [1.0, 1e4])
+@pytest.mark.parametrize(("n", "tokens"), [(64, 200), (600, 2000), (600, 300)])
+def test_moments_in_a_basis_are_exact_for_rows_of_little_energy(n: int, tokens: int, largest: float) -> None:
+    """Guards against rounding that is relative to the largest eigenvalue, where massive activations make that
+    a million times what most rows see; and inputs of fewer tokens than dimensions."""
+    moment = _moment(n, tokens, largest)
+    root = linalg.root_of(moment + 1e-3 * moment.diagonal().mean() * torch.eye(n))
+    basis = torch.linalg.inv(root).float()
+    basis += 0.03 * torch.randn(n, n) * basis.abs().amax(1, keepdim=True)
+    exact = basis.double() @ moment @ basis.double().T
+    found = linalg.projected_moment(basis, moment)
+    assert found.dtype == torch.float32
+    assert _off_diagonals(found, exact) < 1e-4
+
+
+def test_a_moment_of_nothing_has_a_root() -> None:
+    """Guards layers whose inputs are all 0."""
+    assert not bool(linalg.projected_moment(torch.randn(600, 600), torch.zeros(600, 600).double()).any())
+
+
+@pytest.mark.parametrize("largest", [1.0, 1e4])
+@pytest.mark.parametrize("n", [64, 600])
+def test_congruent_agrees_with_float64(n: int, largest: float) -> None:
+    """Of rows of very different length, and of matrices far from 1."""
+    weights = torch.randn(n, 2 * n, generator=torch.Generator().manual_seed(0)).double()
+    matrix, a = 1e-20 * weights @ weights.T, 1e6 * linalg.root_of(_moment(n, 2 * n, largest)).T
+    exact = a @ matrix @ a.T
+    found = linalg.congruent(a, matrix)
+    assert _off_diagonals(found, exact) < 1e-4
