@@ -28,6 +28,7 @@ from bitsmoe_plugin.commands.estimate_tuning import (
 from bitsmoe_plugin.config import BitsMoEConfig
 from bitsmoe_plugin.pipeline.layer_plan import trial_experts
 from bitsmoe_plugin.pipeline.tuning_settings import TuningSettings
+from bitsmoe_plugin.rounding.kept_factors import kept_bytes
 from bitsmoe_plugin.rounding.refit_down import REFIT_TOKENS
 from bitsmoe_plugin.spectral.moments import COVARIANCE_TOKENS
 from bitsmoe_plugin.spectral.statistics_tokens import FEWEST_MOMENT_TOKENS, MEAN_TOKENS, MOMENT_TOKENS
@@ -88,6 +89,7 @@ def quantizing_memory(work: Workload, config: BitsMoEConfig) -> dict[str, int]:
     ``activations``: hidden states of all tokens (embedded, inputs, exact, outputs, captured, residual,
     drift: 7 in the model's dtype; drift twice in float32, while it is taken into the basis).
     ``layer``: see ``_layer_bytes``.
+    ``factors``: of all experts, if there is memory for them now, see ``rounding.kept_factors``.
     ``trial``: what planning a layer takes beyond that, see ``_planning_bytes``.
     ``shown``: with ``all_experts``, see ``_shown_bytes``.
 
@@ -99,7 +101,10 @@ def quantizing_memory(work: Workload, config: BitsMoEConfig) -> dict[str, int]:
     bits = config.bits if config.factor_bits is None else config.factor_bits
     batches = -(-work.tokens // (config.sequence_length * config.batch_size))
     products = 2 * batches * sum(shape.num_experts for shape in work.shapes)
+    factors = max(kept_bytes(shape, torch.device("cpu")) for shape in work.shapes)
+    factors = 0 if config.rounds_as_planned else factors
     layer = max(_layer_bytes(shape, work.tokens, bits, config.input_bases) for shape in work.shapes)
+    planning = max(_planning_bytes(shape, work.tokens, config) for shape in work.shapes)
     return {
         "process": PROCESS_BYTES,
         "model": work.other_bytes,
@@ -108,7 +113,8 @@ def quantizing_memory(work: Workload, config: BitsMoEConfig) -> dict[str, int]:
         "plan": max(_plan_bytes(shape, config) for shape in work.shapes),
         "activations": work.tokens * hidden * (7 * work.itemsize + 2 * 4),
         "layer": layer,
-        "trial": max(0, max(_planning_bytes(shape, work.tokens, config) for shape in work.shapes) - layer),
+        "factors": factors,
+        "trial": max(0, planning - layer - factors),
         "shown": max(_shown_bytes(shape, work.tokens, config) for shape in work.shapes),
     }
 

@@ -14,6 +14,7 @@ from bitsmoe_plugin.base.workers import ALONE, Workers
 from bitsmoe_plugin.codec.scale_grid import ScaleGrid
 from bitsmoe_plugin.rounding import feedback_rounding, row_scales
 from bitsmoe_plugin.rounding.feedback_rounding import RoundedRows, round_along_neurons, round_along_rank
+from bitsmoe_plugin.rounding.kept_factors import KeptFactors, kept_bytes
 from bitsmoe_plugin.rounding.refit_down import Exact, exact, refit_down
 from bitsmoe_plugin.rounding.rounded_layer import RoundedExperts, RoundedLayer, merged_experts, pack_layer
 from bitsmoe_plugin.spectral.error_feedback import Feedback, feedback_of, stacked_feedback
@@ -65,31 +66,35 @@ def round_experts(
         the rows, and their scale grid ``[f, r]``.
     """
     groups = {i: part for i, part in enumerate(problem.chunks(len(experts))) if workers.takes(i)}
-    own = {i: _input_scales(problem, bits[:-1, part], experts[part]) for i, part in groups.items()}
+    keep = kept_bytes(problem.shape, problem.device) > 0
+    inputs, down = KeptFactors(problem.input_factors, keep), KeptFactors(problem.down_factors, keep)
+    own = {i: _input_scales(problem, inputs, bits[:-1, part], experts[part]) for i, part in groups.items()}
     scales = _of_all(workers, own, problem.device)
     grid = ScaleGrid.covering(scales, bits[:-1] > 0)
-    down = {i: _down_scales(problem, bits[-1, part], experts[part]) for i, part in groups.items()}
-    down_grid = _wider_grid(_of_all(workers, down, problem.device), bits[-1] > 0)
+    found = {i: _down_scales(problem, down, bits[-1, part], experts[part]) for i, part in groups.items()}
+    down_grid = _wider_grid(_of_all(workers, found, problem.device), bits[-1] > 0)
     done = {}
     for i, part in groups.items():
         seen = [given[e] if given else exact(problem, e) for e in experts[part]]
         known = _stacked_feedback(problem, experts[part], seen, feedback)
-        rows = _round_inputs(problem, bits[:-1, part], experts[part], known, grid, scales[:, part])
+        factors = inputs.take(experts[part])
+        rows = _round_inputs(problem, factors, bits[:-1, part], experts[part], known, grid, scales[:, part])
         first = RoundedExperts.of(rows, bits[:-1, part], with_values)
-        refitted = _refitted(problem, rows.values, bits[-1, part], experts[part], seen)
-        del rows, known, seen
+        refitted = _refitted(problem, down, rows.values, bits[-1, part], experts[part], seen)
+        del factors, rows, known, seen
         last = RoundedExperts.of(
             _round_down(problem, refitted, bits[-1, part], down_grid), bits[-1:, part], with_values
         )
         done[i] = RoundedExperts.of_all_factors(first, last)
         del refitted
-        release_free_memory()
+    release_free_memory()  # not of each group: the next one takes what it left
     return merged_experts(done, workers, problem.device), grid.stacked_with(down_grid)
 
 
 @span("rounding of gate and up")
 def _round_inputs(
     problem: LayerProblem,
+    factors: Tensor,
     bits: Tensor,
     experts: list[int],
     feedback: Feedback,
@@ -98,9 +103,10 @@ def _round_inputs(
 ) -> RoundedRows:
     """
     Args:
+        factors: overwritten.
         bits: ``[n, e, r]``, as ``scales``.
     """
-    factors, neuron = problem.input_factors(experts), problem.statistics.neuron_weights[:, experts]
+    neuron = problem.statistics.neuron_weights[:, experts]
     return round_along_rank(factors, bits, feedback, neuron, grid, scales, problem.config.grid, in_place=True)
 
 
@@ -119,21 +125,21 @@ def _of_all(workers: Workers, scales: dict[int, Tensor], device: torch.device) -
 
 
 @span("scales")
-def _input_scales(problem: LayerProblem, bits: Tensor, experts: list[int]) -> Tensor:
+def _input_scales(problem: LayerProblem, factors: KeptFactors, bits: Tensor, experts: list[int]) -> Tensor:
     """Scales ``[n, e, r]`` float32 of gate and up rows of ``bits`` alike."""
     choose = row_scales.unbiased_scales if problem.config.widening else row_scales.best_scales
     neuron = problem.statistics.neuron_weights[:, experts, None]
-    return choose(problem.input_factors(experts), neuron, bits, problem.config.grid)
+    return choose(factors.look(experts), neuron, bits, problem.config.grid)
 
 
 @span("scales")
-def _down_scales(problem: LayerProblem, bits: Tensor, experts: list[int]) -> Tensor:
+def _down_scales(problem: LayerProblem, factors: KeptFactors, bits: Tensor, experts: list[int]) -> Tensor:
     """Scales ``[e, r]`` float32 of down rows as they are before they are refitted.
 
     From all neurons: rows are often large at few of them alone. (SmolLM2 cut into experts of 768 neurons, 2
     bits: KL 0.797 with scales from every third, 0.659 with this.)
     """
-    rows = problem.down_factors(experts)
+    rows = factors.look(experts)
     alike = torch.ones(rows.shape[-1], device=rows.device)
     return row_scales.best_scales(rows, alike, bits, problem.config.grid)
 
@@ -161,14 +167,21 @@ class _Down:
 
 
 def _refitted(
-    problem: LayerProblem, values: Tensor, bits: Tensor, experts: list[int], given: list[Exact]
+    problem: LayerProblem,
+    down: KeptFactors,
+    values: Tensor,
+    bits: Tensor,
+    experts: list[int],
+    given: list[Exact],
 ) -> _Down:
     """
     Args:
+        down: of the group, taken.
         values: ``[n, e, r, I]``, decoded gate and up.
         bits: ``[e, r]``, of down.
     """
-    factors, moments = refit_down(problem, values, experts, given)
+    factors = down.take(experts)
+    moments = refit_down(problem, factors, values, experts, given)
     feedback = feedback_of(moments, problem.config, [known.tokens.routed for known in given])
     scales = row_scales.best_scales(factors, feedback.variance[:, None], bits, problem.config.grid)
     return _Down(factors, feedback, scales)

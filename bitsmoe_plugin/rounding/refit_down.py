@@ -63,9 +63,9 @@ def _rounded_hidden(problem: LayerProblem, expert: int, tokens: ExpertTokens, va
 
 @span("refit of down")
 def refit_down(
-    problem: LayerProblem, values: Tensor, experts: list[int], given: list[Exact]
-) -> tuple[Tensor, Tensor]:
-    """Down factors that fit the wanted outputs from the rounded hidden activations.
+    problem: LayerProblem, down: Tensor, values: Tensor, experts: list[int], given: list[Exact]
+) -> Tensor:
+    """Have down factors fit the wanted outputs from the rounded hidden activations.
 
     Ridge regression towards the exact factor F: with h the exact and h' the rounded activations and
     t what is wanted besides F h (see ``_missing_output``),
@@ -73,13 +73,13 @@ def refit_down(
        = F + (F E[a (h - h') h'^T] + E[a t h'^T])(E[a h' h'^T] + l I)^-1, blended with F by tokens per neuron.
 
     Args:
+        down: F, ``[e, r, I]``; becomes F'.
         values: ``[n, e, r, I]``, decoded gate and up, or up alone.
         given: of each of ``experts``.
 
     Returns:
-        factors ``[e, r, I]`` and second moments E[a h' h'^T] ``[e, I, I]`` to round them with.
+        second moments E[a h' h'^T] ``[e, I, I]`` to round them with.
     """
-    down = problem.down_factors(experts)
     size, h = problem.shape.intermediate_size, problem.shape.hidden_size
     moments = torch.empty(len(experts), size, size, device=problem.device)
     eye = torch.eye(size, device=problem.device)
@@ -99,7 +99,7 @@ def refit_down(
             change += float_product(product(columns(missing, a), rounded), inverse)
         down[i] += routed / (routed + 2 * size) * change
         moments[i] = own
-    return down, moments
+    return moments
 
 
 def _missing_output(problem: LayerProblem, own: ExpertTokens, drift: Tensor) -> Tensor:

@@ -68,7 +68,8 @@ def round_as_planned(
                     factors, bits, feedback, inner[:, part], grid, scales[:, part], config.grid, in_place=True
                 )
             done[i] = RoundedExperts.of(rows, bits, with_values=False)
-            release_free_memory()
+            del factors, rows
+        release_free_memory()  # not of each group: the next one takes what it left
         rounded = merged_experts(done, workers, device)
         return pack_layer(rounded, grid, bases, row_bits, config.widths)
 
