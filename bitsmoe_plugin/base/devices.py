@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 
 import torch
 
@@ -40,6 +41,18 @@ def working_set(device: torch.device) -> int:
         return CPU_WORKING_SET
     memory = torch.cuda.get_device_properties(device).total_memory
     return min(_GPU_WORKING_SET, memory // _GPU_BYTES_PER_VALUE)
+
+
+@cache
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether a device has instructions for products of bfloat16. Elsewhere float32 is faster, on an Intel
+    Xeon with AVX-512 VNNI alone twice."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != "cpu":
+        return False
+    known = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return bool(known.get("avx512_bf16") or known.get("amx_bf16"))
 
 
 def choose_device(name: str) -> str:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from bitsmoe_plugin.base.devices import multiplies_bfloat16
 from bitsmoe_plugin.codec.layout import PackedExperts, row_widths
 from bitsmoe_plugin.codec.scale_grid import SCALE_LEVELS
 from bitsmoe_plugin.pipeline.tunable_codes import TunableCodes
@@ -29,6 +30,7 @@ class TunableLayer:
     Gains are float32 and start at 0. What they make of a scale is rounded as it is stored, and gradients pass
     through the rounding as if it were none, so what is learnt from is what will be loaded. What the layer
     computes is computed again in the backward pass, so that the decoded rows of only one layer are in memory.
+    Products of hidden states in bfloat16 are in bfloat16, too, where the device has instructions for them.
 
     Attributes:
         bases: of the scales of input and output basis, in their shapes.
@@ -85,7 +87,9 @@ class TunableLayer:
             _scaled(basis, scales, gain)
             for basis, scales, gain in zip(self._layer.bases(), self._scales, of_bases, strict=True)
         )
-        return self._layer.compute(hidden, index, weights, given, out, self._row_gains(of_rows), rows)
+        narrow = hidden.dtype == torch.bfloat16 and multiplies_bfloat16(hidden.device)
+        with torch.autocast(hidden.device.type, torch.bfloat16, enabled=narrow):
+            return self._layer.compute(hidden, index, weights, given, out, self._row_gains(of_rows), rows)
 
     def _row_gains(self, gains: Tensor) -> Tensor:
         """Scale of every row over the one that is stored, ``[f, E, r]``."""

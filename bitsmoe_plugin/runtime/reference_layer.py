@@ -19,8 +19,10 @@ from bitsmoe_plugin.codec.layout import PackedExperts
 from bitsmoe_plugin.codec.spec import PackedSpec
 from bitsmoe_plugin.models.gating import Gating
 
-RowReader = Callable[[int, int], tuple[Tensor, Tensor]]
-"""(factor, expert) -> rows ``[n, I]`` float32 and their rank indices ``[n]`` int64."""
+RowReader = Callable[[int, int], tuple[Tensor, Tensor | None]]
+"""(factor, expert) -> rows ``[n, I]`` float32 and their rank indices ``[n]`` int64; None: all in order."""
+StoredRowReader = Callable[[int, int], tuple[Tensor, Tensor]]
+"""``RowReader`` of rows as they are stored."""
 
 
 def moe_forward(
@@ -51,23 +53,22 @@ def moe_forward(
         ``[T, H]`` in the dtype of ``hidden``; computed in float32.
     """
     z = (hidden.float() @ input_basis.T).unflatten(-1, (-1, output_basis.shape[1]))
-    coordinates = torch.zeros_like(z[:, 0])
+    coordinates = torch.zeros_like(z[:, 0], dtype=torch.float32)
     for expert in torch.unique(top_k_index).tolist():
         if not 0 <= expert < experts:
             continue
         token, slot = torch.where(top_k_index == expert)
-        selected = z[token]
+        selected = z.index_select(0, token)  # its gradients are added up much faster than those of indexing
         products = []
         for factor in range(inputs):
             rows, order = rows_of(factor, expert)
-            products.append(selected[:, -factor, order] @ rows)
+            own = selected[:, -factor]
+            products.append((own if order is None else own[:, order]) @ rows)
             if input_bias is not None:
                 products[factor] = products[factor] + input_bias[expert, factor].float()
         rows, order = rows_of(inputs, expert)
         out = gating(*products) @ rows.T * top_k_weights[token, slot, None].float()
-        update = torch.zeros_like(selected[:, 0])
-        update[:, order] = out
-        coordinates.index_add_(0, token, update)
+        coordinates.index_add_(0, token, _in_order(out, order, z.shape[-1]))
     return (coordinates @ output_basis.T).to(hidden.dtype)
 
 
@@ -121,7 +122,7 @@ class ReferenceLayer:
         if not used:
             return torch.zeros_like(hidden)
         bias = self.packed.input_bias
-        rows_of = self.rows_of(used) if rows is None else self._given(rows[:, used], used)
+        rows_of: RowReader = self.rows_of(used) if rows is None else self._given(rows, used)
         return moe_forward(
             hidden,
             _positions(used, top_k_index),
@@ -143,7 +144,7 @@ class ReferenceLayer:
             self._basis(packed.output_basis, packed.output_scales),
         )
 
-    def rows_of(self, used: list[int]) -> RowReader:
+    def rows_of(self, used: list[int]) -> StoredRowReader:
         """Reads rows by the position of their expert in ``used``."""
         spec, packed = self.spec, self.packed
         row_codes, size = packed.row_codes[:, used], spec.shape.intermediate_size
@@ -162,10 +163,11 @@ class ReferenceLayer:
         )
 
     def _given(self, rows: Tensor, used: list[int]) -> RowReader:
-        """Reads ``rows`` ``[f, used, r, I]`` at scale 1, with the scales that are stored."""
+        """Reads ``rows`` ``[f, E, r, I]`` at scale 1, with the scales that are stored."""
         scales = layout.row_scales(self.packed.row_codes[:, used], self.packed.scale_grid)
-        order = torch.arange(rows.shape[2], device=rows.device)
-        return lambda factor, expert: (rows[factor, expert] * scales[factor, expert, :, None], order)
+        # Each index would have gradients of the size of all rows.
+        each = [factor.unbind() for factor in rows.unbind()]
+        return lambda factor, expert: (each[factor][used[expert]] * scales[factor, expert, :, None], None)
 
     def _basis(self, words: Tensor, scales: Tensor) -> Tensor:
         spec = self.spec
@@ -175,11 +177,21 @@ class ReferenceLayer:
 def _scaled(rows_of: RowReader, gains: Tensor) -> RowReader:
     """Reads rows multiplied with their gains ``[f, experts, r]``."""
 
-    def read(factor: int, expert: int) -> tuple[Tensor, Tensor]:
+    def read(factor: int, expert: int) -> tuple[Tensor, Tensor | None]:
         rows, order = rows_of(factor, expert)
-        return rows * gains[factor, expert, order, None], order
+        own = gains[factor, expert]
+        return rows * (own if order is None else own[order])[:, None], order
 
     return read
+
+
+def _in_order(values: Tensor, order: Tensor | None, rank: int) -> Tensor:
+    """Values ``[n, rows]`` of the rows at ``order``, at their places in ``[n, rank]``."""
+    if order is None:
+        return values
+    result = values.new_zeros(len(values), rank)
+    result[:, order] = values
+    return result
 
 
 def _positions(used: list[int], index: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from bitsmoe_plugin.codec import layout
 from bitsmoe_plugin.commands.bench.synthetic import random_layer
+from bitsmoe_plugin.pipeline import tunable_layer
 from bitsmoe_plugin.pipeline.tunable_codes import TunableCodes
 from bitsmoe_plugin.pipeline.tunable_layer import TunableLayer
 from bitsmoe_plugin.runtime.reference_layer import ReferenceLayer
@@ -99,3 +100,28 @@ def test_codes_follow_from_gains_alone(packed: Any) -> None:
         found.append(layer.tuned().payload)
     assert torch.equal(found[0], found[2])
     assert not torch.equal(found[0], found[1])
+
+
+@pytest.mark.parametrize("narrow", [True, False])
+def test_gradients_of_bfloat16_are_close_to_those_of_float32(
+    packed: Any, narrow: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether products are in bfloat16 or not; one expert has no tokens. Guards against sums over experts in
+    bfloat16, and against rows that get another's gradient."""
+    monkeypatch.setattr(tunable_layer, "multiplies_bfloat16", lambda device: narrow)
+    module = packed.get_submodule("model.layers.0.mlp.experts")
+    shape, generator = module.spec.shape, torch.Generator().manual_seed(4)
+    index = torch.rand(60, shape.num_experts - 1, generator=generator).topk(2).indices
+    hidden = torch.randn(60, shape.hidden_size, generator=generator)
+    direction = torch.randn(60, shape.hidden_size, generator=generator)
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        layer = TunableLayer(module, learn=("bases", "rows", "codes"))
+        given = hidden.to(torch.bfloat16).to(dtype).requires_grad_()
+        out = layer.forward(given, index, torch.full((60, 2), 0.5, dtype=dtype))
+        assert out.dtype == dtype
+        (out.float() * direction).sum().backward()
+        found.append([out.detach(), given.grad, *(gain.grad for gain in layer.gains)])
+    for exact, close in zip(*found, strict=True):
+        assert float((exact - close.float()).norm()) <= 0.02 * float(exact.norm())
+    assert not bool(found[1][-1][:, -1].any())
