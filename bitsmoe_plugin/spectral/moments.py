@@ -25,7 +25,8 @@ unseen error 0.0153 and KL 0.0172; with all, 5.3, 0.0152 and 0.0171. Chance make
 
 _NEURONS_PER_DIMENSION = 24
 """Neurons for each dimension of the input that bases are learnt from; experts beyond are passed over, evenly.
-Half of the bundled model's experts, 12 neurons per dimension, gave the same KL as all (0.0202, 0.0203)."""
+Half of the bundled model's experts, 12 neurons per dimension, gave the same KL as all (0.0202, 0.0203); but a
+layer of random experts, which share less, has 4 % more error with 16 than with 24 of its 48."""
 
 
 @dataclass(frozen=True)
