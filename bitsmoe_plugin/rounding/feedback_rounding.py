@@ -7,6 +7,7 @@ All functions are batched over experts; widths differ from row to row.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -94,6 +95,19 @@ class _Far:
         return packed.part(0, first)
 
 
+def _round_in_turn(rows: RankRows, round_rank: Callable[..., None], grid: str) -> None:
+    """All rows, each towards what is left to make up for."""
+    rank, before = rows.work.shape[2], _Far(rows)
+    for far in range(0, rank, _FAR):
+        targets = before.passed_on(far, min(far + _FAR, rank))
+        targets += rows.work[:, :, far : far + _FAR]
+        for first in range(far, min(far + _FAR, rank), _LAZY):
+            last = min(first + _LAZY, rank)
+            target = _passed_on(rows, far, first, first, last)
+            target += targets[:, :, first - far : last - far]
+            round_rank(rows, first, last, target, grid)
+
+
 def round_along_rank(
     factors: Tensor,
     bits: Tensor,
@@ -139,15 +153,8 @@ def round_along_rank(
     round_rank = (backend or backend_for(factors)).round_rank
     if feedback.unit is None:  # a row is its own target, and what is left of it nobody reads
         round_rank(rows, 0, rank, rows.work, grid)
-    before = _Far(rows)
-    for far in range(0, rank if feedback.unit is not None else 0, _FAR):
-        targets = before.passed_on(far, min(far + _FAR, rank))
-        targets += rows.work[:, :, far : far + _FAR]
-        for first in range(far, min(far + _FAR, rank), _LAZY):
-            last = min(first + _LAZY, rank)
-            target = _passed_on(rows, far, first, first, last)
-            target += targets[:, :, first - far : last - far]
-            round_rank(rows, first, last, target, grid)
+    else:
+        _round_in_turn(rows, round_rank, grid)
     rows.errors.mul_(feedback.variance)
     return RoundedRows(rows.codes, rows.scale_codes, rows.values, rows.errors)
 
@@ -168,10 +175,11 @@ def _round_columns(target: Tensor, scale: Tensor, bits: Tensor, unit: Tensor) ->
 def _from_far(errors: Tensor, unit: Tensor, first: int, last: int) -> Tensor:
     """What neurons ``first`` to ``last`` make up for of all before, ``[e, rank, neurons]``; in integers where
     the CPU has them."""
-    result = torch.zeros(*errors.shape[:2], last - first, device=errors.device)
+    if not available(errors.device) or first == 0:
+        return errors[:, :, :first] @ unit[:, :first, first:last]
+    result = torch.empty(*errors.shape[:2], last - first, device=errors.device)
     for own, shares, found in zip(errors, unit, result, strict=True):
-        if first:
-            product(rows(own[:, :first]), columns(shares[:first, first:last]), out=found)
+        product(rows(own[:, :first]), columns(shares[:first, first:last]), out=found)
     return result
 
 
