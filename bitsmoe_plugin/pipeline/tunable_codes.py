@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -45,9 +47,7 @@ class TunableCodes:
         Args:
             gain: the attribute, or what stands for it where a backward pass computes again.
         """
-        place = self._before + gain
-        rows = place + (self._found()[1] - place).detach()
-        return torch.where(self._bits[..., None] > 0, rows, 0.0)
+        return _AsCoded.apply(gain, self._found()[1], self._bits[..., None] > 0)  # type: ignore[no-any-return]
 
     @torch.no_grad()
     def payload(self) -> Tensor:
@@ -81,6 +81,21 @@ class TunableCodes:
     def _decoded(self, codes: Tensor) -> Tensor:
         scales = torch.ones(self._bits.shape, device=codes.device)
         return row_codec.decode(codes, scales, self._bits, self._size, self._grid)
+
+
+class _AsCoded(torch.autograd.Function):
+    """Values of codes, whose gradients are those of the gains that they were found for, where rows are used.
+    (Written out: as a sum of gains and differences it goes over all values four times more.)"""
+
+    @staticmethod
+    def forward(ctx: Any, gain: Tensor, values: Tensor, used: Tensor) -> Tensor:
+        ctx.save_for_backward(used)
+        return values.view_as(values)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (used,) = ctx.saved_tensors
+        return gradient * used, None, None
 
 
 def _of_blocks(errors: Tensor) -> Tensor:

@@ -122,13 +122,13 @@ class ReferenceLayer:
         if not used:
             return torch.zeros_like(hidden)
         bias = self.packed.input_bias
-        rows_of: RowReader = self.rows_of(used) if rows is None else self._given(rows, used)
+        gains = None if row_gains is None else row_gains[:, used]
         return moe_forward(
             hidden,
             _positions(used, top_k_index),
             top_k_weights,
             experts=len(used),
-            rows_of=rows_of if row_gains is None else _scaled(rows_of, row_gains[:, used]),
+            rows_of=self._stored(used, gains) if rows is None else self._given(rows, used, gains),
             input_basis=input_basis,
             output_basis=output_basis,
             gating=self.gating,
@@ -162,9 +162,23 @@ class ReferenceLayer:
             packed.payload, index, scales, factor, expert, size, spec.grid
         )
 
-    def _given(self, rows: Tensor, used: list[int]) -> RowReader:
-        """Reads ``rows`` ``[f, E, r, I]`` at scale 1, with the scales that are stored."""
+    def _stored(self, used: list[int], gains: Tensor | None) -> RowReader:
+        """Reads rows multiplied with their gains ``[f, used, r]``, if there are some."""
+        rows_of = self.rows_of(used)
+        if gains is None:
+            return rows_of
+
+        def read(factor: int, expert: int) -> tuple[Tensor, Tensor]:
+            rows, order = rows_of(factor, expert)
+            return rows * gains[factor, expert, order, None], order
+
+        return read
+
+    def _given(self, rows: Tensor, used: list[int], gains: Tensor | None) -> RowReader:
+        """Reads ``rows`` ``[f, E, r, I]`` at scale 1, with the scales that are stored times their gains
+        ``[f, used, r]``, if there are some."""
         scales = layout.row_scales(self.packed.row_codes[:, used], self.packed.scale_grid)
+        scales = scales if gains is None else scales * gains
         # Each index would have gradients of the size of all rows.
         each = [factor.unbind() for factor in rows.unbind()]
         return lambda factor, expert: (each[factor][used[expert]] * scales[factor, expert, :, None], None)
@@ -172,17 +186,6 @@ class ReferenceLayer:
     def _basis(self, words: Tensor, scales: Tensor) -> Tensor:
         spec = self.spec
         return layout.unpack_basis(words, scales, spec.basis_bits, spec.shape.hidden_size, spec.grid)
-
-
-def _scaled(rows_of: RowReader, gains: Tensor) -> RowReader:
-    """Reads rows multiplied with their gains ``[f, experts, r]``."""
-
-    def read(factor: int, expert: int) -> tuple[Tensor, Tensor | None]:
-        rows, order = rows_of(factor, expert)
-        own = gains[factor, expert]
-        return rows * (own if order is None else own[order])[:, None], order
-
-    return read
 
 
 def _in_order(values: Tensor, order: Tensor | None, rank: int) -> Tensor:
