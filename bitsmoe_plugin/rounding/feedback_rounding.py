@@ -7,7 +7,7 @@ All functions are batched over experts; widths differ from row to row.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -172,6 +172,19 @@ def _round_columns(target: Tensor, scale: Tensor, bits: Tensor, unit: Tensor) ->
     return codes
 
 
+def _blocks(errors: Tensor, unit: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Blocks of 32 neurons in turn, and what each has to make up for, ``[e, rank, neurons]``, of the errors
+    that are there when it is its turn."""
+    size = errors.shape[-1]
+    for far in range(0, size, _FAR):
+        end = min(far + _FAR, size)
+        of_far = _from_far(errors, unit, far, end)
+        for first in range(far, end, BLOCK):
+            own, near = slice(first, min(first + BLOCK, end)), slice(far, first)
+            of_near = errors[:, :, near] @ unit[:, near, own]
+            yield own, of_far[..., first - far : own.stop - far] + of_near
+
+
 def _from_far(errors: Tensor, unit: Tensor, first: int, last: int) -> Tensor:
     """What neurons ``first`` to ``last`` make up for of all before, ``[e, rank, neurons]``; in integers where
     the CPU has them."""
@@ -206,25 +219,16 @@ def round_along_neurons(
     codes = torch.empty(*bits.shape, row_codec.padded(size), dtype=torch.int32, device=factor.device)
     values, errors = torch.empty_like(factor), torch.empty_like(factor)  # errors: factor minus value
     remaining = torch.zeros(bits.shape, device=factor.device)
-    far = torch.empty(0)
-    for first in range(0, size, BLOCK):
-        last, beyond = min(first + BLOCK, size), first % _FAR
-        if not beyond:
-            far = _from_far(errors, feedback.unit, first, min(first + _FAR, size))
-        own = feedback.unit[:, first:last, first:last]
-        # |(target - value) root|^2 is what the block costs once later blocks have made up for it.
-        root = own * feedback.variance[:, None, first:last].sqrt()
-        near = slice(first - beyond, first)
-        passed_on = far[..., beyond : beyond + last - first]
-        passed_on = passed_on + errors[:, :, near] @ feedback.unit[:, near, first:last]
-        target = factor[:, :, first:last] + passed_on @ torch.linalg.inv(own)
+    for own, passed_on in _blocks(errors, feedback.unit):
+        unit, variance = feedback.unit[:, own, own], feedback.variance[:, own]
+        target = factor[:, :, own] + passed_on @ torch.linalg.inv(unit)
         if grid == "uniform":
-            code = _round_columns(target, scale, bits, own)
-            value = row_codec.decode(code, scale, bits, last - first, grid)
+            code = _round_columns(target, scale, bits, unit)
+            value = row_codec.decode(code, scale, bits, target.shape[-1], grid)
         else:
-            variance = feedback.variance[:, first:last]
-            code, value = coupled_blocks.rounded(target, scale, own, variance, bits, grid)
-        codes[:, :, first : first + BLOCK], values[:, :, first:last] = code, value
-        errors[:, :, first:last] = factor[:, :, first:last] - value
-        remaining += ((target - value) @ root).square().sum(-1)
+            code, value = coupled_blocks.rounded(target, scale, unit, variance, bits, grid)
+        codes[:, :, own.start : own.start + BLOCK], values[:, :, own] = code, value
+        errors[:, :, own] = factor[:, :, own] - value
+        # |(target - value) root|^2 is what the block costs once later blocks have made up for it.
+        remaining += ((target - value) @ (unit * variance[:, None].sqrt())).square().sum(-1)
     return RoundedRows(codes, scale_codes, values, remaining)
