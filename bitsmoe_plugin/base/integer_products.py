@@ -131,13 +131,9 @@ def _packed(
     return result
 
 
-def packed_rows(a: Tensor, index: Tensor | None = None, out: Stripes | None = None) -> Stripes:
-    """The rows of ``[n, m]``, or those of ``index``, ``[rows]`` int64.
-
-    Args:
-        out: where to, of the same shape.
-    """
-    return _packed(a, index, None, transposed=False, out=out)
+def packed_rows(a: Tensor, index: Tensor | None = None) -> Stripes:
+    """The rows of ``[n, m]``, or those of ``index``, ``[rows]`` int64."""
+    return _packed(a, index, None, transposed=False)
 
 
 def packed_columns(

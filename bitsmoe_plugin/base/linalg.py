@@ -17,9 +17,6 @@ _BLOCK = 256
 _SQUARE = 512
 """Rows of a symmetric product that are multiplied at once."""
 
-_LEAST_EIGENVALUE = 1e-12
-"""Of a second moment that would otherwise not be positive definite, relative to the mean."""
-
 _FLOAT32_FROM = 512
 """Dimensions from which float64 takes long (eigenvectors of 2048: 1.7 s of one core, 0.75 in float32)."""
 
@@ -149,28 +146,17 @@ def projected_moment(a: Tensor, moment: Tensor) -> Tensor:
     """``a moment a^T`` ``[m, m]`` float32 of float32 ``[m, n]`` and a positive semidefinite float64
     ``[n, n]``: the second moment of a x where ``moment`` is that of x.
 
-    From ``_FLOAT32_FROM`` dimensions on by products in float32 with its root. With the moment itself, whose
-    largest eigenvalue may be millions of times what some rows of ``a`` see, they would leave nothing of
-    these.
+    From ``_FLOAT32_FROM`` dimensions on by products in float32 with its root, if it has one: of fewer tokens
+    than dimensions, rounding makes some eigenvalues negative. With the moment itself, whose largest
+    eigenvalue may be millions of times what some rows of ``a`` see, they would leave nothing of these.
     """
-    if len(moment) < _FLOAT32_FROM:
-        return (a.double() @ moment @ a.double().T).float()
-    seen = float_product(a, root_of(moment).float().T)
-    return _symmetric_float_product(seen, seen)
-
-
-def root_of(matrix: Tensor) -> Tensor:
-    """Lower triangular L ``[n, n]`` with L L^T = a symmetric float64 matrix; of one without full rank, with a
-    little on its diagonal.
-
-    Raises:
-        torch.linalg.LinAlgError: not positive definite.
-    """
-    root, info = torch.linalg.cholesky_ex(matrix)
-    if not int(info):
-        return root
-    floor = (matrix.diagonal().mean() * _LEAST_EIGENVALUE).clamp_min(torch.finfo(matrix.dtype).tiny)
-    return torch.linalg.cholesky(matrix + torch.diag(floor.expand(len(matrix))))
+    if len(moment) >= _FLOAT32_FROM:
+        root, info = torch.linalg.cholesky_ex(moment)
+        if not int(info):
+            seen = float_product(a, root.float().T)
+            return _symmetric_float_product(seen, seen)
+    exact = a.double()
+    return (exact @ moment @ exact.T).float()
 
 
 def weighted_products(a: Tensor, b: Tensor, weights: Tensor) -> Tensor:

@@ -23,12 +23,14 @@ from bitsmoe_plugin.base.linalg import (
     congruent,
     principal_directions,
     product,
-    root_of,
     rows,
 )
 from bitsmoe_plugin.base.spans import span
 from bitsmoe_plugin.codec.basis import QuantizedBasis
 from bitsmoe_plugin.models.expert_weights import ExpertWeights
+
+_LEAST_EIGENVALUE = 1e-12
+"""Of an input's second moment that would otherwise not be positive definite, relative to the mean."""
 
 
 @dataclass(frozen=True)
@@ -80,10 +82,19 @@ def input_basis(gram: Tensor, second_moment: Tensor) -> Tensor:
         this order, so what coarse rows lose can be made up for by the strong ones after them.
     """
     # C^(1/2) may be any L with L L^T = C.
-    root = root_of(second_moment)
+    root = _root(second_moment)
     directions = principal_directions(congruent(root.T, gram))
     basis = torch.linalg.solve_triangular(root.T, directions, upper=True).T
     return basis / basis.norm(dim=-1, keepdim=True)
+
+
+def _root(second_moment: Tensor) -> Tensor:
+    """Lower triangular root of a second moment, of one without full rank with a little on its diagonal."""
+    root, info = torch.linalg.cholesky_ex(second_moment)
+    if not int(info):
+        return root
+    floor = second_moment.diagonal().mean() * _LEAST_EIGENVALUE
+    return torch.linalg.cholesky(second_moment + torch.diag(floor.expand(len(second_moment))))
 
 
 def output_basis(output_moment: Tensor) -> Tensor:

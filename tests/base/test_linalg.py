@@ -74,7 +74,7 @@ def test_moments_in_a_basis_are_exact_for_rows_of_little_energy(n: int, tokens: 
     """Guards against rounding that is relative to the largest eigenvalue, where massive activations make that
     a million times what most rows see; and inputs of fewer tokens than dimensions."""
     moment = _moment(n, tokens, largest)
-    root = linalg.root_of(moment + 1e-3 * moment.diagonal().mean() * torch.eye(n))
+    root = torch.linalg.cholesky(moment + 1e-3 * moment.diagonal().mean() * torch.eye(n))
     basis = torch.linalg.inv(root).float()
     basis += 0.03 * torch.randn(n, n) * basis.abs().amax(1, keepdim=True)
     exact = basis.double() @ moment @ basis.double().T
@@ -83,9 +83,19 @@ def test_moments_in_a_basis_are_exact_for_rows_of_little_energy(n: int, tokens: 
     assert _off_diagonals(found, exact) < 1e-4
 
 
-def test_a_moment_of_nothing_has_a_root() -> None:
+def test_a_moment_of_nothing_is_nothing() -> None:
     """Guards layers whose inputs are all 0."""
     assert not bool(linalg.projected_moment(torch.randn(600, 600), torch.zeros(600, 600).double()).any())
+
+
+@pytest.mark.parametrize("largest", [1.0, 1e4])
+def test_moments_that_rounding_left_indefinite_are_taken_as_they_are(largest: float) -> None:
+    """Guards fewer tokens than dimensions, summed up in float32: there is no Cholesky root."""
+    moment = _moment(600, 300, largest)
+    moment = moment.float().double() - 1e-7 * moment.diagonal().amax() * torch.eye(600)
+    assert int(torch.linalg.cholesky_ex(moment)[1])
+    basis = torch.randn(600, 600)
+    close(linalg.projected_moment(basis, moment), basis.double() @ moment @ basis.double().T, 600)
 
 
 @pytest.mark.parametrize("largest", [1.0, 1e4])
@@ -93,7 +103,7 @@ def test_a_moment_of_nothing_has_a_root() -> None:
 def test_congruent_agrees_with_float64(n: int, largest: float) -> None:
     """Of rows of very different length, and of matrices far from 1."""
     weights = torch.randn(n, 2 * n, generator=torch.Generator().manual_seed(0)).double()
-    matrix, a = 1e-20 * weights @ weights.T, 1e6 * linalg.root_of(_moment(n, 2 * n, largest)).T
+    matrix, a = 1e-20 * weights @ weights.T, 1e6 * torch.linalg.cholesky(_moment(n, 2 * n, largest)).T
     exact = a @ matrix @ a.T
     found = linalg.congruent(a, matrix)
     assert _off_diagonals(found, exact) < 1e-4

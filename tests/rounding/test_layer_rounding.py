@@ -514,3 +514,13 @@ def test_an_expert_of_many_neurons_keeps_one_that_is_larger_than_all_others(make
     assert rounded.values is not None
     found, wanted = rounded.values[-1][..., 1], problem.down_factors([0, 1])[..., 1]
     assert float((found - wanted).norm()) < 0.05 * float(wanted.norm())
+
+
+def test_fewer_tokens_than_dimensions(make_layer) -> None:
+    """Guards large layers, whose moments are products of float32 or of integers: there rounding leaves them
+    indefinite, so that they have no root."""
+    problem = problem_of(make_layer(4, 32, 640, 200))
+    exact = problem.input_bases.double()
+    wanted = exact @ problem.statistics.second_moment @ exact.transpose(1, 2)
+    torch.testing.assert_close(problem.pooled.double(), wanted, rtol=1e-4, atol=1e-6 * float(wanted.amax()))
+    assert bool(torch.isfinite(plan_layer(problem, 10**7).costs).all())
