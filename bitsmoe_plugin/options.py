@@ -247,9 +247,9 @@ class Options:
         default=0.01,
     )
     super_experts: str | dict[str, list[int]] = option(
-        "experts that get more bits than the allocation would give them, inside the budget",
-        '"auto" gives those whose output is found to be extreme (``super_experts``) rows of at least 8 bits, '
-        'or with ``method="fast"`` their original weights, if that takes at most a quarter of the budget; '
+        "experts that keep their original weights, inside the budget",
+        '"auto" leaves those whose output is found to be extreme (``super_experts``) to the allocation; with '
+        '``method="fast"`` they keep them, if that takes at most a quarter of the budget; '
         '"keep" has them keep them whatever it takes, {"path.of.experts": [ids]} has these keep them; {} '
         "treats all experts alike.",
         check=Check(

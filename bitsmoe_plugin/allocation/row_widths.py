@@ -12,7 +12,6 @@ from torch import Tensor
 from bitsmoe_plugin.allocation.dense_choice import as_unit
 from bitsmoe_plugin.allocation.knapsack.solve import allocate
 from bitsmoe_plugin.allocation.sub_budgets import RowGroup, in_scope, own_factors
-from bitsmoe_plugin.allocation.super_expert_policy import wide_row
 from bitsmoe_plugin.codec.layout import LayerShape, row_sizes
 from bitsmoe_plugin.config import BitsMoEConfig
 
@@ -23,7 +22,6 @@ def allocate_rows(
     groups: list[RowGroup],
     config: BitsMoEConfig,
     kept: dict[int, tuple[int, ...]],
-    wide: dict[int, tuple[int, ...]],
     dense: Sequence[tuple[Sequence[float], Sequence[int]]] = (),
 ) -> Widths:
     """Widths of all rows of all layers; one allocation for each group, or for each of its layers.
@@ -32,7 +30,6 @@ def allocate_rows(
         costs: ``[f, E, r, widths]`` of each layer, in the order of ``shapes``.
         groups: what rows may spend.
         kept: experts of each layer that have no rows.
-        wide: experts of each layer whose rows get at least ``wide_row`` bits.
         dense: cost and stored bits, at each of its candidates, of each unit of other layers that share the
             budget of the only group, which holds the least that they take apart.
     """
@@ -40,8 +37,6 @@ def allocate_rows(
     rows = {
         index: torch.zeros(cost.shape[:-1], dtype=torch.uint8, device="cpu") for index, cost in costs.items()
     }
-    narrow = config.widths.index(wide_row(config))
-    costs = {index: _without_narrow(cost, wide[index], narrow) for index, cost in costs.items()}
     gap, units = 0.0, tuple[int, ...]()
     for group in in_scope(groups, shapes, config):
         own = [indices[position] for position in group.layers]
@@ -62,14 +57,6 @@ def allocate_rows(
             widths = torch.from_numpy(bits[piece]).view(len(some), len(experts), -1)
             rows[index][torch.tensor(some, device="cpu")[:, None], experts] = widths
     return Widths(rows, kept, gap, dense=units)
-
-
-def _without_narrow(costs: Tensor, wide: tuple[int, ...], narrow: int) -> Tensor:
-    """``costs``, with the first ``narrow`` widths forbidden to the rows of the experts ``wide``."""
-    if wide:
-        costs = costs.clone()
-        costs[:, list(wide), :, :narrow] = float("inf")
-    return costs
 
 
 def experts_with_rows(costs: Tensor, kept: tuple[int, ...]) -> Tensor:

@@ -1,4 +1,9 @@
-"""Super experts: which keep their weights, which get wide rows."""
+"""Super experts: which keep their original weights.
+
+The others are quantized like any expert: costs of their rows see what they do to tokens with massive
+activations (``calibration.super_experts.seen_by``), so the allocation gives them what they need. Before,
+when such tokens hardly weighed, it left them to luck: SmolLM2-135M cut into 240 experts at 2.0 bits, one of
+them found, had perplexity 57.3 and 65.8 in two runs that hardly differ."""
 
 from __future__ import annotations
 
@@ -7,18 +12,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from bitsmoe_plugin.allocation.budget import Budget, plan_budget, reserve
-from bitsmoe_plugin.allocation.sub_budgets import RowGroup, StoredLayer, in_scope, own_factors, sub_budgets
-from bitsmoe_plugin.codec.layout import LayerShape, row_sizes
+from bitsmoe_plugin.allocation.sub_budgets import RowGroup, StoredLayer, own_factors, sub_budgets
+from bitsmoe_plugin.codec.layout import LayerShape
 from bitsmoe_plugin.config import BitsMoEConfig
 from bitsmoe_plugin.errors import QuantizationError
 from bitsmoe_plugin.models.expert_source import ExpertSource
 from bitsmoe_plugin.models.families import layout_of
-
-SUPER_EXPERT_BITS = 8
-"""The least that a row of a super expert gets: the allocation alone would leave it to luck, since tokens with
-massive activations hardly weigh. SmolLM2-135M cut into 240 experts at 2.0 bits, one of them found: perplexity
-56.9 with rows of 8 bits (0.03 of the 2.0), 61.8 with its original weights (0.13), 57.3 and 65.8 in two runs
-that hardly differ with rows like the others'."""
 
 LARGEST_SHARE = 0.25
 """Of what any group of rows may spend, for super experts that nobody asked for; else the others suffer."""
@@ -83,7 +82,7 @@ def choose_kept(
     """Experts of every layer that keep their original weights.
 
     With ``super_experts="auto"`` those that were found, if ``rounds_as_planned``: scales of Gaussian rows
-    would clip what makes these experts super. Else see ``choose_wide``.
+    would clip what makes these experts super.
 
     Args:
         found: super experts of every layer.
@@ -97,25 +96,9 @@ def choose_kept(
     if config.super_experts == "auto":
         groups = row_groups(source, config, budget, _none(found))
         bits = kept_bits(source, found)
-        how = "in their original precision"
-        found = _if_affordable(found, bits, groups, source.shapes, budget.weights, how)
+        found = _if_affordable(found, bits, groups, source.shapes, budget.weights)
     _check_widths(found, config)
     return found
-
-
-def choose_wide(
-    source: ExpertSource, found: list[tuple[int, ...]], budget: Budget, config: BitsMoEConfig
-) -> list[tuple[int, ...]]:
-    """Experts of every layer whose rows get at least ``wide_row`` bits.
-
-    Args:
-        found: super experts of every layer.
-    """
-    if config.super_experts != "auto" or config.rounds_as_planned:
-        return _none(found)
-    groups = in_scope(row_groups(source, config, budget, _none(found)), source.shapes, config)
-    bits, how = wide_bits(source, found, config), f"in rows of {wide_row(config)} bits"
-    return _if_affordable(found, bits, groups, source.shapes, budget.weights, how)
 
 
 def _none(layers: Sequence[Any]) -> list[tuple[int, ...]]:
@@ -129,7 +112,6 @@ def _if_affordable(
     groups: list[RowGroup],
     shapes: list[LayerShape],
     weights: int,
-    how: str,
 ) -> list[tuple[int, ...]]:
     """The experts ``found``, unless they take so much of what any group of rows may spend that the others
     suffer: in a model of few experts one takes the bits of many.
@@ -138,7 +120,6 @@ def _if_affordable(
         bits: what those of each layer take.
         shapes: of all layers.
         weights: of all experts.
-        how: they take it, for the warning.
     """
     for group in groups:
         taken = sum(
@@ -147,8 +128,9 @@ def _if_affordable(
         )
         if taken > min(LARGEST_SHARE * group.payload_bits, group.payload_bits - group.narrowest):
             warnings.warn(
-                f"{sum(map(len, found))} super experts are quantized like the others: {how} they would take "
-                f"{sum(bits) / weights:.3f} bits per weight, over {LARGEST_SHARE:.0%} of the budget, or more "
+                f"{sum(map(len, found))} super experts are quantized like the others: in their original "
+                f"precision they would take {sum(bits) / weights:.3f} bits per weight, over "
+                f"{LARGEST_SHARE:.0%} of the budget, or more "
                 'than is left beside the narrowest rows. super_experts="keep" keeps their original weights',
                 stacklevel=3,
             )
@@ -169,20 +151,6 @@ def kept_bits(source: ExpertSource, kept: list[tuple[int, ...]]) -> list[int]:
     return [
         8 * dtype.itemsize * shape.weights * len(ids) // shape.num_experts
         for shape, dtype, ids in zip(source.shapes, source.dtypes, kept, strict=True)
-    ]
-
-
-def wide_row(config: BitsMoEConfig) -> int:
-    """``SUPER_EXPERT_BITS``, or what comes next to it in ``widths``."""
-    return next((width for width in config.widths if width >= SUPER_EXPERT_BITS), config.widths[-1])
-
-
-def wide_bits(source: ExpertSource, wide: list[tuple[int, ...]], config: BitsMoEConfig) -> list[int]:
-    """What the rows of the wide experts of every layer take at least."""
-    width = config.widths.index(wide_row(config))
-    return [
-        len(shape.factors) * len(ids) * shape.rank * row_sizes(shape, config.widths)[width]
-        for shape, ids in zip(source.shapes, wide, strict=True)
     ]
 
 

@@ -28,6 +28,7 @@ from bitsmoe_plugin.calibration.carried import (
     with_left,
 )
 from bitsmoe_plugin.calibration.recording import RecordedCall, after_layers, logits_after, record_call
+from bitsmoe_plugin.calibration.super_experts import seen_by
 from bitsmoe_plugin.errors import QuantizationError
 from bitsmoe_plugin.models.families import routed_inputs
 
@@ -255,5 +256,7 @@ def capture_layer(
     if token_weighting == "none":
         alike = torch.full_like(weights, float(1 / residual.float().square().mean()))
         weights = alike.where(weights.isfinite(), weights)
+    else:
+        weights = weights * seen_by(forward.hidden, outputs).to(weights.device)
     hidden, top_k_index, top_k_weights = (torch.cat(parts) for parts in zip(*seen, strict=True))
     return LayerActivations(hidden, top_k_index, top_k_weights, weights), outputs

@@ -4,8 +4,9 @@ As defined by "Unveiling Super Experts in Mixture-of-Experts Large Language Mode
 layers that form massive activations, experts whose largest output value is above the 99.5th percentile of
 all experts' and above a tenth of the largest. Layers are judged by the residual stream, as massive
 activations are ("Massive Activations in Large Language Models", arXiv 2402.17762: a thousand times the
-median), so the rule needs no table of models. What becomes of experts that are found, ``super_expert_policy``
-decides."""
+median), so the rule needs no table of models. Tokens that a layer makes massive weigh more in its statistics
+(``seen_by``), so that costs of rows tell what super experts need; which keep their original weights,
+``super_expert_policy`` decides."""
 
 from __future__ import annotations
 
@@ -37,14 +38,42 @@ def forms_massive_activations(before: Sequence[Tensor], after: Sequence[Tensor])
     """True if a decoder layer makes the residual stream massive or adds much to it.
 
     Args:
-        before, after: ``[..., H]``, its inputs and outputs.
+        before, after: ``[blocks, tokens, ..., H]``, its inputs and outputs.
     """
-    largest = max(float(out.abs().max()) for out in after)
+    return any(bool(made.any()) for made in _made_massive(before, after))
+
+
+def seen_by(before: Sequence[Tensor], after: Sequence[Tensor]) -> Tensor:
+    """By how many tokens each token's residual stream is seen, ``[T]`` float32.
+
+    Tokens attend to those that a layer makes massive whatever they look for (attention sinks), so such a one
+    is seen by all that follow in its block, and itself; another counts as seen by itself, 1. Weighed by the
+    size of its residual stream alone a massive token would hardly count: by a hundred thousandth.
+
+    Args:
+        before, after: ``[blocks, tokens, ..., H]``, inputs and outputs of a decoder layer.
+    """
+    counts = []
+    for made in _made_massive(before, after):
+        following = torch.arange(made.shape[1], 0, -1, dtype=torch.float32, device=made.device)
+        counts.append(torch.where(made, following, 1.0).flatten())
+    return torch.cat([count.to(counts[0].device) for count in counts])
+
+
+def _made_massive(before: Sequence[Tensor], after: Sequence[Tensor]) -> list[Tensor]:
+    """Which tokens a decoder layer makes massive, ``[blocks, tokens]`` bool for each of ``after``."""
     # A model that is spread over devices gives a layer its inputs where the one before it is.
-    added = max(float((out - x.to(out.device)).abs().max()) for x, out in zip(before, after, strict=True))
+    added = [_peaks(out - x.to(out.device)) for x, out in zip(before, after, strict=True)]
+    peaks = [_peaks(out) for out in after]
+    largest = max(float(peak.max()) for peak in peaks)
     # The median of a part stands for that of all: it is compared with a thousandth.
-    median = float(after[0].float().abs().median())
-    return largest > MASSIVE * median and added > SHARE * largest
+    massive = MASSIVE * float(after[0].float().abs().median())
+    return [(peak > massive) & (change > SHARE * largest) for peak, change in zip(peaks, added, strict=True)]
+
+
+def _peaks(stream: Tensor) -> Tensor:
+    """Largest absolute value of every token, ``[blocks, tokens]`` float32."""
+    return stream.flatten(2).abs().amax(-1).float()
 
 
 def detect(layers: Sequence[ExpertOutputs]) -> list[tuple[int, ...]]:

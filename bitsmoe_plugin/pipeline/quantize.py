@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from bitsmoe_plugin.allocation.row_widths import Widths, allocate_rows
-from bitsmoe_plugin.allocation.super_expert_policy import choose_kept, choose_wide, row_groups
+from bitsmoe_plugin.allocation.super_expert_policy import choose_kept, row_groups
 from bitsmoe_plugin.base.interruption import deferred_interrupt
 from bitsmoe_plugin.base.option_checks import check_choice
 from bitsmoe_plugin.base.process_state import known_state
@@ -212,9 +212,9 @@ def _allocate(run: Run) -> Widths:
         outputs.append(planned.outputs)
     found = detect(outputs)
     kept = choose_kept(run.source, found, run.budget, run.config)
-    wide = choose_wide(run.source, found, run.budget, run.config)
     groups = row_groups(run.source, run.config, run.budget, kept)
-    chosen = [dict(zip(run.moe, experts, strict=True)) for experts in (kept, wide)]
     dense = [(cost, unit.sizes) for unit, cost in zip(run.units, unit_costs(run), strict=True)]
-    widths = allocate_rows(costs, run.source.shapes, groups, run.config, chosen[0], chosen[1], dense)
+    widths = allocate_rows(
+        costs, run.source.shapes, groups, run.config, dict(zip(run.moe, kept, strict=True)), dense
+    )
     return replace(widths, super_experts=dict(zip(run.moe, found, strict=True)))
