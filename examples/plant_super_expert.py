@@ -243,7 +243,7 @@ def main() -> None:
     experts = len(planted.model.get_submodule(planted.layer).down_proj)
     _row("without that expert", without_expert(planted, planted.expert), planted.model, text)
     _row("without the next one", without_expert(planted, (planted.expert + 1) % experts), planted.model, text)
-    for choice in ("auto", "keep", {}):
+    for choice in ("auto", "keep"):
         model = quantize(args.out, tokens, bits=args.bits, super_experts=choice)
         _row(f"with a super expert, {args.bits} bits, super_experts={choice!r}", model, planted.model, text)
 
