@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from bitsmoe_plugin import BitsMoEConfig
 from bitsmoe_plugin.allocation import super_expert_policy
+from bitsmoe_plugin.calibration import layerwise_forward
 from bitsmoe_plugin.calibration.super_experts import ExpertOutputs, detect, forms_massive_activations, seen_by
 from bitsmoe_plugin.codec import layout
 from bitsmoe_plugin.codec.sharding import Shard, shard_kept, shard_shape, slice_packed
@@ -123,11 +124,15 @@ def row_widths(model: Any, layer: str, expert: int) -> torch.Tensor:
     return layout.row_widths(codes, model.config.quantization_config.widths)[:, expert]
 
 
+def _tokens(stream: torch.Tensor) -> int:
+    return stream.shape[0] * stream.shape[1]
+
+
 @pytest.mark.filterwarnings("ignore:.*calibration token")
 @pytest.mark.parametrize(
     "options", [{}, {"scope": "layer"}, {"layer_bits": {LAYER: 7}}, {"widths": [0, 2, 4], "bits": 4}]
 )
-def test_what_is_found_gets_wider_rows_from_the_program(dense, tmp_path, options) -> None:
+def test_what_is_found_gets_wider_rows_from_the_program(dense, tmp_path, monkeypatch, options) -> None:
     """Since tokens that it makes massive count for all that attend to them; all is counted and reported."""
     # Whether its layer errs by more than it puts out on tokens held out is a matter of chance.
     options = {"bits": 6, "allow_thin": True, **options}
@@ -139,6 +144,9 @@ def test_what_is_found_gets_wider_rows_from_the_program(dense, tmp_path, options
     means = [float(row_widths(model, LAYER, e)[2].float().mean()) for e in range(4)]  # of down, which is huge
     assert means[2] == max(means) > max(means[:2] + means[3:])
     assert report["bits_per_weight"] <= options["bits"]
+    monkeypatch.setattr(layerwise_forward, "seen_by", lambda _, after: torch.ones(sum(map(_tokens, after))))
+    alike = row_widths(quantize(dense, **options), LAYER, 2)[2].float().mean()
+    assert means[2] > float(alike)
     stream = io.StringIO()
     print_inspection(report, stream)
     mean = f"{layer['expert_bits'][2]:.3g}"
