@@ -15,6 +15,7 @@ from torch import Tensor
 
 from bitsmoe_plugin.base.integer_products import STRETCH, Stripes, available, packed_columns
 from bitsmoe_plugin.base.linalg import columns, product, rows
+from bitsmoe_plugin.base.scratch import Scratch
 from bitsmoe_plugin.codec import coupled_blocks, row_codec, uniform
 from bitsmoe_plugin.codec.backends import RankRows, RoundingBackend, backend_for
 from bitsmoe_plugin.codec.block import BLOCK
@@ -118,6 +119,7 @@ def round_along_rank(
     grid: str,
     in_place: bool = False,
     backend: RoundingBackend | None = None,
+    scratch: Scratch | None = None,
 ) -> RoundedRows:
     """Round gate and up factors, row after row, each row making up for the errors of the rows before it.
 
@@ -131,12 +133,14 @@ def round_along_rank(
         grid: see ``row_codec``.
         in_place: ``factors``, contiguous, may be overwritten.
         backend: default: the one for ``factors``.
+        scratch: where codes and values are returned, as "codes" and "values".
 
     Returns:
         see ``RoundedRows``.
     """
     rank, size = factors.shape[-2:]
-    device = factors.device
+    scratch, device = scratch or Scratch(), factors.device
+    padded = *bits.shape, row_codec.padded(size)
     rows = RankRows(
         work=factors if in_place else factors.clone(memory_format=torch.contiguous_format),
         bits=bits.to(torch.uint8).contiguous(),
@@ -145,9 +149,9 @@ def round_along_rank(
         start=scale_grid.encode(scales).contiguous(),
         low=scale_grid.low.float().contiguous(),
         step=scale_grid.step.float().contiguous(),
-        codes=torch.empty(*bits.shape, row_codec.padded(size), dtype=torch.int32, device=device),
+        codes=scratch.empty("codes", factors, padded, torch.int32),
         scale_codes=torch.empty(bits.shape, dtype=torch.uint8, device=device),
-        values=torch.empty(factors.shape, device=device),
+        values=scratch.empty("values", factors, factors.shape),
         errors=torch.empty(bits.shape, device=device),
     )
     round_rank = (backend or backend_for(factors)).round_rank
@@ -197,7 +201,13 @@ def _from_far(errors: Tensor, unit: Tensor, first: int, last: int) -> Tensor:
 
 
 def round_along_neurons(
-    factor: Tensor, bits: Tensor, feedback: Feedback, scale_grid: ScaleGrid, scales: Tensor, grid: str
+    factor: Tensor,
+    bits: Tensor,
+    feedback: Feedback,
+    scale_grid: ScaleGrid,
+    scales: Tensor,
+    grid: str,
+    scratch: Scratch | None = None,
 ) -> RoundedRows:
     """Round down factors, block after block of 32 neurons, each row under a scale fixed in advance.
 
@@ -208,7 +218,7 @@ def round_along_neurons(
         rank = Feedback(None, torch.ones(1, *factor.shape[:-1], device=factor.device))
         grid_of_one = ScaleGrid(scale_grid.low[None], scale_grid.step[None])
         one = factor[None], bits[None], rank, feedback.variance[None], grid_of_one, scales[None]
-        rows = round_along_rank(*one, grid)
+        rows = round_along_rank(*one, grid, scratch=scratch)
         return RoundedRows(*(tensor[0] for tensor in _tensors(rows)))
     size = factor.shape[-1]
     weights = feedback.variance[:, None]
@@ -216,8 +226,10 @@ def round_along_neurons(
     start = scale_grid.encode(scales)
     scale_codes, _ = backend_for(factor).choose_scales(factor, weights, bits, start, low, step)
     scale = torch.exp2(low + scale_codes * step)  # as readers compute it, to the last bit
-    codes = torch.empty(*bits.shape, row_codec.padded(size), dtype=torch.int32, device=factor.device)
-    values, errors = torch.empty_like(factor), torch.empty_like(factor)  # errors: factor minus value
+    scratch = scratch or Scratch()
+    codes = scratch.empty("codes", factor, (*bits.shape, row_codec.padded(size)), torch.int32)
+    values = scratch.empty("values", factor, factor.shape)
+    errors = scratch.empty("errors", factor, factor.shape)  # factor minus value
     remaining = torch.zeros(bits.shape, device=factor.device)
     for own, passed_on in _blocks(errors, feedback.unit):
         unit, variance = feedback.unit[:, own, own], feedback.variance[:, own]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bitsmoe_plugin.base.devices import computing_on
 from bitsmoe_plugin.base.free_memory import release_free_memory
+from bitsmoe_plugin.base.scratch import Scratch
 from bitsmoe_plugin.base.spans import span
 from bitsmoe_plugin.base.workers import ALONE, Workers
 from bitsmoe_plugin.codec.scale_grid import ScaleGrid
@@ -57,18 +58,20 @@ def round_as_planned(
         grid = ScaleGrid.covering(scales, row_bits > 0)
         # What rows of down cost besides is added for the layer as a whole.
         own = torch.stack([*known.rank.expand(shape.inputs, -1, -1), torch.ones_like(known.rank[0])])
-        done = {}
-        for i, part in enumerate(expert_groups(shape.num_experts, shape.rank**2, device)):
-            if not workers.takes(i):
-                continue
-            factors = all_factors(weights, inverses, part)
+        groups = enumerate(expert_groups(shape.num_experts, shape.rank**2, device))
+        done, scratch = {}, Scratch()
+        for i, part in ((i, part) for i, part in groups if workers.takes(i)):
+            factors = all_factors(weights, inverses, part, scratch=scratch)
             feedback, bits = Feedback(None, own[:, part]), row_bits[:, part]
             with span("rounding"):
                 rows = round_along_rank(
-                    factors, bits, feedback, inner[:, part], grid, scales[:, part], config.grid, in_place=True
+                    *(factors, bits, feedback, inner[:, part], grid, scales[:, part], config.grid),
+                    in_place=True,
+                    scratch=scratch,
                 )
             done[i] = RoundedExperts.of(rows, bits, with_values=False)
             del factors, rows
+        del scratch
         release_free_memory()  # not of each group: the next one takes what it left
         rounded = merged_experts(done, workers, device)
         return pack_layer(rounded, grid, bases, row_bits, config.widths)

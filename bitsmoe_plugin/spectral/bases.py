@@ -25,6 +25,7 @@ from bitsmoe_plugin.base.linalg import (
     product,
     rows,
 )
+from bitsmoe_plugin.base.scratch import Scratch
 from bitsmoe_plugin.base.spans import span
 from bitsmoe_plugin.codec.basis import QuantizedBasis
 from bitsmoe_plugin.models.expert_weights import ExpertWeights
@@ -149,14 +150,20 @@ def down_factors(weights: ExpertWeights, inverses: BasisInverses, experts: Exper
 
 @span("factors")
 def all_factors(
-    weights: ExpertWeights, inverses: BasisInverses, experts: Experts, neurons: Tensor | None = None
+    weights: ExpertWeights,
+    inverses: BasisInverses,
+    experts: Experts,
+    neurons: Tensor | None = None,
+    scratch: Scratch | None = None,
 ) -> Tensor:
     """Both, ``[n + 1, e, rank, I]``.
 
     Args:
         neurons: ``[n + 1, e, k]`` int64: those of each factor and expert instead of all I.
+        scratch: where to, as "factors".
     """
-    return _new_factors(weights, inverses, experts, (*weights.inputs, weights.down), neurons)
+    wanted = (*weights.inputs, weights.down)
+    return _new_factors(weights, inverses, experts, wanted, neurons, scratch)
 
 
 def _new_factors(
@@ -165,11 +172,13 @@ def _new_factors(
     experts: Experts,
     wanted: Sequence[Tensor],
     neurons: Tensor | None = None,
+    scratch: Scratch | None = None,
 ) -> Tensor:
     """Of the ``wanted`` matrices of the weights."""
     ids = expert_ids(weights, experts)
     count = weights.intermediate_size if neurons is None else neurons.shape[-1]
-    result = torch.empty(len(wanted), len(ids), weights.hidden_size, count, device=weights.up.device)
+    shape = len(wanted), len(ids), weights.hidden_size, count
+    result = (scratch or Scratch()).empty("factors", weights.up, shape, torch.float32)
     gate, up, down = inverses.operands
     for f, matrices in enumerate(wanted):
         is_down = matrices is weights.down

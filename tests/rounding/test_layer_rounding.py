@@ -490,6 +490,25 @@ def test_rounding_as_planned_is_as_good(layer) -> None:
     assert plan_layer(problem_of(layer), 10**6).row_weights is None
 
 
+@pytest.mark.parametrize("method", ["default", "fast"])
+def test_groups_of_experts_leave_nothing_to_each_other(layer, monkeypatch, method: str) -> None:
+    """Each group of experts is rounded in the memory of the one before: what is kept of it must be copied."""
+    problem, row_bits = problem_of(layer, method=method), mixed_widths()
+    plan = plan_layer(problem, 10**6)
+
+    def packed() -> PackedExperts:
+        if plan.row_weights is None:
+            return round_layer(problem, row_bits).packed
+        given = layer.weights, row_bits, plan.bases, plan.energies, plan.row_weights
+        return round_as_planned(*given, problem.config).packed
+
+    together = packed()
+    monkeypatch.setattr(devices, "CPU_WORKING_SET", 1)
+    alone = packed()
+    for name in ("row_codes", "scale_grid", "payload"):
+        assert torch.equal(getattr(alone, name), getattr(together, name)), name
+
+
 def test_a_runtime_follows_its_tensors(layer) -> None:
     """Prepared pointers must not outlive the tensors they point to: copies, pickles, new tensors."""
     problem = problem_of(layer)
