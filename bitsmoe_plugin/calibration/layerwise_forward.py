@@ -216,6 +216,23 @@ class LayerwiseForward:
         self.hidden = outputs
 
 
+def token_weights(inputs: list[Tensor], outputs: list[Tensor], weighting: str) -> Tensor:
+    """What a squared error in a decoder layer's output costs at each token, ``[T]`` float32.
+
+    By how many tokens its residual stream is seen (``seen_by``) over its mean square; by weighting "none",
+    the same at all of them.
+
+    Args:
+        inputs, outputs: of the layer, ``[blocks, tokens, ..., H]``.
+    """
+    # Some families have several residual streams, [blocks, tokens, streams, H]: one token all the same.
+    weights = residual_weights(torch.cat([out.flatten(0, 1).flatten(1).to(outputs[0]) for out in outputs]))
+    if weighting == "none":
+        alike = weights.reciprocal().nanmean().reciprocal().expand_as(weights)
+        return alike.where(weights.isfinite(), weights)
+    return weights * seen_by(inputs, outputs).to(weights.device)
+
+
 def residual_weights(residual: Tensor) -> Tensor:
     """``[T]`` float32: 1 / mean square of the residual stream ``[T, hidden_size]``; NaN if that is infinite.
 
@@ -250,13 +267,6 @@ def capture_layer(
         outputs = forward.run(index, again=seen.clear)
     finally:
         handle.remove()
-    # Some families have several residual streams, [blocks, tokens, streams, H]: one token all the same.
-    residual = torch.cat([out.flatten(0, 1).flatten(1).to(seen[0][0].device) for out in outputs])
-    weights = residual_weights(residual)
-    if token_weighting == "none":
-        alike = torch.full_like(weights, float(1 / residual.float().square().mean()))
-        weights = alike.where(weights.isfinite(), weights)
-    else:
-        weights = weights * seen_by(forward.hidden, outputs).to(weights.device)
+    weights = token_weights(forward.hidden, outputs, token_weighting).to(seen[0][0].device)
     hidden, top_k_index, top_k_weights = (torch.cat(parts) for parts in zip(*seen, strict=True))
     return LayerActivations(hidden, top_k_index, top_k_weights, weights), outputs

@@ -18,7 +18,7 @@ from bitsmoe_plugin.calibration.dense_inputs import input_moments
 from bitsmoe_plugin.codec.dense import DenseScheme
 from bitsmoe_plugin.models.dense_units import DenseUnit
 from bitsmoe_plugin.models.families import routed_inputs
-from bitsmoe_plugin.pipeline.dense_pass import token_weights
+from bitsmoe_plugin.pipeline.dense_pass import seen_tokens
 from bitsmoe_plugin.pipeline.noise import with_noise
 from bitsmoe_plugin.pipeline.progress import Hidden
 from bitsmoe_plugin.pipeline.run import Run
@@ -50,7 +50,7 @@ def dense_costs(run: Run, index: int, outputs: Hidden, error: float = 0.0) -> De
     if not units:
         return []
     modules: dict[str, Any] = {name: run.model.get_submodule(name) for unit in units for name in unit.names}
-    weights = token_weights(run, outputs)
+    weights = seen_tokens(run, run.forward.hidden, outputs)
     moments = input_moments(run.forward, index, modules, weights)
     inputs = _first(run.forward.hidden)
     exact = before = _outputs(run, index, inputs)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from bitsmoe_plugin.base.linalg import weighted_products
 from bitsmoe_plugin.calibration.dense_inputs import input_moments
-from bitsmoe_plugin.calibration.layerwise_forward import residual_weights
+from bitsmoe_plugin.calibration.layerwise_forward import token_weights
 from bitsmoe_plugin.codec.dense import DenseScheme
 from bitsmoe_plugin.models.dense_layers import planned_schemes, saved_names
 from bitsmoe_plugin.models.dense_units import NO_LAYER
@@ -44,11 +44,11 @@ def planned_dense(model: Any, layers: list[MoELayer], config: Any) -> dict[int, 
     return found
 
 
-def round_dense(run: Run, index: int, exact: Hidden) -> dict[str, Tensor]:
+def round_dense(run: Run, index: int, inputs: Hidden, exact: Hidden) -> dict[str, Tensor]:
     """Round and replace linear layers of a decoder layer.
 
     Args:
-        exact: outputs of the decoder layer in the unquantized model.
+        inputs, exact: inputs and outputs of the decoder layer in the unquantized model.
 
     Returns:
         their stored tensors by name, on the CPU; empty if all stay as they are.
@@ -60,7 +60,7 @@ def round_dense(run: Run, index: int, exact: Hidden) -> dict[str, Tensor]:
     asked: dict[str, Any] = {name: module for name, module in modules.items() if schemes[name].bits < 8}
     moments: dict[str, Tensor] = {}
     if asked:
-        weights = token_weights(run, finite(index, exact))
+        weights = seen_tokens(run, inputs, finite(index, exact))
         moments = run.agreed(lambda: input_moments(run.forward, index, asked, weights))
     return _rounded(run, modules, schemes, moments)
 
@@ -88,12 +88,9 @@ def head_moments(run: Run, given: list[Tensor]) -> Tensor:
     return total  # type: ignore[no-any-return]
 
 
-def token_weights(run: Run, outputs: Hidden) -> Tensor:
-    """``[T]``, as the experts of this layer have them; 0 for what is held out."""
-    # Some families have several residual streams, [blocks, tokens, streams, H]: one token all the same.
-    weights = residual_weights(torch.cat([out.flatten(0, 1).flatten(1) for out in outputs]))
-    if run.config.token_weighting == "none":
-        weights = torch.full_like(weights, float(weights.reciprocal().mean().reciprocal()))
+def seen_tokens(run: Run, inputs: Hidden, outputs: Hidden) -> Tensor:
+    """``token_weights`` of a decoder layer, as its experts have them; 0 for what is held out."""
+    weights = token_weights(inputs, outputs, run.config.token_weighting)
     weights[run.tokens :] = 0
     return weights
 

@@ -121,8 +121,8 @@ def _round_layer(run: Run, index: int, exact: Hidden, widths: Widths) -> _Rounde
         exact: inputs of the layer in the unquantized model.
     """
     if index not in run.moe:
-        exact = run.agreed(lambda: run.forward.run(index, exact))
-        dense = round_dense(run, index, exact)
+        inputs, exact = exact, run.agreed(lambda: run.forward.run(index, exact))
+        dense = round_dense(run, index, inputs, exact)
         hidden = finite(index, run.agreed(lambda: run.forward.run(index)))
         return _RoundedLayer(None, exact, _passed_on(run, exact, hidden), dense)
     fitted = _fit_layer(run, index, exact, widths)
@@ -151,8 +151,8 @@ def _fit_layer(run: Run, index: int, exact: Hidden, widths: Widths) -> _FittedLa
     row_bits, kept = widths.rows[index].long(), widths.kept[index]
     with run.loaded(layer) as weights:
         shape, gating = layer_shape(layer.module), partial(apply_gating, layer.module)
-        exact = run.agreed(partial(run.forward.run, index, exact))
-        dense = round_dense(run, index, exact)
+        inputs, exact = exact, run.agreed(partial(run.forward.run, index, exact))
+        dense = round_dense(run, index, inputs, exact)
         activations, outputs, (gains, direct) = run.agreed(partial(_observe, run, index))
         biases = read_biases(layer.module)
         seen = through_norm(layer.module, weights, biases, run.seen(activations, gains))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from bitsmoe_plugin.calibration.blocks import held_out_last
 from bitsmoe_plugin.calibration.carried import left_beside
-from bitsmoe_plugin.calibration.layerwise_forward import LayerwiseForward, residual_weights
+from bitsmoe_plugin.calibration.layerwise_forward import LayerwiseForward, token_weights
 from bitsmoe_plugin.models.expert_source import ExpertSource
 from bitsmoe_plugin.pipeline.run import finite
 from bitsmoe_plugin.pipeline.tuning_progress import TuningProgress
@@ -166,15 +166,15 @@ class Streams:
         """What is to be learnt of a chunk."""
         inputs = self._progress.hidden.read(layers[0], chunk.number)
         wanted = self._progress.exact.read(layers[-1] + 1, chunk.number)
-        batches = zip(inputs, left_beside(inputs), wanted, strict=True)
+        exact = self._progress.exact.read(layers[0], chunk.number)
+        batches = zip(exact, inputs, left_beside(inputs), wanted, strict=True)
         return [
-            Target(number, hidden, left, out, self._weights(out))
-            for number, (hidden, left, out) in enumerate(batches)
+            Target(number, hidden, left, out, self._weights(given, out))
+            for number, (given, hidden, left, out) in enumerate(batches)
         ]
 
-    def _weights(self, wanted: Tensor) -> Tensor:
-        weights = residual_weights(wanted.flatten(0, 1).flatten(1)).view(wanted.shape[:2])
-        return weights if self._weighting != "none" else (1 / (1 / weights).mean()).expand_as(weights)
+    def _weights(self, inputs: Tensor, wanted: Tensor) -> Tensor:
+        return token_weights([inputs], [wanted], self._weighting).view(wanted.shape[:2])
 
     def held(self) -> Iterator[Chunk]:
         """Chunks that nothing is learnt from."""

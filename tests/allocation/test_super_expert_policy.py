@@ -22,6 +22,7 @@ from bitsmoe_plugin.commands.inspect import inspect_checkpoint, print_inspection
 from bitsmoe_plugin.errors import CheckpointError, QuantizationError
 from bitsmoe_plugin.models.families import apply_gating, find_moe_layers
 from bitsmoe_plugin.models.gating import gating
+from bitsmoe_plugin.pipeline import dense_pass, plan_pass
 from bitsmoe_plugin.runtime import dispatch
 
 LAYER = "model.layers.1.mlp.experts"
@@ -151,6 +152,32 @@ def test_what_is_found_gets_wider_rows_from_the_program(dense, tmp_path, monkeyp
     print_inspection(report, stream)
     mean = f"{layer['expert_bits'][2]:.3g}"
     assert f"super expert in rows of {mean} bits: {LAYER}, expert 2" in stream.getvalue()
+
+
+@pytest.mark.filterwarnings("ignore:.*calibration token")
+@pytest.mark.parametrize("weighting", ["residual", "none"])
+def test_linear_layers_are_fitted_to_what_experts_beside_them_are(dense, monkeypatch, weighting: str) -> None:
+    """Guards against tokens that a layer makes massive, which count for its experts and not for the rest."""
+    seen: dict[str, dict[int, torch.Tensor]] = {"experts": {}, "linear": {}}
+    capture, moments = plan_pass.capture_layer, dense_pass.input_moments
+
+    def watched_capture(forward, index, *given):
+        activations, outputs = capture(forward, index, *given)
+        seen["experts"][index] = activations.token_weights
+        return activations, outputs
+
+    def watched_moments(forward, index, modules, weights):
+        seen["linear"][index] = weights
+        return moments(forward, index, modules, weights)
+
+    monkeypatch.setattr(plan_pass, "capture_layer", watched_capture)
+    monkeypatch.setattr(dense_pass, "input_moments", watched_moments)
+    quantize(dense, dense_bits=4, dense_group_size=32, token_weighting=weighting, allow_thin=True)
+    for index, found in seen["linear"].items():
+        learnt = found > 0  # others are held out
+        torch.testing.assert_close(found[learnt], seen["experts"][index][learnt])
+        assert float(learnt.float().mean()) > 0.5
+    assert seen["linear"].keys() == {0, 1}
 
 
 @pytest.mark.filterwarnings("ignore:.*calibration token")
