@@ -166,11 +166,11 @@ def test_interrupted_run_goes_on_to_the_same_bytes(packed: Path, moe_tiny_path: 
 
     real, calls = dense_pass.round_dense, []
 
-    def failing(run: Any, index: int, exact: Any) -> Any:
+    def failing(run: Any, index: int, *given: Any) -> Any:
         calls.append(index)
         if index == 2:
             raise KeyboardInterrupt
-        return real(run, index, exact)
+        return real(run, index, *given)
 
     options = {"dense_bits": MIXED, "work_dir": str(tmp_path / "work")}
     with pytest.MonkeyPatch.context() as patch:
