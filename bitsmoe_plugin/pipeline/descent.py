@@ -14,7 +14,7 @@ _WARM_UP = 5
 _OF_WEIGHTS = 0.1
 """Of the learning rate, for norms and routers."""
 _OF_CODES = 5.0
-"""Of the learning rate, for values in units of their rows' scales at 2 bits, see ``TunableCodes``."""
+"""Of the learning rate, for values in units of their rows' scales."""
 KINDS = {"gains": "", "counts": "step", "means": "exp_avg", "squares": "exp_avg_sq"}
 """Tensors that a descent goes on from -> what torch calls those that Adam has of each gain."""
 

@@ -14,9 +14,7 @@ from bitsmoe_plugin.runtime.reference_layer import ReferenceLayer
 
 
 class TunableCodes:
-    """Rows in units of their scales, each value what its code stands for plus what a gain makes of it, coded
-    again. A gain is in units of ``2^(2 - width)``, because codes of a wider row lie closer together: so one
-    learning rate serves all widths.
+    """Rows in units of their scales, each value what its code stands for plus a gain, coded again.
 
     What is computed with is what the codes stand for; gradients pass through the coding as if it were none
     (the straight-through estimator of arXiv 1308.3432, here through a search for trellis codes). A block of
@@ -41,7 +39,6 @@ class TunableCodes:
                 stored[factor, expert, order.to(stored.device)] = codes
         self._stored, self._before = stored, self._decoded(stored)
         self._now, self._coded = (stored, self._before), 0
-        self._unit = torch.where(self._bits > 0, torch.exp2(2.0 - self._bits), 0.0)[..., None]
         self.gain = torch.zeros_like(self._before, requires_grad=True)
 
     def rows(self, gain: Tensor) -> Tensor:
@@ -50,7 +47,7 @@ class TunableCodes:
         Args:
             gain: the attribute, or what stands for it where a backward pass computes again.
         """
-        return _AsCoded.apply(gain, self._found()[1], self._unit)  # type: ignore[no-any-return]
+        return _AsCoded.apply(gain, self._found()[1], self._bits[..., None] > 0)  # type: ignore[no-any-return]
 
     @torch.no_grad()
     def payload(self) -> Tensor:
@@ -71,7 +68,7 @@ class TunableCodes:
         codes, values = self._stored.clone(), self._before.clone()
         alike = torch.ones(self._size, device=values.device)
         for factor, bits in enumerate(self._bits):  # one after the other: less is held at once
-            place = torch.addcmul(self._before[factor], self.gain[factor], self._unit[factor])
+            place = self._before[factor] + self.gain[factor]
             found, value = row_codec.rounded(
                 place, torch.ones_like(bits, dtype=torch.float32), alike, bits, self._grid
             )
@@ -87,18 +84,18 @@ class TunableCodes:
 
 
 class _AsCoded(torch.autograd.Function):
-    """Values of codes, whose gradients become those of the gains that they were found for.
+    """Values of codes, whose gradients are those of the gains that they were found for, where rows are used.
     (Written out: as a sum of gains and differences it goes over all values four times more.)"""
 
     @staticmethod
-    def forward(ctx: Any, gain: Tensor, values: Tensor, unit: Tensor) -> Tensor:
-        ctx.save_for_backward(unit)
+    def forward(ctx: Any, gain: Tensor, values: Tensor, used: Tensor) -> Tensor:
+        ctx.save_for_backward(used)
         return values.view_as(values)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        (unit,) = ctx.saved_tensors
-        return gradient * unit, None, None
+        (used,) = ctx.saved_tensors
+        return gradient * used, None, None
 
 
 def _of_blocks(errors: Tensor) -> Tensor:
