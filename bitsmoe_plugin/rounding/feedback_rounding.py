@@ -201,13 +201,7 @@ def _from_far(errors: Tensor, unit: Tensor, first: int, last: int) -> Tensor:
 
 
 def round_along_neurons(
-    factor: Tensor,
-    bits: Tensor,
-    feedback: Feedback,
-    scale_grid: ScaleGrid,
-    scales: Tensor,
-    grid: str,
-    scratch: Scratch | None = None,
+    factor: Tensor, bits: Tensor, feedback: Feedback, scale_grid: ScaleGrid, scales: Tensor, grid: str
 ) -> RoundedRows:
     """Round down factors, block after block of 32 neurons, each row under a scale fixed in advance.
 
@@ -218,7 +212,7 @@ def round_along_neurons(
         rank = Feedback(None, torch.ones(1, *factor.shape[:-1], device=factor.device))
         grid_of_one = ScaleGrid(scale_grid.low[None], scale_grid.step[None])
         one = factor[None], bits[None], rank, feedback.variance[None], grid_of_one, scales[None]
-        rows = round_along_rank(*one, grid, scratch=scratch)
+        rows = round_along_rank(*one, grid)
         return RoundedRows(*(tensor[0] for tensor in _tensors(rows)))
     size = factor.shape[-1]
     weights = feedback.variance[:, None]
@@ -226,10 +220,8 @@ def round_along_neurons(
     start = scale_grid.encode(scales)
     scale_codes, _ = backend_for(factor).choose_scales(factor, weights, bits, start, low, step)
     scale = torch.exp2(low + scale_codes * step)  # as readers compute it, to the last bit
-    scratch = scratch or Scratch()
-    codes = scratch.empty("codes", factor, (*bits.shape, row_codec.padded(size)), torch.int32)
-    values = scratch.empty("values", factor, factor.shape)
-    errors = scratch.empty("errors", factor, factor.shape)  # factor minus value
+    codes = torch.empty(*bits.shape, row_codec.padded(size), dtype=torch.int32, device=factor.device)
+    values, errors = torch.empty_like(factor), torch.empty_like(factor)  # errors: factor minus value
     remaining = torch.zeros(bits.shape, device=factor.device)
     for own, passed_on in _blocks(errors, feedback.unit):
         unit, variance = feedback.unit[:, own, own], feedback.variance[:, own]

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from bitsmoe_plugin.base.devices import computing_on
 from bitsmoe_plugin.base.free_memory import release_free_memory
-from bitsmoe_plugin.base.scratch import Scratch
 from bitsmoe_plugin.base.spans import span
 from bitsmoe_plugin.base.workers import ALONE, Workers
 from bitsmoe_plugin.codec.scale_grid import ScaleGrid
@@ -75,22 +74,19 @@ def round_experts(
     found = {i: _down_scales(problem, down, bits[-1, part], experts[part]) for i, part in groups.items()}
     down_grid = _wider_grid(_of_all(workers, found, problem.device), bits[-1] > 0)
     done = {}
-    of_inputs, of_down = (None, None) if with_values else (Scratch(), Scratch())
     for i, part in groups.items():
         seen = [given[e] if given else exact(problem, e) for e in experts[part]]
         known = _stacked_feedback(problem, experts[part], seen, feedback)
         factors = inputs.take(experts[part])
-        rows = _round_inputs(
-            *(problem, factors, bits[:-1, part], experts[part], known, grid, scales[:, part], of_inputs)
-        )
+        rows = _round_inputs(problem, factors, bits[:-1, part], experts[part], known, grid, scales[:, part])
         first = RoundedExperts.of(rows, bits[:-1, part], with_values)
         refitted = _refitted(problem, down, rows.values, bits[-1, part], experts[part], seen)
-        del factors, known, seen
-        rows = _round_down(problem, refitted, bits[-1, part], down_grid, of_down)
-        last = RoundedExperts.of(rows, bits[-1:, part], with_values)
+        del factors, rows, known, seen
+        last = RoundedExperts.of(
+            _round_down(problem, refitted, bits[-1, part], down_grid), bits[-1:, part], with_values
+        )
         done[i] = RoundedExperts.of_all_factors(first, last)
-        del refitted, rows
-    del of_inputs, of_down
+        del refitted
     release_free_memory()  # not of each group: the next one takes what it left
     return merged_experts(done, workers, problem.device), grid.stacked_with(down_grid)
 
@@ -104,7 +100,6 @@ def _round_inputs(
     feedback: Feedback,
     grid: ScaleGrid,
     scales: Tensor,
-    scratch: Scratch | None,
 ) -> RoundedRows:
     """
     Args:
@@ -112,17 +107,14 @@ def _round_inputs(
         bits: ``[n, e, r]``, as ``scales``.
     """
     neuron = problem.statistics.neuron_weights[:, experts]
-    given = factors, bits, feedback, neuron, grid, scales, problem.config.grid
-    return round_along_rank(*given, in_place=True, scratch=scratch)
+    return round_along_rank(factors, bits, feedback, neuron, grid, scales, problem.config.grid, in_place=True)
 
 
 @span("rounding of down")
-def _round_down(
-    problem: LayerProblem, down: _Down, bits: Tensor, grid: ScaleGrid, scratch: Scratch | None
-) -> RoundedRows:
+def _round_down(problem: LayerProblem, down: _Down, bits: Tensor, grid: ScaleGrid) -> RoundedRows:
     """With a first axis of length 1."""
     given = down.factors, bits, down.feedback, grid, down.scales
-    return feedback_rounding.stacked(round_along_neurons(*given, problem.config.grid, scratch))
+    return feedback_rounding.stacked(round_along_neurons(*given, problem.config.grid))
 
 
 def _of_all(workers: Workers, scales: dict[int, Tensor], device: torch.device) -> Tensor:
