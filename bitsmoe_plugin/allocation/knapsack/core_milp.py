@@ -12,19 +12,19 @@ _HIGHS_OPTIONS = {
     "output_flag": False,
     "threads": 1,
     "random_seed": 0,
-    "mip_rel_gap": 1e-9,
-    "mip_abs_gap": 1e-12,
-    "mip_max_nodes": 20_000,  # not a time limit: the result must not depend on the machine's speed
+    "mip_rel_gap": 0.0,
+    "mip_max_nodes": 1_000,  # not a time limit: the result must not depend on the machine's speed
 }
 
 
-def solve_core(costs: Floats, sizes: Ints, budget: int) -> tuple[Ints, float] | None:
+def solve_core(costs: Floats, sizes: Ints, budget: int, gap: float) -> tuple[Ints, float] | None:
     """HiGHS on a small multiple-choice knapsack.
 
     Args:
         costs: ``[units, widths]`` float64; inf forbids a choice.
         sizes: ``[units, widths]`` int64.
         budget: bits that all choices together may take.
+        gap: cost by which a choice may exceed the lower bound and end the search.
 
     Returns:
         choice per unit and a lower bound of the optimum; None if nothing feasible was found.
@@ -36,6 +36,7 @@ def solve_core(costs: Floats, sizes: Ints, budget: int) -> tuple[Ints, float] | 
         solver = highspy.Highs()
     for option, setting in _HIGHS_OPTIONS.items():
         solver.setOptionValue(option, setting)
+    solver.setOptionValue("mip_abs_gap", gap / scale)
     solver.passModel(_core_model(costs[usable] / scale, sizes[usable], unit_of, len(costs), budget))
     solver.run()
     info = solver.getInfo()
