@@ -109,7 +109,7 @@ test-gpu: install
 	TRITON_INTERPRET=0 $(BIN)/python -m pytest tests/*/test_gpu_*.py
 
 test-vllm: install-vllm install-torchvision
-	$(VLLM_VENV)/bin/python -m pytest tests/vllm_ext
+	$(VLLM_VENV)/bin/python -m pytest -n $(WORKERS) --dist worksteal tests/vllm_ext
 
 # vLLM keeps transformers at the oldest version that is tested, so its environment is also the one of the
 # oldest: every family through transformers, streaming, loading without an import, optimum.
