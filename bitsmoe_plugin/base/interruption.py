@@ -7,7 +7,10 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
+
+from bitsmoe_plugin.base.work_directory import has_progress, locked, staging
 
 
 class Interrupted(KeyboardInterrupt):
@@ -40,3 +43,22 @@ def deferred_interrupt(piece: str = "layer") -> Iterator[Callable[[], bool]]:
     finally:
         if ours:
             signal.signal(signal.SIGINT, usual)
+
+
+@contextmanager
+def kept_unless_finished(work: Path) -> Iterator[None]:
+    """Hold a work directory; if this ends early, what is finished stays, and Ctrl-C says how to go on.
+
+    Raises:
+        QuantizationError: see ``work_directory.locked``.
+        Interrupted: instead of KeyboardInterrupt, where something is finished.
+    """
+    with locked(work), staging(work):
+        try:
+            yield
+        except KeyboardInterrupt as error:
+            if has_progress(work) and not isinstance(error, Interrupted):
+                raise Interrupted(
+                    f"stopped; {work} holds what is finished. Start the same again to go on"
+                ) from error
+            raise

@@ -47,7 +47,8 @@ with the same result.
     "write": """\
 Let the full-precision model write calibration text itself, for `quantize` and
 `tune`: it goes on from short pieces of the text that there is. Where that is
-scarce, tuning on it alone learns it by heart.
+scarce, tuning on it alone learns it by heart. What is finished is kept in
+OUT.work, and the same command goes on there.
 """,
     "inspect": """\
 Count what a packed model stores for its experts, and show for each layer how

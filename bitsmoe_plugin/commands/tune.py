@@ -3,25 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from bitsmoe_plugin.base.atomic_output import check_output_directory
-from bitsmoe_plugin.base.interruption import Interrupted
+from bitsmoe_plugin.base.interruption import kept_unless_finished
 from bitsmoe_plugin.base.process_state import known_state
-from bitsmoe_plugin.base.work_directory import (
-    OUTPUT,
-    WorkDirectory,
-    has_progress,
-    locked,
-    remove,
-    staging,
-    writing,
-)
+from bitsmoe_plugin.base.work_directory import OUTPUT, WorkDirectory, remove, writing
 from bitsmoe_plugin.base.workers import refuse_several
 from bitsmoe_plugin.calibration.text import load_documents, token_blocks
 from bitsmoe_plugin.checkpoint.read import read_config
@@ -83,7 +73,7 @@ def tune_to_directory(
     saved = copy.deepcopy(tokenizer)  # encoding leaves traces, which should not be saved
     beside_weights = side_files(packed_source)
     work = out.with_name(f"{out.name}.work")
-    with _kept(work):  # from the start: what cannot be written should not show at the end
+    with kept_unless_finished(work):  # from the start: what cannot be written should not show at the end
         begun = _begun(work)
         packed = load_for_evaluation(packed_source)
         blocks = token_blocks(
@@ -111,20 +101,6 @@ def tune_to_directory(
             write_checkpoint(packed.to("cpu"), saved, origin.name, dataset, partial, out, beside_weights)
         remove(work)
     return result
-
-
-@contextmanager
-def _kept(work: Path) -> Iterator[None]:
-    """Hold the work directory; it stays if this ends early and something is finished, and then says so."""
-    with locked(work), staging(work):
-        try:
-            yield
-        except KeyboardInterrupt as error:
-            if has_progress(work) and not isinstance(error, Interrupted):
-                raise Interrupted(
-                    f"stopped; {work} holds what is finished. Start the same again to go on"
-                ) from error
-            raise
 
 
 def _begun(work: Path) -> str | None:

@@ -17,9 +17,10 @@ from transformers.utils import logging
 
 from bitsmoe_plugin.base.atomic_output import replace_file
 from bitsmoe_plugin.base.error_lines import working_on
+from bitsmoe_plugin.base.interruption import kept_unless_finished
 from bitsmoe_plugin.base.option_checks import check_number
 from bitsmoe_plugin.base.process_state import known_state
-from bitsmoe_plugin.base.work_directory import writing
+from bitsmoe_plugin.base.work_directory import WorkDirectory, remove, writing
 from bitsmoe_plugin.base.workers import refuse_several
 from bitsmoe_plugin.calibration.text import check_vocabulary, load_documents, token_stream
 from bitsmoe_plugin.commands.defaults import PROMPT, WRITTEN, WRITTEN_AT_ONCE
@@ -29,6 +30,7 @@ from bitsmoe_plugin.models.low_precision import READ, method_of, stored_settings
 from bitsmoe_plugin.models.model_class import check_loadable, text_model
 from bitsmoe_plugin.models.model_source import ModelSource
 from bitsmoe_plugin.models.tokenizer import load_tokenizer
+from bitsmoe_plugin.pipeline.run_identity import writing_identity
 
 
 class _Bar(BaseStreamer):
@@ -77,6 +79,9 @@ def write_text(
     begin anywhere in the joined documents. The same arguments give the same file on the same machine; another
     ``batch_size`` gives other text. The process's random numbers stay as they were.
 
+    Finished batches are kept in a directory, ``out`` with ".work" appended, until all is done: the same call
+    goes on there if this one ends early, and gives the same file.
+
     Args:
         model: directory or hub name of a model that is not quantized.
         out: .jsonl file to write, one ``{"input_ids": [...]}`` per sequence; it is absent or complete.
@@ -93,24 +98,31 @@ def write_text(
     Raises:
         ConfigError: numbers that do not fit one another or the model; or several processes.
         QuantizationError: ``out`` exists or cannot be written; no language model, an encoder-decoder one or
-            one that is quantized; other data than text, or less than a prompt; outputs that are not finite.
+            one that is quantized; other data than text, or less than a prompt; outputs that are not finite;
+            the work directory holds text of other arguments.
+        Interrupted: Ctrl-C after a finished batch; says how to go on.
     """
     _check_numbers(tokens, sequence_length, prompt_tokens, batch_size, temperature, seed)
     source, out = ModelSource.of(model), Path(out).resolve()
     _check_output(out)
     _check_model(source, sequence_length)
     prompts = _prompts(source, dataset, tokens, sequence_length, prompt_tokens, seed)
-    writer = text_model(load_for_evaluation(source, device))
-    check_vocabulary(prompts, writer.get_input_embeddings().num_embeddings)
-    with working_on(f"writing text with {source.name}"), _seeded(seed, torch.device(device)):
-        lines = [
-            json.dumps({"input_ids": ids})
-            for batch in _written(writer, prompts, sequence_length, batch_size, temperature)
-            for ids in batch.tolist()
-        ]
-    with writing(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(out, "".join(f"{line}\n" for line in lines).encode())
+    settings = {
+        "sequence_length": sequence_length,
+        "batch_size": batch_size,
+        "temperature": float(temperature),
+        "seed": seed,
+    }
+    work = out.with_name(f"{out.name}.work")
+    with kept_unless_finished(work):
+        writer = text_model(load_for_evaluation(source, device))
+        check_vocabulary(prompts, writer.get_input_embeddings().num_embeddings)
+        with working_on(f"writing text with {source.name}"):
+            batches = list(_batches(writer, prompts, settings, WorkDirectory(work)))
+        lines = [json.dumps({"input_ids": ids}) for batch in batches for ids in batch.tolist()]
+        with writing(out):
+            replace_file(out, "".join(f"{line}\n" for line in lines).encode())
+        remove(work)
     return len(lines)
 
 
@@ -206,26 +218,42 @@ def _seeded(seed: int, device: torch.device) -> Iterator[None]:
         yield
 
 
-def _written(
-    writer: Any, prompts: Tensor, sequence_length: int, batch_size: int, temperature: float
-) -> Iterator[Tensor]:
-    """Prompts with what follows, batch by batch, ``[batch, sequence_length]`` int64."""
-    settings = GenerationConfig(
-        do_sample=True,
-        temperature=float(temperature),
-        top_k=0,
-        top_p=1.0,
-        max_new_tokens=sequence_length - prompts.shape[1],
-    )
+def _batches(writer: Any, prompts: Tensor, settings: dict[str, Any], work: WorkDirectory) -> Iterator[Tensor]:
+    """Prompts with what follows, batch by batch, ``[batch, sequence_length]`` int64; those that the work
+    directory holds are read from it."""
+    identity = writing_identity(writer, prompts, settings)
+    work.check_identity(work.state.setdefault("writing", identity), identity, "text")
     # What is not given is taken from the model's own: its end-of-text tokens, penalties, forced tokens.
     writer.generation_config = GenerationConfig()
-    device, total = writer.get_input_embeddings().weight.device, len(prompts) * sequence_length
-    with logging.tqdm(total=total, unit=" tokens", desc="Writing text") as bar:
-        for batch in prompts.to(device).split(batch_size):
-            yield writer.generate(
-                batch,
-                attention_mask=torch.ones_like(batch),
-                generation_config=settings,
-                logits_processor=LogitsProcessorList([_Finite()]),
-                streamer=_Bar(bar),
-            )
+    length, batches = settings["sequence_length"], prompts.split(settings["batch_size"])
+    names = [f"written-{index}.safetensors" for index in range(len(batches))]
+    done = sum(len(batch) for name, batch in zip(names, batches, strict=True) if work.holds(name))
+    # Each batch has random numbers of its own, so that one can go on with any.
+    seeds = torch.randint(2**62, (len(batches),), generator=torch.Generator().manual_seed(settings["seed"]))
+    with logging.tqdm(
+        total=len(prompts) * length, initial=done * length, unit=" tokens", desc="Writing text"
+    ) as bar:
+        for name, batch, seed in zip(names, batches, seeds.tolist(), strict=True):
+            if not work.holds(name):
+                work.write(name, {"input_ids": _written(writer, batch, settings, seed, bar)})
+                work.commit()
+            yield work.read(name)[0]["input_ids"]
+
+
+def _written(writer: Any, prompts: Tensor, settings: dict[str, Any], seed: int, bar: Any) -> Tensor:
+    """A batch of prompts with what follows."""
+    device = writer.get_input_embeddings().weight.device
+    with _seeded(seed, device):
+        return writer.generate(  # type: ignore[no-any-return]
+            prompts.to(device),
+            attention_mask=torch.ones_like(prompts, device=device),
+            generation_config=GenerationConfig(
+                do_sample=True,
+                temperature=settings["temperature"],
+                top_k=0,
+                top_p=1.0,
+                max_new_tokens=settings["sequence_length"] - prompts.shape[1],
+            ),
+            logits_processor=LogitsProcessorList([_Finite()]),
+            streamer=_Bar(bar),
+        )

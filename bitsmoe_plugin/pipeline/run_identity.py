@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bitsmoe_plugin.base import native
 from bitsmoe_plugin.calibration.blocks import Blocks, blocks_digest
@@ -44,7 +44,7 @@ def identity(model: nn.Module, blocks: Blocks, config: BitsMoEConfig, source: Ex
         "config": {key: value for key, value in config.to_dict().items() if key not in _MANIFEST},
         "calibration tokens": f"{len(blocks)} blocks, {blocks_digest(blocks)[:16]}",
         "model": {
-            "config": _digest(json.dumps(_model_config(model), sort_keys=True, default=str).encode()),
+            "config": _config_digest(model),
             "weights outside the experts": _other_weights(model, source),
             "file": {path.name: _header(path) for path in source.files},
         },
@@ -83,9 +83,32 @@ def pass_identity(
         model: packed, as it is before the first step.
         reference: the original.
     """
-    tensors = sorted(reference.state_dict(keep_vars=True).items())
-    weights = _digest(*(f"{name} {fingerprint(tensor)} ".encode() for name, tensor in tensors))
-    return {**tuning_identity(model, (), blocks, settings), "original": weights}
+    return {**tuning_identity(model, (), blocks, settings), "original": _weights(reference)}
+
+
+def writing_identity(model: nn.Module, prompts: Tensor, settings: dict[str, Any]) -> dict[str, Any]:
+    """The same of text that a model writes, given all of it in memory.
+
+    Args:
+        prompts: token ids.
+        settings: JSON-ready, everything else that decides.
+    """
+    return {
+        "code": {"bitsmoe-plugin": __version__, "sources": _sources(), **_libraries()},
+        "machine": _machine(model),
+        "settings": settings,
+        "prompts": f"{len(prompts)}, {_digest(prompts.numpy().tobytes())}",
+        "model": {"config": _config_digest(model), "weights": _weights(model)},
+    }
+
+
+def _weights(model: nn.Module) -> str:
+    tensors = sorted(model.state_dict(keep_vars=True).items())
+    return _digest(*(f"{name} {fingerprint(tensor)} ".encode() for name, tensor in tensors))
+
+
+def _config_digest(model: nn.Module) -> str:
+    return _digest(json.dumps(_model_config(model), sort_keys=True, default=str).encode())
 
 
 def _digest(*parts: bytes) -> str:

@@ -142,9 +142,44 @@ def test_an_interrupted_run_leaves_nothing(
 
     monkeypatch.setattr(module._Bar, "put", stop)
     given = ["--dataset", str(text), "--tokens", "600"]
-    status, _, stderr = run_here(capfd, "write", MODEL, str(tmp_path / "a" / "own.jsonl"), *given)
+    status, _, stderr = run_here(capfd, "write", MODEL, str(tmp_path / "own.jsonl"), *given)
     assert (status, list(tmp_path.iterdir())) == (130, [])
     assert "nothing was written" in stderr.splitlines()[-1]
+
+
+def test_an_interrupted_run_goes_on_to_the_same_text(
+    written: Path,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Not with other arguments. What was finished is not written again."""
+    generate, batches = module._written, []
+
+    def interrupted(writer: Any, prompts: torch.Tensor, *rest: Any) -> torch.Tensor:
+        batches.append(len(prompts))
+        if len(batches) == 2:
+            raise KeyboardInterrupt
+        return generate(writer, prompts, *rest)
+
+    monkeypatch.setattr(module, "_written", interrupted)
+    out = tmp_path / "own.jsonl"
+    sizes = ["--sequence-length", str(LENGTH), "--prompt-tokens", str(PROMPT), "--batch-size", "3"]
+    command = ["write", MODEL, str(out), "--dataset", str(text), *sizes, "--device", "cpu"]
+    tokens = ["--tokens", str(COUNT * LENGTH)]
+    status, _, stderr = run_here(capfd, *command, *tokens)
+    assert (status, [path.name for path in tmp_path.iterdir()]) == (130, ["own.jsonl.work"])
+    assert "own.jsonl.work holds what is finished. Start the same again" in stderr.splitlines()[-1]
+    for changed, message in ((["--seed", "1"], "seed was 0, is 1"), (["--tokens", "48"], "prompts was 5, ")):
+        status, _, stderr = run_here(capfd, *command, *tokens, *changed)
+        assert status == 2
+        assert "holds the text of another run: " in stderr.splitlines()[-1]
+        assert message in stderr.splitlines()[-1]
+    status, _, stderr = run_here(capfd, *command, *tokens)
+    assert (status, batches) == (0, [3, 2, 2]), stderr
+    assert out.read_bytes() == written.read_bytes()
+    assert [path.name for path in tmp_path.iterdir()] == ["own.jsonl"]
 
 
 def test_outputs_that_are_not_finite_are_refused(text: Path, tmp_path: Path) -> None:
