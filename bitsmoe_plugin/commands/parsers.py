@@ -331,12 +331,13 @@ def add_compare(commands: Any, run: Run) -> None:
     parser.add_argument("--bits", type=budgets, default=row.default, metavar=row.flag, help=text)
     text = "where points and plots of a curve are kept; the same command goes on there (default: curve)"
     _add_path(parser, "--out", text, "DIR")
-    _add_options(parser, "factor_bits", "dense_bits", "size")
+    _add_options(parser, "factor_bits", "dense_bits", "size", "tune", "tune_through")
     _add_calibration(parser, calibration_tokens=TOKENS)
     _add_evaluation_text(parser, "--eval")
     text = f"of {', '.join(COMPARED)} (default: %(default)s); full: not quantized, rtn: rounded to nearest"
     parser.add_argument("--methods", default="full,rtn,bitsmoe", metavar="NAMES", help=text)
     _add_number(parser, "--group-size", "weights that share a scale, for rtn, gptq and autoround", 64)
+    _add_number(parser, "--autoround-steps", "that autoround takes for each decoder layer", 200)
     text = "for the method checkpoint: a GPTQ or packed model that is there"
     parser.add_argument("--checkpoint", metavar="DIR", help=text)
     parser.add_argument("--tasks", metavar="NAMES", help=_TASKS)

@@ -31,6 +31,10 @@ class ComparisonTask:
     checkpoint: str | None = None
     dense_bits: Any = 16
     size: str | None = None
+    tune: int = 0
+    tune_through: str = "auto"
+    autoround_steps: int = 200
+    """For each decoder layer; 200 is auto-round's default."""
     chat_template_kwargs: dict[str, Any] | None = None
     allow_slow: bool = False
     loading: dict[str, Any] = field(default_factory=dict)
@@ -55,6 +59,8 @@ class ComparisonTask:
             seed=self.seed,
             dense_bits=self.dense_bits,
             size=self.size,
+            tune=self.tune,
+            tune_through=self.tune_through,
             chat_template_kwargs=self.chat_template_kwargs,
             allow_slow=self.allow_slow,
         )
@@ -63,7 +69,7 @@ class ComparisonTask:
         """Raises ConfigError: an option has a value that is not allowed."""
         self.config()
         check_evaluation(self.sequence_length, self.max_tokens, None, self.batch_size)
-        for name, least in (("group_size", 1), ("new_tokens", 0)):
+        for name, least in (("group_size", 1), ("new_tokens", 0), ("autoround_steps", 1)):
             check_number(name, getattr(self, name), least, 10**9, whole=True, owner="compare")
 
     @property
