@@ -238,9 +238,11 @@ class WorkDirectory:
             for name, digest in self._files.items():
                 self._verify(name, digest)
         for entry in self.path.iterdir():
-            if entry.name == OUTPUT:
+            if entry.name in (*self._files, _JOURNAL, _LOCK):
+                continue
+            if entry.is_dir() and not entry.is_symlink():
                 shutil.rmtree(entry)
-            elif entry.name not in (*self._files, _JOURNAL, _LOCK):
+            else:
                 entry.unlink()
 
     def damaged(self, what: str) -> QuantizationError:

@@ -115,11 +115,13 @@ def write_text(
     }
     work = out.with_name(f"{out.name}.work")
     with kept_unless_finished(work):
+        _check_absent(out)  # once more: another run may have finished meanwhile
         writer = text_model(load_for_evaluation(source, device))
         check_vocabulary(prompts, writer.get_input_embeddings().num_embeddings)
         with working_on(f"writing text with {source.name}"):
             batches = list(_batches(writer, prompts, settings, WorkDirectory(work)))
         lines = [json.dumps({"input_ids": ids}) for batch in batches for ids in batch.tolist()]
+        _check_absent(out)
         with writing(out):
             replace_file(out, "".join(f"{line}\n" for line in lines).encode())
         remove(work)
@@ -153,10 +155,14 @@ def _check_output(out: Path) -> None:
     refuse_several("text is written")
     if out.suffix.lower() != ".jsonl":
         raise ConfigError(f"{out} needs a name that ends in .jsonl, by which datasets are known")
-    if out.exists():
-        raise QuantizationError(f"{out} exists; choose another name or remove it")
+    _check_absent(out)
     with writing(out), tempfile.TemporaryFile(dir=next(path for path in out.parents if path.exists())):
         pass
+
+
+def _check_absent(out: Path) -> None:
+    if out.exists():
+        raise QuantizationError(f"{out} exists; choose another name or remove it")
 
 
 def _check_model(source: ModelSource, sequence_length: int) -> None:

@@ -73,13 +73,7 @@ class PlannedTuning:
             raise ConfigError(f"{what} for a model that is not loaded from files, which are read again")
         if not isinstance(blocks, Tensor):
             raise ConfigError(f"{what} with images in the calibration text; leave tune out, or the images")
-        settings = TuningSettings(
-            epochs=config.tune,
-            learn=("rows",) if config.basis_bits == 16 else TuningSettings().learn,
-            held_out=config.held_out or TuningSettings().held_out,
-            seed=config.seed,
-            through=config.tune_through,
-        )
+        settings = TuningSettings.of(config)
         check_blocks(len(blocks), settings)
         reference = ModelSource.of_files(model.config._name_or_path, files)
         check_loadable(reference)

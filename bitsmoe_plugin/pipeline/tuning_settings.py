@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from bitsmoe_plugin.base.option_checks import check_number, fail
+from bitsmoe_plugin.config import BitsMoEConfig
 
 LEARNABLE = ("bases", "rows", "codes", "norms", "routers")
 """What tuning can move: scales of the shared bases, scale codes of rows, codes of their values, weights of
@@ -52,6 +53,18 @@ class TuningSettings:
     learn: tuple[str, ...] = ("bases", "rows")
     through: str = "auto"
     layers_at_once: int = 1
+
+    @classmethod
+    def of(cls, config: BitsMoEConfig) -> TuningSettings:
+        """How a model that ``config`` quantizes is tuned in the same call (its option ``tune``)."""
+        default = cls()
+        return cls(
+            epochs=config.tune,
+            learn=("rows",) if config.basis_bits == 16 else default.learn,
+            held_out=config.held_out or default.held_out,
+            seed=config.seed,
+            through=config.tune_through,
+        )
 
     def __post_init__(self) -> None:
         check = partial(check_number, owner="TuningSettings")

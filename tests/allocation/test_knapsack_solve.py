@@ -297,6 +297,16 @@ def test_equal_units_share_the_budget(gathered: int) -> None:
     assert result.relative_gap <= 1e-9
 
 
+@pytest.mark.parametrize("scale", [1e-290, 1e-150, 1e150, 1e290])
+def test_costs_of_any_scale_are_chosen_alike(scale: float) -> None:
+    """Guards the search for the price against products of prices that no float holds: it never ended."""
+    costs, sizes = trained_like(300)
+    wanted = allocate([costs], [sizes], 2 * 768 * 300)
+    found = allocate([costs * scale], [sizes], 2 * 768 * 300)
+    assert np.array_equal(found.choice, wanted.choice)
+    assert found.relative_gap <= solve.CERTIFIED
+
+
 def test_nan_forbids_a_choice_like_infinity() -> None:
     """Guards the dual against NaN, which would make every comparison of its unit false."""
     costs = np.array([[3.0, np.nan, 1.0], [3.0, 2.0, 1.0]])

@@ -171,6 +171,27 @@ def test_a_changed_point_is_measured_again(
     assert {row["calibration"] for row in rows} == {8192 if change is _options else 4096}
 
 
+@pytest.mark.parametrize(
+    ("change", "again"),
+    [
+        ({"tune": 1}, ["bitsmoe-2"]),
+        ({"dense_bits": 8}, ["bitsmoe-2"]),
+        ({"autoround_steps": 100}, []),
+        ({"group_size": 32}, ["rtn-2"]),
+        ({"seed": 1}, ["full-2", "bitsmoe-2", "rtn-2"]),
+    ],
+)
+def test_options_of_one_method_leave_the_points_of_others(
+    change: dict[str, Any], again: list[str], measured: Measurements, tmp_path: Path
+) -> None:
+    """A peer's hours are not spent anew because our method is tuned."""
+    methods = ("full", "bitsmoe", "rtn")
+    compare_curve(TASK, methods, (2.0,), tmp_path)
+    before = len(measured.asked)
+    compare_curve(replace(TASK, **{"calibration_tokens": 4096, **change}), methods, (2.0,), tmp_path)
+    assert measured.asked[before:] == again
+
+
 def test_a_range_that_cannot_be_reached_is_refused_before_anything(
     measured: Measurements, tmp_path: Path
 ) -> None:

@@ -1,6 +1,10 @@
 """What the options of ``bitsmoe compare`` change in what each method is asked to do."""
 
+import os
+import signal
 import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -64,3 +68,62 @@ def test_steps_of_autoround_are_checked_before_work(
     status, _, stderr = run_here(capfd, *COMMAND, "--autoround-steps", "0")
     assert status == 2
     assert "--autoround-steps" in stderr.splitlines()[-1]
+
+
+def test_too_little_text_to_tune_on_is_refused_before_any_method(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """By the number asked for and by the text that there is; quantizing takes as little."""
+    monkeypatch.setattr(module, "in_process", lambda *_: pytest.fail("a method was run"))
+    little = tmp_path / "little.txt"
+    little.write_text("A few words. " * 300, encoding="utf-8")
+    for given in (["--calibration-tokens", "4096"], ["--dataset", str(little)]):
+        status, _, stderr = run_here(capfd, *COMMAND, "--methods", "full,bitsmoe", "--tune", "1", *given)
+        assert status == 2
+        assert "blocks of calibration text are too few to hold 0.0625 of them out" in stderr.splitlines()[-1]
+
+
+SLOW = """
+import signal, sys, time
+from pathlib import Path
+from bitsmoe_plugin.commands.compare import method
+from bitsmoe_plugin.base.interruption import deferred_interrupt
+
+def run(name, task, scratch):
+    (scratch / "layer").write_text("packed")
+    with deferred_interrupt():  # as inside a layer
+        Path({there!r}).write_text(str(scratch))
+        time.sleep(60)
+
+method.run_method = run
+sys.exit(method.main())
+"""
+
+
+def test_ctrl_c_leaves_nothing_behind(tmp_path: Path) -> None:
+    """As from a terminal, to all processes; what a method has done so far is thrown away, without a word of
+    going on."""
+    there, slow = tmp_path / "there", tmp_path / "slow.py"
+    slow.write_text(SLOW.format(there=str(there)))
+    program = f"""
+import sys
+from bitsmoe_plugin.cli import main
+from bitsmoe_plugin.commands.compare import method
+
+run = method.subprocess.run
+method.subprocess.run = lambda command, **options: run([command[0], {str(slow)!r}, *command[3:]], **options)
+sys.exit(main({[*COMMAND, "--methods", "full"]!r}))
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    while not (there.exists() and there.read_text()):
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert stderr.splitlines()[-1] == "bitsmoe: interrupted; nothing was written"
+    assert "Traceback" not in stderr
+    assert "stopping when" not in stderr
+    assert not Path(there.read_text()).exists()

@@ -372,7 +372,7 @@ def test_evaluate_and_compare_read_gptq_checkpoints(moe_tiny_path: Path, tmp_pat
     )  # fmt: skip
     config = json.loads((tmp_path / "config.json").read_text())  # what gptqmodel and auto-round write
     (tmp_path / "config.json").write_text(json.dumps({**config, "dtype": "float16"}))
-    row = run_method("checkpoint", task)  # in the dtype of the model that it is compared with
+    row = run_method("checkpoint", task, tmp_path)  # in the dtype of the model that it is compared with
     assert row["perplexity"] == pytest.approx(rounded, rel=1e-6)
     assert row["kl_divergence"] < 3e-3  # bfloat16 hidden states; rounding to 2 bits gives 0.14
     # Codes, and per group a zero point of 8 and a scale of 16 bits; as many bytes as are in the file.

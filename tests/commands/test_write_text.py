@@ -182,6 +182,23 @@ def test_an_interrupted_run_goes_on_to_the_same_text(
     assert [path.name for path in tmp_path.iterdir()] == ["own.jsonl"]
 
 
+@pytest.mark.parametrize("moment", ["_prompts", "_batches"])
+def test_a_file_that_appears_meanwhile_is_not_replaced(
+    moment: str, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another run with the same name that ended before this one began, or before it ended."""
+    out, call = tmp_path / "own.jsonl", getattr(module, moment)
+
+    def other_run(*given: Any) -> Any:
+        out.write_text("precious")
+        return call(*given)
+
+    monkeypatch.setattr(module, moment, other_run)
+    with pytest.raises(QuantizationError, match=r"own\.jsonl exists"):
+        write_text(MODEL, out, str(text), LENGTH, **SIZES)
+    assert out.read_text() == "precious"
+
+
 def test_outputs_that_are_not_finite_are_refused(text: Path, tmp_path: Path) -> None:
     model = copied(tmp_path / "model")
     tensors = load_file(model / "model.safetensors")

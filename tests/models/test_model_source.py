@@ -205,10 +205,10 @@ def test_compare_and_optimum_hand_the_options_on(
         model=NAME, factor_bits=None, dataset=text, eval=text, batch_size=2, seed=0, max_tokens=512,
         group_size=16, prompt=None, new_tokens=1, loading=loading, **SMALL,
     )  # fmt: skip
-    row = run_method("rtn", task)
+    row = run_method("rtn", task, tmp_path)
     direct = evaluate_path(str(nested / "instruct"), text, sequence_length=64, max_tokens=512)
     assert row["perplexity"] == pytest.approx(direct.perplexity, rel=0.5)
-    assert run_method("full", task)["perplexity"] == pytest.approx(direct.perplexity, rel=1e-6)
+    assert run_method("full", task, tmp_path)["perplexity"] == pytest.approx(direct.perplexity, rel=1e-6)
     assert (
         ModelSource.of(NAME, **loading).directory()
         == cache / "models--someone--moe/snapshots" / OTHER / "instruct"

@@ -13,7 +13,7 @@ _HIGHS_OPTIONS = {
     "threads": 1,
     "random_seed": 0,
     "mip_rel_gap": 0.0,
-    "mip_max_nodes": 1_000,  # not a time limit: the result must not depend on the machine's speed
+    "mip_max_nodes": 4_000,  # not a time limit: the result must not depend on the machine's speed
 }
 
 

@@ -160,7 +160,15 @@ def _bracket(tables: CostTables, budget: int, highest: float) -> tuple[float, fl
         else:  # try the middle half of the bracket
             low, high = below, above
             least = max(low, highest * _LOWEST)
-            centre, spread = math.sqrt(least * high), (high / least) ** 0.25
+            centre, spread = _between(least, high), (high / least) ** 0.25
+
+
+def _between(low: float, high: float) -> float:
+    """The geometric mean, also where the product is beyond what a float holds."""
+    product = low * high
+    if np.finfo(float).tiny <= product < math.inf:
+        return math.sqrt(product)
+    return math.sqrt(low) * math.sqrt(high)
 
 
 def _bisect(units: Units, budget: int, fails: float, fits: float, highest: float) -> float:
@@ -176,7 +184,7 @@ def _bisect(units: Units, budget: int, fails: float, fits: float, highest: float
     low, high = max(highest * _LOWEST, np.finfo(float).tiny), highest
     at_fails, at_fits = units.choose(fails)[0], units.choose(fits)[0]
     while high > low * _PRECISION:
-        middle = math.sqrt(low * high)
+        middle = _between(low, high)
         if fails < middle < fits:
             at_middle = units.choose(middle)[0]
             if units.size(at_middle) <= budget:

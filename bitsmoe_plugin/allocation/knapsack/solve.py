@@ -39,7 +39,7 @@ class Allocation:
     choice: ``[units]`` uint8, index into the widths, block after block.
     objective: cost of the choice.
     lower_bound: no choice within the budget costs less; HiGHS, if it raised this bound above the dual's,
-        computes to 1e-7 of the largest cost in the core.
+        computes to 1e-6 of the largest cost in the core.
     dual_bound: the same from the Lagrangian dual alone, less all rounding errors of its computation.
     size: bits used by the choice.
     budget: bits allowed.

@@ -14,7 +14,7 @@ from bitsmoe_plugin.codec.backends import refuse_slow
 from bitsmoe_plugin.commands.compare.method import in_process
 from bitsmoe_plugin.commands.compare.runners import PACKAGES, RUNNERS
 from bitsmoe_plugin.commands.compare.task import ComparisonTask
-from bitsmoe_plugin.commands.compare.texts import check_texts
+from bitsmoe_plugin.commands.compare.texts import check_texts, check_tuning_text
 from bitsmoe_plugin.commands.evaluate_output import print_tasks
 from bitsmoe_plugin.commands.tables import table_console
 from bitsmoe_plugin.errors import ConfigError
@@ -67,6 +67,8 @@ def check_comparison(task: ComparisonTask, methods: tuple[str, ...]) -> None:
         check_weights(Path(source.name))
         check_folder(Path(source.name))
     check_texts(source, empty, task.dataset, task.eval, peers, task.chat_template_kwargs)
+    if "bitsmoe" in methods and task.tune:
+        check_tuning_text(source, task.config())
 
 
 def compare(task: ComparisonTask, methods: tuple[str, ...], debug: bool = False) -> list[dict[str, Any]]:

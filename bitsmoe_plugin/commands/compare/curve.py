@@ -31,6 +31,17 @@ ONCE = ("full", "checkpoint")
 BUDGETED = ("bitsmoe",)
 """Methods that take any budget; the others have whole widths."""
 WHOLE_WIDTHS = (2, 3, 4, 8)
+_AUTOROUND = ("autoround", "autoround-all")
+OPTIONS_OF = {
+    "dense_bits": BUDGETED,
+    "tune": BUDGETED,
+    "tune_through": BUDGETED,
+    "allow_slow": BUDGETED,
+    "autoround_steps": _AUTOROUND,
+    "group_size": ("rtn", "gptq", "gptq-all", *_AUTOROUND),
+    "checkpoint": ("checkpoint",),
+}
+"""Options of single methods; all others are of every method, or of one budget alone."""
 POINTS, RESULT = "points", "curve.json"
 _AT_ONCE = 2**24
 """Bytes of a file that are in memory."""
@@ -117,7 +128,7 @@ def _measured(
 ) -> Iterator[dict[str, Any]]:
     """The row of each point, kept or new."""
     for number, point in enumerate(todo, 1):
-        path, made = out / POINTS / f"{point.name}.json", {**common, "task": asdict(point.task)}
+        path, made = out / POINTS / f"{point.name}.json", {**common, "task": _options_of(point)}
         row = _kept(path, made)
         state = "is there" if row is not None else "..."
         print(f"[{number}/{len(todo)}] {point.name} {state}", file=sys.stderr, flush=True)
@@ -125,6 +136,12 @@ def _measured(
             row = in_process(point.method, point.task, debug)
             replace_file(path, json.dumps({"row": row, "made_with": made}, indent=2).encode())
         yield row
+
+
+def _options_of(point: Point) -> dict[str, Any]:
+    """Without those that are of other methods, which this point does not depend on."""
+    others = {name for name, methods in OPTIONS_OF.items() if point.method not in methods}
+    return {name: value for name, value in asdict(point.task).items() if name not in others}
 
 
 def _check_reachable(task: ComparisonTask, bits: float) -> None:

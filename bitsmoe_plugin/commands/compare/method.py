@@ -1,12 +1,13 @@
-"""One method, in a process of its own: ``python -m bitsmoe_plugin.commands.compare.method METHOD DEBUG``.
+"""One method, in a process of its own: ``python -m bitsmoe_plugin.commands.compare.method METHOD DIR DEBUG``.
 
-It reads the task as JSON from stdin, quantizes, evaluates against the full-precision model and prints its row
-as JSON.
+It reads the task as JSON from stdin, quantizes in the directory that it is given, evaluates against the
+full-precision model and prints its row as JSON.
 """
 
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import tempfile
@@ -57,8 +58,11 @@ def _sample(model: Any, tokenizer: Any, task: ComparisonTask) -> str:
     return str(tokenizer.decode(output[0], skip_special_tokens=True))
 
 
-def run_method(method: str, task: ComparisonTask) -> dict[str, Any]:
+def run_method(method: str, task: ComparisonTask, scratch: Path) -> dict[str, Any]:
     """Quantize and evaluate with one method, in this process.
+
+    Args:
+        scratch: an empty directory for what is thrown away.
 
     Returns:
         keys method, those of ``_sizes``, those of ``Evaluation`` that are known,
@@ -72,32 +76,34 @@ def run_method(method: str, task: ComparisonTask) -> dict[str, Any]:
         max_tokens=task.max_tokens,
         chat_template_kwargs=task.chat_template_kwargs,
     )
-    with tempfile.TemporaryDirectory(prefix="bitsmoe-compare-") as scratch:
-        quantized = RUNNERS[method](task, Path(scratch))
-        reference = load(task.source)
-        result = evaluate_model(quantized.model, texts, reference=reference, batch_size=task.batch_size)
-        row = {
-            "method": method,
-            **_sizes(quantized, reference),
-            **{name: value for name, value in asdict(result).items() if value is not None},
-            "quantize_seconds": quantized.seconds,
-        }
-        if task.tasks:
-            from bitsmoe_plugin.commands.evaluate_tasks import evaluate_tasks
+    quantized = RUNNERS[method](task, scratch)
+    reference = load(task.source)
+    result = evaluate_model(quantized.model, texts, reference=reference, batch_size=task.batch_size)
+    row = {
+        "method": method,
+        **_sizes(quantized, reference),
+        **{name: value for name, value in asdict(result).items() if value is not None},
+        "quantize_seconds": quantized.seconds,
+    }
+    if task.tasks:
+        from bitsmoe_plugin.commands.evaluate_tasks import evaluate_tasks
 
-            row["tasks"] = evaluate_tasks(quantized.model, tokenizer, task.tasks, batch_size=task.batch_size)
-        if task.prompt is not None:
-            row["sample"] = _sample(quantized.model, tokenizer, task)
+        row["tasks"] = evaluate_tasks(quantized.model, tokenizer, task.tasks, batch_size=task.batch_size)
+    if task.prompt is not None:
+        row["sample"] = _sample(quantized.model, tokenizer, task)
     return row
 
 
 def in_process(method: str, task: ComparisonTask, debug: bool) -> dict[str, Any]:
     """The row of one method, from a process of its own; for errors see ``compare``."""
-    command = [sys.executable, "-m", "bitsmoe_plugin.commands.compare.method", method, str(int(debug))]
+    command = [sys.executable, "-m", "bitsmoe_plugin.commands.compare.method", method]
     # Peers' processes, which inherit this, wait as they do wherever people run them.
     environment = None if method in PACKAGES else waiting_passively()
     given = json.dumps(asdict(task))
-    done = subprocess.run(command, input=given, stdout=subprocess.PIPE, text=True, env=environment)
+    # Made here, because a process that is killed removes nothing.
+    with tempfile.TemporaryDirectory(prefix="bitsmoe-compare-", ignore_cleanup_errors=True) as scratch:
+        command += [scratch, str(int(debug))]
+        done = subprocess.run(command, input=given, stdout=subprocess.PIPE, text=True, env=environment)
     if not done.returncode:
         row: dict[str, Any] = json.loads(done.stdout)
         return row
@@ -106,15 +112,19 @@ def in_process(method: str, task: ComparisonTask, debug: bool) -> dict[str, Any]
 
 
 def main() -> int:
-    """Worker: task as JSON on stdin; method, and 1 to debug, as arguments; row or error as JSON on stdout."""
+    """Worker: task as JSON on stdin; method, scratch directory, and 1 to debug, as arguments; row or error as
+    JSON on stdout."""
+    method, scratch, debug = sys.argv[1:]
+    # At once and without a word, also inside a layer: nothing is kept, and who started this process tells.
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
     try:
         with stdout_to_stderr() as stdout:
-            row = run_method(sys.argv[1], ComparisonTask(**json.load(sys.stdin)))
+            row = run_method(method, ComparisonTask(**json.load(sys.stdin)), Path(scratch))
             json.dump(row, stdout)
     except Exception as error:
-        if sys.argv[2:] == ["1"]:
+        if debug == "1":
             traceback.print_exc()
-        print(json.dumps({"error": told(error, sys.argv[1])}))
+        print(json.dumps({"error": told(error, method)}))
         return 2 if isinstance(error, BitsMoEError) else 1
     return 0
 

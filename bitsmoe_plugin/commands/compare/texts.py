@@ -7,10 +7,13 @@ from typing import Any
 
 from bitsmoe_plugin.calibration.conversations import check_takes_images, holds_images
 from bitsmoe_plugin.calibration.text import load_documents, token_stream
+from bitsmoe_plugin.config import BitsMoEConfig
 from bitsmoe_plugin.errors import ConfigError
 from bitsmoe_plugin.models.model_source import ModelSource
 from bitsmoe_plugin.models.processor import load_processor
 from bitsmoe_plugin.models.tokenizer import load_tokenizer
+from bitsmoe_plugin.pipeline.tune_scales import check_blocks
+from bitsmoe_plugin.pipeline.tuning_settings import TuningSettings
 
 
 def check_texts(
@@ -45,3 +48,19 @@ def check_texts(
         texts.insert(0, calibration)
     for documents in texts:
         token_stream(documents, tokenizer, limit=1, chat_template_kwargs=chat_template_kwargs)
+
+
+def check_tuning_text(source: ModelSource, config: BitsMoEConfig) -> None:
+    """Refuse text that the model could be quantized with, but not tuned on.
+
+    Raises:
+        ConfigError: it holds images.
+        QuantizationError: too little.
+    """
+    documents, settings = load_documents(config.dataset), TuningSettings.of(config)
+    if holds_images(documents):
+        raise ConfigError(f"--tune {config.tune}: the dataset holds images, and text alone is tuned on")
+    enough = -int(-1 // settings.held_out) * config.sequence_length
+    limit = min(enough, config.calibration_tokens or enough)
+    stream = token_stream(documents, load_tokenizer(source), limit, config.chat_template_kwargs)
+    check_blocks(len(stream) // config.sequence_length, settings)
