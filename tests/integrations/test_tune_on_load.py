@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -87,8 +88,8 @@ def test_it_is_quantizing_and_tuning_in_one(
 def test_where_nothing_comes_closer_the_model_stays(
     small_moe_tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    none = tune_on_load.TuningSettings
-    monkeypatch.setattr(tune_on_load, "TuningSettings", lambda **given: none(**given, learning_rate=1.0))
+    planned = TuningSettings.of
+    monkeypatch.setattr(TuningSettings, "of", lambda config: replace(planned(config), learning_rate=1.0))
     config = BitsMoEConfig(dataset=TEXT, tune=1, tune_through="model", **OPTIONS)
     with pytest.warns(UserWarning, match="tune=1: no epoch came closer"):
         model = AutoModelForCausalLM.from_pretrained(small_moe_tiny, quantization_config=config)
