@@ -70,9 +70,11 @@ def locked(path: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _is_ours(name: str) -> bool:
+def _is_ours(entry: Path) -> bool:
     """Whether a run may have left this, also one killed while safetensors wrote (.tmp and letters)."""
-    return bool(_OURS.fullmatch(name)) or re.fullmatch(r"\.tmp\w+", name) is not None
+    if entry.is_dir() and entry.name != OUTPUT:
+        return False
+    return bool(_OURS.fullmatch(entry.name)) or re.fullmatch(r"\.tmp\w+", entry.name) is not None
 
 
 def _in_use(path: Path) -> QuantizationError:
@@ -108,7 +110,7 @@ def _lock_file(path: Path) -> int:
         raise QuantizationError(f"work directory {path} is a file; choose another name")
     while True:
         path.mkdir(parents=True, exist_ok=True)
-        foreign = [entry.name for entry in path.iterdir() if not _is_ours(entry.name)]
+        foreign = [entry.name for entry in path.iterdir() if not _is_ours(entry)]
         if foreign:
             raise QuantizationError(
                 f"{path} holds {sorted(foreign)[0]}, so it is not a work directory; choose another"
@@ -238,11 +240,9 @@ class WorkDirectory:
             for name, digest in self._files.items():
                 self._verify(name, digest)
         for entry in self.path.iterdir():
-            if entry.name in (*self._files, _JOURNAL, _LOCK):
-                continue
-            if entry.is_dir() and not entry.is_symlink():
+            if entry.name == OUTPUT:
                 shutil.rmtree(entry)
-            else:
+            elif entry.name not in (*self._files, _JOURNAL, _LOCK):
                 entry.unlink()
 
     def damaged(self, what: str) -> QuantizationError:

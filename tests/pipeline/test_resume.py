@@ -398,6 +398,16 @@ def test_foreign_directory_is_refused_and_untouched(dense: Path, tmp_path: Path)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
+def test_directory_under_the_name_of_a_file_is_refused_and_untouched(tmp_path: Path) -> None:
+    (tmp_path / "written-9.safetensors").mkdir()
+    with (
+        pytest.raises(QuantizationError, match=r"holds written-9\.safetensors, so it is not a work"),
+        locked(tmp_path),
+    ):
+        pass
+    assert (tmp_path / "written-9.safetensors").is_dir()
+
+
 def test_library_call_continues_and_keeps_the_directory(dense: Path, whole: Path, tmp_path: Path) -> None:
     """Guards from_pretrained with work_dir: a second call is served from the files of the first."""
     work = tmp_path / "work"
