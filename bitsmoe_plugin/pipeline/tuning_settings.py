@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 from bitsmoe_plugin.base.option_checks import check_number, fail
-from bitsmoe_plugin.config import BitsMoEConfig
+
+if TYPE_CHECKING:  # the command line's help reads this file, and should load no library
+    from bitsmoe_plugin.config import BitsMoEConfig
 
 LEARNABLE = ("bases", "rows", "codes", "norms", "routers")
 """What tuning can move: scales of the shared bases, scale codes of rows, codes of their values, weights of

@@ -84,7 +84,7 @@ def test_too_little_text_to_tune_on_is_refused_before_any_method(
 
 
 SLOW = """
-import signal, sys, time
+import os, sys, time
 from pathlib import Path
 from bitsmoe_plugin.commands.compare import method
 from bitsmoe_plugin.base.interruption import deferred_interrupt
@@ -92,7 +92,7 @@ from bitsmoe_plugin.base.interruption import deferred_interrupt
 def run(name, task, scratch):
     (scratch / "layer").write_text("packed")
     with deferred_interrupt():  # as inside a layer
-        Path({there!r}).write_text(str(scratch))
+        Path({there!r}).write_text(f"{{scratch}} {{os.getpid()}} .")
         time.sleep(60)
 
 method.run_method = run
@@ -100,9 +100,10 @@ sys.exit(method.main())
 """
 
 
-def test_ctrl_c_leaves_nothing_behind(tmp_path: Path) -> None:
-    """As from a terminal, to all processes; what a method has done so far is thrown away, without a word of
-    going on."""
+@pytest.mark.parametrize("both", [True, False])
+def test_ctrl_c_leaves_nothing_behind(both: bool, tmp_path: Path) -> None:
+    """As from a terminal, to all processes, or to the method's alone; what a method has done so far is thrown
+    away, without a word of going on."""
     there, slow = tmp_path / "there", tmp_path / "slow.py"
     slow.write_text(SLOW.format(there=str(there)))
     program = f"""
@@ -117,13 +118,16 @@ sys.exit(main({[*COMMAND, "--methods", "full"]!r}))
     process = subprocess.Popen(
         [sys.executable, "-c", program], stderr=subprocess.PIPE, text=True, start_new_session=True
     )
-    while not (there.exists() and there.read_text()):
+    while not (there.exists() and there.read_text().endswith(".")):
         assert process.poll() is None
         time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGINT)
+    if both:
+        os.killpg(process.pid, signal.SIGINT)
+    else:
+        os.kill(int(there.read_text().split()[1]), signal.SIGINT)
     _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == 130, stderr
     assert stderr.splitlines()[-1] == "bitsmoe: interrupted; nothing was written"
     assert "Traceback" not in stderr
     assert "stopping when" not in stderr
-    assert not Path(there.read_text()).exists()
+    assert not Path(there.read_text().split()[0]).exists()

@@ -28,6 +28,9 @@ from bitsmoe_plugin.models.families import find_moe_layers
 from bitsmoe_plugin.models.model_class import text_model
 from bitsmoe_plugin.models.tokenizer import load_tokenizer
 
+INTERRUPTED = 130
+"""Exit status after Ctrl-C, as shells have it."""
+
 
 def _sizes(quantized: Quantized, reference: Any) -> dict[str, Any]:
     """Bytes that are stored and bits per weight, of the routed experts and of the whole model.
@@ -107,6 +110,8 @@ def in_process(method: str, task: ComparisonTask, debug: bool) -> dict[str, Any]
     if not done.returncode:
         row: dict[str, Any] = json.loads(done.stdout)
         return row
+    if done.returncode == INTERRUPTED:  # this process was, too, unless the signal was for the other alone
+        raise KeyboardInterrupt
     message = f"method {method} failed: {last_words(done)}"
     raise QuantizationError(message) if done.returncode == 2 else ToldError(message)
 
@@ -116,7 +121,7 @@ def main() -> int:
     JSON on stdout."""
     method, scratch, debug = sys.argv[1:]
     # At once and without a word, also inside a layer: nothing is kept, and who started this process tells.
-    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(INTERRUPTED))
     try:
         with stdout_to_stderr() as stdout:
             row = run_method(method, ComparisonTask(**json.load(sys.stdin)), Path(scratch))
