@@ -44,7 +44,8 @@ _held: dict[Path, tuple[int, int]] = {}
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold a directory, which is created, for this thread; again inside is no conflict.
+    """Hold a directory, which is created, for this thread; again inside is no conflict. Folders that were
+    created above it are removed again if they are empty at the end.
 
     Raises:
         QuantizationError: it is in use, no directory, holds foreign files, or cannot be locked here.
@@ -61,13 +62,27 @@ def locked(path: Path) -> Iterator[None]:
         finally:
             _held[path] = thread, depth
         return
-    descriptor = _lock(path)
-    _held[path] = thread, 1
+    with writing(path):
+        created = [folder for folder in path.parents if not folder.exists()]
     try:
-        yield
+        descriptor = _lock(path)
+        _held[path] = thread, 1
+        try:
+            yield
+        finally:
+            del _held[path]
+            os.close(descriptor)
     finally:
-        del _held[path]
-        os.close(descriptor)
+        _remove_empty(created)
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    """From the innermost, up to the first that is in use."""
+    for folder in folders:
+        try:
+            folder.rmdir()
+        except OSError:
+            return
 
 
 def _is_ours(entry: Path) -> bool:

@@ -142,7 +142,7 @@ def test_an_interrupted_run_leaves_nothing(
 
     monkeypatch.setattr(module._Bar, "put", stop)
     given = ["--dataset", str(text), "--tokens", "600"]
-    status, _, stderr = run_here(capfd, "write", MODEL, str(tmp_path / "own.jsonl"), *given)
+    status, _, stderr = run_here(capfd, "write", MODEL, str(tmp_path / "a" / "own.jsonl"), *given)
     assert (status, list(tmp_path.iterdir())) == (130, [])
     assert "nothing was written" in stderr.splitlines()[-1]
 
